@@ -1,0 +1,113 @@
+# One plain description of an attention problem, for the driver.
+from libc.stdint cimport int64_t
+
+from fastattn._runtime cimport fa_dtype, fa_head, fa_problem
+
+cdef enum:
+    MOST_AXES = 66  # NumPy's 64, and one more where the heads are split in groups
+
+# The arrays of a call whose address changes from head to head.
+cdef enum Operand:
+    QUERY
+    KEY
+    VALUE
+    MASK
+    BIAS
+    OUT
+    WEIGHTS
+    LSE
+    SLOPES
+    SINKS
+    KEY_LENGTHS
+    QUERY_LENGTHS
+    OFFSETS
+    OPERANDS
+
+
+cdef struct Layout:
+    char *data                    # NULL: not given
+    Py_ssize_t row, col           # byte strides of the last two axes
+    Py_ssize_t batch[MOST_AXES]   # byte strides of the batch axes, 0 where the operand is broadcast
+
+
+cdef class Problem:
+    cdef fa_problem shared                # what the kernels need to know of all heads
+    cdef fa_head sizes                    # the parts of a head that do not change from head to head
+    cdef int axes                         # batch axes; with grouped heads the head axis counts as two
+    cdef Py_ssize_t shape[MOST_AXES]      # their sizes
+    cdef Py_ssize_t heads                 # their product
+    cdef Layout layouts[<int> OPERANDS]
+    cdef int operands[<int> OPERANDS]     # those that are given
+    cdef int operand_count
+    cdef int64_t longest_query, longest_key
+    cdef bint uneven                      # tiles differ in cost
+    cdef bint offset_is_default           # the last query lines up with the last valid key
+    # Packed sequences: where each begins in queries and keys, one number more than there are.
+    cdef bint packed
+    cdef const int64_t[::1] query_starts
+    cdef const int64_t[::1] key_starts
+    cdef Py_ssize_t sequences
+    cdef object num_threads
+    cdef list kept                        # keeps the arrays alive that the layouts point to
+    cdef readonly object out, weights, lse
+
+    cdef object result(self)
+    cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil
+
+
+cdef Problem read_dot_product(
+    object query, object key, object value, object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+)
+cdef Problem read_varlen(
+    object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,
+    object window_size, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_lse, object out, object num_threads,
+)
+
+
+# Rows of one or more axes, for softmax and its relatives: the axes of x split into those of a row and the others,
+# neighbours that can be walked as one joined.
+cdef enum RowOperand:
+    ROW_X
+    ROW_MASK
+    ROW_OUT
+    ROW_OPERANDS
+
+
+cdef struct Axes:
+    int count
+    Py_ssize_t shape[MOST_AXES]
+    Py_ssize_t strides[<int> ROW_OPERANDS][MOST_AXES]
+
+
+cdef class Rows:
+    cdef Axes row, batch
+    cdef Py_ssize_t length, rows            # numbers in a row; rows
+    cdef char *data[<int> ROW_OPERANDS]     # the mask may be NULL
+    cdef fa_dtype dtype, out_dtype
+    cdef bint aligned                       # x and out: each number at a multiple of its size
+    cdef object num_threads
+    cdef list kept
+    cdef readonly object out, answer
+
+
+cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims)
+
+
+# Partial results to merge: address, dtype and byte strides of each part.
+cdef class Parts:
+    cdef Py_ssize_t parts, rows, value_dim
+    cdef fa_dtype dtype                         # of the result
+    cdef const int64_t[::1] shape               # all axes but value's
+    cdef const int64_t[::1] out_at, lse_at      # addresses
+    cdef const int64_t[::1] out_dtype, lse_dtype
+    cdef const int64_t[:, ::1] out_strides      # one more than axes in shape: value's axis
+    cdef const int64_t[:, ::1] lse_strides
+    cdef list kept
+    cdef readonly object out, lse
+
+
+cdef Parts read_parts(object outs, object lses)

@@ -1,0 +1,822 @@
+# cython: wraparound=True
+"""Every check of every argument, once; the result is one plain description of the problem, for the drivers.
+
+Messages say which argument, what came, and what is allowed. Nothing here computes attention, and nothing is written to
+`out`. It is compiled because a small call's time is mostly spent here.
+"""
+import math
+import numbers
+
+import numpy as np
+
+cimport numpy as cnp
+from libc.stdint cimport INT64_MAX
+
+from fastattn._runtime cimport (FA_BF16, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype)
+
+from fastattn._runtime import checked_threads
+
+cnp.import_array()
+
+# Positions and windows beyond this mean "far away" as well as any larger number, and sums of three stay in 64 bits.
+cdef int64_t FAR = <int64_t> 1 << 60
+
+cdef object float16 = np.dtype(np.float16)
+cdef object float32 = np.dtype(np.float32)
+cdef object float64 = np.dtype(np.float64)
+
+
+# Arrays
+
+cdef cnp.ndarray as_array(object x, str name):
+    """An ndarray of what came; no copy where it is one already."""
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data, and its mask inverted "
+                        f"as mask= where the function takes one (True means attend)")
+    try:
+        return np.asarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} cannot be made into an array: {error}") from error
+
+
+cdef object bad_dtype(str name, dtype):
+    if dtype.kind in "fcbiu" and not dtype.isnative:
+        return TypeError(f"{name} has the byte order of another machine ({dtype.str}): "
+                         f"convert it with {name}.astype({name}.dtype.newbyteorder('='))")
+    return TypeError(f"{name} has dtype {dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16, "
+                     f"and integers and bools, which become float64")
+
+
+cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
+    """The storage dtype of a floating array."""
+    cdef int number = cnp.PyArray_TYPE(a)
+    if number == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F32
+    if number == cnp.NPY_FLOAT64 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F64
+    if number == cnp.NPY_FLOAT16 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F16
+    if a.dtype.name == "bfloat16" and a.dtype.isnative:
+        return FA_BF16
+    raise bad_dtype(name, a.dtype)
+
+
+cdef cnp.ndarray floating(object x, str name):
+    """An array of a dtype that the kernels store; integers and bools as float64."""
+    cdef cnp.ndarray a = as_array(x, name)
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    if a.dtype.kind in "biu" and a.dtype.isnative:
+        return a.astype(np.float64)
+    storage_of(a, name)
+    return a
+
+
+cdef object common_dtype(list arrays, tuple names):
+    """What query, key, value and weight matrices promote to."""
+    dtypes = {a.dtype for a in arrays}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if float16 in dtypes and any(d.name == "bfloat16" for d in dtypes):
+        got = ", ".join(f"{name} {a.dtype}" for name, a in zip(names, arrays, strict=True))
+        raise TypeError(f"float16 and bfloat16 have no common dtype ({got}): convert one of them")
+    return np.result_type(*arrays)
+
+
+cdef fa_dtype promote(list arrays, tuple names) except *:
+    """Converts the arrays, in place in the list, to their common dtype."""
+    cdef int i, number = cnp.PyArray_TYPE(arrays[0])
+    if number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64:
+        for i in range(1, len(arrays)):
+            if cnp.PyArray_TYPE(arrays[i]) != number:
+                break
+        else:
+            return storage_of(arrays[0], names[0])
+    dtype = common_dtype(arrays, names)
+    for i in range(len(arrays)):
+        if arrays[i].dtype != dtype:
+            arrays[i] = arrays[i].astype(dtype)
+    return storage_of(arrays[0], names[0])
+
+
+cdef object accumulation(fa_dtype dtype):
+    return float64 if dtype == FA_F64 else float32
+
+
+cdef tuple shape_of(cnp.ndarray a):
+    return (<object> a).shape
+
+
+# Scalars
+
+cdef double real_scalar(object x, str name, str allowed) except? -1.0:
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
+        raise TypeError(f"{name} must be {allowed}, not {type(x).__name__}")
+    cdef double value
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be {allowed}, not {x}")
+    return value
+
+
+cdef bint flag(object x, str name) except -1:
+    if x is False:
+        return False
+    if x is True:
+        return True
+    if isinstance(x, np.bool_):
+        return bool(x)
+    raise TypeError(f"{name} must be True or False, not {x!r}")
+
+
+cdef object integer(object x, str name, str allowed):
+    """A Python int of an integer that is not a bool."""
+    if type(x) is int:
+        return x
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0):
+        raise TypeError(f"{name} must be {allowed}, not {x!r}")
+    try:
+        return x.__index__()
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, not {x!r}") from None
+
+
+cdef int64_t clipped(object x):
+    return max(-FAR, min(FAR, x))
+
+
+cdef int64_t window_side(object x) except? -2:
+    allowed = "an integer w, or a pair (left, right), of integers that are at least 0, or -1 or None for unbounded"
+    if x is None:
+        return INT64_MAX
+    n = integer(x, "window_size", allowed)
+    if n < -1:
+        raise ValueError(f"window_size must be {allowed}; it contains {n}")
+    return INT64_MAX if n == -1 or n >= FAR else n
+
+
+cdef int read_window(Problem p, object window_size, bint is_causal) except -1:
+    p.shared.left = p.shared.right = INT64_MAX
+    if window_size is not None:
+        if isinstance(window_size, (tuple, list)) or getattr(window_size, "ndim", 0) == 1:
+            if len(window_size) != 2:
+                raise ValueError(f"window_size must be an integer or a pair (left, right), "
+                                 f"not {len(window_size)} numbers: {window_size!r}")
+            p.shared.left = window_side(window_size[0])
+            p.shared.right = window_side(window_size[1])
+        else:
+            p.shared.left = p.shared.right = window_side(window_size)
+    if is_causal:
+        p.shared.right = 0
+    return 0
+
+
+# Batch axes
+
+cdef object bad_heads(tuple shapes):
+    return ValueError(f"the batch axes of query {shapes[0]}, key {shapes[1]} and value {shapes[2]} do not broadcast; "
+                      f"enable_gqa=True allows a query with a whole multiple of the heads (axis -3) of key and value")
+
+
+cdef int read_batch(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint grouped,
+                    Py_ssize_t *group) except -1:
+    """Broadcasts the batch axes of query, key and value into p.shape; group: query heads that share a key head."""
+    cdef cnp.ndarray array
+    cdef int i, axis, from_right, axes = 0
+    cdef Py_ssize_t n, size, query_heads, key_heads, value_heads
+    cdef tuple arrays = (query, key, value)
+    for array in arrays:
+        axes = max(axes, cnp.PyArray_NDIM(array) - 2)
+    group[0] = 1
+    if grouped:
+        query_heads = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 3) if cnp.PyArray_NDIM(query) > 2 else 1
+        key_heads = cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 3) if cnp.PyArray_NDIM(key) > 2 else 1
+        value_heads = cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 3) if cnp.PyArray_NDIM(value) > 2 else 1
+        if key_heads != value_heads:
+            raise ValueError(f"enable_gqa needs as many heads (axis -3) in key as in value, not {key_heads} and "
+                             f"{value_heads}")
+        if query_heads != key_heads and (key_heads == 0 or query_heads % key_heads):
+            raise ValueError(f"enable_gqa needs a whole multiple of key's {key_heads} heads (axis -3) in query, "
+                             f"not {query_heads}")
+        group[0] = query_heads // key_heads if key_heads else 1
+    p.axes = axes
+    p.heads = 1
+    for from_right in range(1, axes + 1):
+        size = 1
+        for i in range(3):
+            array = arrays[i]
+            axis = cnp.PyArray_NDIM(array) - 2 - from_right
+            if axis < 0:
+                continue
+            n = cnp.PyArray_DIM(array, axis)
+            if from_right == 1 and i > 0:
+                n *= group[0]
+            if n != size and n != 1:
+                if size != 1:
+                    raise bad_heads((shape_of(query), shape_of(key), shape_of(value)))
+                size = n
+        p.shape[axes - from_right] = size
+        p.heads *= size
+    return 0
+
+
+cdef tuple batch_shape(Problem p):
+    return tuple([p.shape[i] for i in range(p.axes)])
+
+
+cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
+    """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are known
+    to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that)."""
+    cdef Layout *layout = &p.layouts[operand]
+    cdef int ndim = cnp.PyArray_NDIM(a), i, axis
+    layout.data = <char *> cnp.PyArray_DATA(a)
+    layout.row = layout.col = 0
+    if trailing == 2:
+        # A stride along an axis of one element means nothing; an address must not be made of it.
+        if cnp.PyArray_DIM(a, ndim - 2) > 1:
+            layout.row = cnp.PyArray_STRIDE(a, ndim - 2)
+        layout.col = cnp.PyArray_STRIDE(a, ndim - 1)
+        if cnp.PyArray_DIM(a, ndim - 1) <= 1:
+            layout.col = cnp.PyArray_ITEMSIZE(a)
+    elif trailing == 1:
+        layout.row = cnp.PyArray_STRIDE(a, ndim - 1)
+    for i in range(p.axes):
+        axis = i - (p.axes - (ndim - trailing))
+        if axis < 0 or cnp.PyArray_DIM(a, axis) == 1:
+            layout.batch[i] = 0
+        else:
+            layout.batch[i] = cnp.PyArray_STRIDE(a, axis)
+    p.operands[p.operand_count] = operand
+    p.operand_count += 1
+    p.kept.append(a)
+    return 0
+
+
+cdef int split_heads(Problem p, Py_ssize_t group) except -1:
+    """Makes two axes of the head axis, (key heads, group): key and value stand still along the second."""
+    cdef int last = p.axes - 1, n, operand
+    cdef Py_ssize_t stride
+    for n in range(p.operand_count):
+        operand = p.operands[n]
+        stride = p.layouts[operand].batch[last]
+        if operand == KEY or operand == VALUE:
+            p.layouts[operand].batch[last + 1] = 0
+        else:
+            p.layouts[operand].batch[last] = stride * group
+            p.layouts[operand].batch[last + 1] = stride
+    p.shape[last] //= group
+    p.shape[last + 1] = group
+    p.axes += 1
+    return 0
+
+
+cdef int broadcastable(cnp.ndarray a, str name, tuple batch, tuple trailing) except -1:
+    """Raises where the array does not broadcast to batch + trailing."""
+    whole = batch + trailing
+    shape = shape_of(a)
+    if len(shape) <= len(whole):
+        for have, want in zip(reversed(shape), reversed(whole), strict=False):
+            if have != want and have != 1:
+                break
+        else:
+            return 0
+    what = "the batch axes" if not trailing else "(..., L, S)"
+    raise ValueError(f"{name} has shape {shape}, which does not broadcast to {whole}, {what}")
+
+
+cdef cnp.ndarray widened(cnp.ndarray a, int ndim):
+    """At least ndim axes, without a copy."""
+    if cnp.PyArray_NDIM(a) >= ndim:
+        return a
+    return (<object> a)[(None,) * (ndim - cnp.PyArray_NDIM(a))]
+
+
+cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batch, Py_ssize_t rows,
+                     Py_ssize_t cols) except -1:
+    """A mask or a bias: broadcasts to (..., L, S)."""
+    broadcastable(a, name, batch, (rows, cols))
+    a = widened(a, 2)
+    place(p, operand, a, 2)
+    if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 2) == 1:
+        p.layouts[operand].row = 0
+    if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1) == 1:
+        p.layouts[operand].col = 0
+    return 0
+
+
+cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
+    cdef cnp.ndarray a = as_array(mask, "mask")
+    if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
+        raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
+                        f"numbers that are added to the scores go to bias=")
+    read_matrix(p, MASK, a, "mask", batch, rows, cols)
+    p.uneven = True
+    return 0
+
+
+cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
+    cdef cnp.ndarray a = as_array(bias, "bias")
+    if a.dtype.kind in "biu":
+        raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say which keys count go to mask=")
+    p.shared.bias_dtype = storage_of(a, "bias")
+    read_matrix(p, BIAS, a, "bias", batch, rows, cols)
+    return 0
+
+
+cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, fa_dtype dtype) except -1:
+    """Slopes or sinks: real numbers that broadcast over the batch axes, rounded to the accumulation dtype."""
+    cdef cnp.ndarray a = as_array(x, name)
+    if a.dtype.kind not in "biu":
+        storage_of(a, name)
+    broadcastable(a, name, batch, ())
+    a = a.astype(accumulation(dtype)).astype(np.float64)
+    place(p, operand, a, 0)
+    return 0
+
+
+cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, object least, object most,
+                       int64_t *scalar) except -1:
+    """Lengths or offsets: an integer, which goes to `scalar`, or an array with exactly the batch axes."""
+    cdef cnp.ndarray a
+    allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis"
+    if type(x) is int or not hasattr(x, "__len__") and getattr(x, "ndim", 0) == 0 and not isinstance(x, np.ndarray):
+        n = integer(x, name, allowed)
+        if least is not None and not least <= n <= most:
+            raise ValueError(f"{name} must lie between {least} and {most}, not {n}")
+        scalar[0] = clipped(n)
+        return 0
+    a = as_array(x, name)
+    if a.dtype.kind not in "iu" or not a.dtype.isnative:
+        raise TypeError(f"{name} must be {allowed}, not of dtype {a.dtype}")
+    shape = shape_of(a)
+    if len(shape) != len(batch) or any([have != want and have != 1
+                                        for have, want in zip(shape, batch, strict=True)]):
+        text = f"{name} has shape {shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}"
+        if len(shape) < len(batch):
+            short = "lengths" if name.endswith("lengths") else name
+            index = ", ".join([":"] * len(shape) + ["None"] * (len(batch) - len(shape)))
+            text += f"; one number for each of the first axes is {short}[{index}]"
+        raise ValueError(text)
+    if least is not None and a.size:
+        low, high = a.min(), a.max()
+        if low < least or high > most:
+            raise ValueError(f"{name} must lie between {least} and {most}, not {low if low < least else high}")
+    elif a.size:
+        if a.dtype.kind == "u":
+            a = np.minimum(a, np.uint64(FAR)).astype(np.int64)
+        else:
+            a = np.clip(a.astype(np.int64), -FAR, FAR)
+    a = a.astype(np.int64)
+    place(p, operand, a, 0)
+    p.uneven = True
+    return 0
+
+
+# out
+
+cdef bint overlaps_itself(cnp.ndarray a):
+    """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
+    cdef list axes = sorted([(abs(s), n) for s, n in zip((<object> a).strides, shape_of(a), strict=True) if n > 1])
+    reach = cnp.PyArray_ITEMSIZE(a)
+    for stride, n in axes:
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+cdef bint overlap(a, b):
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
+    """`out`, or a new array. inputs: the arrays that it must not overlap; same_allowed: but may be the first of them."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out has dtype {out.dtype.str if not out.dtype.isnative else out.dtype}; it must have the "
+                        f"output's, {dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; it must be writeable")
+    if out.size == 0:
+        return out
+    if overlaps_itself(out):
+        raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
+    for i in range(len(inputs)):
+        a = inputs[i]
+        if same_allowed and i == 0 and a.ctypes.data == out.ctypes.data and a.strides == out.strides:
+            continue
+        if overlap(out, a):
+            raise ValueError(f"out overlaps {names[i]}; it needs memory of its own")
+    return out
+
+
+# The problem
+
+cdef class Problem:
+    """One call, checked."""
+
+    cdef object result(self):
+        if self.weights is None:
+            return self.out if self.lse is None else (self.out, self.lse)
+        return (self.out, self.weights) if self.lse is None else (self.out, self.weights, self.lse)
+
+    cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil:
+        """Addresses and numbers of one head of one sequence."""
+        cdef Py_ssize_t index[MOST_AXES]
+        cdef char *at[<int> OPERANDS]
+        cdef int i, n, operand
+        cdef Layout *layout
+        for i in range(self.axes - 1, -1, -1):
+            index[i] = head % self.shape[i]
+            head //= self.shape[i]
+        for n in range(self.operand_count):
+            operand = self.operands[n]
+            layout = &self.layouts[operand]
+            at[operand] = layout.data
+            for i in range(self.axes):
+                at[operand] += index[i] * layout.batch[i]
+        to[0] = self.sizes
+        to.query.data = at[<int> QUERY]
+        to.key.data = at[<int> KEY]
+        to.value.data = at[<int> VALUE]
+        to.out.data = at[<int> OUT]
+        if self.layouts[<int> MASK].data != NULL:
+            to.mask.data = at[<int> MASK]
+        if self.layouts[<int> BIAS].data != NULL:
+            to.bias.data = at[<int> BIAS]
+        if self.layouts[<int> WEIGHTS].data != NULL:
+            to.weights.data = at[<int> WEIGHTS]
+        if self.layouts[<int> LSE].data != NULL:
+            to.lse.data = at[<int> LSE]
+        if self.layouts[<int> SLOPES].data != NULL:
+            to.slope = (<double *> at[<int> SLOPES])[0]
+        if self.layouts[<int> SINKS].data != NULL:
+            to.sink = (<double *> at[<int> SINKS])[0]
+        if self.layouts[<int> KEY_LENGTHS].data != NULL:
+            to.key_length = (<int64_t *> at[<int> KEY_LENGTHS])[0]
+        if self.layouts[<int> QUERY_LENGTHS].data != NULL:
+            to.query_length = (<int64_t *> at[<int> QUERY_LENGTHS])[0]
+        if self.packed:
+            to.queries = to.query_length = self.query_starts[sequence + 1] - self.query_starts[sequence]
+            to.keys = to.key_length = self.key_starts[sequence + 1] - self.key_starts[sequence]
+            to.query.data += self.query_starts[sequence] * to.query.row
+            to.out.data += self.query_starts[sequence] * to.out.row
+            to.key.data += self.key_starts[sequence] * to.key.row
+            to.value.data += self.key_starts[sequence] * to.value.row
+            if to.lse.data != NULL:
+                to.lse.data += self.query_starts[sequence] * to.lse.row
+        if self.layouts[<int> OFFSETS].data != NULL:
+            to.offset = (<int64_t *> at[<int> OFFSETS])[0]
+        elif self.offset_is_default:
+            to.offset = to.key_length - to.query_length
+
+
+cdef Problem new_problem():
+    cdef Problem p = Problem.__new__(Problem)
+    cdef int i
+    for i in range(<int> OPERANDS):
+        p.layouts[i].data = NULL
+    p.operand_count = 0
+    p.kept = []
+    p.sequences = 1
+    p.packed = False
+    p.uneven = False
+    return p
+
+
+cdef int read_activation(Problem p, object activation, object sinks, bint return_lse) except -1:
+    if type(activation) is not str:
+        raise TypeError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
+    if activation == "softmax":
+        p.shared.activation = FA_SOFTMAX
+        return 0
+    if activation == "relu":
+        p.shared.activation = FA_RELU
+    elif activation == "sigmoid":
+        p.shared.activation = FA_SIGMOID
+    else:
+        raise ValueError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
+    if return_lse:
+        raise ValueError(f"return_lse needs activation='softmax': {activation!r} has no log-sum-exp")
+    if sinks is not None:
+        raise ValueError(f"sinks needs activation='softmax': {activation!r} has no denominator")
+    return 0
+
+
+cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) except -1:
+    """Query, key and value, of one dtype: shapes that fit, batch axes, addresses."""
+    cdef cnp.ndarray query = arrays[0], key = arrays[1], value = arrays[2]
+    cdef int i
+    for i, name in enumerate(("query", "key", "value")):
+        if arrays[i].ndim < 2:
+            raise ValueError(f"{name} has shape {arrays[i].shape}; it needs at least two axes, "
+                             f"(..., {'L, D' if i == 0 else 'S, D' if i == 1 else 'S, E'})")
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 1)
+    cdef Py_ssize_t keys = cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 2)
+    if cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 1) != channels:
+        raise ValueError(f"key has head_dim {key.shape[key.ndim - 1]} (its last axis) and query {channels}: for dot "
+                         f"products they must be equal")
+    if cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 2) != keys:
+        raise ValueError(f"value has {value.shape[value.ndim - 2]} rows (axis -2) and key {keys}: there must be one "
+                         f"value for each key")
+    read_batch(p, query, key, value, grouped, group)
+    place(p, QUERY, query, 2)
+    place(p, KEY, key, 2)
+    place(p, VALUE, value, 2)
+    p.shared.head_dim = channels
+    p.shared.value_dim = cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 1)
+    p.sizes.queries = p.sizes.query_length = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 2)
+    p.sizes.keys = p.sizes.key_length = keys
+    p.longest_query = p.sizes.queries
+    p.longest_key = keys
+    return 0
+
+
+cdef int finish(Problem p, Py_ssize_t group) except -1:
+    """What the layouts say of the strides of a head; then the head axis is split where it is grouped."""
+    if group > 1:
+        split_heads(p, group)
+    for_view(&p.sizes.query.row, &p.sizes.query.col, &p.layouts[<int> QUERY])
+    for_view(&p.sizes.key.row, &p.sizes.key.col, &p.layouts[<int> KEY])
+    for_view(&p.sizes.value.row, &p.sizes.value.col, &p.layouts[<int> VALUE])
+    for_view(&p.sizes.out.row, &p.sizes.out.col, &p.layouts[<int> OUT])
+    p.sizes.mask.data = p.sizes.bias.data = p.sizes.weights.data = p.sizes.lse.data = NULL
+    if p.layouts[<int> MASK].data != NULL:
+        for_view(&p.sizes.mask.row, &p.sizes.mask.col, &p.layouts[<int> MASK])
+    if p.layouts[<int> BIAS].data != NULL:
+        for_view(&p.sizes.bias.row, &p.sizes.bias.col, &p.layouts[<int> BIAS])
+    if p.layouts[<int> WEIGHTS].data != NULL:
+        for_view(&p.sizes.weights.row, &p.sizes.weights.col, &p.layouts[<int> WEIGHTS])
+    if p.layouts[<int> LSE].data != NULL:
+        for_view(&p.sizes.lse.row, &p.sizes.lse.col, &p.layouts[<int> LSE])
+    if p.shared.left < INT64_MAX or p.shared.right < INT64_MAX:
+        p.uneven = True
+    return 0
+
+
+cdef inline void for_view(Py_ssize_t *row, Py_ssize_t *col, const Layout *layout) noexcept:
+    row[0] = layout.row
+    col[0] = layout.col
+
+
+cdef Problem read_dot_product(
+    object query, object key, object value, object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef Py_ssize_t group
+    cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
+    cdef bint with_weights = flag(return_weights, "return_weights"), with_lse = flag(return_lse, "return_lse")
+    cdef bint grouped = flag(enable_gqa, "enable_gqa")
+    p.shared.dtype = promote(arrays, ("query", "key", "value"))
+    p.shared.bias_dtype = FA_F32
+    read_arrays(p, arrays, grouped, &group)
+    read_window(p, window_size, flag(is_causal, "is_causal"))
+    read_activation(p, activation, sinks, with_lse)
+    p.num_threads = num_threads
+    if num_threads is not None:
+        checked_threads(num_threads)
+    p.shared.scale = (1.0 / math.sqrt(p.shared.head_dim) if p.shared.head_dim else 1.0) if scale is None else \
+        real_scalar(scale, "scale", "a finite real number or None")
+    p.shared.softcap = 0
+    if softcap is not None:
+        p.shared.softcap = real_scalar(softcap, "softcap", "a positive finite number or None")
+        if p.shared.softcap <= 0:
+            raise ValueError(f"softcap must be a positive finite number or None, not {softcap}")
+
+    cdef tuple batch = batch_shape(p)
+    cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
+    cdef list inputs = arrays
+    cdef tuple names = ("query", "key", "value")
+    p.offset_is_default = True
+    p.shared.has_slope = p.shared.has_sink = False
+    if key_lengths is not None:
+        read_integers(p, KEY_LENGTHS, key_lengths, "key_lengths", batch, 0, cols, &p.sizes.key_length)
+    if query_lengths is not None:
+        read_integers(p, QUERY_LENGTHS, query_lengths, "query_lengths", batch, 0, rows, &p.sizes.query_length)
+    if query_offset is not None:
+        p.offset_is_default = False
+        read_integers(p, OFFSETS, query_offset, "query_offset", batch, None, None, &p.sizes.offset)
+    if mask is not None:
+        read_mask(p, mask, batch, rows, cols)
+        inputs, names = [*inputs, p.kept[-1]], (*names, "mask")
+    if bias is not None:
+        read_bias(p, bias, batch, rows, cols)
+        inputs, names = [*inputs, p.kept[-1]], (*names, "bias")
+    if alibi_slopes is not None:
+        read_per_head(p, SLOPES, alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
+        p.shared.has_slope = True
+    if sinks is not None:
+        read_per_head(p, SINKS, sinks, "sinks", batch, p.shared.dtype)
+        p.shared.has_sink = True
+
+    p.out = checked_out(out, (*batch, rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
+    place(p, OUT, p.out, 2)
+    if with_weights:
+        p.weights = np.empty((*batch, rows, cols), accumulation(p.shared.dtype))
+        place(p, WEIGHTS, p.weights, 2)
+    if with_lse:
+        p.lse = np.empty((*batch, rows), accumulation(p.shared.dtype))
+        place(p, LSE, p.lse, 1)
+    finish(p, group)
+    return p
+
+
+# Packed sequences
+
+cdef const int64_t[::1] read_starts(object x, str name, Py_ssize_t total, str axis):
+    cdef cnp.ndarray a = as_array(x, name)
+    allowed = f"a one-dimensional integer array [0, n1, n1 + n2, ..., {total}] that never falls"
+    if a.dtype.kind not in "iu" or not a.dtype.isnative:
+        raise TypeError(f"{name} must be {allowed}, not of dtype {a.dtype}")
+    if cnp.PyArray_NDIM(a) != 1 or a.size < 1:
+        raise ValueError(f"{name} has shape {shape_of(a)}; it must be {allowed}")
+    if a[0] != 0 or a[a.size - 1] != total or np.any(a[1:] < a[:-1]):
+        raise ValueError(f"{name} must be {allowed} (the last number is the size of {axis}): it is "
+                         f"{np.array2string(a, threshold=8)}")
+    return np.ascontiguousarray(a, dtype=np.int64)
+
+
+cdef Problem read_varlen(
+    object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,
+    object window_size, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_lse, object out, object num_threads,
+):
+    cdef Problem p = read_dot_product(
+        query, key, value, is_causal, window_size, None, None, None, None, None, alibi_slopes, scale, softcap, sinks,
+        activation, enable_gqa, False, return_lse, out, num_threads)
+    p.query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.sizes.queries, "query's axis -2")
+    if cu_seqlens_k is None:
+        if p.sizes.keys != p.sizes.queries:
+            raise ValueError(f"cu_seqlens_k is needed where query and key have different total lengths "
+                             f"({p.sizes.queries} and {p.sizes.keys})")
+        p.key_starts = p.query_starts
+    else:
+        p.key_starts = read_starts(cu_seqlens_k, "cu_seqlens_k", p.sizes.keys, "key's axis -2")
+    if p.key_starts.shape[0] != p.query_starts.shape[0]:
+        raise ValueError(f"cu_seqlens_k has {p.key_starts.shape[0]} numbers and cu_seqlens_q "
+                         f"{p.query_starts.shape[0]}: both must describe the same sequences")
+    p.sequences = p.query_starts.shape[0] - 1
+    cdef Py_ssize_t i
+    p.longest_query = p.longest_key = 0
+    for i in range(p.sequences):
+        p.longest_query = max(p.longest_query, p.query_starts[i + 1] - p.query_starts[i])
+        p.longest_key = max(p.longest_key, p.key_starts[i + 1] - p.key_starts[i])
+    p.packed = True
+    p.uneven = True
+    return p
+
+
+# Rows
+
+cdef tuple checked_axes(object axis, int ndim):
+    """The axes of a row, in ascending order."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = []
+    for one in axis if isinstance(axis, (tuple, list)) else (axis,):
+        n = integer(one, "axis", "an integer, a tuple of integers, or None for all axes")
+        if not -ndim <= n < ndim:
+            raise np.exceptions.AxisError(f"axis {n} is out of bounds for x, which has {ndim} axes")
+        axes.append(n % ndim)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis must not name an axis twice: {axis}")
+    return tuple(sorted(axes))
+
+
+cdef void join_axes(Axes *axes) noexcept:
+    """Joins each axis to the one after it where all operands allow that; drops axes of one element."""
+    cdef int i, k, n = 0
+    cdef bint joined
+    for i in range(axes.count):
+        if axes.shape[i] == 1:
+            continue
+        joined = n > 0
+        for k in range(<int> ROW_OPERANDS):
+            if n > 0 and axes.strides[k][n - 1] != axes.strides[k][i] * axes.shape[i]:
+                joined = False
+        if joined:
+            axes.shape[n - 1] *= axes.shape[i]
+            for k in range(<int> ROW_OPERANDS):
+                axes.strides[k][n - 1] = axes.strides[k][i]
+        else:
+            axes.shape[n] = axes.shape[i]
+            for k in range(<int> ROW_OPERANDS):
+                axes.strides[k][n] = axes.strides[k][i]
+            n += 1
+    axes.count = n
+
+
+cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims):
+    """reduces: the result has one number a row, in the accumulation dtype (logsumexp)."""
+    cdef Rows p = Rows.__new__(Rows)
+    cdef cnp.ndarray a = floating(x, "x"), m = None, o
+    cdef int ndim = cnp.PyArray_NDIM(a), i, k
+    cdef tuple axes = checked_axes(axis, ndim)
+    cdef Axes *to
+    cdef bint keep = flag(keepdims, "keepdims")
+    if num_threads is not None:
+        checked_threads(num_threads)
+    p.num_threads = num_threads
+    p.dtype = p.out_dtype = storage_of(a, "x")
+    shape = shape_of(a)
+    dtype = a.dtype
+    if reduces:
+        dtype = accumulation(p.dtype)
+        p.out_dtype = FA_F64 if p.dtype == FA_F64 else FA_F32
+        shape = tuple([1 if i in axes else n for i, n in enumerate(shape) if keep or i not in axes])
+    inputs, names = [a], ("x",)
+    p.data[<int> ROW_MASK] = NULL
+    if mask is not None:
+        m = as_array(mask, "mask")
+        if cnp.PyArray_TYPE(m) != cnp.NPY_BOOL:
+            raise TypeError(f"mask must be boolean, True where an entry counts, not of dtype {m.dtype}")
+        try:
+            m = np.broadcast_to(m, shape_of(a))
+        except ValueError:
+            raise ValueError(f"mask has shape {shape_of(m)}, which does not broadcast to x's, {shape_of(a)}") from None
+        inputs, names = [a, m], ("x", "mask")
+        p.data[<int> ROW_MASK] = <char *> cnp.PyArray_DATA(m)
+    p.answer = o = checked_out(out, shape, dtype, inputs, names, not reduces)
+    if reduces and not keep:
+        o = np.expand_dims(o, axes)
+    p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
+    p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
+    p.aligned = cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISALIGNED(o)
+    p.kept = [a, m, o]
+    p.row.count = p.batch.count = 0
+    p.length = p.rows = 1
+    for i in range(ndim):
+        to = &p.row if i in axes else &p.batch
+        if i in axes:
+            p.length *= cnp.PyArray_DIM(a, i)
+        else:
+            p.rows *= cnp.PyArray_DIM(a, i)
+        k = to.count
+        to.shape[k] = cnp.PyArray_DIM(a, i)
+        to.strides[<int> ROW_X][k] = cnp.PyArray_STRIDE(a, i)
+        to.strides[<int> ROW_OUT][k] = cnp.PyArray_STRIDE(o, i)
+        to.strides[<int> ROW_MASK][k] = 0 if mask is None else cnp.PyArray_STRIDE(m, i)
+        if reduces and i in axes:
+            to.strides[<int> ROW_OUT][k] = 0
+        to.count += 1
+    join_axes(&p.row)
+    join_axes(&p.batch)
+    return p
+
+
+# Parts
+
+cdef Parts read_parts(object outs, object lses):
+    """Parts of the key axis: outs, each (..., L, E), and lses, each (..., L)."""
+    cdef Parts p = Parts.__new__(Parts)
+    for x, name in ((outs, "outs"), (lses, "lses")):
+        if not isinstance(x, (list, tuple)) and not (isinstance(x, np.ndarray) and x.ndim):
+            raise TypeError(f"{name} must be a sequence of arrays, one for each part, not {type(x).__name__}")
+    if len(outs) != len(lses) or len(outs) == 0:
+        raise ValueError(f"outs and lses must have one array for each part, and at least one: they have {len(outs)} and "
+                         f"{len(lses)}")
+    out_arrays = [floating(x, f"outs[{i}]") for i, x in enumerate(outs)]
+    lse_arrays = [floating(x, f"lses[{i}]") for i, x in enumerate(lses)]
+    dtype = common_dtype(out_arrays, tuple([f"outs[{i}]" for i in range(len(outs))]))
+    shape = out_arrays[0].shape
+    for i in range(len(out_arrays)):
+        if out_arrays[i].ndim < 2 or out_arrays[i].shape != shape:
+            raise ValueError(f"outs[{i}] has shape {out_arrays[i].shape}; all parts must have the same shape (..., L, E), "
+                             f"and outs[0] has {shape}")
+        if lse_arrays[i].shape != shape[:-1]:
+            raise ValueError(f"lses[{i}] has shape {lse_arrays[i].shape}; to fit outs it must be {shape[:-1]}")
+    p.out = np.empty(shape, dtype)
+    p.dtype = storage_of(p.out, "outs")
+    p.lse = np.empty(shape[:-1], accumulation(p.dtype))
+    p.parts = len(out_arrays)
+    p.rows = p.lse.size
+    p.value_dim = shape[len(shape) - 1]
+    p.shape = np.array(shape[:-1], np.int64)
+    p.out_at = np.array([a.ctypes.data for a in out_arrays], np.int64)
+    p.lse_at = np.array([a.ctypes.data for a in lse_arrays], np.int64)
+    p.out_strides = np.array([a.strides for a in out_arrays], np.int64)
+    p.lse_strides = np.array([a.strides for a in lse_arrays], np.int64)
+    p.out_dtype = np.array([<int> storage_of(a, "outs") for a in out_arrays], np.int64)
+    p.lse_dtype = np.array([<int> storage_of(a, "lses") for a in lse_arrays], np.int64)
+    p.kept = [out_arrays, lse_arrays]
+    return p

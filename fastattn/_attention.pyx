@@ -1,0 +1,177 @@
+"""The driver: cuts a problem into tiles of query rows, gives them to threads, and walks each over the keys it may see.
+
+It knows tiles, threads and scratch memory; what a tile computes is the kernels' affair (kernels/fastattn.h). Outputs of
+tiles are disjoint and the bits of a row do not depend on its tile, so the order and the number of threads cannot change
+a result.
+"""
+import numpy as np
+
+from cython.parallel cimport parallel, prange, threadid
+from libc.stdint cimport int64_t
+
+from fastattn._arguments cimport Problem, read_dot_product, read_varlen
+from fastattn._runtime cimport (FA_ALIGN, FA_SPAN, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
+                                interrupted, kernels_for, take_workspace)
+
+cdef enum:
+    # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
+    # too few tiles to share out evenly.
+    LEAST_ROWS = 96
+    MOST_ROWS = 768
+    TILES = 16          # wanted in a call, where that leaves tiles of LEAST_ROWS
+    GROUP = 6           # a tile is a whole number of the kernels' row groups, where it can be
+
+# Multiplications below which threads, and letting others have the GIL, cost more than they bring.
+cdef double SMALL_WORK = 1e6
+# ... and those of the largest tile, so that a thread is not long alone with the last one.
+cdef double MOST_WORK = 2e10
+
+
+cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
+    """Depends on the shapes only."""
+    cdef Py_ssize_t longest = p.longest_query, rows, tiles
+    cdef double work_of_row = <double> p.longest_key * (p.shared.head_dim + p.shared.value_dim) + 1
+    rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / TILES)
+    rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
+    rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
+    if longest <= rows:
+        return max(longest, 1)
+    tiles = (longest + rows - 1) // rows
+    rows = (longest + tiles - 1) // tiles
+    return (rows + GROUP - 1) // GROUP * GROUP
+
+
+cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, Py_ssize_t sequence, int64_t row,
+                  int64_t most_rows, void *workspace, bint watch, double *last_look) noexcept nogil:
+    """One tile, from the first key to the last. watch: look for Ctrl-C now and then; returns whether it came."""
+    cdef fa_head head
+    cdef int64_t rows, begin, end, stop
+    p.locate(head_index, sequence, &head)
+    if row >= head.queries:
+        return 0
+    rows = min(most_rows, head.queries - row)
+    kernels.open_tile(&p.shared, &head, row, rows, workspace)
+    fa_visible_keys(&p.shared, &head, row, rows, &begin, &end)
+    while begin < end:
+        stop = min(end, (begin // FA_SPAN + 1) * FA_SPAN)
+        kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
+        begin = stop
+        if watch and interrupted(last_look):
+            return 1
+    kernels.close_tile(&p.shared, &head, row, rows, workspace)
+    return 0
+
+
+cdef int run_serial(Problem p, const fa_kernels *kernels, int64_t rows, void *workspace, bint watch) noexcept nogil:
+    cdef Py_ssize_t head, sequence
+    cdef int64_t row
+    cdef double last_look = 0
+    for head in range(p.heads):
+        for sequence in range(p.sequences):
+            row = 0
+            while row < p.longest_query:
+                if run_tile(p, kernels, head, sequence, row, rows, workspace, watch, &last_look):
+                    return 1
+                row += rows
+    return 0
+
+
+cdef object tiles_in_order(Problem p, int64_t rows):
+    """(tiles, 3) array of head, sequence, first row; where they differ in cost the heaviest first."""
+    cdef Py_ssize_t per_sequence = (p.longest_query + rows - 1) // rows
+    cdef Py_ssize_t count = p.heads * p.sequences * per_sequence, n = 0, head, sequence, t
+    table = np.empty((count, 3), np.int64)
+    cost = np.empty(count, np.float64)
+    cdef int64_t[:, ::1] tile = table
+    cdef double[::1] cost_of = cost
+    cdef fa_head h
+    cdef int64_t begin, end, row
+    for head in range(p.heads):
+        for sequence in range(p.sequences):
+            p.locate(head, sequence, &h)
+            for t in range(per_sequence):
+                row = t * rows
+                if row >= h.queries:
+                    break
+                fa_visible_keys(&p.shared, &h, row, min(rows, h.queries - row), &begin, &end)
+                tile[n, 0], tile[n, 1], tile[n, 2] = head, sequence, row
+                cost_of[n] = -<double> (end - begin + 1) * min(rows, h.queries - row)
+                n += 1
+    if not p.uneven:
+        return table[:n]
+    return table[:n][np.argsort(cost[:n], kind="stable")]
+
+
+cdef int run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
+                      char *workspaces, size_t workspace_size) noexcept nogil:
+    cdef Py_ssize_t t, count = tile.shape[0]
+    cdef Py_ssize_t chunk = max(1, count // (threads * 64))
+    cdef double last_look = 0
+    cdef int stop = 0
+    with nogil, parallel(num_threads=threads):
+        for t in prange(count, schedule="dynamic", chunksize=chunk):
+            if not stop:
+                # Only the caller's thread, number 0, may deal with signals; the others see `stop`.
+                if run_tile(p, kernels, tile[t, 0], tile[t, 1], tile[t, 2], rows,
+                            workspaces + threadid() * workspace_size, threadid() == 0, &last_look):
+                    stop = 1
+    return stop
+
+
+cdef object attend(Problem p):
+    """Carries the problem out."""
+    cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
+    cdef int64_t rows = rows_of_tiles(p)
+    cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
+    cdef double work = (<double> p.heads * p.sizes.queries * p.longest_key *
+                        (p.shared.head_dim + p.shared.value_dim))
+    cdef bint small = work < SMALL_WORK
+    cdef int threads = 1 if small else allowed_threads(p.num_threads), stop = 0
+    cdef char *workspaces
+    cdef const int64_t[:, ::1] tiles
+    if p.heads == 0 or p.longest_query == 0:
+        return p.result()
+    if threads > 1:
+        tiles = tiles_in_order(p, rows)
+        threads = min(threads, tiles.shape[0])
+    workspaces = <char *> take_workspace(size * threads)
+    try:
+        if small:
+            run_serial(p, kernels, rows, workspaces, False)
+        elif threads <= 1:
+            with nogil:
+                stop = run_serial(p, kernels, rows, workspaces, True)
+        else:
+            with nogil:
+                stop = run_parallel(p, kernels, rows, threads, tiles, workspaces, size)
+    finally:
+        give_workspace(workspaces)
+    if stop:
+        raise_pending()
+    return p.result()
+
+
+cdef extern from *:
+    """
+    /* The exception that PyErr_CheckSignals left behind. */
+    static int fa_raise_pending(void) { return PyErr_Occurred() ? -1 : 0; }
+    """
+    int raise_pending "fa_raise_pending"() except -1
+
+
+def dot_product_attention(
+    query, key, value, is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes,
+    scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads,
+):
+    return attend(read_dot_product(
+        query, key, value, is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes,
+        scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))
+
+
+def varlen_attention(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, window_size, alibi_slopes, scale, softcap, sinks,
+    activation, enable_gqa, return_lse, out, num_threads,
+):
+    return attend(read_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, window_size, alibi_slopes, scale, softcap, sinks,
+        activation, enable_gqa, return_lse, out, num_threads))

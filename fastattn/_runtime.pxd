@@ -1,0 +1,74 @@
+# What all drivers share, and the kernels' contract as Cython sees it.
+from libc.stdint cimport int64_t
+
+cdef extern from "kernels/fastattn.h" nogil:
+    enum:
+        FA_BLOCK
+        FA_SPAN
+        FA_ALIGN
+
+    ctypedef enum fa_dtype:
+        FA_F32
+        FA_F64
+        FA_F16
+        FA_BF16
+
+    ctypedef enum fa_activation:
+        FA_SOFTMAX
+        FA_RELU
+        FA_SIGMOID
+
+    ctypedef enum fa_row_function:
+        FA_ROW_SOFTMAX
+        FA_ROW_LOG_SOFTMAX
+        FA_ROW_LOGSUMEXP
+
+    ctypedef struct fa_view:
+        char *data
+        Py_ssize_t row, col
+
+    ctypedef struct fa_problem:
+        int64_t head_dim, value_dim, left, right
+        double scale, softcap
+        fa_dtype dtype, bias_dtype
+        fa_activation activation
+        int has_slope, has_sink
+
+    ctypedef struct fa_head:
+        fa_view query, key, value, mask, bias, out, weights, lse
+        int64_t queries, keys, query_length, key_length, offset
+        double slope, sink
+
+    ctypedef struct fa_kernels:
+        const char *name
+        size_t (*tile_workspace)(const fa_problem *, int64_t, int64_t) noexcept nogil
+        void (*open_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
+        void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t, void *) noexcept nogil
+        void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
+        void (*row)(fa_row_function, const void *, const char *, void *, int64_t) noexcept nogil
+        void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil
+        void (*scatter)(char *, Py_ssize_t, const void *, int64_t, fa_dtype) noexcept nogil
+        void (*merge)(void *, void *, const void *const *, const void *, int64_t, int64_t) noexcept nogil
+
+    ctypedef struct fa_instruction_set:
+        const char *name
+        const fa_kernels *f32
+        const fa_kernels *f64
+
+    int fa_runnable(const fa_instruction_set **sets, int room)
+    void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                         int64_t *begin, int64_t *end)
+
+
+# The kernels in force for a storage dtype: those of its accumulation dtype.
+cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
+
+# How many threads a call with this num_threads argument may use, before the size of its work is looked at.
+cdef int allowed_threads(object num_threads) except -1
+
+# Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL.
+cdef void *take_workspace(size_t size) except NULL
+cdef void give_workspace(void *workspace) noexcept
+
+# For the caller's thread, now and then, without the GIL: whether the call is to stop (a Python exception is set then).
+cdef bint interrupted(double *last_look) noexcept nogil

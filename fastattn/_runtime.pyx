@@ -1,0 +1,260 @@
+"""What all drivers share: the kernels in force, the number of threads, scratch memory, Ctrl-C and fork.
+
+The C kernels of every instruction set are linked into this module; the choice is made once, at import.
+"""
+import os
+import warnings
+
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from libc.stdint cimport uintptr_t
+
+cdef extern from *:
+    """
+    #include <time.h>
+    #if defined(__linux__)
+    #include <sched.h>
+    #endif
+    #if !defined(_WIN32)
+    #include <pthread.h>
+    #include <unistd.h>
+    #endif
+    #if defined(_OPENMP)
+    #include <omp.h>
+    #endif
+
+    static int fa_openmp_version(void)
+    {
+    #if defined(_OPENMP)
+        return _OPENMP;
+    #else
+        return 0;
+    #endif
+    }
+
+    /* A child of fork() inherits the record of its parent's OpenMP threads but not the threads, and would wait for them
+     * for ever. Letting them go before the fork, in the parent, cures it; in the child it is too late. */
+    #if defined(_OPENMP) && !defined(_WIN32) && (_OPENMP >= 201811 || (__GNUC__ >= 9 && !defined(__clang__)))
+    static void fa_before_fork(void) { omp_pause_resource_all(omp_pause_soft); }
+    static void fa_watch_fork(void) { pthread_atfork(fa_before_fork, NULL, NULL); }
+    #else
+    static void fa_watch_fork(void) {}
+    #endif
+
+    static double fa_seconds(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    }
+
+    /* CPUs that this process may be scheduled on. */
+    static int fa_affinity(void)
+    {
+    #if defined(__linux__)
+        cpu_set_t set;
+        if (sched_getaffinity(0, sizeof set, &set) == 0)
+            return CPU_COUNT(&set);
+    #endif
+    #if !defined(_WIN32)
+        return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    #else
+        return 1;
+    #endif
+    }
+
+    static int fa_check_signals(void)
+    {
+        PyGILState_STATE state = PyGILState_Ensure();
+        int result = PyErr_CheckSignals();
+        PyGILState_Release(state);
+        return result;
+    }
+    """
+    int fa_openmp_version() noexcept nogil
+    void fa_watch_fork() noexcept
+    double fa_seconds() noexcept nogil
+    int fa_affinity() noexcept nogil
+    int fa_check_signals() noexcept nogil
+
+
+# Instruction sets
+
+cdef const fa_instruction_set *sets[8]
+cdef int set_count = fa_runnable(sets, 8)
+cdef const fa_instruction_set *selected_set = sets[0]
+
+runnable = [sets[i].name.decode() for i in range(set_count)]
+
+_forced = os.environ.get("FASTATTN_ISA", "")
+if _forced:
+    if _forced not in runnable:
+        raise ImportError(f"FASTATTN_ISA={_forced!r}: this CPU and build can run {', '.join(runnable)}")
+    selected_set = sets[runnable.index(_forced)]
+
+selected = selected_set.name.decode()
+kernel_names = {
+    "float32": selected_set.f32.name.decode(),
+    "float64": selected_set.f64.name.decode(),
+    "float16": selected_set.f32.name.decode(),
+    "bfloat16": selected_set.f32.name.decode(),
+}
+openmp_version = fa_openmp_version()
+fa_watch_fork()
+
+
+cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
+    return selected_set.f64 if dtype == FA_F64 else selected_set.f32
+
+
+# Threads
+
+cdef int chosen_threads = 0  # by set_num_threads; 0: not yet
+cdef int environment_threads = 0
+cdef int quota_threads = 0
+
+# More threads than this, or than there are CPUs, never help, and a system that refuses to make them ends the process.
+cdef enum:
+    MOST_THREADS = 16
+
+
+def _threads_from_environment():
+    """FASTATTN_NUM_THREADS, else OMP_NUM_THREADS (of a list the first); 0 where neither says anything usable."""
+    for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").strip()
+        if not text:
+            continue
+        first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
+        if first.isascii() and first.isdigit() and int(first) >= 1:
+            return min(int(first), 1 << 30)
+        warnings.warn(f"{name}={text!r} is ignored: it must be an integer of at least 1", RuntimeWarning, stacklevel=2)
+    return 0
+
+
+def _threads_from_quota():
+    """CPUs that the control groups of this process allow, rounded up; a large number where there is no limit."""
+    least = 1 << 30
+    try:
+        with open("/proc/self/cgroup") as file:
+            lines = [line.strip().split(":", 2) for line in file]
+    except OSError:
+        return least
+    for _, controllers, path in lines:
+        if controllers == "":
+            base, names = "/sys/fs/cgroup", ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            base, names = "/sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        while True:
+            try:
+                words = []
+                for name in names:
+                    with open(f"{base}{path.rstrip('/')}/{name}") as file:
+                        words += file.read().split()
+                quota, period = int(words[0]), int(words[1])
+                if quota > 0 and period > 0:
+                    least = min(least, max(1, (quota + period - 1) // period))
+            except (OSError, ValueError, IndexError):
+                pass  # no such file here, or "max": no limit
+            if path in ("", "/"):
+                break
+            path = path.rsplit("/", 1)[0]
+    return least
+
+
+environment_threads = _threads_from_environment()
+
+
+cdef int default_threads() except -1:
+    global quota_threads
+    if chosen_threads:
+        return chosen_threads
+    if environment_threads:
+        return environment_threads
+    if not quota_threads:
+        quota_threads = _threads_from_quota()
+    return max(1, min(fa_affinity(), quota_threads))
+
+
+def checked_threads(num_threads):
+    """The argument as an int of at least 1."""
+    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
+        raise TypeError(f"num_threads must be an integer of at least 1 or None, not {type(num_threads).__name__}")
+    count = num_threads.__index__()
+    if count < 1:
+        raise ValueError(f"num_threads must be at least 1, not {count}")
+    return min(count, 1 << 30)
+
+
+def get_threads():
+    return default_threads()
+
+
+def set_threads(num_threads):
+    global chosen_threads
+    chosen_threads = checked_threads(num_threads)
+
+
+cdef int allowed_threads(object num_threads) except -1:
+    cdef int count = default_threads() if num_threads is None else checked_threads(num_threads)
+    if not openmp_version:
+        return 1
+    return min(count, max(MOST_THREADS, fa_affinity()))
+
+
+# Scratch memory
+
+cdef void *kept = NULL
+cdef size_t kept_size = 0
+
+cdef enum:
+    MOST_KEPT = 16 << 20
+
+
+# Stands in front of the aligned block.
+cdef struct Allocation:
+    void *address
+    size_t size
+
+
+cdef inline Allocation *allocation_of(void *block) noexcept:
+    return <Allocation *> (<char *> block - sizeof(Allocation))
+
+
+cdef void *take_workspace(size_t size) except NULL:
+    global kept, kept_size
+    cdef char *raw
+    cdef char *block
+    if kept != NULL and size <= kept_size:
+        block = <char *> kept
+        kept = NULL
+        return block
+    raw = <char *> PyMem_RawMalloc(size + 2 * FA_ALIGN)
+    if raw == NULL:
+        raise MemoryError(f"no memory for a workspace of {size} bytes")
+    block = <char *> ((<uintptr_t> raw + 2 * FA_ALIGN - 1) // FA_ALIGN * FA_ALIGN)
+    allocation_of(block).address = raw
+    allocation_of(block).size = size
+    return block
+
+
+cdef void give_workspace(void *workspace) noexcept:
+    global kept, kept_size
+    cdef Allocation *allocation = allocation_of(workspace)
+    if allocation.size > MOST_KEPT or (kept != NULL and kept_size >= allocation.size):
+        PyMem_RawFree(allocation.address)
+        return
+    if kept != NULL:
+        PyMem_RawFree(allocation_of(kept).address)
+    kept = workspace
+    kept_size = allocation.size
+
+
+# Ctrl-C
+
+cdef bint interrupted(double *last_look) noexcept nogil:
+    cdef double now = fa_seconds()
+    if now - last_look[0] < 0.05:
+        return False
+    last_look[0] = now
+    return fa_check_signals() != 0

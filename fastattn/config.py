@@ -1,0 +1,111 @@
+"""Threads, and what this build runs on."""
+
+import platform
+import sys
+
+import numpy
+
+from fastattn import _runtime
+
+
+def get_num_threads():
+    """
+    Number of threads that a call may use when it has no ``num_threads`` argument.
+
+    In this order: `set_num_threads`, the environment variables ``FASTATTN_NUM_THREADS`` and ``OMP_NUM_THREADS`` (read
+    at import), the CPUs that this process may use (affinity and control-group quota). Small calls use one thread
+    whatever it says, and no result depends on it.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.get_num_threads() >= 1
+    True
+    """
+    return _runtime.get_threads()
+
+
+def set_num_threads(num_threads):
+    """
+    Set the number of threads for the calls of this process that have no ``num_threads`` argument.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is below 1, or not an integer.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> before = fastattn.get_num_threads()
+    >>> fastattn.set_num_threads(1)
+    >>> fastattn.get_num_threads()
+    1
+    >>> fastattn.set_num_threads(before)
+    """
+    _runtime.set_threads(num_threads)
+
+
+def cpu_info():
+    """
+    The instruction set in use, and those that could be.
+
+    Returns
+    -------
+    dict
+        ``'selected'``: the instruction set in use; ``'runnable'``: all that this build has and this CPU can run, best
+        first (each can be forced by the environment variable ``FASTATTN_ISA``, read at import); ``'kernels'``: for each
+        dtype the name of the kernels that serve it; ``'machine'``: the architecture.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> info = fastattn.cpu_info()
+    >>> info["selected"] in info["runnable"]
+    True
+    """
+    return {
+        "selected": _runtime.selected,
+        "runnable": list(_runtime.runnable),
+        "kernels": dict(_runtime.kernel_names),
+        "machine": platform.machine(),
+    }
+
+
+def show_config(file=None):
+    """
+    Print version, instruction sets, threads and OpenMP: what a bug report should say.
+
+    Parameters
+    ----------
+    file : text file, optional
+        Where to print; default `sys.stdout`.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.show_config()  # doctest: +ELLIPSIS
+    fastattn ...
+    """
+    import fastattn
+
+    info = cpu_info()
+    openmp = _runtime.openmp_version
+    lines = [
+        f"fastattn {fastattn.__version__}",
+        f"instruction set: {info['selected']} (runnable: {', '.join(info['runnable'])})",
+        f"kernels: {', '.join(f'{dtype}: {name}' for dtype, name in info['kernels'].items())}",
+        f"OpenMP: {openmp if openmp else 'none, this build runs on one thread'}",
+        f"threads: {get_num_threads() if openmp else 1}",
+        f"NumPy {numpy.__version__}, Python {platform.python_version()}, {platform.system()} {info['machine']}",
+    ]
+    print("\n".join(lines), file=file or sys.stdout)

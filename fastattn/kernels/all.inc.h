@@ -1,0 +1,27 @@
+/* Every idea, for one dtype; then the names are free for the next. */
+#include "vector.inc.h"
+
+#include "storage.inc.h"
+
+#include "product.inc.h"
+
+#include "attend.inc.h"
+
+#include "rows.inc.h"
+
+static const fa_kernels NAME(table) = {
+    KERNELS,          NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(close_tile),
+    NAME(row),        NAME(gather),         NAME(scatter),   NAME(merge),
+};
+
+#undef BITS
+#undef REAL
+#undef NAME
+#undef KERNELS
+#undef LANES
+#undef real
+#undef vec
+#undef ivec
+#undef PRODUCT
+#undef FOR_VECS
+#undef LIST_VECS

@@ -1,0 +1,239 @@
+/* A tile from the first key to the last: the loop that all kinds of attention share.
+ *
+ * For each block of FA_BLOCK keys: pack the keys once, then for each group of ROWS query rows
+ *
+ *     visible keys -> scores -> rules -> weights -> weighted sum -> state
+ *
+ * Keys lie in the lanes. A step of 256 keys, rather than of one panel, pays for the horizontal maximum and for loading,
+ * rescaling and storing the output once in 256 keys; the packed block and the values stay in the second cache while the
+ * groups of the tile pass over them, the scores of a group in the first.
+ */
+#include "tile.inc.h"
+
+#include "dot.inc.h"
+
+#include "values.inc.h"
+
+#include "online_softmax.inc.h"
+
+static void NAME(reset_state)(const fa_problem *problem, int64_t rows, int64_t value_row, real *m, real *l, real *o)
+{
+    const real least = problem->activation == FA_SOFTMAX ? -(real)INFINITY : 0; /* the others are relative to nothing */
+    for (int64_t r = 0; r < rows; r++)
+        m[r] = least;
+    memset(l, 0, (size_t)(rows * LANES) * sizeof(real));
+    memset(o, 0, (size_t)(rows * value_row) * sizeof(real));
+}
+
+/* Contract: fastattn.h. */
+static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
+{
+    NAME(tile) *tile = workspace;
+    NAME(lay_out)(tile, problem, rows, head->keys, workspace);
+    double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
+    NAME(pack_queries)(problem, &head->query, row, rows, (real)(problem->scale * unit), tile->q);
+    NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
+}
+
+static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
+{
+    if (tile->spans == 0)
+        NAME(reset_state)(problem, rows, tile->value_row, tile->m_all, tile->l_all, tile->o_all);
+    NAME(fold)(tile->m_all, tile->l_all, tile->o_all, tile->m, tile->l, tile->o, rows, tile->value_row,
+               NAME(natural)(problem, head));
+    tile->spans++;
+}
+
+/* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
+static void NAME(hide_weights)(const fa_head *head, int64_t i, int64_t begin, int64_t end)
+{
+    real *w = (real *)(head->weights.data + i * head->weights.row);
+    for (int64_t j = begin; j < end; j++)
+        w[j] = -(real)INFINITY;
+}
+
+/* One block, of which the tile sees the keys [begin, end). */
+static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
+                              int begin, int end, NAME(tile) * tile)
+{
+    const int natural = NAME(natural)(problem, head);
+    const int64_t value_row = tile->value_row;
+    const int rules = problem->softcap != 0 || problem->has_slope || head->bias.data;
+    const char *keys = head->key.data + block * head->key.row;
+    NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
+    int packed = 0, finite = -1;
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
+        key_bits seen[ROWS];
+        int lo = FA_BLOCK, hi = 0;
+        for (int r = 0; r < group; r++) {
+            const int64_t i = row + first + r;
+            int from, to;
+            row_range(problem, head, i, block, &from, &to);
+            seen[r] = bits_of_range(from, to);
+            if (from < to) {
+                lo = from < lo ? from : lo;
+                hi = to > hi ? to : hi;
+            }
+        }
+        if (lo >= hi)
+            continue;
+        if (head->mask.data) {
+            int any = 0;
+            for (int r = 0; r < group; r++) {
+                const int64_t i = row + first + r;
+                if (bits_any(&seen[r]))
+                    bits_and_mask(&seen[r], head->mask.data + i * head->mask.row + block * head->mask.col,
+                                  head->mask.col, lo, hi);
+                any |= bits_any(&seen[r]);
+            }
+            if (!any) {
+                if (head->weights.data)
+                    for (int r = 0; r < group; r++)
+                        NAME(hide_weights)(head, row + first + r, block + lo, block + hi);
+                continue;
+            }
+        }
+        if (!packed) {
+            NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->k);
+            if (!NAME(values_in_place)(problem, &head->value)) {
+                NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
+                value = (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+            }
+            packed = 1;
+        }
+        const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
+        real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
+        NAME(dot_scores)(problem, tile->q + first * problem->head_dim, group, tile->k, v_first, v_last, s);
+
+        /* Whole vectors, all seen: nothing to hide. */
+        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), range = bits_of_range(lo, hi);
+        int partial = 0;
+        for (int r = 0; r < group; r++) {
+            if (rules || !bits_equal(&seen[r], &whole))
+                NAME(apply_rules)(problem, head, row + first + r, block, v_first, v_last, &seen[r], s + r * FA_BLOCK,
+                                  tile->extra);
+            partial |= !bits_equal(&seen[r], &range);
+        }
+        if (head->weights.data && problem->activation == FA_SOFTMAX)
+            for (int r = 0; r < group; r++)
+                memcpy(head->weights.data + (row + first + r) * head->weights.row + (block + lo) * (int64_t)sizeof(real),
+                       s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
+
+        real shrink[ROWS];
+        if (problem->activation == FA_SOFTMAX) {
+            if (natural)
+                NAME(exponentials)(s, group, v_first, v_last, 1, m, l, shrink);
+            else
+                NAME(exponentials)(s, group, v_first, v_last, 0, m, l, shrink);
+        } else {
+            NAME(pointwise)(problem, s, group, v_first, v_last, seen, l);
+            for (int r = 0; r < group; r++)
+                shrink[r] = 1;
+        }
+        if (head->weights.data && problem->activation != FA_SOFTMAX)
+            for (int r = 0; r < group; r++)
+                memcpy(head->weights.data + (row + first + r) * head->weights.row + (block + lo) * (int64_t)sizeof(real),
+                       s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
+
+        if (partial && finite < 0)
+            finite = NAME(all_finite)(value, begin, end, value_row);
+        if (partial && !finite)
+            NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, tile->part);
+        else
+            NAME(weighted_sum)(s, group, value, lo, hi, value_row, tile->part);
+        for (int r = 0; r < group; r++) {
+            real *o = tile->o + (first + r) * value_row;
+            const real *part = tile->part + r * value_row;
+            const vec keep = NAME(fill)(shrink[r]);
+            for (int64_t c = 0; c < value_row; c += LANES)
+                NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(part + c)));
+        }
+    }
+}
+
+/* Contract: fastattn.h. */
+static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                             int64_t key_begin, int64_t key_end, void *workspace)
+{
+    NAME(tile) *tile = workspace;
+    const int64_t span = key_begin / FA_SPAN;
+    if (tile->open_span >= 0 && tile->open_span != span) {
+        NAME(end_span)(problem, head, rows, tile);
+        NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
+    }
+    tile->open_span = span;
+    for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
+        const int begin = key_begin > block ? (int)(key_begin - block) : 0;
+        const int end = key_end < block + FA_BLOCK ? (int)(key_end - block) : FA_BLOCK;
+        NAME(visit_block)(problem, head, row, rows, block, begin, end, tile);
+    }
+}
+
+/* Contract: fastattn.h. */
+static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
+{
+    NAME(tile) *tile = workspace;
+    const int natural = NAME(natural)(problem, head);
+    real *m = tile->m, *l = tile->l, *o = tile->o;
+    if (tile->spans) {
+        NAME(end_span)(problem, head, rows, tile);
+        m = tile->m_all, l = tile->l_all, o = tile->o_all;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t i = row + r;
+        real *o_i = o + r * tile->value_row;
+        real sum = NAME(total)(NAME(load)(l + r * LANES));
+        if (problem->activation == FA_SIGMOID)
+            sum = sum > 0; /* its weights are not divided by anything */
+        double lse = sum == 0 ? -INFINITY : 0;
+        double share = 1; /* of all exponentials, sink included, in those of the keys */
+        if (head->lse.data || problem->has_sink) {
+            if (sum != 0)
+                lse = (double)m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
+            if (problem->has_sink && head->sink != -INFINITY) {
+                const double keys_lse = lse;
+                const double most = keys_lse < head->sink ? head->sink : keys_lse; /* NaN in the scores stays */
+                const double least = keys_lse < head->sink ? keys_lse : head->sink;
+                lse = least == -INFINITY ? most : most + log1p(exp(least - most));
+                share = exp(keys_lse - lse);
+            }
+        }
+        const real factor = sum == 0 ? 0 : (real)(share / (double)sum);
+        const vec scale = NAME(fill)(factor);
+        for (int64_t c = 0; c < tile->value_row; c += LANES) /* + 0 makes -0 a 0, whichever zeros were added */
+            NAME(store)(o_i + c, NAME(load)(o_i + c) * scale + (vec){0});
+        if (sum == 0)
+            memset(o_i, 0, (size_t)tile->value_row * sizeof(real));
+        NAME(scatter)(head->out.data + i * head->out.row, head->out.col, o_i, problem->value_dim, problem->dtype);
+        if (head->lse.data) {
+            const real rounded = (real)lse;
+            memcpy(head->lse.data + i * head->lse.row, &rounded, sizeof rounded);
+        }
+        if (head->weights.data) {
+            /* The scores that visit_block left there, now that the row's maximum and sum are known. */
+            const int64_t group = row + r / ROWS * ROWS;
+            int64_t begin, end;
+            fa_visible_keys(problem, head, group, rows - r / ROWS * ROWS < ROWS ? rows - r / ROWS * ROWS : ROWS, &begin,
+                            &end);
+            real *w = (real *)(head->weights.data + i * head->weights.row);
+            const real most = m[r] == -(real)INFINITY ? 0 : m[r];
+            memset(w, 0, (size_t)begin * sizeof(real));
+            memset(w + end, 0, (size_t)(head->keys - end) * sizeof(real));
+            for (int64_t j = begin; j < end; j += LANES) {
+                real some[LANES];
+                const int n = end - j < LANES ? (int)(end - j) : LANES;
+                memset(some, 0, sizeof some);
+                memcpy(some, w + j, (size_t)n * sizeof(real));
+                vec x = NAME(load)(some);
+                ivec gone = x == NAME(fill)(-(real)INFINITY);
+                if (problem->activation == FA_SOFTMAX) {
+                    x -= most;
+                    x = NAME(exp2)(natural ? x * (real)1.44269504088896340736 : x);
+                }
+                NAME(store)(some, NAME(pick)(gone, (vec){0}, x * scale));
+                memcpy(w + j, some, (size_t)n * sizeof(real));
+            }
+        }
+    }
+}

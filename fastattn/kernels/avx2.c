@@ -1,0 +1,24 @@
+/* AVX2 with FMA: 16 registers of 32 bytes. 6 x 2 sums, 2 vectors and a broadcast fill 15 of them. */
+#include "compiler.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+
+#define ISA avx2
+#define VECTOR_BYTES 32
+#define ROWS 6
+#define VECS 2
+
+#define HAS_MAX
+static ALWAYS_INLINE __m256 max_f32(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+static ALWAYS_INLINE __m256d max_f64(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+#define HAS_TRUE_BITS
+static ALWAYS_INLINE unsigned true_bits_f32(__m256i where) { return (unsigned)_mm256_movemask_ps((__m256)where); }
+static ALWAYS_INLINE unsigned true_bits_f64(__m256i where) { return (unsigned)_mm256_movemask_pd((__m256d)where); }
+#define HAS_FLOOR
+static ALWAYS_INLINE __m256 floor_f32(__m256 x) { return _mm256_floor_ps(x); }
+static ALWAYS_INLINE __m256d floor_f64(__m256d x) { return _mm256_floor_pd(x); }
+
+#include "instantiate.inc.h"
+TARGET_END
+#endif

@@ -1,0 +1,38 @@
+/* AVX-512 (F, BW, DQ, VL): 32 registers of 64 bytes. 6 x 4 sums, 4 vectors and a broadcast fill 29 of them. */
+#include "compiler.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
+
+#define ISA avx512
+#define VECTOR_BYTES 64
+#define ROWS 6
+#define VECS 4
+
+#define HAS_MAX
+static ALWAYS_INLINE __m512 max_f32(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+static ALWAYS_INLINE __m512d max_f64(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+#define HAS_PICK_BITS
+static ALWAYS_INLINE __m512 pick_bits_f32(unsigned m, __m512 a, __m512 b) { return _mm512_mask_blend_ps((__mmask16)m, b, a); }
+static ALWAYS_INLINE __m512d pick_bits_f64(unsigned m, __m512d a, __m512d b) { return _mm512_mask_blend_pd((__mmask8)m, b, a); }
+#define HAS_TRUE_BITS
+static ALWAYS_INLINE unsigned true_bits_f32(__m512i where) { return _mm512_movepi32_mask(where); }
+static ALWAYS_INLINE unsigned true_bits_f64(__m512i where) { return _mm512_movepi64_mask(where); }
+#define HAS_FLOOR
+static ALWAYS_INLINE __m512 floor_f32(__m512 x) { return _mm512_roundscale_ps(x, 9); }
+static ALWAYS_INLINE __m512d floor_f64(__m512d x) { return _mm512_roundscale_pd(x, 9); }
+#define HAS_FRACTION /* one instruction: x - floor(x); 0 for infinities */
+static ALWAYS_INLINE __m512 fraction_f32(__m512 x) { return _mm512_reduce_ps(x, 9); }
+static ALWAYS_INLINE __m512d fraction_f64(__m512d x) { return _mm512_reduce_pd(x, 9); }
+#define HAS_SCALE_DOWN /* one instruction, which takes the floor itself */
+static ALWAYS_INLINE __m512 scale_down_f32(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
+static ALWAYS_INLINE __m512d scale_down_f64(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
+#define HAS_HORIZONTAL
+static ALWAYS_INLINE float greatest_f32(__m512 v) { return _mm512_reduce_max_ps(v); }
+static ALWAYS_INLINE double greatest_f64(__m512d v) { return _mm512_reduce_max_pd(v); }
+static ALWAYS_INLINE float total_f32(__m512 v) { return _mm512_reduce_add_ps(v); }
+static ALWAYS_INLINE double total_f64(__m512d v) { return _mm512_reduce_add_pd(v); }
+
+#include "instantiate.inc.h"
+TARGET_END
+#endif

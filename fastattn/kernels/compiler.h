@@ -1,0 +1,45 @@
+/* What the C dialects of GCC and clang spell differently, and nothing else. */
+#ifndef FASTATTN_COMPILER_H
+#define FASTATTN_COMPILER_H
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+
+/* The functions between these two may use an instruction set that the file's flags do not name. */
+#ifdef __clang__
+#define TARGET_BEGIN(names) \
+    _Pragma(STRING(clang attribute push(__attribute__((target(names))), apply_to = function)))
+#define TARGET_END _Pragma("clang attribute pop")
+#else
+#define TARGET_BEGIN(names) _Pragma("GCC push_options") _Pragma(STRING(GCC target(names)))
+#define TARGET_END _Pragma("GCC pop_options")
+#endif
+
+/* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
+#ifdef __clang__
+#define UNROLL(n) _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL(n) _Pragma(STRING(GCC unroll n))
+#endif
+
+/* Lanes of a and b taken in turns, from their lower or their upper halves. */
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#define INTERLEAVE_LOW(n, a, b) CONCAT(INTERLEAVE_LOW_, n)(a, b)
+#define INTERLEAVE_HIGH(n, a, b) CONCAT(INTERLEAVE_HIGH_, n)(a, b)
+#define INTERLEAVE_LOW_2(a, b) SHUFFLE(a, b, 0, 2)
+#define INTERLEAVE_HIGH_2(a, b) SHUFFLE(a, b, 1, 3)
+#define INTERLEAVE_LOW_4(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define INTERLEAVE_HIGH_4(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define INTERLEAVE_LOW_8(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define INTERLEAVE_HIGH_8(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define INTERLEAVE_LOW_16(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define INTERLEAVE_HIGH_16(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#endif

@@ -1,0 +1,74 @@
+/* The dot-product score: queries and keys into the layouts of product.inc.h, and scores of a group of rows. */
+
+/* Queries, multiplied by `factor`, by groups of ROWS rows: [channel][row]. */
+static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
+                               real *restrict to)
+{
+    const int64_t channels = problem->head_dim;
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
+        for (int r = 0; r < group; r++) {
+            const char *q_i = query->data + (row + first + r) * query->row;
+            real chunk[64];
+            for (int64_t c0 = 0; c0 < channels; c0 += 64) {
+                const int n = channels - c0 < 64 ? (int)(channels - c0) : 64;
+                NAME(gather)(chunk, q_i + c0 * query->col, query->col, n, problem->dtype);
+                for (int c = 0; c < n; c++)
+                    to[(c0 + c) * group + r] = chunk[c] * factor;
+            }
+        }
+        to += group * channels;
+    }
+}
+
+/* Keys [begin, end) of the block, whose first key lies at `keys`, into panels: [panel][channel][key of the panel].
+ * Whole vectors of LANES keys are written; lanes past `end` are zero. */
+static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
+                            real *restrict to)
+{
+    const int64_t channels = problem->head_dim;
+    const int in_place = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && key->col == (ptrdiff_t)sizeof(real);
+    real square[LANES * LANES];
+    for (int j = begin / LANES * LANES; j < end; j += LANES) {
+        real *panel = to + j / NAME(PANEL) * NAME(PANEL) * channels + j % NAME(PANEL);
+        const char *k_j = keys + j * key->row;
+        const int live = end - j < LANES ? end - j : LANES;
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const int n = channels - c < LANES ? (int)(channels - c) : LANES;
+            if (in_place && n == LANES && live == LANES && j >= begin) {
+                NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), k_j + c * key->col, key->row);
+                continue;
+            }
+            memset(square, 0, sizeof square);
+            for (int i = begin > j ? begin - j : 0; i < live; i++)
+                NAME(gather)(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->dtype);
+            if (n == LANES)
+                NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), (const char *)square, sizeof(real) * LANES);
+            else
+                for (int t = 0; t < n; t++)
+                    for (int i = 0; i < LANES; i++)
+                        panel[(c + t) * NAME(PANEL) + i] = square[i * LANES + t];
+        }
+    }
+}
+
+/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
+static void NAME(dot_scores)(const fa_problem *problem, const real *q, int rows, const real *k, int first, int last,
+                             real *s)
+{
+    const int64_t channels = problem->head_dim;
+    for (int v = first; v < last;) {
+        const int in_panel = v % VECS;
+        const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
+        const real *panel = k + v / VECS * NAME(PANEL) * channels + in_panel * LANES;
+        const NAME(product_function) product = NAME(interleaved)[rows - 1][vecs - 1];
+        int64_t c = 0;
+        do {
+            const int64_t n = channels - c < NAME(CHUNK) ? channels - c : NAME(CHUNK);
+            product(q + c * rows, (const char *)(panel + c * NAME(PANEL)), NAME(PANEL) * sizeof(real), n,
+                    s + v * LANES, FA_BLOCK, c > 0);
+            c += NAME(CHUNK);
+        } while (c < channels);
+        v += vecs;
+    }
+}

@@ -1,0 +1,103 @@
+/* The contract between the drivers (Cython) and the kernels (C); the only header that a driver sees.
+ *
+ * A driver cuts the work into *tiles*: a run of query rows of one head. For each tile it calls open_tile, then
+ * visit_keys for the spans of keys that the tile may see, in ascending order, then close_tile. All three get the same
+ * workspace, whose size tile_workspace tells. Kernels know neither Python nor threads, allocate nothing, keep no state
+ * outside the workspace, and touch no byte outside the views that they are given.
+ *
+ * The bits of a row depend on its own query and on the keys that it sees, never on the tile that it is in: all sums
+ * over keys are cut at fixed key positions (FA_BLOCK, FA_SPAN), and a hidden key adds an exact zero.
+ */
+#ifndef FASTATTN_H
+#define FASTATTN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    FA_BLOCK = 256,  /* keys in one step of the online softmax */
+    FA_SPAN = 8192,  /* keys summed into one partial state before it is merged into the row's total */
+    FA_ALIGN = 64    /* of a workspace, in bytes */
+};
+
+typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
+typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID } fa_activation;
+typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_function;
+
+/* A strided matrix; strides in bytes, of any sign. data == NULL: there is none. */
+typedef struct {
+    char *data;
+    ptrdiff_t row, col;
+} fa_view;
+
+/* What all heads of a call have in common. Accumulation is in double for FA_F64, else in float. */
+typedef struct {
+    int64_t head_dim, value_dim;
+    int64_t left, right;  /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right <= 0) */
+    double scale;
+    double softcap;       /* 0: none */
+    fa_dtype dtype;       /* of query, key, value and out */
+    fa_dtype bias_dtype;
+    fa_activation activation;
+    int has_slope, has_sink;
+} fa_problem;
+
+/* One head of one sequence: where its matrices lie and how much of them counts. */
+typedef struct {
+    fa_view query, key, value;   /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
+    fa_view mask, bias;          /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
+    fa_view out;                 /* (queries, value_dim) */
+    fa_view weights;             /* (queries, keys), optional, accumulation dtype */
+    fa_view lse;                 /* (queries, 1), optional, accumulation dtype */
+    int64_t queries, keys;
+    int64_t query_length, key_length;  /* <= queries, keys */
+    int64_t offset;              /* position of query 0 on the key axis; |offset| < 2**62 */
+    double slope, sink;
+} fa_head;
+
+typedef struct {
+    const char *name;  /* operation, dtype, instruction set */
+    size_t (*tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys);
+    void (*open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
+    void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
+                       int64_t key_end, void *workspace);
+    void (*close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
+    /* One row of n numbers, contiguous and of the accumulation dtype; mask: n bytes or NULL; out: n numbers (may be x),
+     * or one for FA_ROW_LOGSUMEXP. */
+    void (*row)(fa_row_function function, const void *x, const char *mask, void *out, int64_t n);
+    /* n numbers with a byte stride, from or to a storage dtype. */
+    void (*gather)(void *to, const char *from, ptrdiff_t stride, int64_t n, fa_dtype from_dtype);
+    void (*scatter)(char *to, ptrdiff_t stride, const void *from, int64_t n, fa_dtype to_dtype);
+    /* out[c] = sum over parts of out_part[c] * exp(lse_part - lse); contiguous, accumulation dtype. */
+    void (*merge)(void *out, void *lse, const void *const *outs, const void *lses, int64_t parts, int64_t n);
+} fa_kernels;
+
+typedef struct {
+    const char *name;  /* as in FASTATTN_ISA */
+    const fa_kernels *f32, *f64;
+} fa_instruction_set;
+
+/* The instruction sets in this build that this CPU can run, best first; returns how many. */
+int fa_runnable(const fa_instruction_set *sets[], int room);
+
+/* The keys [*begin, *end) that any of the query rows [row, row + rows) may see by position and length. */
+static inline void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                   int64_t *begin, int64_t *end)
+{
+    int64_t last = (row + rows < head->query_length ? row + rows : head->query_length) - 1;
+    *begin = *end = 0;
+    if (last < row)
+        return;
+    int64_t first_position = head->offset + row, last_position = head->offset + last;
+    int64_t lo = 0, hi = head->key_length;
+    if (problem->left < INT64_MAX && first_position - problem->left > lo)
+        lo = first_position - problem->left;
+    if (problem->right < INT64_MAX && last_position + problem->right + 1 < hi)
+        hi = last_position + problem->right + 1;
+    if (lo < hi) {
+        *begin = lo;
+        *end = hi;
+    }
+}
+
+#endif

@@ -1,0 +1,21 @@
+/* All kernels once per dtype, and then the table of one instruction set.
+ * Expects ISA, VECTOR_BYTES, ROWS, VECS and the words that the instruction set overrides (vector.inc.h). */
+#include "fastattn.h"
+#include <math.h>
+#include <string.h>
+
+#include "visible.inc.h"
+
+#define BITS 32
+#define REAL float
+#define NAME(word) CONCAT(word, _f32)
+#define KERNELS "kernels_f32_" STRING(ISA)
+#include "all.inc.h"
+
+#define BITS 64
+#define REAL double
+#define NAME(word) CONCAT(word, _f64)
+#define KERNELS "kernels_f64_" STRING(ISA)
+#include "all.inc.h"
+
+const fa_instruction_set CONCAT(fa_, ISA) = {STRING(ISA), &table_f32, &table_f64};

@@ -1,0 +1,134 @@
+/* From raw scores to weights, block by block: softcap, ALiBi, bias, visibility, then the running maximum and sum of
+ * Milakov and Gimelshein (2018), or ReLU or the sigmoid in place of the exponential.
+ *
+ * Scores are in units of log 2 (the query carries scale * log2 e) when nothing is added to them; otherwise in their own
+ * unit, because a bias such as the least float would overflow when multiplied by log2 e.
+ */
+
+static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head *head)
+{
+    return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX;
+}
+
+/* Row i (r of its group) over the vectors [first, last) of the block at key `block`: everything between the raw score and
+ * the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
+static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first,
+                              int last, key_bits *seen, real *s, real *extra)
+{
+    const vec hidden = NAME(fill)(-(real)INFINITY);
+    const real cap = (real)problem->softcap, per_cap = (real)(problem->softcap != 0 ? 1 / problem->softcap : 0);
+    const real slope = (real)head->slope;
+    const real distance = (real)(block - (head->offset + i));
+    if (head->bias.data) {
+        for (int j = first * LANES; j < last * LANES; j++) /* what lies outside the matrix is not read */
+            extra[j] = 0;
+        int begin = first * LANES;
+        int64_t end = head->key_length - block < last * LANES ? head->key_length - block : last * LANES;
+        if (end > begin)
+            NAME(gather)(extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col,
+                         head->bias.col, end - begin, problem->bias_dtype);
+    }
+    for (int v = first; v < last; v++) {
+        vec x = NAME(load)(s + v * LANES);
+        unsigned bits = bits_at(seen, v * LANES, LANES);
+        if (problem->softcap != 0)
+            x = cap * NAME(tanh)(x * per_cap);
+        if (problem->has_slope)
+            x -= slope * NAME(abs)(NAME(lane_numbers)() + (distance + (real)(v * LANES)));
+        if (head->bias.data) {
+            vec bias = NAME(load)(extra + v * LANES);
+            x += bias;
+            const unsigned gone = bits & NAME(true_bits)(bias == hidden);
+            bits ^= gone;
+            seen->word[v * LANES / 64] ^= (uint64_t)gone << v * LANES % 64;
+        }
+        NAME(store)(s + v * LANES, NAME(pick_bits)(bits, x, hidden));
+    }
+}
+
+/* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r] is
+ * what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. */
+static void NAME(exponentials)(real *s, int rows, int first, int last, const int natural, real *m, real *l, real *shrink)
+{
+    real m_old[ROWS + LANES], m_new[ROWS + LANES];
+    const vec log2e = NAME(fill)((real)1.44269504088896340736);
+    const vec none = NAME(fill)(-(real)INFINITY);
+    for (int r = 0; r < ROWS + LANES; r++)
+        m_old[r] = m_new[r] = -(real)INFINITY;
+    for (int r = 0; r < rows; r++) {
+        const real *s_r = s + r * FA_BLOCK;
+        vec most = none;
+        for (int v = first; v < last; v++)
+            most = NAME(max)(NAME(load)(s_r + v * LANES), most); /* a NaN score does not become the maximum */
+        real greatest = NAME(greatest)(most);
+        m_old[r] = m[r];
+        m_new[r] = greatest > m[r] ? greatest : m[r];
+    }
+    for (int r = 0; r < rows; r += LANES) {
+        vec before = NAME(load)(m_old + r), now = NAME(load)(m_new + r);
+        /* A row that has seen nothing yet: -inf - -inf would be NaN. */
+        vec safe = NAME(pick)(now == none, (vec){0}, now);
+        vec x = before - safe;
+        NAME(store)(m_old + r, NAME(exp2)(natural ? x * log2e : x));
+        NAME(store)(m_new + r, safe);
+        for (int i = r; i < rows && i < r + LANES; i++)
+            m[i] = now[i - r];
+    }
+    for (int r = 0; r < rows; r++) {
+        real *s_r = s + r * FA_BLOCK;
+        const vec most = NAME(fill)(m_new[r]);
+        vec sum = {0};
+        for (int v = first; v < last; v++) {
+            vec x = NAME(load)(s_r + v * LANES) - most;
+            vec p = NAME(exp2)(natural ? x * log2e : x);
+            NAME(store)(s_r + v * LANES, p);
+            sum += p;
+        }
+        shrink[r] = m_old[r];
+        real *l_r = l + r * LANES;
+        NAME(store)(l_r, NAME(fma)(NAME(load)(l_r), NAME(fill)(m_old[r]), sum));
+    }
+}
+
+/* ReLU and the sigmoid: weights need no neighbours. l counts the visible keys for ReLU. */
+static void NAME(pointwise)(const fa_problem *problem, real *s, int rows, int first, int last, const key_bits *seen,
+                            real *l)
+{
+    const vec infinite = NAME(fill)((real)INFINITY), zero = {0};
+    for (int r = 0; r < rows; r++) {
+        for (int v = first; v < last; v++) {
+            vec x = NAME(load)(s + r * FA_BLOCK + v * LANES), p;
+            if (problem->activation == FA_RELU) {
+                p = NAME(max)(zero, x);
+            } else {
+                vec e = NAME(exp2)(NAME(abs)(x) * (real)-1.44269504088896340736);
+                p = NAME(pick)(x < zero, e, zero + 1) / (1 + e);
+            }
+            p = NAME(pick)(x == infinite, x - x, p); /* a visible +inf gives NaN */
+            NAME(store)(s + r * FA_BLOCK + v * LANES, p);
+        }
+        if (problem->activation == FA_RELU)
+            l[r * LANES] += (real)bits_count(&seen[r]);
+        else
+            l[r * LANES] = 1;
+    }
+}
+
+/* The state (m, l, o) of more keys joins (m_all, l_all, o_all). Joining to an empty total changes no bit. */
+static void NAME(fold)(real *m_all, real *l_all, real *o_all, const real *m, const real *l, const real *o, int64_t rows,
+                       int64_t value_row, int natural)
+{
+    const real unit = natural ? (real)1.44269504088896340736 : 1;
+    for (int64_t r = 0; r < rows; r++) {
+        real now = m[r] > m_all[r] ? m[r] : m_all[r];
+        real safe = now == -(real)INFINITY ? 0 : now;
+        vec keep = NAME(exp2)(NAME(fill)((m_all[r] - safe) * unit)), join = NAME(exp2)(NAME(fill)((m[r] - safe) * unit));
+        m_all[r] = now;
+        real *to = l_all + r * LANES;
+        NAME(store)(to, NAME(fma)(NAME(load)(to), keep, NAME(load)(l + r * LANES) * join));
+        for (int64_t c = 0; c < value_row; c += LANES) {
+            to = o_all + r * value_row + c;
+            NAME(store)(to, NAME(fma)(NAME(load)(to), keep, NAME(load)(o + r * value_row + c) * join));
+        }
+    }
+}

@@ -1,0 +1,60 @@
+/* The workspace of a tile: what lies where. Sizes depend on shapes only. */
+
+typedef struct {
+    int64_t spans;       /* spans of keys already folded into the totals */
+    int64_t open_span;   /* the span that the state belongs to, or -1 */
+    int64_t value_row;   /* numbers in a row of o: value_dim rounded up to whole vectors */
+    real *q;             /* queries, scaled: by groups of ROWS rows, [channel][row] */
+    real *k;             /* a block of keys: by panels of VECS vectors, [channel][key] */
+    real *v;             /* a block of values where they cannot be read in place, rows of v_row numbers */
+    int64_t v_row;
+    real *s;             /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
+    real *part;          /* [ROWS][value_row] their weighted sum */
+    real *extra;         /* [FA_BLOCK] the bias of one row */
+    real *m, *l, *o;     /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
+    real *m_all, *l_all, *o_all; /* of the spans before it */
+} NAME(tile);
+
+enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
+
+static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
+{
+    char *here = *at;
+    *at += (numbers * (int64_t)sizeof(real) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
+    return here;
+}
+
+/* Lays a tile out from `base` on; returns its size. */
+static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
+{
+    char *at = base + (sizeof(NAME(tile)) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
+    int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
+    int64_t block = keys < FA_BLOCK ? keys : FA_BLOCK;
+    int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
+    tile->spans = 0;
+    tile->open_span = -1;
+    tile->value_row = value_row;
+    /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
+    tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
+    tile->q = (real *)NAME(take)(&at, rows * problem->head_dim);
+    tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * problem->head_dim);
+    tile->v = (real *)NAME(take)(&at, block * tile->v_row);
+    tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
+    tile->part = (real *)NAME(take)(&at, ROWS * value_row);
+    tile->extra = (real *)NAME(take)(&at, FA_BLOCK);
+    tile->m = (real *)NAME(take)(&at, rows);
+    tile->l = (real *)NAME(take)(&at, rows * LANES);
+    tile->o = (real *)NAME(take)(&at, rows * value_row);
+    if (keys > FA_SPAN) {
+        tile->m_all = (real *)NAME(take)(&at, rows);
+        tile->l_all = (real *)NAME(take)(&at, rows * LANES);
+        tile->o_all = (real *)NAME(take)(&at, rows * value_row);
+    }
+    return (size_t)(at - base);
+}
+
+static size_t NAME(tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys)
+{
+    NAME(tile) tile;
+    return NAME(lay_out)(&tile, problem, rows, keys, (char *)0 + FA_ALIGN);
+}

@@ -1,0 +1,78 @@
+/* The weighted sum of values: from memory where the rows allow it, else from a copy of the block. */
+
+typedef struct {
+    const char *data; /* of the block's key 0; only rows that are seen may be touched */
+    ptrdiff_t row;
+} NAME(value_rows);
+
+static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value)
+{
+    return problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && value->col == (ptrdiff_t)sizeof(real) &&
+           problem->value_dim % LANES == 0 && ((uintptr_t)value->data | (uintptr_t)value->row) % sizeof(real) == 0 &&
+           value->row % 1024 != 0;
+}
+
+/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors. */
+static void NAME(copy_values)(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
+                              real *to, int64_t to_row, int64_t value_row)
+{
+    for (int j = begin; j < end; j++) {
+        NAME(gather)(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
+        for (int64_t c = problem->value_dim; c < value_row; c++)
+            to[j * to_row + c] = 0;
+    }
+}
+
+/* part[row][:] = sum over keys [begin, end) of the block of p[row][key] * value[key][:], cut at fixed key positions. */
+static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t value_row,
+                               real *part)
+{
+    const int64_t all = value_row / LANES;
+    for (int64_t v = 0; v < all; v += VECS) {
+        const int vecs = all - v < VECS ? (int)(all - v) : VECS;
+        const NAME(product_function) product = NAME(separate)[rows - 1][vecs - 1];
+        for (int j = begin; j < end;) {
+            int stop = j / NAME(CHUNK) * NAME(CHUNK) + NAME(CHUNK);
+            stop = stop < end ? stop : end;
+            product(p + j, value.data + j * value.row + v * VECTOR_BYTES, value.row, stop - j, part + v * LANES,
+                    value_row, j > begin);
+            j = stop;
+        }
+    }
+}
+
+/* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row does
+ * not see must be left out of its sum rather than added with weight zero. */
+static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, const key_bits *seen,
+                                                    NAME(value_rows) value, int begin, int end, int64_t value_row,
+                                                    real *part)
+{
+    for (int r = 0; r < rows; r++)
+        for (int64_t c = 0; c < value_row; c += LANES) {
+            vec all = {0};
+            for (int j = begin; j < end;) {
+                int stop = j / NAME(CHUNK) * NAME(CHUNK) + NAME(CHUNK);
+                stop = stop < end ? stop : end;
+                vec sum = {0};
+                const int later = j > begin;
+                for (; j < stop; j++)
+                    if (seen[r].word[j / 64] >> j % 64 & 1)
+                        sum = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + j]),
+                                        NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), sum);
+                all = later ? all + sum : sum;
+            }
+            NAME(store)(part + r * value_row + c, all);
+        }
+}
+
+static int NAME(all_finite)(NAME(value_rows) value, int begin, int end, int64_t value_row)
+{
+    vec sum = {0};
+    for (int j = begin; j < end; j++)
+        for (int64_t c = 0; c < value_row; c += LANES)
+            sum = NAME(fma)(NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), (vec){0}, sum);
+    for (int i = 0; i < LANES; i++)
+        if (sum[i] != 0)
+            return 0;
+    return 1;
+}

@@ -1,0 +1,206 @@
+/* The vocabulary of all kernels: words on a vector of LANES numbers of type real.
+ *
+ * Included once per dtype, with REAL, BITS (of REAL), VECTOR_BYTES and NAME(word) defined. Everything is written with the
+ * vector extensions that GCC and clang share, so it compiles for any target. An instruction set that does a word better
+ * defines NAME(word) itself and HAS_<WORD>, before this file is included.
+ */
+#if VECTOR_BYTES * 8 / BITS == 16 /* a literal, because names are made of it */
+#define LANES 16
+#elif VECTOR_BYTES * 8 / BITS == 8
+#define LANES 8
+#elif VECTOR_BYTES * 8 / BITS == 4
+#define LANES 4
+#else
+#define LANES 2
+#endif
+
+typedef REAL NAME(real);
+typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL NAME(uvec) __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+#if BITS == 32
+typedef int32_t NAME(ivec) __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int64_t NAME(ivec) __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+
+#define real NAME(real)
+#define vec NAME(vec)
+#define ivec NAME(ivec)
+
+static ALWAYS_INLINE vec NAME(load)(const void *p) { return *(const NAME(uvec) *)p; }
+static ALWAYS_INLINE void NAME(store)(void *p, vec v) { *(NAME(uvec) *)p = v; }
+static ALWAYS_INLINE vec NAME(fill)(real x) { return x - (vec){0}; }
+/* Contracted to one instruction where the target has it (-ffp-contract=fast). */
+static ALWAYS_INLINE vec NAME(fma)(vec a, vec b, vec c) { return a * b + c; }
+static ALWAYS_INLINE vec NAME(pick)(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+
+static ALWAYS_INLINE vec NAME(lane_numbers)(void)
+{
+    vec v;
+    for (int i = 0; i < LANES; i++)
+        v[i] = (real)i;
+    return v;
+}
+
+/* The greater number; where either is NaN, the second. */
+#ifndef HAS_MAX
+static ALWAYS_INLINE vec NAME(max)(vec a, vec b) { return NAME(pick)(a > b, a, b); }
+#endif
+
+/* Lane i from a where bit i is set, else from b. */
+#ifndef HAS_PICK_BITS
+static ALWAYS_INLINE vec NAME(pick_bits)(unsigned bits, vec a, vec b)
+{
+    ivec lane_bit;
+    for (int i = 0; i < LANES; i++)
+        lane_bit[i] = 1 << i;
+    return NAME(pick)(((((ivec){0} + (int)bits) & lane_bit) != 0), a, b);
+}
+#endif
+
+/* Bit i set where lane i is true (all ones). */
+#ifndef HAS_TRUE_BITS
+static ALWAYS_INLINE unsigned NAME(true_bits)(ivec where)
+{
+    unsigned bits = 0;
+    for (int i = 0; i < LANES; i++)
+        bits |= (unsigned)(where[i] & 1) << i;
+    return bits;
+}
+#endif
+
+static ALWAYS_INLINE vec NAME(abs)(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
+
+#ifndef HAS_FLOOR
+/* For |x| < 2**(mantissa bits - 1), which is all that exp2 needs: adding 1.5 * 2**(mantissa bits) rounds to nearest. */
+static ALWAYS_INLINE vec NAME(floor)(vec x)
+{
+    const vec magic = NAME(fill)(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
+    vec nearest = (x + magic) - magic;
+    return nearest - NAME(pick)(nearest > x, NAME(fill)(1), (vec){0});
+}
+#endif
+
+/* x * 2**n for integral n, |n| below the exponent range; a zero or a denormal result is not needed. */
+static ALWAYS_INLINE vec NAME(shift_exponent)(vec x, vec n)
+{
+    const int mantissa_bits = BITS == 32 ? 23 : 52;
+    const vec magic = NAME(fill)(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
+    return (vec)((ivec)x + ((ivec)(n + magic) << mantissa_bits));
+}
+
+/* p * 2**floor(x) for x <= 0 and p in [1, 2); below the normal range 0. NaN stays NaN. */
+#ifndef HAS_SCALE_DOWN
+static ALWAYS_INLINE vec NAME(scale_down)(vec p, vec x)
+{
+    const real least = BITS == 32 ? (real)-126 : (real)-1022;
+    vec n = NAME(floor)(NAME(max)(NAME(fill)(least), x)); /* max passes its second operand's NaN on */
+    vec y = NAME(pick)(p != p, p, NAME(shift_exponent)(p, n));
+    return NAME(pick)(x < least, (vec){0}, y);
+}
+#endif
+
+#ifndef HAS_FRACTION
+static ALWAYS_INLINE vec NAME(fraction)(vec x)
+{
+    x = NAME(max)(NAME(fill)(BITS == 32 ? (real)-200 : (real)-2000), x);
+    return x - NAME(floor)(x);
+}
+#endif
+
+/* 2**x for x <= 0 (x may be -inf: 0). Splits x into floor and fraction; 2**fraction is a minimax polynomial with
+ * constant term exactly 1, so that 2**0 == 1. Relative error: float 8.2e-8 plus roundings, double 3.2e-18 plus. */
+static ALWAYS_INLINE vec NAME(exp2)(vec x)
+{
+#if BITS == 32
+    static const real c[] = {0.693151311875379983f, 0.24016444957351056f, 0.0557999146725179008f,
+                             0.00901702859762101824f, 0.00186713073845431258f};
+#else
+    static const real c[] = {0.693147180559945928,    0.240226506959063302,   0.0555041086656022575,
+                             0.00961812909955074985,  0.00133335586295693633, 0.000154035123095414898,
+                             1.52531750573639695e-5,  1.3208367265634951e-6,  1.02532126199156024e-7,
+                             6.55952851070143074e-9,  6.26346767397140156e-10};
+#endif
+    const int n = sizeof(c) / sizeof(c[0]);
+    vec f = NAME(fraction)(x);
+    vec p = NAME(fill)(c[n - 1]);
+    for (int i = n - 2; i >= 0; i--)
+        p = NAME(fma)(p, f, NAME(fill)(c[i]));
+    p = NAME(fma)(p, f, NAME(fill)(1));
+    return NAME(scale_down)(p, x);
+}
+
+/* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e).
+ * e = 2**n * (2**f - 1) + (2**n - 1) with n nearest, so that a small x has n = 0 and loses nothing. */
+static ALWAYS_INLINE vec NAME(tanh)(vec x)
+{
+#if BITS == 32
+    static const real c[] = {0.693147188026228781f, 0.240226507605681269f,  0.0555035711421907782f,
+                             0.00961808255727785149f, 0.00133908633646712344f, 0.000154531629451206902f};
+    const real least = -40;
+#else
+    static const real c[] = {0.693147180559945309,   0.240226506959100982,   0.0555041086648215943,
+                             0.00961812910760688853, 0.00133335581464169353, 0.000154035304417360502,
+                             1.52527338298361184e-5, 1.32154425879216897e-6, 1.01780624458457735e-7,
+                             7.0725859492692237e-9,  4.45496059818651839e-10};
+    const real least = -100;
+#endif
+    const int n = sizeof(c) / sizeof(c[0]);
+    vec size = NAME(abs)(x);
+    vec y = NAME(max)(NAME(fill)(least), size * (real)-2.88539008177792681472);
+    vec whole = NAME(floor)(y + (real)0.5);
+    vec f = y - whole;
+    vec p = NAME(fill)(c[n - 1]);
+    for (int i = n - 2; i >= 0; i--)
+        p = NAME(fma)(p, f, NAME(fill)(c[i]));
+    vec power = NAME(shift_exponent)(NAME(fill)(1), whole);
+    vec e = NAME(fma)(power, p * f, power - 1);
+    vec t = -e / (2 + e);
+    return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
+}
+
+/* Horizontal results, always combined in the same order. */
+#ifndef HAS_HORIZONTAL
+static ALWAYS_INLINE real NAME(greatest)(vec v)
+{
+    real a[LANES];
+    NAME(store)(a, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    return a[0];
+}
+static ALWAYS_INLINE real NAME(total)(vec v)
+{
+    real a[LANES];
+    NAME(store)(a, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            a[i] += a[i + half];
+    return a[0];
+}
+#endif
+
+/* Rows of LANES numbers at p, a byte stride apart, to columns of a contiguous aligned LANES x LANES block with a stride
+ * of `to_stride` numbers: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
+static ALWAYS_INLINE void NAME(transpose)(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
+{
+    vec a[LANES], b[LANES];
+    UNROLL(16)
+    for (int i = 0; i < LANES; i++)
+        a[i] = NAME(load)(from + i * from_stride);
+    UNROLL(16)
+    for (int width = 1; width < LANES; width *= 2) {
+        UNROLL(16)
+        for (int i = 0; i < LANES / 2; i++) {
+            b[2 * i] = INTERLEAVE_LOW(LANES, a[i], a[i + LANES / 2]);
+            b[2 * i + 1] = INTERLEAVE_HIGH(LANES, a[i], a[i + LANES / 2]);
+        }
+        UNROLL(16)
+        for (int i = 0; i < LANES; i++)
+            a[i] = b[i];
+    }
+    UNROLL(16)
+    for (int i = 0; i < LANES; i++)
+        NAME(store)(to + i * to_stride, a[i]);
+}

@@ -1,0 +1,90 @@
+/* Which keys of a block a row sees, as bits: bit j of row r stands for key `block + j`. Bounds, a dense mask and a bias
+ * of -inf all end up here, so that the later steps know one form only. */
+#ifndef FASTATTN_VISIBLE
+#define FASTATTN_VISIBLE
+
+enum { WORDS = FA_BLOCK / 64 };
+
+typedef struct {
+    uint64_t word[WORDS];
+} key_bits;
+
+static ALWAYS_INLINE uint64_t bits_below(int64_t n) /* bits 0 .. n - 1 of a word */
+{
+    return n <= 0 ? 0 : n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
+}
+
+/* Bits [begin, end) of a block. */
+static ALWAYS_INLINE key_bits bits_of_range(int64_t begin, int64_t end)
+{
+    key_bits bits;
+    for (int w = 0; w < WORDS; w++)
+        bits.word[w] = bits_below(end - 64 * w) & ~bits_below(begin - 64 * w);
+    return bits;
+}
+
+static ALWAYS_INLINE int bits_equal(const key_bits *a, const key_bits *b)
+{
+    uint64_t differ = 0;
+    for (int w = 0; w < WORDS; w++)
+        differ |= a->word[w] ^ b->word[w];
+    return differ == 0;
+}
+
+static ALWAYS_INLINE int bits_any(const key_bits *a)
+{
+    uint64_t any = 0;
+    for (int w = 0; w < WORDS; w++)
+        any |= a->word[w];
+    return any != 0;
+}
+
+static ALWAYS_INLINE int bits_count(const key_bits *a)
+{
+    int count = 0;
+    for (int w = 0; w < WORDS; w++)
+        count += __builtin_popcountll(a->word[w]);
+    return count;
+}
+
+/* `lanes` bits from bit `at` on; at is a multiple of lanes, lanes divides 64. */
+static ALWAYS_INLINE unsigned bits_at(const key_bits *a, int at, int lanes)
+{
+    return (unsigned)(a->word[at / 64] >> at % 64) & ((1u << lanes) - 1u);
+}
+
+/* Clears the bits of [begin, end) whose mask byte is zero. mask: the byte of the block's first key. */
+static inline void bits_and_mask(key_bits *bits, const char *mask, ptrdiff_t stride, int begin, int end)
+{
+    for (int w = begin / 64; w * 64 < end; w++) {
+        int from = begin > w * 64 ? begin - w * 64 : 0, to = end < w * 64 + 64 ? end - w * 64 : 64;
+        const char *m = mask + (ptrdiff_t)(w * 64) * stride;
+        uint64_t set = 0;
+        int j = from;
+        if (stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+            for (; j + 8 <= to; j += 8) {
+                /* Any nonzero byte to 1, then the eight low bits gathered into one byte by a product. */
+                uint64_t eight;
+                memcpy(&eight, m + j, 8);
+                eight = (((eight & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | eight) >> 7 & 0x0101010101010101u;
+                set |= (eight * 0x0102040810204080u >> 56) << j;
+            }
+        for (; j < to; j++)
+            set |= (uint64_t)(m[j * stride] != 0) << j;
+        bits->word[w] &= set;
+    }
+}
+
+/* The keys of the block [block, block + FA_BLOCK) that query row i may see by position and length. */
+static ALWAYS_INLINE void row_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int *begin,
+                                    int *end)
+{
+    int64_t lo, hi;
+    fa_visible_keys(problem, head, i, 1, &lo, &hi);
+    lo = lo > block ? lo - block : 0;
+    hi = hi < block + FA_BLOCK ? hi - block : FA_BLOCK;
+    *begin = lo < hi ? (int)lo : 0;
+    *end = lo < hi ? (int)hi : 0;
+}
+
+#endif

@@ -1,0 +1,469 @@
+"""What every word of fastattn means, in plain float64 NumPy.
+
+The functions here have the names, the arguments and the rules of the compiled ones, compute in float64
+whatever comes in, and return float64. They are slow and hold a whole ``(L, S)`` matrix in memory: they are
+here to be read, and to be what the compiled library is tested against, which never calls them.
+
+Attention is three steps, and so is this file:
+
+1. which keys a query sees, and how well they match it   ``visible_keys``, ``dot_scores``, ``finish_scores``
+2. scores become weights                                 ``normalise`` (softmax), ``activate``
+3. the values are added up by weight                     ``add_up``
+
+Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, scores and weights ``(..., L, S)``.
+Query rows are i, keys are j. Arguments are not checked here beyond what the result needs.
+"""
+
+import numpy as np
+
+__all__ = [
+    "dot_product_attention",
+    "log_softmax",
+    "logsumexp",
+    "merge_attention",
+    "softmax",
+    "varlen_attention",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Which keys a query sees, and how well they match it
+# ---------------------------------------------------------------------------------------------------------
+
+
+def per_row(number_per_batch):
+    """Give a number, or an array over the batch axes, the two axes ``(L, S)`` to broadcast along."""
+    return np.asarray(number_per_batch, dtype=np.float64)[..., None, None]
+
+
+def query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths):
+    """Where each query stands on the key axis, ``(..., L, 1)``.
+
+    By default the last query stands on the last valid key. Positions are float64, which holds every integer
+    that matters here and cannot overflow.
+    """
+    if query_offset is None:
+        last_key = per_row(num_keys if key_lengths is None else key_lengths)
+        last_query = per_row(num_queries if query_lengths is None else query_lengths)
+        offset = last_key - last_query
+    else:
+        offset = per_row(query_offset)
+    return offset + np.arange(num_queries)[:, None]
+
+
+def visible_keys(
+    num_queries,
+    num_keys,
+    *,
+    is_causal=False,
+    window_size=None,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+):
+    """The boolean matrix, broadcastable to ``(..., L, S)``: does query i see key j? Every rule must agree."""
+    position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
+    i = np.arange(num_queries)[:, None]
+    j = np.arange(num_keys)
+
+    visible = np.ones((num_queries, num_keys), dtype=bool)
+    if key_lengths is not None:
+        visible = visible & (j < per_row(key_lengths))
+    if query_lengths is not None:
+        visible = visible & (i < per_row(query_lengths))
+    if is_causal:
+        visible = visible & (j <= position)
+    if window_size is not None:
+        left, right = window_size if np.ndim(window_size) else (window_size, window_size)
+        if left is not None and left >= 0:
+            visible = visible & (j >= position - float(left))
+        if right is not None and right >= 0:
+            visible = visible & (j <= position + float(right))
+    if mask is not None:
+        visible = visible & np.asarray(mask)
+    if bias is not None:
+        visible = visible & (np.asarray(bias, dtype=np.float64) != -np.inf)
+    return visible
+
+
+def dot_scores(query, key, scale=None):
+    """Scaled dot products, ``(..., L, S)`` (Vaswani et al. 2017). With no channels all scores are 0."""
+    if scale is None:
+        scale = 1 / np.sqrt(max(query.shape[-1], 1))
+    return query @ key.swapaxes(-1, -2) * float(scale)
+
+
+def finish_scores(scores, position, *, softcap=None, alibi_slopes=None, bias=None):
+    """From scaled score to logit: cap it (Gemma 2), then add distance (ALiBi, Press 2022) and bias."""
+    if softcap is not None:
+        scores = float(softcap) * np.tanh(scores / float(softcap))
+    if alibi_slopes is not None:
+        scores = scores - per_row(alibi_slopes) * abs(position - np.arange(scores.shape[-1]))
+    if bias is not None:
+        scores = scores + np.asarray(bias, dtype=np.float64)
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Scores become weights
+# ---------------------------------------------------------------------------------------------------------
+
+
+def normalise(scores, visible, axis=-1, sink=-np.inf):
+    """Softmax of the visible scores along `axis`; returns the weights and the log-sum-exp (axis kept).
+
+    The largest score is subtracted first, so that nothing overflows. Where nothing is left, or only scores
+    of ``-inf``, the weights are 0 and the log-sum-exp is ``-inf``. A `sink` (Xiao 2023) is one more logit in
+    the sum, whose weight goes nowhere.
+    """
+    scores = np.where(visible, scores, -np.inf)
+    largest = np.maximum(np.max(scores, axis=axis, keepdims=True, initial=-np.inf), sink)
+    shift = np.where(np.isinf(largest), 0.0, largest)
+    terms = np.exp(scores - shift)
+    total = np.sum(terms, axis=axis, keepdims=True) + np.exp(sink - shift)
+    weights = terms / np.where(total == 0, 1.0, total)
+    return np.where(visible, weights, 0.0), shift + np.log(total)
+
+
+def activate(scores, visible, activation):
+    """Weights that need no sum over the row: ReLU (Wortsman 2023) or sigmoid (Ramapuram 2024)."""
+    if activation == "relu":
+        count = np.sum(visible, axis=-1, keepdims=True)
+        weights = np.maximum(scores, 0.0) / np.maximum(count, 1)
+    elif activation == "sigmoid":
+        weights = 1 / (1 + np.exp(-scores))
+    else:
+        raise ValueError(f"activation must be 'softmax', 'relu' or 'sigmoid', got {activation!r}")
+    return np.where(visible, weights, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. The values are added up by weight
+# ---------------------------------------------------------------------------------------------------------
+
+
+def add_up(weights, visible, value):
+    """``weights @ value`` over the visible keys only: 0 * NaN is NaN, so an unseen NaN must not take part."""
+    finite = np.isfinite(value)
+    out = weights @ np.where(finite, value, 0.0)
+    other_axes = (*range(value.ndim - 2), value.ndim - 1)
+    for j in np.flatnonzero(~finite.all(axis=other_axes)):
+        bad_value = np.where(finite[..., j, None, :], 0.0, value[..., j, None, :])
+        out = out + np.where(visible[..., :, j, None], weights[..., :, j, None] * bad_value, 0.0)
+    return out
+
+
+def attend(scores, value, visible, *, sinks=None, activation="softmax", return_weights, return_lse, out):
+    """Steps 2 and 3, for finished scores of any kind: the tail that all attention functions share."""
+    if activation != "softmax" and (sinks is not None or return_lse):
+        raise ValueError(f"sinks and return_lse need activation='softmax', got {activation!r}")
+    batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+    matrix_shape = batch_shape + scores.shape[-2:]
+    visible = np.broadcast_to(visible, matrix_shape)
+    scores = np.broadcast_to(np.where(scores == np.inf, np.nan, scores), matrix_shape)
+
+    if activation == "softmax":
+        weights, lse = normalise(scores, visible, sink=-np.inf if sinks is None else per_row(sinks))
+    else:
+        weights, lse = activate(scores, visible, activation), None
+    result = add_up(weights, visible, value)
+
+    if out is not None:
+        out[...] = result
+        result = out
+    extras = [weights] if return_weights else []
+    if return_lse:
+        extras.append(lse[..., 0])
+    return (result, *extras) if extras else result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The public functions
+# ---------------------------------------------------------------------------------------------------------
+
+
+def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """``exp(x) / sum(exp(x))`` along `axis`.
+
+    Parameters
+    ----------
+    x : array_like
+    axis : int, tuple of int or None, default: -1
+        The axes to sum over; None means all.
+    mask : array_like of bool, optional
+        Broadcasts to the shape of `x`; where it is False the entry is hidden.
+    out : ndarray, optional
+        Receives the result and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray
+        The shape of `x`; hidden entries are 0, and so are all entries of a row that is hidden as a whole.
+    """
+    x, visible = _array_and_mask(x, mask)
+    with np.errstate(all="ignore"):
+        weights, _ = normalise(np.where(x == np.inf, np.nan, x), visible, axis)
+    return _into(out, weights)
+
+
+def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """``x - logsumexp(x)`` along `axis`: the logarithm of `softmax`, exact also where that underflows.
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As in `softmax`.
+
+    Returns
+    -------
+    ndarray
+        The shape of `x`; hidden entries are ``-inf``.
+    """
+    x, visible = _array_and_mask(x, mask)
+    with np.errstate(all="ignore"):
+        _, lse = normalise(x, visible, axis)
+        return _into(out, np.where(visible & (x != -np.inf), x - lse, -np.inf))
+
+
+def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=None):
+    """``log(sum(exp(x)))`` along `axis`, without overflow.
+
+    Parameters
+    ----------
+    x, axis, mask, num_threads
+        As in `softmax`.
+    keepdims : bool, default: False
+        Keep the summed axes, with size 1.
+    out : ndarray, optional
+        Receives the result and is returned.
+
+    Returns
+    -------
+    ndarray
+        The shape of `x` without `axis`; ``-inf`` where nothing is summed.
+    """
+    x, visible = _array_and_mask(x, mask)
+    with np.errstate(all="ignore"):
+        _, lse = normalise(x, visible, axis)
+    if not keepdims:
+        lse = np.squeeze(lse, axis=axis if axis is not None else tuple(range(lse.ndim)))
+    return _into(out, lse)
+
+
+def _array_and_mask(x, mask):
+    x = np.asarray(x, dtype=np.float64)
+    return x, np.broadcast_to(True if mask is None else np.asarray(mask), x.shape)
+
+
+def _into(out, result):
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
+
+def dot_product_attention(
+    query,
+    key,
+    value,
+    *,
+    is_causal=False,
+    window_size=None,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Scaled dot-product attention, ``softmax(query @ key.T * scale) @ value`` (Vaswani et al. 2017).
+
+    A score goes through ``* scale``, the soft cap, ``+ alibi + bias``, the rules of which keys are seen, the
+    activation, and the weighted sum, in that order.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D)
+    key : array_like, shape (..., S, D)
+    value : array_like, shape (..., S, E)
+        The leading axes are batch axes and broadcast; axis -3 is the head axis.
+    is_causal : bool, default: False
+        See only keys at or before the query's position.
+    window_size : int or (left, right), optional
+        See only keys from ``position - left`` to ``position + right``; None or -1 is unbounded.
+    query_offset : int or array of int, optional
+        Position of query 0 on the key axis. Default: the last valid query stands on the last valid key.
+    key_lengths, query_lengths : int or array of int over the batch axes, optional
+        Keys past the length are not seen, queries past it see nothing.
+    mask : array_like of bool, optional
+        Broadcasts to ``(..., L, S)``; True means attend.
+    bias : array_like of float, optional
+        Broadcasts to ``(..., L, S)``; added to the score. ``-inf`` hides a key.
+    alibi_slopes : array_like, optional
+        Over the batch axes; adds ``-slope * abs(query position - key position)`` (Press et al. 2022).
+    scale : float, optional
+        Default ``1 / sqrt(D)``.
+    softcap : float, optional
+        ``softcap * tanh(score / softcap)``.
+    sinks : array_like, optional
+        Over the batch axes; one more logit in the softmax's sum, with no value (Xiao et al. 2023).
+    activation : {"softmax", "relu", "sigmoid"}
+        relu gives ``max(score, 0) / number of visible keys``.
+    enable_gqa : bool, default: False
+        Query head h reads key head ``h // g``, g query heads a key head (Ainslie et al. 2023).
+    return_weights, return_lse : bool, default: False
+        Return the weights ``(..., L, S)`` and the log-sum-exp ``(..., L)`` too, in that order.
+    out : ndarray, optional
+        Receives the output and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (..., L, E), or a tuple (out[, weights][, lse])
+        A row that sees nothing has output 0, weights 0 and log-sum-exp ``-inf`` (with a sink: the sink).
+    """
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    if enable_gqa:
+        key, value = repeat_heads(query, key, value)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    with np.errstate(all="ignore"):
+        position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
+        scores = dot_scores(query, key, scale)
+        # Lengths, slopes, masks and the like have the batch axes of the output, which value may widen.
+        batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+        scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))
+        scores = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
+        visible = visible_keys(
+            num_queries,
+            num_keys,
+            is_causal=is_causal,
+            window_size=window_size,
+            query_offset=query_offset,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            mask=mask,
+            bias=bias,
+        )
+        return attend(
+            scores,
+            value,
+            visible,
+            sinks=sinks,
+            activation=activation,
+            return_weights=return_weights,
+            return_lse=return_lse,
+            out=out,
+        )
+
+
+def repeat_heads(query, key, value):
+    """Grouped queries: write every key and value head down once for each query head that reads it."""
+    group = query.shape[-3] // max(key.shape[-3], 1)
+    return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
+
+
+def varlen_attention(
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k=None,
+    *,
+    is_causal=False,
+    window_size=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Attention within each of several sequences that are packed one after the other.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., heads, total_q, D)
+    key : array_like, shape (..., heads, total_k, D)
+    value : array_like, shape (..., heads, total_k, E)
+    cu_seqlens_q : array_like of int, shape (number of sequences + 1,)
+        Where the sequences begin and end, ``[0, n1, n1 + n2, ..., total_q]``.
+    cu_seqlens_k : array_like of int, optional
+        The same for keys; default `cu_seqlens_q`.
+    is_causal, window_size, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_lse, out
+        As in `dot_product_attention`; positions begin anew in each sequence.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (..., heads, total_q, E), or a tuple (out, lse)
+    """
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    starts_q = [int(n) for n in cu_seqlens_q]
+    starts_k = starts_q if cu_seqlens_k is None else [int(n) for n in cu_seqlens_k]
+
+    outs, lses = [], []
+    # The empty sequence at the end gives the result its shape when there is no other.
+    for q0, q1, k0, k1 in zip(
+        starts_q, [*starts_q[1:], starts_q[-1]], starts_k, [*starts_k[1:], starts_k[-1]], strict=True
+    ):
+        parts = dot_product_attention(
+            query[..., q0:q1, :],
+            key[..., k0:k1, :],
+            value[..., k0:k1, :],
+            is_causal=is_causal,
+            window_size=window_size,
+            alibi_slopes=alibi_slopes,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            activation=activation,
+            enable_gqa=enable_gqa,
+            return_lse=return_lse,
+        )
+        outs.append(parts[0] if return_lse else parts)
+        lses.append(parts[1] if return_lse else None)
+
+    result = _into(out, np.concatenate(outs, axis=-2))
+    return (result, np.concatenate(lses, axis=-1)) if return_lse else result
+
+
+def merge_attention(outs, lses):
+    """Attention over all keys from attention over parts of them, exactly (Milakov and Gimelshein 2018).
+
+    Parameters
+    ----------
+    outs : sequence of array_like, each (..., L, E)
+        Outputs over disjoint parts of the key axis.
+    lses : sequence of array_like, each (..., L)
+        Their log-sum-exps: the parts count in proportion to ``exp(lse)``.
+
+    Returns
+    -------
+    out : ndarray (..., L, E)
+    lse : ndarray (..., L)
+        The log-sum-exp over all parts.
+    """
+    outs = np.stack([np.asarray(part, dtype=np.float64) for part in outs])
+    lses = np.stack([np.asarray(part, dtype=np.float64) for part in lses])
+    with np.errstate(all="ignore"):
+        weights, lse = normalise(lses, lses != -np.inf, axis=0)
+        parts = np.where(lses[..., None] == -np.inf, 0.0, weights[..., None] * outs)
+        return np.sum(parts, axis=0), lse[0]

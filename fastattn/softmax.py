@@ -1,0 +1,109 @@
+"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference says the same in NumPy."""
+
+from fastattn import _softmax
+
+
+def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """
+    Softmax, ``exp(x) / sum(exp(x))`` along `axis`, without overflow.
+
+    Parameters
+    ----------
+    x : array_like
+        float32, float64, float16 or bfloat16; integers and bools become float64. Any strides.
+    axis : int, tuple of int or None, default -1
+        The axes of a row; None: all of them.
+    mask : array_like of bool, optional
+        Broadcasts to x's shape; **True means that the entry counts**. Hidden entries give 0, also where x is NaN or
+        infinite there; so does a row of which nothing counts, or counts nothing but -inf.
+    out : ndarray, optional
+        Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
+    num_threads : int, optional
+        At most so many threads; default `get_num_threads`.
+
+    Returns
+    -------
+    ndarray
+        x's shape and dtype (float64 for integers and bools).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; `out` is untouched then.
+
+    See Also
+    --------
+    log_softmax, logsumexp
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.softmax(np.array([0.0, 1.0, 1000.0]))
+    array([0., 0., 1.])
+    >>> fastattn.softmax(np.log([[1.0, 1.0, 2.0]]), mask=[True, True, False])
+    array([[0.5, 0.5, 0. ]])
+    """
+    return _softmax.softmax(x, axis, mask, out, num_threads)
+
+
+def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """
+    Logarithm of the softmax, ``x - log(sum(exp(x)))`` along `axis`, without overflow or loss of small values.
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As for `softmax`, except that hidden entries, and rows of nothing else, give -inf.
+
+    Returns
+    -------
+    ndarray
+        x's shape and dtype (float64 for integers and bools).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax`; `out` is untouched then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.log_softmax(np.array([0.0, -1000.0]))
+    array([    0., -1000.])
+    """
+    return _softmax.log_softmax(x, axis, mask, out, num_threads)
+
+
+def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=None):
+    """
+    ``log(sum(exp(x)))`` along `axis`, natural logarithm, without overflow.
+
+    Parameters
+    ----------
+    x, axis, mask, num_threads
+        As for `softmax`. Hidden entries do not count.
+    keepdims : bool, default False
+        Whether the axes of a row stay, with size 1.
+    out : ndarray, optional
+        Receives the result; shape and dtype of the result. Must not overlap `x`.
+
+    Returns
+    -------
+    ndarray or scalar
+        float64 for float64, integers and bools, else float32. -inf for a row of which nothing counts.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; `out` is untouched then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> float(fastattn.logsumexp(np.array([1000.0, 1000.0])).round(6))
+    1000.693147
+    """
+    return _softmax.logsumexp(x, axis, keepdims, mask, out, num_threads)

@@ -1,0 +1,83 @@
+"""Extensions and compiler flags, nothing else.
+
+FASTATTN_OPENMP=0  builds without OpenMP: everything runs on one thread, and show_config() says so.
+FASTATTN_DEBUG=1   builds with bounds checks, -O1 and the address and undefined-behaviour sanitizers.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from glob import glob
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
+KERNELS = "fastattn/kernels"
+
+# Contraction is what turns a * b + c into one instruction; -std=c11 would switch it off, and -ffast-math would switch
+# denormals off for the whole process and break infinities.
+compile_args = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+link_args = []
+if DEBUG:
+    compile_args += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    link_args += ["-fsanitize=address,undefined"]
+
+
+def openmp_works(flag):
+    """Whether the compiler that builds the extensions compiles and links an OpenMP program."""
+    cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
+    if shutil.which(cc[0]) is None:
+        cc = ["cc"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "probe.c")
+        with open(source, "w") as file:
+            file.write("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+        command = [*cc, flag, source, "-o", os.path.join(folder, "probe")]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
+    if openmp_works("-fopenmp"):
+        compile_args.append("-fopenmp")
+        link_args.append("-fopenmp")
+    else:
+        print("fastattn: this compiler has no OpenMP; building for one thread", file=sys.stderr)
+
+
+def extension(name, extra_sources=()):
+    return Extension(
+        f"fastattn.{name}",
+        [f"fastattn/{name}.pyx", *extra_sources],
+        include_dirs=[KERNELS, numpy.get_include()],
+        depends=glob(f"{KERNELS}/*.h"),
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION")],
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [
+            # The kernels are linked into one module, from which the drivers get their table of functions.
+            extension("_runtime", sorted(glob(f"{KERNELS}/*.c"))),
+            extension("_arguments"),
+            extension("_attention"),
+            extension("_softmax"),
+        ],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": DEBUG,
+            "cdivision": True,
+            "embedsignature": False,
+        },
+        nthreads=0,
+    )
+)
