@@ -1,0 +1,312 @@
+"""fastattn beside NumPy and whichever of PyTorch, ONNX Runtime, OpenVINO, JAX and SciPy is installed.
+
+    python benchmarks/compare.py --quick                              a minute
+    python benchmarks/compare.py --markdown table.md --plot plot.png --json all.json
+
+Each thread count runs in a process of its own, pinned to that many CPUs, with the environment of every
+library set before it is imported. What is compared runs in turn within one process (see measure.py), the
+hardware's own limits among it (hardware.py). Then come goals.py, report.py and plot.py.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import hardware
+import report
+from suite import cases
+
+
+def main():
+    options = parse_arguments()
+    if options.worker:
+        return work(json.loads(options.worker))
+    everything = {"rounds": options.rounds, "machine": machine(), "disturbance": 0.0, "records": []}
+    for plan in plans(options):
+        if plan["cases"]:
+            result = run_worker(plan)
+            everything["versions"] = result["versions"] | everything.get("versions", {})
+            everything["disturbance"] = max(everything["disturbance"], result["disturbance"])
+            everything["records"] += result["records"]
+    if not everything["records"]:
+        sys.exit(f"no case matches {options.only!r}; there are\n" + "\n".join(case_names()))
+    if options.json:
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+    text = report.markdown(everything)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+    if options.plot:
+        import plot  # matplotlib is needed for this alone
+
+        plot.draw(everything, options.plot)
+    wrong = [record["case"] for record in everything["records"] if record.get("notes", {}).get("fastattn")]
+    if wrong:
+        sys.exit(f"fastattn failed: {', '.join(wrong)}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds of a few shapes on one thread")
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="*", help="cases by name: 2048, 'softmax*', import"
+    )
+    parser.add_argument("--threads", metavar="N,N", help="thread counts (default: 1 and, given the CPUs, 2)")
+    parser.add_argument("--rounds", type=int, help="rounds of each case (default 9)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(case_names()))
+        sys.exit()
+    if not any(letter in options.only for letter in "*?["):
+        options.only = f"*{options.only}*"
+    options.rounds = options.rounds or (3 if options.quick else 9)
+    if options.threads:
+        options.threads = [int(number) for number in options.threads.split(",")]
+        if max(options.threads) > len(cpus()):
+            parser.error(f"--threads: this process may use {len(cpus())} CPUs")
+    else:
+        options.threads = [1] if options.quick else sorted({1, min(2, len(cpus()))})
+    return options
+
+
+def cpus():
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count()))
+
+
+# The few that show most in a minute.
+QUICK = {
+    "attention-1x1x1x8x8",
+    "attention-1x8x16x16x64",
+    "attention-1x12x128x128x64",
+    "attention-1x8x512x512x64",
+    "softmax-1024x1024",
+    "softmax-100000x64",
+    "memory-attention-1x1x16384x16384x64",
+    "import",
+}
+# Where another instruction set is compared with its own peak.
+FORCED_ISA = [
+    case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)
+]
+
+
+def plans(options):
+    """One plan a worker process; together they are the whole run."""
+
+    def chosen(names):
+        return [
+            name
+            for name in names
+            if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)
+        ]
+
+    common = {"rounds": options.rounds, "isa": os.environ.get("FASTATTN_ISA")}
+    tables = [case.name for case in (*cases.ATTENTION, *cases.SOFTMAX)]
+    for threads in options.threads:
+        yield {**common, "job": "libraries", "threads": threads, "cases": chosen(tables)}
+    if not common["isa"] and hardware.best_isa() == "avx512" and 1 in options.threads:
+        names = chosen(f"avx2-{name}" for name in FORCED_ISA)
+        yield {**common, "job": "isa", "threads": 1, "isa": "avx2", "cases": names}
+    if max(options.threads) > 1:
+        names = chosen(f"threads-{case.name}" for case in cases.SCALING)
+        yield {**common, "job": "scaling", "threads": max(options.threads), "cases": names}
+    for name in chosen(f"memory-{case.name}" for case in cases.MEMORY):
+        for threads in options.threads:
+            for library in ("fastattn", "NumPy") if threads == 1 else ("fastattn",):
+                yield {**common, "job": "memory", "threads": threads, "library": library, "cases": [name]}
+    yield {**common, "job": "import", "threads": 1, "cases": chosen(["import"])}
+
+
+def case_names():
+    return [
+        *(case.name for case in (*cases.ATTENTION, *cases.SOFTMAX)),
+        *(f"avx2-{name}" for name in FORCED_ISA),
+        *(f"threads-{case.name}" for case in cases.SCALING),
+        *(f"memory-{case.name}" for case in cases.MEMORY),
+        "import",
+    ]
+
+
+def machine():
+    model = ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        model = next(lines, ":").split(":", 1)[1].strip()
+    return {"cpu": model, "cpus": len(cpus()), "isa": hardware.best_isa()}
+
+
+def run_worker(plan):
+    """Runs this script again, so that threads and instruction set are settled before anything is imported."""
+    import peers
+
+    environment = peers.thread_environment(plan["threads"])
+    if plan["isa"]:
+        environment["FASTATTN_ISA"] = plan["isa"]
+    with tempfile.TemporaryDirectory() as folder:
+        plan = {**plan, "result": str(Path(folder) / "result.json"), "cpus": cpus()[-plan["threads"] :]}
+        # Inherited affinity: a library that counts its CPUs finds as many as it has threads.
+        pin = (lambda: os.sched_setaffinity(0, plan["cpus"])) if hasattr(os, "sched_setaffinity") else None
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(plan)]
+        done = subprocess.run(command, env=environment, preexec_fn=pin, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            sys.exit(f"the measuring process failed with status {done.returncode}: {json.dumps(plan)}")
+        return json.loads(Path(plan["result"]).read_text())
+
+
+class Progress:
+    """One line on a terminal; silent in a log."""
+
+    def __init__(self, plan, rounds):
+        self.total, self.done = len(plan["cases"]) * rounds, 0
+        self.title = f"{plan['job']}, {plan['threads']} thread{'s' * (plan['threads'] > 1)}"
+        self.case = ""
+
+    def __call__(self, case=None):
+        self.case = case or self.case
+        self.done += case is None
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            share = self.done / max(1, self.total)
+            bar = "#" * round(24 * share)
+            line = f"\r\033[K{self.title} [{bar:24}] {share:4.0%}  {self.case}"
+            print(line, end=end, file=sys.stderr, flush=True)
+
+
+def work(plan):
+    """What a worker process does."""
+    import peers
+
+    jobs = {
+        "libraries": compare_libraries,
+        "isa": compare_with_own_peak,
+        "scaling": compare_thread_counts,
+        "memory": measure_memory,
+        "import": measure_import,
+    }
+    rounds = plan["rounds"] if plan["job"] in ("libraries", "isa", "scaling") else 1
+    progress = Progress(plan, rounds)
+    records, meanwhile = [], Disturbance()
+    for name in plan["cases"]:
+        progress(name)
+        record = jobs[plan["job"]](plan, name, progress)
+        records.append({"job": plan["job"], "case": name, "threads": plan["threads"], **record})
+    result = {"versions": peers.versions(), "disturbance": meanwhile.cpus(), "records": records}
+    Path(plan["result"]).write_text(json.dumps(result))
+
+
+class Disturbance:
+    """How many CPUs other processes kept busy since this was made; 0 where the system does not say."""
+
+    def __init__(self):
+        self.start = time.perf_counter(), self._others()
+
+    def _others(self):
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
+        own = sum(os.times()[:4])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
+
+    def cpus(self):
+        wall, others = self.start
+        return max(0.0, (self._others() - others) / (time.perf_counter() - wall))
+
+
+def case_of(name, among):
+    """The case that a job's name ends in: "threads-attention-..." and so on."""
+    return next(case for case in among if f"-{name}".endswith(f"-{case.name}"))
+
+
+def compare_libraries(plan, name, progress, only=None):
+    import measure
+    import peers
+
+    case = case_of(name, (*cases.ATTENTION, *cases.SOFTMAX))
+    kind = "softmax" if isinstance(case, cases.Softmax) else "attention"
+    notes = {}
+    found = list(peers.candidates(case, kind, plan["threads"], only or list(peers.LIBRARIES), notes))
+    if kind == "attention":
+        name, work, probe = "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], plan["threads"])
+    else:
+        name, work, probe = "copy", case.nbytes, hardware.copy(case.nbytes, plan["threads"])
+    # In units of this case's work, so that ratios of times are shares of the limit.
+    limit = measure.Candidate(name, probe.call, probe.work / work)
+    samples = measure.interleave([limit, *found], plan["rounds"], progress)
+    return {
+        "kind": kind,
+        "label": case.label,
+        "dtype": case.dtype,
+        "work": work,
+        "seconds": samples,
+        "notes": notes,
+    }
+
+
+def compare_with_own_peak(plan, name, progress):
+    """fastattn alone, with FASTATTN_ISA set, beside that instruction set's peak."""
+    record = compare_libraries(plan, name.removeprefix(f"{plan['isa']}-"), progress, only=["fastattn"])
+    return {**record, "isa": plan["isa"]}
+
+
+def compare_thread_counts(plan, name, progress):
+    """fastattn on one and on all threads, beside what the same threads gain in the FMA probe."""
+    import fastattn
+    import measure
+
+    case = case_of(name, cases.SCALING)
+    candidates = []
+    for threads in (1, plan["threads"]):
+        probe = hardware.fma(case.dtype, plan["isa"], threads)
+        candidates.append(measure.Candidate(f"FMA peak, {threads}", probe.call, probe.work))
+
+        def call(threads=threads):
+            return fastattn.dot_product_attention(*case.inputs(), num_threads=threads)
+
+        candidates.append(measure.Candidate(f"fastattn, {threads}", call))
+    return {"label": case.label, "seconds": measure.interleave(candidates, plan["rounds"], progress)}
+
+
+def measure_memory(plan, name, progress):
+    """What one call adds to the resident memory of a fresh process, the output not counted."""
+    import fastattn
+    from suite import baselines, memory
+
+    case = case_of(name, cases.MEMORY)
+    arrays = case.inputs()
+    library = {"fastattn": fastattn, "NumPy": baselines}[plan["library"]]
+    extra = memory.extra_memory(
+        lambda: library.dot_product_attention(*arrays, is_causal=case.is_causal), arrays[0].nbytes
+    )
+    progress()
+    return {"label": case.label, "library": plan["library"], "bytes": extra}
+
+
+def measure_import(plan, name, progress, samples=15):
+    """Seconds that `import fastattn` takes after `import numpy`, the least of several fresh processes."""
+    code = "import numpy, time; t = time.perf_counter(); import fastattn; print(time.perf_counter() - t)"
+    times = []
+    for _ in range(samples):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(float(done.stdout))
+    progress()
+    return {"seconds": min(times), "median": statistics.median(times)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The machine's own limits: FMA peak, read bandwidth and copy bandwidth, on one or several threads.
+
+A share of the peak says more than milliseconds, and carries over to other machines. But clocks drift, so a
+peak is worth something only next to what it is compared with: `fma`, `read` and `copy` return a `Probe`, a
+call that takes its turn between the libraries in `measure.interleave`.
+
+    python benchmarks/hardware.py            prints the limits
+"""
+
+import ctypes
+import functools
+import itertools
+import os
+import platform
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SOURCE = Path(__file__).with_name("hardware.c")
+ALIGNMENT = 64
+# Long enough that starting the threads does not show.
+PROBE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    flags: tuple
+    vector_bytes: int
+    chains: int
+    runnable: str = "1"
+
+
+if platform.machine().lower() in ("aarch64", "arm64"):
+    # Up to 4 units x 4 cycles, 32 registers.
+    INSTRUCTION_SETS = {"neon": InstructionSet((), 16, 24)}
+else:
+    # Best first. 12 chains of the 16 registers; AVX-512 has 32. SSE2 multiplies and adds in two instructions.
+    INSTRUCTION_SETS = {
+        "avx512": InstructionSet(("-mavx512f",), 64, 20, '__builtin_cpu_supports("avx512f")'),
+        "avx2": InstructionSet(
+            ("-mavx2", "-mfma"), 32, 12, '__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")'
+        ),
+        "baseline": InstructionSet((), 16, 12),
+    }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call of `call` does `work` (floating-point operations or bytes) in all its threads together."""
+
+    call: object
+    work: float
+
+
+@functools.cache
+def load(isa, dtype="float32"):
+    """The compiled hardware.c, or None where the compiler or the CPU lacks the instruction set."""
+    spec = INSTRUCTION_SETS[isa]
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "hardware.so"
+        defined = {
+            "REAL": {"float32": "float", "float64": "double"}[dtype],
+            "VECTOR_BYTES": spec.vector_bytes,
+            "CHAINS": spec.chains,
+            "RUNNABLE": spec.runnable,
+        }
+        flags = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", *spec.flags]
+        flags += [f"-D{name}={value}" for name, value in defined.items()]
+        command = [compiler, *flags, str(SOURCE), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            if not spec.flags:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+            return None
+        loaded = ctypes.CDLL(str(library))
+    i64, address = ctypes.c_int64, ctypes.c_void_p
+    loaded.multiply_add.argtypes = (i64, ctypes.c_double, ctypes.c_double)
+    loaded.multiply_add.restype = ctypes.c_double
+    loaded.read_words.argtypes = (address, i64, i64)
+    loaded.read_words.restype = ctypes.c_uint32
+    loaded.copy_bytes.argtypes = (address, address, i64, i64)
+    loaded.copy_bytes.restype = None
+    return loaded if loaded.runnable() else None
+
+
+def best_isa():
+    return next(isa for isa in INSTRUCTION_SETS if load(isa))
+
+
+@functools.cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads)
+
+
+def _on_threads(work, threads):
+    """A call that runs work(0) ... work(threads - 1), each on its own thread, and returns the results."""
+    if threads == 1:
+        return lambda: [work(0)]
+    pool = _pool(threads)
+    return lambda: list(pool.map(work, range(threads)))
+
+
+def _repeats(work_once):
+    """How often `work_once(n)` must repeat to last PROBE_SECONDS."""
+    for repeats in (4**power for power in itertools.count()):
+        start = time.perf_counter()
+        work_once(repeats)
+        seconds = time.perf_counter() - start
+        if seconds > PROBE_SECONDS / 8:
+            return max(1, round(repeats * PROBE_SECONDS / seconds))
+
+
+@functools.cache
+def fma(dtype="float32", isa=None, threads=1):
+    """Multiply-adds in registers; an FMA counts as two operations."""
+    library = load(isa or best_isa(), dtype)
+    factor, addend = -0.999, 0.5
+    lanes, chains, steps = library.lanes(), library.chains(), library.steps()
+
+    def expected(blocks):
+        start = 1 + np.arange(chains) + np.arange(blocks)[:, None] % 8
+        limit = addend / (1 - factor)
+        return float(np.sum((limit + factor**steps * (start - limit)) * lanes))
+
+    blocks = _repeats(lambda n: library.multiply_add(n, factor, addend))
+    np.testing.assert_allclose(library.multiply_add(blocks, factor, addend), expected(blocks), rtol=1e-3)
+    call = _on_threads(lambda _: library.multiply_add(blocks, factor, addend), threads)
+    return Probe(call, 2.0 * blocks * steps * chains * lanes * threads)
+
+
+def _buffer(nbytes):
+    """Ones, aligned to a cache line, as 32-bit words."""
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    words = raw[start : start + nbytes].view(np.uint32)
+    words[:] = 1
+    return words
+
+
+@functools.lru_cache(maxsize=4)
+def read(nbytes, threads=1):
+    """Reads of a buffer of `nbytes` in all: the threads share it."""
+    library, isa = load(best_isa()), INSTRUCTION_SETS[best_isa()]
+    unit = 8 * isa.vector_bytes
+    vectors = max(1, nbytes // threads // unit) * 8
+    buffers = [_buffer(vectors * isa.vector_bytes) for _ in range(threads)]
+
+    def one(index, repeats):
+        return library.read_words(buffers[index].ctypes.data, vectors, repeats)
+
+    repeats = _repeats(lambda n: one(0, n))
+    assert one(0, repeats) == repeats * buffers[0].size % 2**32, "the read probe did not read"
+    call = _on_threads(lambda index: one(index, repeats), threads)
+    return Probe(call, float(repeats * threads * buffers[0].nbytes))
+
+
+@functools.lru_cache(maxsize=4)
+def copy(nbytes, threads=1):
+    """Copies of a buffer of `nbytes` in all; `work` counts each byte copied once, though read and written."""
+    library = load(best_isa())
+    share = max(ALIGNMENT, nbytes // threads // ALIGNMENT * ALIGNMENT)
+    pairs = [(_buffer(share), _buffer(share)) for _ in range(threads)]
+    for target, _ in pairs:
+        target[:] = 0
+
+    def one(index, repeats):
+        target, source = pairs[index]
+        library.copy_bytes(target.ctypes.data, source.ctypes.data, share, repeats)
+
+    repeats = _repeats(lambda n: one(0, n))
+    assert (pairs[0][0] == 1).all(), "the copy probe did not copy"
+    call = _on_threads(lambda index: one(index, repeats), threads)
+    return Probe(call, float(repeats * threads * share))
+
+
+def _rate(probe):
+    """The best of a few calls, in units of 1e9 a second."""
+    best = min(_timed(probe.call) for _ in range(5))
+    return probe.work / best / 1e9
+
+
+def _timed(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main():
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for threads in sorted({1, cpus}):
+        print(f"{threads} thread{'s' * (threads > 1)}")
+        for isa in INSTRUCTION_SETS:
+            if load(isa):
+                f32, f64 = (_rate(fma(dtype, isa, threads)) for dtype in ("float32", "float64"))
+                print(f"  {isa:10} {f32:8.1f} GFLOP/s float32 {f64:8.1f} GFLOP/s float64")
+        for size in (256 * 2**10, 4 * 2**20, 256 * 2**20):
+            print(
+                f"  {size / 2**20:6.2f} MiB   read {_rate(read(size, threads)):7.1f} GB/s"
+                f"    copy {_rate(copy(size, threads)):7.1f} GB/s"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The libraries that fastattn is measured beside, each at its best.
+
+Every library gets its inputs beforehand in its own format and favourite layout, and where it has several ways
+to write the same thing, all of them are tried on each case and the fastest right one counts. A `Variant` is
+such a way: `call` is timed, `read` turns what it returns into a (..., L, E) NumPy array.
+"""
+
+import functools
+import importlib.metadata
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+import fastattn
+import measure
+from suite import baselines
+
+# Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
+# need, and far below what bfloat16 arithmetic in disguise would give.
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    call: object
+    read: object = np.asarray
+
+
+def _fastattn_attention(case, threads):
+    # No num_threads: the environment says how many, as it does to the others.
+    call = functools.partial(fastattn.dot_product_attention, *case.inputs())
+    yield Variant("", functools.partial(call, is_causal=True) if case.is_causal else call)
+
+
+def _numpy_attention(case, threads):
+    yield Variant("", functools.partial(baselines.dot_product_attention, *case.inputs(), case.is_causal))
+
+
+def _torch_attention(case, threads):
+    torch = _torch(threads)
+    query, key, value = map(torch.from_numpy, case.inputs())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    yield Variant("", lambda: attend(query, key, value, is_causal=case.is_causal))
+
+
+@functools.cache
+def _torch(threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    # Entered for good: as a `with` around each call it would cost a microsecond.
+    torch.inference_mode().__enter__()
+    return torch
+
+
+def _onnx_attention(case, threads):
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    batch, heads, seqlen_q, _, head_dim = case.shape
+    query, key, value = case.inputs()
+    kind = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}[case.dtype]
+
+    def variant(name, nodes, arrays, output_shape, read=np.asarray, constants=(), opset=23):
+        inputs = [
+            helper.make_tensor_value_info(letter, kind, array.shape)
+            for letter, array in zip("qkv", arrays, strict=True)
+        ]
+        output = helper.make_tensor_value_info("o", kind, output_shape)
+        graph = helper.make_graph(nodes, "attention", inputs, [output], list(constants))
+        domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        if case.dtype == "float64":
+            # The optimiser folds the scale into a matrix product that keeps it in float32.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        # Bound once: no look-up of names and no new output in each call.
+        binding = session.io_binding()
+        for letter, array in zip("qkv", arrays, strict=True):
+            binding.bind_ortvalue_input(letter, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_output("o")
+        session.run_with_iobinding(binding)
+        result = binding.get_outputs()[0]
+        binding.bind_ortvalue_output("o", result)
+        run = session.run_with_iobinding
+
+        def call():
+            run(binding)
+            return result
+
+        return Variant(name, call, lambda value: read(value.numpy()))
+
+    def attention():
+        node = helper.make_node("Attention", list("qkv"), ["o"], is_causal=int(case.is_causal))
+        return variant("Attention", [node], (query, key, value), query.shape)
+
+    def multi_head_attention():
+        # Heads packed into the last axis: (batch, seqlen, heads * head_dim).
+        packed = (np.ascontiguousarray(array.swapaxes(1, 2)) for array in case.inputs())
+        arrays = [array.reshape(batch, -1, heads * head_dim) for array in packed]
+        node = helper.make_node(
+            "MultiHeadAttention",
+            list("qkv"),
+            ["o"],
+            domain="com.microsoft",
+            num_heads=heads,
+            unidirectional=int(case.is_causal),
+        )
+
+        def read(output):
+            return output.reshape(batch, seqlen_q, heads, head_dim).swapaxes(1, 2)
+
+        return variant("MultiHeadAttention", [node], arrays, arrays[0].shape, read)
+
+    def matmul_softmax():
+        if case.is_causal:
+            raise NotImplementedError("the written-out graph would add an L x S constant")
+        scale = helper.make_tensor("scale", kind, [1], [head_dim**-0.5])
+        nodes = [
+            helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+            helper.make_node("Mul", ["q", "scale"], ["qs"]),
+            helper.make_node("MatMul", ["qs", "kt"], ["s"]),
+            helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["o"]),
+        ]
+        return variant(
+            "MatMul-Softmax-MatMul", nodes, (query, key, value), query.shape, constants=[scale], opset=17
+        )
+
+    yield from _those_that_work(attention, multi_head_attention, matmul_softmax)
+
+
+def _openvino_attention(case, threads):
+    import openvino
+    from openvino import opset13
+
+    arrays = case.inputs()
+    parameters = [opset13.parameter(array.shape, array.dtype) for array in arrays]
+    node = opset13.scaled_dot_product_attention(*parameters, causal=case.is_causal)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # The default would be bfloat16 where the CPU has it.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
+    request = compiled.create_infer_request()
+    for index, array in enumerate(arrays):
+        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+
+    def call():
+        request.start_async()
+        request.wait()
+        return request
+
+    def read(request):
+        return np.array(request.get_output_tensor(0).data)
+
+    yield Variant("infer", lambda: request.infer(share_outputs=True), lambda _: read(request))
+    yield Variant("start_async", call, read)
+
+
+def _jax_attention(case, threads):
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    # JAX's own layout: (batch, seqlen, heads, head_dim).
+    arrays = [jax.device_put(np.ascontiguousarray(x.swapaxes(1, 2))) for x in case.inputs()]
+
+    def read(output):
+        return np.asarray(output).swapaxes(1, 2)
+
+    def library(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=case.is_causal)
+
+    def einsums(query, key, value):
+        jnp = jax.numpy
+        scores = jnp.einsum("blhd,bshd->bhls", query * case.head_dim**-0.5, key)
+        if case.is_causal:
+            scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
+        return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores), value)
+
+    for function in (library, einsums):
+        compiled = jax.jit(function).lower(*arrays).compile()
+        name = "dot_product_attention" if function is library else "einsums"
+        yield Variant(name, lambda compiled=compiled: compiled(*arrays).block_until_ready(), read)
+
+
+def _fastattn_softmax(case, threads):
+    yield Variant("", functools.partial(fastattn.softmax, *case.inputs()))
+
+
+def _fastattn_softmax_out(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(fastattn.softmax, x, out=np.empty_like(x)))
+
+
+def _numpy_softmax(case, threads):
+    yield Variant("", functools.partial(baselines.softmax, *case.inputs()))
+
+
+def _scipy_softmax(case, threads):
+    from scipy.special import softmax
+
+    yield Variant("", functools.partial(softmax, *case.inputs(), axis=-1))
+
+
+def _torch_softmax(case, threads):
+    x = _torch(threads).from_numpy(case.inputs()[0])
+    yield Variant("", lambda: x.softmax(-1))
+
+
+def _those_that_work(*makers):
+    """The variants of a library that it can build; its complaint if it can build none."""
+    complaints = []
+    for make in makers:
+        try:
+            made = make()
+        except Exception as error:  # whatever a library throws at an operator it does not know
+            complaints.append(error)
+        else:
+            yield made
+    if len(complaints) == len(makers):
+        raise complaints[0]
+
+
+# Name -> (distribution, how it does attention, how it does softmax).
+LIBRARIES = {
+    "fastattn": ("fastattn", _fastattn_attention, _fastattn_softmax),
+    "fastattn out=": ("fastattn", None, _fastattn_softmax_out),
+    "NumPy": ("numpy", _numpy_attention, _numpy_softmax),
+    "SciPy": ("scipy", None, _scipy_softmax),
+    "PyTorch": ("torch", _torch_attention, _torch_softmax),
+    "ONNX Runtime": ("onnxruntime", _onnx_attention, None),
+    "OpenVINO": ("openvino", _openvino_attention, None),
+    "JAX": ("jax", _jax_attention, None),
+}
+# Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
+PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
+
+
+def thread_environment(threads):
+    """What must be set before any library is imported, so that each uses exactly `threads` threads."""
+    names = ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB_MAXIMUM", "NUMEXPR", "FASTATTN")
+    settings = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    # XLA and TBB take one thread for each CPU they may run on: the affinity decides, and this only helps.
+    settings["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
+    settings["JAX_PLATFORMS"] = "cpu"
+    settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    return {**os.environ, **settings}
+
+
+def versions():
+    found = {}
+    for distribution, *_ in LIBRARIES.values():
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def candidates(case, kind, threads, names, notes):
+    """A right and fast candidate for each library that is installed, has the function, and is among `names`.
+
+    `notes` receives the variant chosen and the reason why a library is left out.
+    """
+    expected = None
+    for name, (_, attention, softmax) in LIBRARIES.items():
+        make = {"attention": attention, "softmax": softmax}[kind]
+        if make is None or name not in names:
+            continue
+        if expected is None:
+            expected = _expected(case, kind)
+        try:
+            variants = list(make(case, threads))
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:
+            notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        right = [variant for variant in variants if _check(variant, expected, case, name, notes)]
+        if not right:
+            continue
+        best = right[0]
+        if len(right) > 1:
+            best = min(right, key=lambda variant: _quick_seconds(variant.call))
+        if best.name:
+            notes[name] = best.name
+        yield measure.Candidate(name, best.call)
+
+
+def _expected(case, kind):
+    if kind == "attention":
+        return baselines.expected_attention(*case.inputs(), case.is_causal)
+    return baselines.softmax(case.inputs()[0].astype(np.float64))
+
+
+def _check(variant, expected, case, name, notes):
+    try:
+        got = variant.read(variant.call())
+    except Exception as error:
+        notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        return False
+    error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
+    if error <= TOLERANCE[case.dtype]:
+        return True
+    notes[name] = f"{variant.name} left out: error {error:.1e}, allowed {TOLERANCE[case.dtype]:.0e}".strip()
+    return False
+
+
+def _quick_seconds(call):
+    measure.wait_until_idle()
+    number, each = measure.calibrate(call)
+    if each > measure.LONG_SECONDS:
+        return each
+    return min(measure.seconds(call, number) for _ in range(3))

@@ -1,0 +1,173 @@
+"""The Markdown tables of what compare.py measured, with the goals of goals.py."""
+
+import goals
+import measure
+from peers import PEERS
+
+COLUMNS = ("NumPy", "SciPy", *PEERS)
+SHAPE = "B, H, L, S, D"
+
+
+def markdown(everything):
+    records = everything["records"]
+    parts = [
+        _how(everything),
+        *_attention(records_of(records, "libraries", kind="attention")),
+        *_softmax(records_of(records, "libraries", kind="softmax")),
+        _other_isa(records_of(records, "isa")),
+        _gain(records_of(records, "scaling")),
+        _memory_and_import(records),
+        _notes(records),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def records_of(records, job, **wanted):
+    return [
+        record
+        for record in records
+        if record["job"] == job and all(record.get(key) == value for key, value in wanted.items())
+    ]
+
+
+def threads_in_words(number):
+    return f"{number} thread" + "s" * (number > 1)
+
+
+def _how(everything):
+    machine, versions = everything["machine"], everything["versions"]
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return (
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['isa']}; {libraries}. Medians of "
+        f"{everything['rounds']} interleaved rounds, every answer checked; in brackets, how many times "
+        "faster fastattn is (the median of the ratios within a round)." + _disturbance(everything)
+    )
+
+
+def _disturbance(everything):
+    busy = everything["disturbance"]
+    return f" **Other processes kept up to {busy:.1f} CPUs busy meanwhile.**" if busy > 0.05 else ""
+
+
+def _attention(records):
+    for threads in sorted({record["threads"] for record in records}):
+        for dtype in ("float32", "float64"):
+            chosen = [r for r in records if r["threads"] == threads and r["dtype"] == dtype]
+            if not chosen:
+                continue
+            names = _columns(chosen)
+            heads = [SHAPE, "fastattn", "of FMA peak", "goal", *names, "outcome"]
+            rows = []
+            for record in chosen:
+                samples, (share, goal) = record["seconds"], goals.share(record)
+                numbers = [_time(measure.median(samples, "fastattn")), _percent(share), _percent(goal)]
+                others = [_beside(samples, name) for name in names]
+                rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+            yield _table(f"Attention, {dtype}, {threads_in_words(threads)}", heads, rows)
+
+
+def _softmax(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = ["shape", "fastattn", "into `out=`", "of a copy's speed", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            samples, (share, goal) = record["seconds"], goals.share(record)
+            label = record["label"] + (" float64" if record["dtype"] == "float64" else "")
+            numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn out=")]
+            others = [_beside(samples, name) for name in names]
+            outcome = _outcome(goals.missed(record))
+            rows.append([label, *numbers, _percent(share), _percent(goal), *others, outcome])
+        yield _table(f"Softmax over the last axis, {threads_in_words(threads)}", heads, rows)
+
+
+def _other_isa(records):
+    rows = []
+    for record in records:
+        share, goal = goals.share(record)
+        time = _time(measure.median(record["seconds"], "fastattn"))
+        outcome = _outcome(goals.missed(record))
+        rows.append([record["label"], record["isa"], time, _percent(share), _percent(goal), outcome])
+    heads = [SHAPE, "`FASTATTN_ISA`", "fastattn", "of its own FMA peak", "goal", "outcome"]
+    return _table("Another instruction set, float32, 1 thread", heads, rows)
+
+
+def _gain(records):
+    rows = []
+    for record in records:
+        samples, threads = record["seconds"], record["threads"]
+        times = [_time(measure.median(samples, f"fastattn, {number}")) for number in (1, threads)]
+        ours, possible = goals.gains(record)
+        words = [] if ours >= goals.SHARE_OF_GAIN * possible else [f"{ours / possible:.0%} of the hardware's"]
+        rows.append([record["label"], threads, *times, f"{ours:.2f}x", f"{possible:.2f}x", _outcome(words)])
+    heads = [SHAPE, "threads", "on one", "on all", "gain", "the hardware's own gain", "outcome"]
+    return _table("Gain from threads, float32", heads, rows)
+
+
+def _memory_and_import(records):
+    rows = []
+    for record in records_of(records, "memory"):
+        what = f"extra memory, {record['label']}, {record['library']}, {threads_in_words(record['threads'])}"
+        goal, outcome = "", ""
+        if record["library"] == "fastattn":
+            goal = f"< {_mebibytes(goals.EXTRA_BYTES)}"
+            outcome = _outcome([] if record["bytes"] < goals.EXTRA_BYTES else ["too much"])
+        rows.append([what, _mebibytes(record["bytes"]), goal, outcome])
+    for record in records_of(records, "import"):
+        outcome = _outcome([] if record["seconds"] <= goals.IMPORT_SECONDS else ["too slow"])
+        goal = f"<= {_time(goals.IMPORT_SECONDS)}"
+        rows.append(["import, added to NumPy's", _time(record["seconds"]), goal, outcome])
+    return _table("Memory and import", ["what", "measured", "goal", "outcome"], rows)
+
+
+def _notes(records):
+    """Which way of writing it was the fastest in each library, and what could not take part."""
+    lines = {}
+    for record in records:
+        for name, note in record.get("notes", {}).items():
+            where = f"{record['case']} ({threads_in_words(record['threads'])})"
+            lines.setdefault(f"{name}, {note}", []).append(where)
+    body = "\n".join(f"- {what}: {', '.join(where)}" for what, where in sorted(lines.items()))
+    return f"<details><summary>Variants chosen</summary>\n\n{body}\n\n</details>" if body else ""
+
+
+def _columns(records):
+    return [name for name in COLUMNS if any(name in record["seconds"] for record in records)]
+
+
+def _beside(samples, name):
+    ratio = measure.ratio(samples, name, "fastattn")
+    time = _time(measure.median(samples, name))
+    return f"{time} ({ratio:.2f}x)" if ratio else time
+
+
+def _outcome(words):
+    """Of the goals missed, in words; None is no goal at all."""
+    if words is None:
+        return ""
+    return "**missed**: " + ", ".join(words) if words else "met"
+
+
+def _time(seconds):
+    if seconds is None:
+        return "-"
+    unit, size = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("µs", 1e-6))
+    value = seconds / size
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def _percent(share):
+    return "" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def _mebibytes(count):
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _table(title, heads, rows):
+    if not rows:
+        return ""
+    align = ["---"] + ["---:"] * (len(heads) - 2) + ["---"]
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (heads, align, *rows)]
+    return f"### {title}\n\n" + "\n".join(lines)

@@ -1,0 +1,132 @@
+"""What is measured: shapes, dtypes and their inputs, once for asv and for compare.py.
+
+Only append: a case that changes breaks the comparison with every older result.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Dot-product attention of (batch, heads, seqlen_q, head_dim) over (batch, heads, seqlen_k, head_dim)."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: str = "float32"
+    is_causal: bool = False
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.head_dim
+
+    @property
+    def name(self):
+        words = ["attention", "x".join(map(str, self.shape))]
+        words += ["causal"] if self.is_causal else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        return ", ".join(map(str, self.shape)) + (" causal" if self.is_causal else "")
+
+    @property
+    def flops(self):
+        """Operations of the two matrix products that reach the answer: hidden scores do not count."""
+        pairs = self.seqlen_q * self.seqlen_k
+        if self.is_causal:
+            if self.seqlen_q != self.seqlen_k:
+                raise ValueError("causal cases are square: libraries align other shapes differently")
+            pairs = self.seqlen_q * (self.seqlen_q + 1) // 2
+        return 4 * self.batch * self.heads * pairs * self.head_dim
+
+    def inputs(self):
+        return _attention_inputs(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax over the last axis."""
+
+    shape: tuple
+    dtype: str = "float32"
+
+    @property
+    def name(self):
+        words = ["softmax", "x".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        return ", ".join(map(str, self.shape))
+
+    @property
+    def nbytes(self):
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def inputs(self):
+        return (_normal(self.shape, self.dtype),)
+
+
+# Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
+# kept: the largest is 64 MB.
+@functools.lru_cache(maxsize=2)
+def _attention_inputs(shape, dtype):
+    batch, heads, seqlen_q, seqlen_k, head_dim = shape
+    generator = np.random.default_rng(7)
+    shapes = ((batch, heads, rows, head_dim) for rows in (seqlen_q, seqlen_k, seqlen_k))
+    return tuple(generator.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
+
+
+@functools.lru_cache(maxsize=2)
+def _normal(shape, dtype):
+    return np.random.default_rng(7).standard_normal(shape, dtype=np.float32).astype(dtype)
+
+
+# Small calls, an encoder's layers, cross-attention over audio, long sequences.
+ATTENTION_SHAPES = (
+    (1, 1, 1, 8, 8),
+    (1, 8, 16, 16, 64),
+    (1, 12, 128, 128, 64),
+    (1, 8, 512, 512, 64),
+    (2, 16, 384, 384, 80),
+    (1, 12, 77, 1500, 64),
+    (1, 8, 2048, 2048, 64),
+    (1, 8, 2048, 2048, 128),
+)
+
+ATTENTION = (
+    *(Attention(*shape) for shape in ATTENTION_SHAPES),
+    Attention(1, 8, 2048, 2048, 64, is_causal=True),
+    Attention(1, 8, 2048, 2048, 128, is_causal=True),
+    Attention(1, 8, 512, 512, 64, "float64"),
+    Attention(1, 8, 2048, 2048, 64, "float64"),
+    Attention(1, 8, 2048, 2048, 128, "float64"),
+    Attention(1, 8, 2048, 2048, 64, "float64", is_causal=True),
+)
+
+# A square, the scores of an encoder, a vocabulary, many short rows, rows larger than a core's cache.
+SOFTMAX = (
+    Softmax((1024, 1024)),
+    Softmax((8, 12, 128, 128)),
+    Softmax((64, 32000)),
+    Softmax((100_000, 64)),
+    Softmax((16, 1_000_000)),
+    Softmax((1024, 1024), "float64"),
+)
+
+# On few heads the threads must share one head's rows.
+SCALING = (
+    Attention(1, 8, 2048, 2048, 64),
+    Attention(1, 1, 2048, 2048, 64),
+    Attention(1, 12, 128, 128, 64),
+)
+
+MEMORY = (Attention(1, 1, 16384, 16384, 64), Attention(1, 1, 16384, 16384, 64, is_causal=True))

@@ -1,0 +1,65 @@
+"""asv: how much memory a call takes beyond its inputs and output, and in all."""
+
+import functools
+import resource
+import sys
+from pathlib import Path
+
+import fastattn
+
+from . import baselines
+from .cases import Attention
+
+
+def _resident():
+    """Bytes of this process in memory now, and at most so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak, peak
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def extra_memory(call, result_bytes=0):
+    """Bytes by which `call()` raises the peak of this process's memory, its result not counted.
+
+    The first call is taken, with whatever it allocates to keep: a workspace that stays is no less memory.
+    """
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # starts the peak anew from what is resident now
+    before, _ = _resident()
+    result = call()
+    _, peak = _resident()
+    del result
+    return max(0, peak - before - result_bytes)
+
+
+IMPLEMENTATIONS = {
+    "fastattn": fastattn.dot_product_attention,
+    "numpy": baselines.dot_product_attention,
+}
+SEQLENS = [1024, 4096, 8192]
+
+
+def _call(seqlen, implementation):
+    case = Attention(1, 1, seqlen, seqlen, 64)
+    arrays = case.inputs()
+    return functools.partial(IMPLEMENTATIONS[implementation], *arrays), arrays[0].nbytes
+
+
+class Memory:
+    params = [SEQLENS, list(IMPLEMENTATIONS)]
+    param_names = ["seqlen", "implementation"]
+
+    def peakmem_attention(self, seqlen, implementation):
+        call, _ = _call(seqlen, implementation)
+        call()
+
+    def track_extra_memory(self, seqlen, implementation):
+        return extra_memory(*_call(seqlen, implementation))
+
+    track_extra_memory.unit = "bytes"
