@@ -5,13 +5,14 @@ The layers, from the top; each imports only what stands below it:
     attention, softmax, config      the public functions; a docstring is the specification
     _arguments                      every check of every argument, once -> one plain description of the problem
     _attention, _softmax            the drivers: tiles and rows, threads, scratch memory
-    _runtime                        the kernels in force, number of threads, Ctrl-C, fork
+    _load, _runtime                 the kernels in force, number of threads, Ctrl-C, fork
     kernels/*.c, *.h                the mathematics, once; an instruction set and a dtype enter as definitions
 
-`fastattn.reference` has the same functions in plain float64 NumPy. It is what every word means, and nothing here imports
-it.
+`fastattn.reference` has the same functions in plain float64 NumPy. It is what every word means, and nothing here
+imports it.
 """
 
+from fastattn import _load  # noqa: F401  (first: it loads the OpenMP library)
 from fastattn.attention import dot_product_attention, merge_attention, varlen_attention
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
 from fastattn.softmax import log_softmax, logsumexp, softmax

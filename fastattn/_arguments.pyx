@@ -232,8 +232,8 @@ cdef tuple batch_shape(Problem p):
 
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
-    """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are known
-    to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that)."""
+    """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are
+    known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that)."""
     cdef Layout *layout = &p.layouts[operand]
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
@@ -324,7 +324,8 @@ cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssiz
 cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
     cdef cnp.ndarray a = as_array(bias, "bias")
     if a.dtype.kind in "biu":
-        raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say which keys count go to mask=")
+        raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say "
+                        f"which keys count go to mask=")
     p.shared.bias_dtype = storage_of(a, "bias")
     read_matrix(p, BIAS, a, "bias", batch, rows, cols)
     return 0
@@ -402,7 +403,7 @@ cdef bint overlap(a, b):
 
 
 cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
-    """`out`, or a new array. inputs: the arrays that it must not overlap; same_allowed: but may be the first of them."""
+    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
     if out is None:
         return np.empty(shape, dtype)
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
@@ -793,16 +794,16 @@ cdef Parts read_parts(object outs, object lses):
         if not isinstance(x, (list, tuple)) and not (isinstance(x, np.ndarray) and x.ndim):
             raise TypeError(f"{name} must be a sequence of arrays, one for each part, not {type(x).__name__}")
     if len(outs) != len(lses) or len(outs) == 0:
-        raise ValueError(f"outs and lses must have one array for each part, and at least one: they have {len(outs)} and "
-                         f"{len(lses)}")
+        raise ValueError(f"outs and lses must have one array for each part, and at least one: they have {len(outs)} "
+                         f"and {len(lses)}")
     out_arrays = [floating(x, f"outs[{i}]") for i, x in enumerate(outs)]
     lse_arrays = [floating(x, f"lses[{i}]") for i, x in enumerate(lses)]
     dtype = common_dtype(out_arrays, tuple([f"outs[{i}]" for i in range(len(outs))]))
     shape = out_arrays[0].shape
     for i in range(len(out_arrays)):
         if out_arrays[i].ndim < 2 or out_arrays[i].shape != shape:
-            raise ValueError(f"outs[{i}] has shape {out_arrays[i].shape}; all parts must have the same shape (..., L, E), "
-                             f"and outs[0] has {shape}")
+            raise ValueError(f"outs[{i}] has shape {out_arrays[i].shape}; all parts must have the same shape "
+                             f"(..., L, E), and outs[0] has {shape}")
         if lse_arrays[i].shape != shape[:-1]:
             raise ValueError(f"lses[{i}] has shape {lse_arrays[i].shape}; to fit outs it must be {shape[:-1]}")
     p.out = np.empty(shape, dtype)

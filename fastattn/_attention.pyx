@@ -10,7 +10,7 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
 from fastattn._arguments cimport Problem, read_dot_product, read_varlen
-from fastattn._runtime cimport (FA_ALIGN, FA_SPAN, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
+from fastattn._runtime cimport (FA_SPAN, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
                                 interrupted, kernels_for, take_workspace)
 
 cdef enum:

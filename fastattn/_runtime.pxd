@@ -43,7 +43,8 @@ cdef extern from "kernels/fastattn.h" nogil:
         const char *name
         size_t (*tile_workspace)(const fa_problem *, int64_t, int64_t) noexcept nogil
         void (*open_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
-        void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t, void *) noexcept nogil
+        void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t,
+                           void *) noexcept nogil
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*row)(fa_row_function, const void *, const char *, void *, int64_t) noexcept nogil
         void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil

@@ -1,4 +1,4 @@
-"""The driver of softmax, log_softmax and logsumexp: rows over threads. And merge_attention, which is a softmax over parts.
+"""The driver of softmax, log_softmax and logsumexp: rows over threads. And of merge_attention, a softmax over parts.
 
 Rows that lie contiguously in memory are read and written in place; others pass through a row of scratch.
 """
@@ -6,8 +6,8 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport uintptr_t
 
-from fastattn._arguments cimport MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, Parts, Rows, read_parts, \
-    read_rows
+from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
+                                  read_rows)
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, allowed_threads,
                                 fa_dtype, fa_kernels, fa_row_function, give_workspace, interrupted, kernels_for,
                                 take_workspace)
@@ -169,7 +169,8 @@ def logsumexp(x, axis, keepdims, mask, out, num_threads):
     return answer[()] if out is None else answer
 
 
-cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *out, char *lse, char *scratch) noexcept nogil:
+cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *out, char *lse,
+                    char *scratch) noexcept nogil:
     """scratch: parts pointers, then parts numbers, then parts rows, in the accumulation dtype."""
     cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, part, index, rest
     cdef const void **pointers = <const void **> scratch

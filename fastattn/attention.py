@@ -1,31 +1,40 @@
 """Attention. The docstrings are the specification; fastattn.reference says the same in float64 NumPy."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fastattn import _attention, _softmax
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
 
 
 def dot_product_attention(
-    query,
-    key,
-    value,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
-    is_causal=False,
-    window_size=None,
-    query_offset=None,
-    key_lengths=None,
-    query_lengths=None,
-    mask=None,
-    bias=None,
-    alibi_slopes=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
-    return_weights=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
-):
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
     Dot-product attention, ``softmax(scale * query @ key.T) @ value``, without the matrix of scores in memory.
 
@@ -34,9 +43,9 @@ def dot_product_attention(
     query : array_like, shape (..., L, D)
     key : array_like, shape (..., S, D)
     value : array_like, shape (..., S, E)
-        float32, float64, float16 or bfloat16 (sums in float32); integers and bools become float64. They promote together
-        as `numpy.result_type` says. Leading axes are batch axes and broadcast; by convention axis -3 is the head axis.
-        Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``, without a copy.
+        float32, float64, float16 or bfloat16 (sums in float32); integers and bools become float64. They promote
+        together as `numpy.result_type` says. Leading axes are batch axes and broadcast; by convention axis -3 is the
+        head axis. Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``, without a copy.
     is_causal : bool, default False
         A query sees no key behind its own position.
     window_size : int or (int, int), optional
@@ -52,7 +61,8 @@ def dot_product_attention(
 
     key_lengths, query_lengths : int or array of int, optional
         Valid lengths, for padded batches. Keys past the length are unseen, query rows past it see nothing. An array has
-        exactly as many axes as there are batch axes, each of their size or 1: ``lengths[:, None]`` for batch axes (B, H).
+        exactly as many axes as there are batch axes, each of their size or 1: ``lengths[:, None]`` for batch axes
+        (B, H).
     mask : array_like of bool, broadcasts to (..., L, S), optional
         **True means attend.**
     bias : array_like of floats, broadcasts to (..., L, S), optional
@@ -146,24 +156,24 @@ def dot_product_attention(
 
 
 def varlen_attention(
-    query,
-    key,
-    value,
-    cu_seqlens_q,
-    cu_seqlens_k=None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
     *,
-    is_causal=False,
-    window_size=None,
-    alibi_slopes=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
-):
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
     Dot-product attention within each of several sequences that lie packed, without padding, on one axis.
 
@@ -222,7 +232,10 @@ def varlen_attention(
     )
 
 
-def merge_attention(outs, lses):
+def merge_attention(
+    outs: Sequence[ArrayLike],
+    lses: Sequence[ArrayLike],
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """
     Merge attention over parts of the key axis into attention over all of it, exactly.
 
@@ -247,14 +260,16 @@ def merge_attention(outs, lses):
 
     Notes
     -----
-    ``lse = log(sum(exp(lse_part)))`` and ``out = sum(exp(lse_part - lse) * out_part)``. A sink must go into one part only.
+    ``lse = log(sum(exp(lse_part)))`` and ``out = sum(exp(lse_part - lse) * out_part)``. A sink must go
+    into one part only.
 
     Examples
     --------
     >>> import numpy as np
     >>> import fastattn
     >>> query, key, value = np.ones((1, 4)), np.ones((6, 4)), np.arange(6.0)[:, None]
-    >>> parts = [fastattn.dot_product_attention(query, key[i], value[i], return_lse=True) for i in (slice(2), slice(2, 6))]
+    >>> halves = slice(2), slice(2, 6)
+    >>> parts = [fastattn.dot_product_attention(query, key[i], value[i], return_lse=True) for i in halves]
     >>> out, lse = fastattn.merge_attention(*zip(*parts))
     >>> bool(np.allclose(out, fastattn.dot_product_attention(query, key, value)))
     True

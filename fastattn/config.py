@@ -1,14 +1,17 @@
 """Threads, and what this build runs on."""
 
+from __future__ import annotations
+
 import platform
 import sys
+from typing import Any, TextIO
 
 import numpy
 
 from fastattn import _runtime
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """
     Number of threads that a call may use when it has no ``num_threads`` argument.
 
@@ -26,10 +29,11 @@ def get_num_threads():
     >>> fastattn.get_num_threads() >= 1
     True
     """
-    return _runtime.get_threads()
+    count: int = _runtime.get_threads()
+    return count
 
 
-def set_num_threads(num_threads):
+def set_num_threads(num_threads: int) -> None:
     """
     Set the number of threads for the calls of this process that have no ``num_threads`` argument.
 
@@ -55,7 +59,7 @@ def set_num_threads(num_threads):
     _runtime.set_threads(num_threads)
 
 
-def cpu_info():
+def cpu_info() -> dict[str, Any]:
     """
     The instruction set in use, and those that could be.
 
@@ -81,7 +85,7 @@ def cpu_info():
     }
 
 
-def show_config(file=None):
+def show_config(file: TextIO | None = None) -> None:
     """
     Print version, instruction sets, threads and OpenMP: what a bug report should say.
 

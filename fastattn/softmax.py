@@ -1,9 +1,24 @@
-"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference says the same in NumPy."""
+"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference says it in NumPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from fastattn import _softmax
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
-def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+
+def softmax(
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
     """
     Softmax, ``exp(x) / sum(exp(x))`` along `axis`, without overflow.
 
@@ -47,7 +62,14 @@ def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     return _softmax.softmax(x, axis, mask, out, num_threads)
 
 
-def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+def log_softmax(
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
     """
     Logarithm of the softmax, ``x - log(sum(exp(x)))`` along `axis`, without overflow or loss of small values.
 
@@ -76,7 +98,15 @@ def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     return _softmax.log_softmax(x, axis, mask, out, num_threads)
 
 
-def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=None):
+def logsumexp(
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    keepdims: bool = False,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | np.floating[Any]:
     """
     ``log(sum(exp(x)))`` along `axis`, natural logarithm, without overflow.
 

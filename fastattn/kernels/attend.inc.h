@@ -39,8 +39,9 @@ static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64
 {
     if (tile->spans == 0)
         NAME(reset_state)(problem, rows, tile->value_row, tile->m_all, tile->l_all, tile->o_all);
-    NAME(fold)(tile->m_all, tile->l_all, tile->o_all, tile->m, tile->l, tile->o, rows, tile->value_row,
-               NAME(natural)(problem, head));
+    NAME(fold)
+    (tile->m_all, tile->l_all, tile->o_all, tile->m, tile->l, tile->o, rows, tile->value_row,
+     NAME(natural)(problem, head));
     tile->spans++;
 }
 
@@ -65,15 +66,24 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     for (int64_t first = 0; first < rows; first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
         key_bits seen[ROWS];
-        int lo = FA_BLOCK, hi = 0;
-        for (int r = 0; r < group; r++) {
-            const int64_t i = row + first + r;
-            int from, to;
-            row_range(problem, head, i, block, &from, &to);
-            seen[r] = bits_of_range(from, to);
-            if (from < to) {
-                lo = from < lo ? from : lo;
-                hi = to > hi ? to : hi;
+        int lo, hi, lo_last, hi_last;
+        row_range(problem, head, row + first, block, &lo, &hi);
+        row_range(problem, head, row + first + group - 1, block, &lo_last, &hi_last);
+        const int alike = lo == lo_last && hi == hi_last; /* ranges move one way only: so are those between them */
+        if (alike) {
+            const key_bits range = bits_of_range(lo, hi);
+            for (int r = 0; r < group; r++)
+                seen[r] = range;
+        } else {
+            lo = FA_BLOCK, hi = 0;
+            for (int r = 0; r < group; r++) {
+                int from, to;
+                row_range(problem, head, row + first + r, block, &from, &to);
+                seen[r] = bits_of_range(from, to);
+                if (from < to) {
+                    lo = from < lo ? from : lo;
+                    hi = to > hi ? to : hi;
+                }
             }
         }
         if (lo >= hi)
@@ -106,18 +116,20 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         NAME(dot_scores)(problem, tile->q + first * problem->head_dim, group, tile->k, v_first, v_last, s);
 
-        /* Whole vectors, all seen: nothing to hide. */
-        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), range = bits_of_range(lo, hi);
         int partial = 0;
-        for (int r = 0; r < group; r++) {
-            if (rules || !bits_equal(&seen[r], &whole))
-                NAME(apply_rules)(problem, head, row + first + r, block, v_first, v_last, &seen[r], s + r * FA_BLOCK,
-                                  tile->extra);
-            partial |= !bits_equal(&seen[r], &range);
-        }
+        if (!alike || head->mask.data || rules || v_first * LANES != lo || v_last * LANES != hi) {
+            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), range = bits_of_range(lo, hi);
+            for (int r = 0; r < group; r++) {
+                if (rules || !bits_equal(&seen[r], &whole))
+                    NAME(apply_rules)
+                (problem, head, row + first + r, block, v_first, v_last, &seen[r], s + r * FA_BLOCK, tile->extra);
+                partial |= !bits_equal(&seen[r], &range);
+            }
+        } /* otherwise whole vectors, all seen: nothing to hide */
         if (head->weights.data && problem->activation == FA_SOFTMAX)
             for (int r = 0; r < group; r++)
-                memcpy(head->weights.data + (row + first + r) * head->weights.row + (block + lo) * (int64_t)sizeof(real),
+                memcpy(head->weights.data + (row + first + r) * head->weights.row +
+                           (block + lo) * (int64_t)sizeof(real),
                        s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
 
         real shrink[ROWS];
@@ -133,7 +145,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         }
         if (head->weights.data && problem->activation != FA_SOFTMAX)
             for (int r = 0; r < group; r++)
-                memcpy(head->weights.data + (row + first + r) * head->weights.row + (block + lo) * (int64_t)sizeof(real),
+                memcpy(head->weights.data + (row + first + r) * head->weights.row +
+                           (block + lo) * (int64_t)sizeof(real),
                        s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
 
         if (partial && finite < 0)
@@ -170,11 +183,21 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
     }
 }
 
+/* n numbers of an output row, divided by the sum of its weights; a multiple of LANES. + 0 makes -0 a 0, so that it does
+ * not matter which zeros were added. */
+static ALWAYS_INLINE void NAME(finish_row)(real *to, const real *o, int64_t n, vec scale, int seen)
+{
+    for (int64_t c = 0; c < n; c += LANES)
+        NAME(store)(to + c, seen ? NAME(load)(o + c) * scale + (vec){0} : (vec){0});
+}
+
 /* Contract: fastattn.h. */
 static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
     NAME(tile) *tile = workspace;
     const int natural = NAME(natural)(problem, head);
+    const int direct = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && head->out.col == (ptrdiff_t)sizeof(real) &&
+                       problem->value_dim % LANES == 0;
     real *m = tile->m, *l = tile->l, *o = tile->o;
     if (tile->spans) {
         NAME(end_span)(problem, head, rows, tile);
@@ -201,11 +224,13 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         }
         const real factor = sum == 0 ? 0 : (real)(share / (double)sum);
         const vec scale = NAME(fill)(factor);
-        for (int64_t c = 0; c < tile->value_row; c += LANES) /* + 0 makes -0 a 0, whichever zeros were added */
-            NAME(store)(o_i + c, NAME(load)(o_i + c) * scale + (vec){0});
-        if (sum == 0)
-            memset(o_i, 0, (size_t)tile->value_row * sizeof(real));
-        NAME(scatter)(head->out.data + i * head->out.row, head->out.col, o_i, problem->value_dim, problem->dtype);
+        char *to = head->out.data + i * head->out.row;
+        if (direct) {
+            NAME(finish_row)((real *)to, o_i, problem->value_dim, scale, sum != 0);
+        } else {
+            NAME(finish_row)(o_i, o_i, tile->value_row, scale, sum != 0);
+            NAME(scatter)(to, head->out.col, o_i, problem->value_dim, problem->dtype);
+        }
         if (head->lse.data) {
             const real rounded = (real)lse;
             memcpy(head->lse.data + i * head->lse.row, &rounded, sizeof rounded);

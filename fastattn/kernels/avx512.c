@@ -13,8 +13,14 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 static ALWAYS_INLINE __m512 max_f32(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static ALWAYS_INLINE __m512d max_f64(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 #define HAS_PICK_BITS
-static ALWAYS_INLINE __m512 pick_bits_f32(unsigned m, __m512 a, __m512 b) { return _mm512_mask_blend_ps((__mmask16)m, b, a); }
-static ALWAYS_INLINE __m512d pick_bits_f64(unsigned m, __m512d a, __m512d b) { return _mm512_mask_blend_pd((__mmask8)m, b, a); }
+static ALWAYS_INLINE __m512 pick_bits_f32(unsigned m, __m512 a, __m512 b)
+{
+    return _mm512_mask_blend_ps((__mmask16)m, b, a);
+}
+static ALWAYS_INLINE __m512d pick_bits_f64(unsigned m, __m512d a, __m512d b)
+{
+    return _mm512_mask_blend_pd((__mmask8)m, b, a);
+}
 #define HAS_TRUE_BITS
 static ALWAYS_INLINE unsigned true_bits_f32(__m512i where) { return _mm512_movepi32_mask(where); }
 static ALWAYS_INLINE unsigned true_bits_f64(__m512i where) { return _mm512_movepi64_mask(where); }
@@ -27,11 +33,38 @@ static ALWAYS_INLINE __m512d fraction_f64(__m512d x) { return _mm512_reduce_pd(x
 #define HAS_SCALE_DOWN /* one instruction, which takes the floor itself */
 static ALWAYS_INLINE __m512 scale_down_f32(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
 static ALWAYS_INLINE __m512d scale_down_f64(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
-#define HAS_HORIZONTAL
-static ALWAYS_INLINE float greatest_f32(__m512 v) { return _mm512_reduce_max_ps(v); }
-static ALWAYS_INLINE double greatest_f64(__m512d v) { return _mm512_reduce_max_pd(v); }
+#define HAS_TOTAL
 static ALWAYS_INLINE float total_f32(__m512 v) { return _mm512_reduce_add_ps(v); }
 static ALWAYS_INLINE double total_f64(__m512d v) { return _mm512_reduce_add_pd(v); }
+
+#define HAS_TRANSPOSE /* quarters of the rows go to their place as they are loaded; the rest stays within quarters */
+#define QUARTERS(r, step)                                                                                  \
+    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row(r))), \
+                                                             _mm_loadu_ps(row(r + step)), 1),              \
+                                          _mm_loadu_ps(row(r + 2 * step)), 2),                             \
+                       _mm_loadu_ps(row(r + 3 * step)), 3)
+static ALWAYS_INLINE void transpose_f32(float *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
+{
+#define row(r) (const float *)(from + (r) * from_stride)
+    for (int c = 0; c < 16; c += 4, from += 16, to += 4 * to_stride) {
+        __m512 a = QUARTERS(0, 4), b = QUARTERS(1, 4), d = QUARTERS(2, 4), e = QUARTERS(3, 4);
+        __m512d ab_low = (__m512d)_mm512_unpacklo_ps(a, b), ab_high = (__m512d)_mm512_unpackhi_ps(a, b);
+        __m512d de_low = (__m512d)_mm512_unpacklo_ps(d, e), de_high = (__m512d)_mm512_unpackhi_ps(d, e);
+        _mm512_storeu_pd(to, _mm512_unpacklo_pd(ab_low, de_low));
+        _mm512_storeu_pd(to + to_stride, _mm512_unpackhi_pd(ab_low, de_low));
+        _mm512_storeu_pd(to + 2 * to_stride, _mm512_unpacklo_pd(ab_high, de_high));
+        _mm512_storeu_pd(to + 3 * to_stride, _mm512_unpackhi_pd(ab_high, de_high));
+    }
+}
+static ALWAYS_INLINE void transpose_f64(double *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
+{
+    for (int c = 0; c < 8; c += 2, from += 16, to += 2 * to_stride) {
+        __m512d a = (__m512d)QUARTERS(0, 2), b = (__m512d)QUARTERS(1, 2);
+        _mm512_storeu_pd(to, _mm512_unpacklo_pd(a, b));
+        _mm512_storeu_pd(to + to_stride, _mm512_unpackhi_pd(a, b));
+    }
+#undef row
+}
 
 #include "instantiate.inc.h"
 TARGET_END

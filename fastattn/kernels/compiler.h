@@ -11,8 +11,7 @@
 
 /* The functions between these two may use an instruction set that the file's flags do not name. */
 #ifdef __clang__
-#define TARGET_BEGIN(names) \
-    _Pragma(STRING(clang attribute push(__attribute__((target(names))), apply_to = function)))
+#define TARGET_BEGIN(names) _Pragma(STRING(clang attribute push(__attribute__((target(names))), apply_to = function)))
 #define TARGET_END _Pragma("clang attribute pop")
 #else
 #define TARGET_BEGIN(names) _Pragma("GCC push_options") _Pragma(STRING(GCC target(names)))
@@ -32,6 +31,20 @@
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
+
+/* Lane i and lane i ^ step change places. */
+#define SWAP_LANES(n, step, v) CONCAT(CONCAT(SWAP_, n), CONCAT(_, step))(v)
+#define SWAP_2_1(v) SHUFFLE(v, v, 1, 0)
+#define SWAP_4_1(v) SHUFFLE(v, v, 1, 0, 3, 2)
+#define SWAP_4_2(v) SHUFFLE(v, v, 2, 3, 0, 1)
+#define SWAP_8_1(v) SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6)
+#define SWAP_8_2(v) SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
+#define SWAP_8_4(v) SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
+#define SWAP_16_1(v) SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#define SWAP_16_2(v) SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SWAP_16_4(v) SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define SWAP_16_8(v) SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+
 #define INTERLEAVE_LOW(n, a, b) CONCAT(INTERLEAVE_LOW_, n)(a, b)
 #define INTERLEAVE_HIGH(n, a, b) CONCAT(INTERLEAVE_HIGH_, n)(a, b)
 #define INTERLEAVE_LOW_2(a, b) SHUFFLE(a, b, 0, 2)

@@ -1,23 +1,14 @@
-/* The dot-product score: queries and keys into the layouts of product.inc.h, and scores of a group of rows. */
+/* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows. */
 
-/* Queries, multiplied by `factor`, by groups of ROWS rows: [channel][row]. */
+/* Queries, multiplied by `factor`, row by row. */
 static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
                                real *restrict to)
 {
     const int64_t channels = problem->head_dim;
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
-        for (int r = 0; r < group; r++) {
-            const char *q_i = query->data + (row + first + r) * query->row;
-            real chunk[64];
-            for (int64_t c0 = 0; c0 < channels; c0 += 64) {
-                const int n = channels - c0 < 64 ? (int)(channels - c0) : 64;
-                NAME(gather)(chunk, q_i + c0 * query->col, query->col, n, problem->dtype);
-                for (int c = 0; c < n; c++)
-                    to[(c0 + c) * group + r] = chunk[c] * factor;
-            }
-        }
-        to += group * channels;
+    for (int64_t i = 0; i < rows; i++, to += channels) {
+        NAME(gather)(to, query->data + (row + i) * query->row, query->col, channels, problem->dtype);
+        for (int64_t c = 0; c < channels; c++)
+            to[c] *= factor;
     }
 }
 
@@ -61,11 +52,11 @@ static void NAME(dot_scores)(const fa_problem *problem, const real *q, int rows,
         const int in_panel = v % VECS;
         const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
         const real *panel = k + v / VECS * NAME(PANEL) * channels + in_panel * LANES;
-        const NAME(product_function) product = NAME(interleaved)[rows - 1][vecs - 1];
+        const NAME(product_function) product = NAME(products)[rows - 1][vecs - 1];
         int64_t c = 0;
         do {
             const int64_t n = channels - c < NAME(CHUNK) ? channels - c : NAME(CHUNK);
-            product(q + c * rows, (const char *)(panel + c * NAME(PANEL)), NAME(PANEL) * sizeof(real), n,
+            product(q + c, channels, (const char *)(panel + c * NAME(PANEL)), NAME(PANEL) * sizeof(real), n,
                     s + v * LANES, FA_BLOCK, c > 0);
             c += NAME(CHUNK);
         } while (c < channels);

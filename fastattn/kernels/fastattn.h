@@ -15,9 +15,9 @@
 #include <stdint.h>
 
 enum {
-    FA_BLOCK = 256,  /* keys in one step of the online softmax */
-    FA_SPAN = 8192,  /* keys summed into one partial state before it is merged into the row's total */
-    FA_ALIGN = 64    /* of a workspace, in bytes */
+    FA_BLOCK = 256, /* keys in one step of the online softmax */
+    FA_SPAN = 8192, /* keys summed into one partial state before it is merged into the row's total */
+    FA_ALIGN = 64   /* of a workspace, in bytes */
 };
 
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
@@ -33,10 +33,10 @@ typedef struct {
 /* What all heads of a call have in common. Accumulation is in double for FA_F64, else in float. */
 typedef struct {
     int64_t head_dim, value_dim;
-    int64_t left, right;  /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right <= 0) */
+    int64_t left, right; /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right <= 0) */
     double scale;
-    double softcap;       /* 0: none */
-    fa_dtype dtype;       /* of query, key, value and out */
+    double softcap; /* 0: none */
+    fa_dtype dtype; /* of query, key, value and out */
     fa_dtype bias_dtype;
     fa_activation activation;
     int has_slope, has_sink;
@@ -44,19 +44,19 @@ typedef struct {
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */
 typedef struct {
-    fa_view query, key, value;   /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
-    fa_view mask, bias;          /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
-    fa_view out;                 /* (queries, value_dim) */
-    fa_view weights;             /* (queries, keys), optional, accumulation dtype */
-    fa_view lse;                 /* (queries, 1), optional, accumulation dtype */
+    fa_view query, key, value; /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
+    fa_view mask, bias;        /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
+    fa_view out;               /* (queries, value_dim) */
+    fa_view weights;           /* (queries, keys), optional, accumulation dtype */
+    fa_view lse;               /* (queries, 1), optional, accumulation dtype */
     int64_t queries, keys;
-    int64_t query_length, key_length;  /* <= queries, keys */
-    int64_t offset;              /* position of query 0 on the key axis; |offset| < 2**62 */
+    int64_t query_length, key_length; /* <= queries, keys */
+    int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
     double slope, sink;
 } fa_head;
 
 typedef struct {
-    const char *name;  /* operation, dtype, instruction set */
+    const char *name; /* operation, dtype, instruction set */
     size_t (*tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys);
     void (*open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
     void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
@@ -73,7 +73,7 @@ typedef struct {
 } fa_kernels;
 
 typedef struct {
-    const char *name;  /* as in FASTATTN_ISA */
+    const char *name; /* as in FASTATTN_ISA */
     const fa_kernels *f32, *f64;
 } fa_instruction_set;
 

@@ -10,8 +10,8 @@ static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head 
     return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX;
 }
 
-/* Row i (r of its group) over the vectors [first, last) of the block at key `block`: everything between the raw score and
- * the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
+/* Row i (r of its group) over the vectors [first, last) of the block at key `block`: everything between the raw score
+ * and the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
 static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first,
                               int last, key_bits *seen, real *s, real *extra)
 {
@@ -25,8 +25,9 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         int begin = first * LANES;
         int64_t end = head->key_length - block < last * LANES ? head->key_length - block : last * LANES;
         if (end > begin)
-            NAME(gather)(extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col,
-                         head->bias.col, end - begin, problem->bias_dtype);
+            NAME(gather)
+        (extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col, head->bias.col,
+         end - begin, problem->bias_dtype);
     }
     for (int v = first; v < last; v++) {
         vec x = NAME(load)(s + v * LANES);
@@ -46,47 +47,42 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
     }
 }
 
-/* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r] is
- * what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. */
-static void NAME(exponentials)(real *s, int rows, int first, int last, const int natural, real *m, real *l, real *shrink)
+/* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r]
+ * is what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. The maximum stays
+ * in all lanes of a vector: a detour through memory would cost more than the exponentials of a vector. */
+static void NAME(exponentials)(real *s, int rows, int first, int last, const int natural, real *m, real *l,
+                               real *shrink)
 {
-    real m_old[ROWS + LANES], m_new[ROWS + LANES];
     const vec log2e = NAME(fill)((real)1.44269504088896340736);
     const vec none = NAME(fill)(-(real)INFINITY);
-    for (int r = 0; r < ROWS + LANES; r++)
-        m_old[r] = m_new[r] = -(real)INFINITY;
+    vec most[ROWS], keep[ROWS];
+    /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
     for (int r = 0; r < rows; r++) {
-        const real *s_r = s + r * FA_BLOCK;
-        vec most = none;
+        vec x = none;
         for (int v = first; v < last; v++)
-            most = NAME(max)(NAME(load)(s_r + v * LANES), most); /* a NaN score does not become the maximum */
-        real greatest = NAME(greatest)(most);
-        m_old[r] = m[r];
-        m_new[r] = greatest > m[r] ? greatest : m[r];
-    }
-    for (int r = 0; r < rows; r += LANES) {
-        vec before = NAME(load)(m_old + r), now = NAME(load)(m_new + r);
-        /* A row that has seen nothing yet: -inf - -inf would be NaN. */
-        vec safe = NAME(pick)(now == none, (vec){0}, now);
-        vec x = before - safe;
-        NAME(store)(m_old + r, NAME(exp2)(natural ? x * log2e : x));
-        NAME(store)(m_new + r, safe);
-        for (int i = r; i < rows && i < r + LANES; i++)
-            m[i] = now[i - r];
+            x = NAME(max)(NAME(load)(s + r * FA_BLOCK + v * LANES), x); /* a NaN score does not become the maximum */
+        most[r] = NAME(spread_max)(x);
     }
     for (int r = 0; r < rows; r++) {
-        real *s_r = s + r * FA_BLOCK;
-        const vec most = NAME(fill)(m_new[r]);
+        const vec before = NAME(fill)(m[r]), now = NAME(max)(most[r], before);
+        m[r] = now[0];
+        /* A row that has seen nothing yet: -inf - -inf would be NaN. */
+        most[r] = NAME(pick)(now == none, (vec){0}, now);
+        const vec x = before - most[r];
+        keep[r] = NAME(exp2)(natural ? x * log2e : x);
+        shrink[r] = keep[r][0];
+    }
+    for (int r = 0; r < rows; r++) {
+        real *s_r = s + r * FA_BLOCK, *l_r = l + r * LANES;
+        const vec most_r = most[r];
         vec sum = {0};
         for (int v = first; v < last; v++) {
-            vec x = NAME(load)(s_r + v * LANES) - most;
-            vec p = NAME(exp2)(natural ? x * log2e : x);
+            const vec x = NAME(load)(s_r + v * LANES) - most_r;
+            const vec p = NAME(exp2)(natural ? x * log2e : x);
             NAME(store)(s_r + v * LANES, p);
             sum += p;
         }
-        shrink[r] = m_old[r];
-        real *l_r = l + r * LANES;
-        NAME(store)(l_r, NAME(fma)(NAME(load)(l_r), NAME(fill)(m_old[r]), sum));
+        NAME(store)(l_r, NAME(fma)(NAME(load)(l_r), keep[r], sum));
     }
 }
 
@@ -122,7 +118,8 @@ static void NAME(fold)(real *m_all, real *l_all, real *o_all, const real *m, con
     for (int64_t r = 0; r < rows; r++) {
         real now = m[r] > m_all[r] ? m[r] : m_all[r];
         real safe = now == -(real)INFINITY ? 0 : now;
-        vec keep = NAME(exp2)(NAME(fill)((m_all[r] - safe) * unit)), join = NAME(exp2)(NAME(fill)((m[r] - safe) * unit));
+        vec keep = NAME(exp2)(NAME(fill)((m_all[r] - safe) * unit)),
+            join = NAME(exp2)(NAME(fill)((m[r] - safe) * unit));
         m_all[r] = now;
         real *to = l_all + r * LANES;
         NAME(store)(to, NAME(fma)(NAME(load)(to), keep, NAME(load)(l + r * LANES) * join));

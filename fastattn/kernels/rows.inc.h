@@ -1,7 +1,7 @@
 /* softmax, log_softmax and logsumexp of one row, and the exact merge of partial attention.
  *
- * Three passes: maximum, exponentials and their sum, scaling. Sums are cut into runs of ROW_RUN numbers that are added up
- * in double, so that the error does not grow with the length. */
+ * Three passes: maximum, exponentials and their sum, scaling. Sums are cut into runs of ROW_RUN numbers that are added
+ * up in double, so that the error does not grow with the length. */
 enum { NAME(ROW_RUN) = 2048 };
 
 /* Numbers j .. j + LANES - 1 of a row; -inf past its end and where the mask hides. */
@@ -40,7 +40,7 @@ static ALWAYS_INLINE void NAME(row_of)(const fa_row_function function, const rea
     vec most = none;
     for (int64_t j = 0; j < n; j += LANES)
         most = NAME(max)(NAME(row_vector)(x, mask, j, n), most);
-    const real greatest = NAME(greatest)(most);
+    const real greatest = NAME(spread_max)(most)[0];
     const real base = greatest == -(real)INFINITY ? 0 : greatest;
     double total = 0;
     for (int64_t run = 0; run < n; run += NAME(ROW_RUN)) {

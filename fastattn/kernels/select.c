@@ -14,8 +14,7 @@ int fa_runnable(const fa_instruction_set *sets[], int room)
     if (n < room && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
         sets[n++] = &fa_avx512;
-    if (n < room && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2"))
+    if (n < room && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
         sets[n++] = &fa_avx2;
 #endif
     if (n < room)

@@ -1,17 +1,17 @@
 /* The workspace of a tile: what lies where. Sizes depend on shapes only. */
 
 typedef struct {
-    int64_t spans;       /* spans of keys already folded into the totals */
-    int64_t open_span;   /* the span that the state belongs to, or -1 */
-    int64_t value_row;   /* numbers in a row of o: value_dim rounded up to whole vectors */
-    real *q;             /* queries, scaled: by groups of ROWS rows, [channel][row] */
-    real *k;             /* a block of keys: by panels of VECS vectors, [channel][key] */
-    real *v;             /* a block of values where they cannot be read in place, rows of v_row numbers */
+    int64_t spans;     /* spans of keys already folded into the totals */
+    int64_t open_span; /* the span that the state belongs to, or -1 */
+    int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
+    real *q;           /* queries, scaled: [rows][channel] */
+    real *k;           /* a block of keys: by panels of VECS vectors, [channel][key] */
+    real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;             /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
-    real *part;          /* [ROWS][value_row] their weighted sum */
-    real *extra;         /* [FA_BLOCK] the bias of one row */
-    real *m, *l, *o;     /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
+    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
+    real *part;      /* [ROWS][value_row] their weighted sum */
+    real *extra;     /* [FA_BLOCK] the bias of one row */
+    real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     real *m_all, *l_all, *o_all; /* of the spans before it */
 } NAME(tile);
 

@@ -30,19 +30,19 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
     const int64_t all = value_row / LANES;
     for (int64_t v = 0; v < all; v += VECS) {
         const int vecs = all - v < VECS ? (int)(all - v) : VECS;
-        const NAME(product_function) product = NAME(separate)[rows - 1][vecs - 1];
+        const NAME(product_function) product = NAME(products)[rows - 1][vecs - 1];
         for (int j = begin; j < end;) {
             int stop = j / NAME(CHUNK) * NAME(CHUNK) + NAME(CHUNK);
             stop = stop < end ? stop : end;
-            product(p + j, value.data + j * value.row + v * VECTOR_BYTES, value.row, stop - j, part + v * LANES,
-                    value_row, j > begin);
+            product(p + j, FA_BLOCK, value.data + j * value.row + v * VECTOR_BYTES, value.row, stop - j,
+                    part + v * LANES, value_row, j > begin);
             j = stop;
         }
     }
 }
 
-/* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row does
- * not see must be left out of its sum rather than added with weight zero. */
+/* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row
+ * does not see must be left out of its sum rather than added with weight zero. */
 static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, const key_bits *seen,
                                                     NAME(value_rows) value, int begin, int end, int64_t value_row,
                                                     real *part)

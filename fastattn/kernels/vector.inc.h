@@ -1,8 +1,8 @@
 /* The vocabulary of all kernels: words on a vector of LANES numbers of type real.
  *
- * Included once per dtype, with REAL, BITS (of REAL), VECTOR_BYTES and NAME(word) defined. Everything is written with the
- * vector extensions that GCC and clang share, so it compiles for any target. An instruction set that does a word better
- * defines NAME(word) itself and HAS_<WORD>, before this file is included.
+ * Included once per dtype, with REAL, BITS (of REAL), VECTOR_BYTES and NAME(word) defined. Everything is written with
+ * the vector extensions that GCC and clang share, so it compiles for any target. An instruction set that does a word
+ * better defines NAME(word) itself and HAS_<WORD>, before this file is included.
  */
 #if VECTOR_BYTES * 8 / BITS == 16 /* a literal, because names are made of it */
 #define LANES 16
@@ -116,10 +116,10 @@ static ALWAYS_INLINE vec NAME(exp2)(vec x)
     static const real c[] = {0.693151311875379983f, 0.24016444957351056f, 0.0557999146725179008f,
                              0.00901702859762101824f, 0.00186713073845431258f};
 #else
-    static const real c[] = {0.693147180559945928,    0.240226506959063302,   0.0555041086656022575,
-                             0.00961812909955074985,  0.00133335586295693633, 0.000154035123095414898,
-                             1.52531750573639695e-5,  1.3208367265634951e-6,  1.02532126199156024e-7,
-                             6.55952851070143074e-9,  6.26346767397140156e-10};
+    static const real c[] = {0.693147180559945928,   0.240226506959063302,   0.0555041086656022575,
+                             0.00961812909955074985, 0.00133335586295693633, 0.000154035123095414898,
+                             1.52531750573639695e-5, 1.3208367265634951e-6,  1.02532126199156024e-7,
+                             6.55952851070143074e-9, 6.26346767397140156e-10};
 #endif
     const int n = sizeof(c) / sizeof(c[0]);
     vec f = NAME(fraction)(x);
@@ -135,7 +135,7 @@ static ALWAYS_INLINE vec NAME(exp2)(vec x)
 static ALWAYS_INLINE vec NAME(tanh)(vec x)
 {
 #if BITS == 32
-    static const real c[] = {0.693147188026228781f, 0.240226507605681269f,  0.0555035711421907782f,
+    static const real c[] = {0.693147188026228781f,   0.240226507605681269f,   0.0555035711421907782f,
                              0.00961808255727785149f, 0.00133908633646712344f, 0.000154531629451206902f};
     const real least = -40;
 #else
@@ -159,17 +159,24 @@ static ALWAYS_INLINE vec NAME(tanh)(vec x)
     return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
 }
 
-/* Horizontal results, always combined in the same order. */
-#ifndef HAS_HORIZONTAL
-static ALWAYS_INLINE real NAME(greatest)(vec v)
+/* The greatest number in all lanes. */
+static ALWAYS_INLINE vec NAME(spread_max)(vec v)
 {
-    real a[LANES];
-    NAME(store)(a, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-    return a[0];
+#if LANES > 8
+    v = NAME(max)(v, SWAP_LANES(LANES, 8, v));
+#endif
+#if LANES > 4
+    v = NAME(max)(v, SWAP_LANES(LANES, 4, v));
+#endif
+#if LANES > 2
+    v = NAME(max)(v, SWAP_LANES(LANES, 2, v));
+#endif
+    v = NAME(max)(v, SWAP_LANES(LANES, 1, v));
+    return v;
 }
+
+/* The sum of the lanes, always in the same order. */
+#ifndef HAS_TOTAL
 static ALWAYS_INLINE real NAME(total)(vec v)
 {
     real a[LANES];
@@ -181,8 +188,9 @@ static ALWAYS_INLINE real NAME(total)(vec v)
 }
 #endif
 
-/* Rows of LANES numbers at p, a byte stride apart, to columns of a contiguous aligned LANES x LANES block with a stride
- * of `to_stride` numbers: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
+/* Rows of LANES numbers at `from`, a byte stride apart, become columns of `to`, whose rows are `to_stride` numbers
+ * apart: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
+#ifndef HAS_TRANSPOSE
 static ALWAYS_INLINE void NAME(transpose)(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
 {
     vec a[LANES], b[LANES];
@@ -204,3 +212,4 @@ static ALWAYS_INLINE void NAME(transpose)(real *to, ptrdiff_t to_stride, const c
     for (int i = 0; i < LANES; i++)
         NAME(store)(to + i * to_stride, a[i]);
 }
+#endif

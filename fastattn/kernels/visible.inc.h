@@ -76,8 +76,8 @@ static inline void bits_and_mask(key_bits *bits, const char *mask, ptrdiff_t str
 }
 
 /* The keys of the block [block, block + FA_BLOCK) that query row i may see by position and length. */
-static ALWAYS_INLINE void row_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int *begin,
-                                    int *end)
+static ALWAYS_INLINE void row_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
+                                    int *begin, int *end)
 {
     int64_t lo, hi;
     fa_visible_keys(problem, head, i, 1, &lo, &hi);

@@ -1,0 +1,9 @@
+# What config.py shows and sets.
+selected: str
+runnable: list[str]
+kernel_names: dict[str, str]
+openmp_version: int
+
+def get_threads() -> int: ...
+def set_threads(num_threads: int) -> None: ...
+def checked_threads(num_threads: int) -> int: ...

@@ -1,0 +1,85 @@
+"""Inputs for the tests: random arrays of a given shape, and the same array in every layout of memory."""
+
+import tempfile
+
+import numpy as np
+
+# Around the sizes where vectors, tiles and blocks begin and end.
+AWKWARD = (0, 1, 15, 16, 17, 63, 65, 129)
+HEAD_DIMS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 80, 96, 127, 128, 129, 192, 257, 300)
+DTYPES = (np.float32, np.float64)
+
+
+def sixteen_bits():
+    """The 16-bit dtypes there are: bfloat16 only where ml_dtypes is installed."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return (np.float16,)
+    return (np.float16, ml_dtypes.bfloat16)
+
+
+def qkv(rng, batch=(), num_queries=17, num_keys=33, head_dim=16, value_dim=None, dtype=np.float32, kv_batch=None):
+    """Query, key and value of standard normal numbers; `kv_batch` where keys have other batch axes."""
+    kv_batch = batch if kv_batch is None else kv_batch
+    value_dim = head_dim if value_dim is None else value_dim
+    return (
+        rng.standard_normal((*batch, num_queries, head_dim)).astype(dtype),
+        rng.standard_normal((*kv_batch, num_keys, head_dim)).astype(dtype),
+        rng.standard_normal((*kv_batch, num_keys, value_dim)).astype(dtype),
+    )
+
+
+def misaligned(array):
+    """A copy whose items begin at odd addresses."""
+    buffer = np.zeros(array.nbytes + 1, dtype=np.uint8)
+    view = buffer[1:].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def spaced(array):
+    """A copy with gaps between its items, rows and matrices."""
+    buffer = np.zeros(tuple(3 * n + 1 for n in array.shape), dtype=array.dtype)
+    view = buffer[tuple(slice(1, None, 3) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def wide_rows(array):
+    """A copy whose rows begin 4096 bytes apart (rows that fall on the same places of the cache)."""
+    row = max(4096 // array.itemsize, array.shape[-1])
+    view = np.zeros((*array.shape[:-1], row), dtype=array.dtype)[..., : array.shape[-1]]
+    view[...] = array
+    return view
+
+
+def mapped(array):
+    """A read-only copy in a file mapped into memory."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(array.tobytes())
+        file.flush()
+        return np.memmap(file.name, dtype=array.dtype, mode="r", shape=array.shape)
+
+
+def layouts(array):
+    """Pairs (name, the same numbers in another layout of memory)."""
+    flip = tuple(slice(None, None, -1) for _ in array.shape)
+    yield "transposed", np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+    yield "negative strides", np.ascontiguousarray(array[flip])[flip]
+    if array.ndim >= 3:
+        yield "sequence before heads", np.ascontiguousarray(array.swapaxes(-2, -3)).swapaxes(-2, -3)
+        yield "Fortran order", np.asfortranarray(array)
+    yield "misaligned", misaligned(array)
+    yield "spaced", spaced(array)
+    yield "wide rows", wide_rows(array)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    yield "read-only", read_only
+    if array.size:
+        yield "memory-mapped", mapped(array)
+
+
+def bits(array):
+    """The bytes of an array in C order: equal exactly when all bits are."""
+    return np.ascontiguousarray(array).tobytes()

@@ -1,0 +1,504 @@
+"""Bad arguments: the kind of error, a message that names the argument, and an `out` that stays untouched."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+from problems import qkv
+
+import fastattn
+from fastattn import reference
+
+ERRORS = (ValueError, TypeError)
+SENTINEL = 12345.0
+
+
+def arrays():
+    """Batch axes (2, 3), L=5, S=7, D=8, E=6."""
+    return qkv(np.random.default_rng(0), (2, 3), 5, 7, 8, 6)
+
+
+def refuse(error, message, *changes, function="dot_product_attention", **arguments):
+    """Call with the good arrays, some replaced, and `arguments`; demand the error, and nothing written."""
+    inputs = dict(zip(("query", "key", "value"), arrays(), strict=True))
+    for name, value in changes:
+        inputs[name] = value
+    call = functools.partial(getattr(fastattn, function), *inputs.values(), **arguments)
+    with pytest.raises(error, match=message):
+        call()
+    if "out" not in arguments:
+        out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
+        with pytest.raises(error):
+            call(out=out)
+        assert (out == SENTINEL).all()
+
+
+def test_the_good_call_is_good():
+    out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
+    fastattn.dot_product_attention(*arrays(), out=out)
+    assert (out != SENTINEL).all()
+
+
+# ----------------------------------------------------------------------------------- arrays and shapes
+
+
+def foreign(array):
+    """The array as every dtype and class that is refused."""
+    return {
+        "complex64": array.astype(np.complex64),
+        "complex128": array.astype(np.complex128),
+        "longdouble": array.astype(np.longdouble),
+        "object": array.astype(object),
+        "string": array.astype("U8"),
+        "bytes": array.astype("S8"),
+        "datetime": np.zeros(array.shape, dtype="datetime64[s]"),
+        "timedelta": np.zeros(array.shape, dtype="timedelta64[s]"),
+        "structured": np.zeros(array.shape, dtype=[("a", np.float32)]),
+        "big-endian float32": array.astype(">f4"),
+        "big-endian float64": array.astype(">f8"),
+        "masked": np.ma.masked_array(array, mask=array > 0),
+        "masked, nothing hidden": np.ma.masked_array(array),
+    }
+
+
+FOREIGN = tuple(foreign(np.zeros(1)))
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_dtypes(index, kind):
+    name = ("query", "key", "value")[index]
+    if kind == "longdouble" and np.longdouble == np.float64:
+        pytest.skip("longdouble is float64 here")
+    refuse(ERRORS, name, (name, foreign(arrays()[index])[kind]))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [None, "text", object(), {}, [[1.0], [1.0, 2.0]], 1.0, [1.0, 2.0]])
+def test_things_that_are_no_matrices(name, bad):
+    refuse(ERRORS, name, (name, bad))
+
+
+def test_float16_with_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    query, key, value = arrays()
+    changes = [
+        ("query", query.astype(np.float16)),
+        ("key", key.astype(ml_dtypes.bfloat16)),
+        ("value", value.astype(np.float16)),
+    ]
+    refuse(ERRORS, "query|key|value", *changes)
+
+
+def test_shapes():
+    query, key, value = arrays()
+    refuse(ValueError, "(?s)query.*key|key.*query", ("key", key[..., :7]))
+    refuse(ValueError, "(?s)query.*key|key.*query", ("query", query[..., :1]))
+    refuse(ValueError, "(?s)key.*value|value.*key", ("value", value[..., :6, :]))
+    refuse(ValueError, "(?s)key.*value|value.*key", ("key", key[..., :1, :]))
+    refuse(ValueError, "query|key|value", ("query", query[:, :2]))
+    refuse(ValueError, "query|key|value", ("value", np.concatenate([value, value])))
+
+
+def test_the_message_shows_what_came():
+    """Shapes, dtypes and numbers stand in the message."""
+    query, key, _ = arrays()
+    refuse(ValueError, r"(?s)\b8\b.*\b4\b|\b4\b.*\b8\b", ("query", query[0, 0, :, :4]))
+    refuse(ValueError, r"(?s)\b8\b.*\b7\b|\b7\b.*\b8\b", ("key", key[..., :7]))
+    refuse(ValueError, re.escape("(5, 6)"), mask=np.ones((5, 6), dtype=bool))
+    refuse(TypeError, "int64", mask=np.ones((5, 7), dtype=np.int64))
+    refuse(ERRORS, "complex64", ("query", query.astype(np.complex64)))
+    refuse(ValueError, "-17", window_size=(-17, 0))
+    refuse(ValueError, "gelu", activation="gelu")
+    refuse(ValueError, "9", key_lengths=9)
+
+
+def test_unequal_heads_name_enable_gqa():
+    query, key, value = qkv(np.random.default_rng(0), (2, 6), 5, 7, kv_batch=(2, 3))
+    with pytest.raises(ValueError, match="enable_gqa"):
+        fastattn.dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "value_heads"),
+    [(5, 2, 2), (4, 3, 3), (2, 4, 4), (4, 2, 4), (4, 2, 1), (4, 0, 0)],
+)
+def test_group_sizes(query_heads, key_heads, value_heads):
+    query, key, value = (np.ones((2, heads, 5, 8), dtype=np.float32) for heads in (query_heads, key_heads, value_heads))
+    with pytest.raises(ValueError, match=r"enable_gqa|heads|key|value"):
+        fastattn.dot_product_attention(query, key, value, enable_gqa=True)
+
+
+# ------------------------------------------------------------------------------- which keys are seen
+
+
+@pytest.mark.parametrize(
+    "window",
+    [-2, (-2, 0), (0, -2), 1.5, (1.5, 0), "3", (1, 2, 3), (1,), (), object(), float("nan"),
+     np.array([[1, 2]]), (None, "a"), 1j],
+)  # fmt: skip
+def test_window_size(window):
+    refuse(ERRORS, "window_size", window_size=window)
+
+
+@pytest.mark.parametrize("offset", [0.5, "1", object(), np.zeros((2, 3)), [["a"] * 3] * 2, 1j])
+def test_query_offset(offset):
+    refuse(ERRORS, "query_offset", query_offset=offset)
+
+
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths"])
+@pytest.mark.parametrize("bad", [-1, 8, 2**31, 2**63, 10**30, 1.0, 2.5, "3", object(), [[1, 1, 1], [1, 1, 9]],
+                                 [[-1, 1, 1], [1, 1, 1]], np.ones((2, 3)), [["a"] * 3] * 2])  # fmt: skip
+def test_lengths(name, bad):
+    refuse(ERRORS, name, **{name: bad})
+
+
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths", "query_offset"])
+@pytest.mark.parametrize("shape", [(3,), (1,), (1, 2, 3), (2, 3, 1), (2, 2), (3, 2), (2, 3, 1, 1), (4, 3)])
+def test_shapes_of_lengths(name, shape):
+    refuse(ValueError, name, **{name: np.ones(shape, dtype=np.int64)})
+
+
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths"])
+def test_lengths_without_the_head_axis(name):
+    """(B,) with batch axes (B, H) would align with the heads: the message shows what to write."""
+    refuse(ValueError, re.escape("lengths[:, None]"), **{name: np.array([4, 5])})
+    query, key, value = (np.ones((3, 3, 5, 8), dtype=np.float32) for _ in range(3))
+    with pytest.raises(ValueError, match=re.escape("lengths[:, None]")):
+        fastattn.dot_product_attention(query, key, value, **{name: np.array([4, 5, 3])})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8, np.int8, object, "U4"])
+def test_mask_must_be_boolean(dtype):
+    refuse(TypeError, "(?s)mask.*bool", mask=np.ones((5, 7), dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize("shape", [(5, 6), (6, 7), (2, 5, 7), (1, 2, 3, 5, 7), (4, 3, 5, 7), (2, 3, 7, 5)])
+def test_shapes_of_mask_and_bias(name, shape):
+    refuse(ValueError, name, **{name: np.ones(shape, dtype=bool if name == "mask" else np.float32)})
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.uint32])
+def test_bias_must_be_float(dtype):
+    refuse(TypeError, "bias", bias=np.ones((5, 7), dtype=dtype))
+
+
+# ------------------------------------------------------------------------------- from scores to output
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks"])
+@pytest.mark.parametrize("kind", [k for k in FOREIGN if "endian" not in k and k != "longdouble"])
+def test_dtypes_of_other_arrays(name, kind):
+    number = np.ones((5, 7) if name == "bias" else 3, dtype=np.float32)
+    refuse(ERRORS, name, **{name: foreign(number)[kind]})
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 3), (1, 2, 3), (2, 3, 1), (3, 2)])
+def test_shapes_of_slopes_and_sinks(name, shape):
+    refuse(ValueError, name, **{name: np.ones(shape, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, "1", 1j, object(), [1.0, 2.0], np.ones((5, 7))])
+def test_scale(scale):
+    refuse(ERRORS, "scale", scale=scale)
+
+
+@pytest.mark.parametrize("softcap", [0, 0.0, -1.0, np.nan, "1", 1j, object(), [1.0, 2.0]])
+def test_softcap(softcap):
+    refuse(ERRORS, "softcap", softcap=softcap)
+
+
+@pytest.mark.parametrize("activation", ["", "Softmax", "gelu", "softmax ", None, 1, b"softmax", ["softmax"]])
+def test_activation(activation):
+    refuse(ERRORS, "activation", activation=activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_only_softmax_has_lse_and_sinks(activation):
+    refuse(ValueError, "return_lse", activation=activation, return_lse=True)
+    refuse(ValueError, "sinks", activation=activation, sinks=np.float32(0))
+
+
+@pytest.mark.parametrize("function", ["dot_product_attention", "varlen_attention"])
+def test_unknown_keywords(function):
+    with pytest.raises(TypeError, match="causal_mask"):
+        getattr(fastattn, function)(*arrays(), causal_mask=True)
+
+
+def test_options_are_keywords_only():
+    with pytest.raises(TypeError):
+        fastattn.dot_product_attention(*arrays(), True)
+    with pytest.raises(TypeError):
+        fastattn.softmax(np.ones(3), -1, None)
+
+
+# ------------------------------------------------------------------------------------------ out=
+
+
+WRONG_OUTS = {
+    "shape": np.zeros((2, 3, 5, 7), dtype=np.float32),
+    "an axis missing": np.zeros((2, 3, 5), dtype=np.float32),
+    "an axis too many": np.zeros((1, 2, 3, 5, 6), dtype=np.float32),
+    "float64": np.zeros((2, 3, 5, 6), dtype=np.float64),
+    "int32": np.zeros((2, 3, 5, 6), dtype=np.int32),
+    "big-endian": np.zeros((2, 3, 5, 6), dtype=">f4"),
+    "masked": np.ma.zeros((2, 3, 5, 6), dtype=np.float32),
+    "list": np.zeros((2, 3, 5, 6), dtype=np.float32).tolist(),
+    "string": "out",
+    "broadcast": np.broadcast_to(np.zeros((5, 6), dtype=np.float32), (2, 3, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OUTS)
+def test_out_of_the_wrong_kind(kind):
+    refuse(ERRORS, "out", out=WRONG_OUTS[kind])
+
+
+def test_out_read_only():
+    out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
+    out.flags.writeable = False
+    refuse(ERRORS, "out", out=out)
+    assert (out == SENTINEL).all()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias"])
+def test_out_overlaps_an_input(name):
+    query, key, value = (np.ones((2, 3, 8, 8), dtype=np.float32) for _ in range(3))
+    inputs = {"query": query, "key": key, "value": value, "bias": np.ones((2, 3, 8, 8), dtype=np.float32)}
+    shared = inputs[name]
+    before = shared.copy()
+    for out in (shared, shared[::-1], shared.swapaxes(-1, -2)):
+        with pytest.raises(ValueError, match="out"):
+            fastattn.dot_product_attention(**inputs, out=out)
+    np.testing.assert_array_equal(shared, before)
+    # One row is enough.
+    buffer = np.ones((2 * 3 * 8 * 8 + 8,), dtype=np.float32)
+    inputs[name] = buffer[8:].reshape(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="out"):
+        fastattn.dot_product_attention(**inputs, out=buffer[:-8].reshape(2, 3, 8, 8))
+    assert (buffer == 1).all()
+
+
+def test_out_overlaps_a_mask():
+    buffer = np.ones((5, 8), dtype=np.float32)
+    mask = buffer.view(bool)[:, :5]
+    with pytest.raises(ValueError, match="out"):
+        fastattn.dot_product_attention(*(np.ones((5, 8), dtype=np.float32) for _ in range(3)), mask=mask, out=buffer)
+
+
+def test_out_overlaps_itself():
+    base = np.full(200, SENTINEL, dtype=np.float32)
+    for strides in ((0, 4), (4, 4), (4, 0), (8, 4)):
+        out = np.lib.stride_tricks.as_strided(base, (5, 8), strides)
+        with pytest.raises(ValueError, match="out"):
+            fastattn.dot_product_attention(*(np.ones((5, 8), dtype=np.float32) for _ in range(3)), out=out)
+    assert (base == SENTINEL).all()
+
+
+# ------------------------------------------------------------------------------------ threads, numbers
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, -(2**40), 1.5, "2", object()])
+def test_num_threads(num_threads):
+    refuse(ERRORS, "num_threads", num_threads=num_threads)
+    x = np.ones((3, 4), dtype=np.float32)
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        with pytest.raises(ERRORS, match="num_threads"):
+            getattr(fastattn, name)(x, num_threads=num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_num_threads_below_one_is_a_value_error(num_threads):
+    refuse(ValueError, "num_threads", num_threads=num_threads)
+
+
+def test_many_threads_are_no_harm():
+    """More threads than anyone has: the right answer, or an error that names the argument."""
+    expected = fastattn.dot_product_attention(*arrays())
+    for num_threads in (1000, 2**31 - 1, 2**31, 2**63, 10**30):
+        try:
+            result = fastattn.dot_product_attention(*arrays(), num_threads=num_threads)
+        except ERRORS as error:
+            assert "num_threads" in str(error)
+        else:
+            np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_huge_numbers(size, causal):
+    """Windows and offsets that overflow an integer: what they say (all or nothing), or a refusal."""
+    query, key, value = arrays()
+    for arguments in (
+        {"window_size": size},
+        {"window_size": (size, size)},
+        {"window_size": (size, 0)},
+        {"window_size": (0, size)},
+        {"query_offset": size},
+        {"query_offset": -size},
+        {"query_offset": size, "window_size": (3, 3)},
+        {"query_offset": -size, "window_size": (3, 3)},
+        {"query_offset": size, "window_size": (0, size)},
+        {"query_offset": -size, "window_size": (size // 2, 0)},
+    ):
+        expected = reference.dot_product_attention(query, key, value, is_causal=causal, **arguments)
+        try:
+            result = fastattn.dot_product_attention(query, key, value, is_causal=causal, **arguments)
+        except ERRORS as error:
+            assert re.search("window_size|query_offset", str(error))
+            assert size >= 2**63  # what fits an int64 has an answer
+        else:
+            np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_sizes_that_fit_no_memory():
+    """An output of 2**60 bytes: MemoryError, and no crash."""
+    query = np.broadcast_to(np.float32(1), (2**40, 4))
+    key = np.ones((3, 4), dtype=np.float32)
+    value = np.broadcast_to(np.float32(1), (3, 2**18))
+    with pytest.raises((MemoryError, ValueError)):
+        fastattn.dot_product_attention(query, key, value)
+    query = np.broadcast_to(np.float32(1), (2**29, 4))
+    with pytest.raises((MemoryError, ValueError)):
+        fastattn.dot_product_attention(query, query, query[:, :0], return_weights=True)
+
+
+# ------------------------------------------------------------------------------------ softmax family
+
+FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_softmax_dtypes(name, kind):
+    if kind == "longdouble" and np.longdouble == np.float64:
+        pytest.skip("longdouble is float64 here")
+    with pytest.raises(ERRORS, match=r"\bx\b"):
+        getattr(fastattn, name)(foreign(np.ones((3, 4), dtype=np.float32))[kind])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("axis", [2, -3, (0, 2), (0, 0), (0, -2), 0.5, "0", 10**30])
+def test_softmax_axis(name, axis):
+    x = np.ones((3, 4), dtype=np.float32)
+    with pytest.raises(ERRORS, match="axis"):
+        getattr(fastattn, name)(x, axis)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_softmax_mask_and_out(name):
+    function = getattr(fastattn, name)
+    x = np.ones((3, 4), dtype=np.float32)
+    shape = function(x).shape
+    with pytest.raises(TypeError, match=r"(?s)mask.*bool"):
+        function(x, mask=np.ones((3, 4)))
+    for mask_shape in ((3,), (3, 5), (2, 3, 4)):
+        with pytest.raises(ValueError, match="mask"):
+            function(x, mask=np.ones(mask_shape, dtype=bool))
+    read_only = np.zeros(shape, dtype=np.float32)
+    read_only.flags.writeable = False
+    for out in (
+        np.zeros((*shape, 1), dtype=np.float32),
+        np.zeros(shape, dtype=np.float64),
+        np.zeros(shape, dtype=np.int64),
+        read_only,
+        np.broadcast_to(np.float32(0), shape),
+        [0.0] * 3,
+    ):
+        with pytest.raises(ERRORS, match="out"):
+            function(x, out=out)
+
+
+def test_softmax_out_overlaps():
+    buffer = np.zeros(40, dtype=np.float32)
+    x = buffer[:30].reshape(3, 10)
+    for out in (buffer[1:31].reshape(3, 10), x[::-1], buffer[10:].reshape(3, 10)):
+        with pytest.raises(ValueError, match="out"):
+            fastattn.softmax(x, out=out)
+    with pytest.raises(ValueError, match="out"):
+        fastattn.softmax(x, mask=buffer.view(bool)[:30].reshape(3, 10), out=x)
+    assert (buffer == 0).all()
+
+
+# ------------------------------------------------------------------------------- varlen and merge
+
+
+def refuse_varlen(message, cu_seqlens_q, cu_seqlens_k=None, error=ERRORS, **arguments):
+    query, key, value = qkv(np.random.default_rng(0), (3,), 5, 7, 8, 6)
+    with pytest.raises(error, match=message):
+        fastattn.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, **arguments)
+    out = np.full((3, 5, 6), SENTINEL, dtype=np.float32)
+    with pytest.raises(error):
+        fastattn.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, out=out, **arguments)
+    assert (out == SENTINEL).all()
+
+
+BAD_CU_SEQLENS = ["text", 5, 5.0, [], [[0, 5]], [0.0, 5.0], [1, 5], [0, 4], [0, 6], [0, 3, 2, 5], [0, -1, 5],
+                  [-1, 5], [0, 2**40, 5], [True, False], None, [0, 10**30]]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_CU_SEQLENS)
+def test_cu_seqlens(bad):
+    refuse_varlen("cu_seqlens_q", bad, [0, 7])
+    if bad is not None:
+        bad = [n + 2 if n in (4, 5, 6) else n for n in bad] if isinstance(bad, list) and bad != [[0, 5]] else bad
+        refuse_varlen("cu_seqlens_k", [0, 5], bad)
+
+
+def test_cu_seqlens_that_do_not_match():
+    refuse_varlen("cu_seqlens_k", [0, 2, 5], [0, 7])
+    refuse_varlen("cu_seqlens_k", [0, 5], [0, 2, 7])
+    refuse_varlen("cu_seqlens", [0, 5])  # the keys end at 7
+
+
+def test_varlen_arguments():
+    refuse_varlen("window_size", [0, 5], [0, 7], window_size=-2)
+    refuse_varlen("num_threads", [0, 5], [0, 7], num_threads=0)
+    refuse_varlen("softcap", [0, 5], [0, 7], softcap=-1)
+    refuse_varlen("sinks", [0, 5], [0, 7], sinks=np.ones(2))
+    refuse_varlen("return_lse", [0, 5], [0, 7], activation="relu", return_lse=True)
+    query, key, value = qkv(np.random.default_rng(0), (6,), 5, 5, 8, 6, kv_batch=(3,))
+    with pytest.raises(ValueError, match="enable_gqa"):
+        fastattn.varlen_attention(query, key, value, [0, 5])
+
+
+def test_merge_arguments():
+    out, lse = np.ones((3, 5, 6), dtype=np.float32), np.ones((3, 5), dtype=np.float32)
+    for outs, lses, name in [
+        ([], [], "outs"),
+        ([out], [lse, lse], "outs|lses"),
+        ([out, out[:, :4]], [lse, lse], "outs|lses"),
+        ([out, out], [lse, lse[:, :4]], "lses"),
+        ([out, out], [lse, out], "lses"),
+        ([out, out.astype(complex)], [lse, lse], "outs"),
+        ([out, out], [lse, lse.astype(complex)], "lses"),
+        ([out, np.ma.masked_array(out)], [lse, lse], "outs"),
+        (5, [lse], "outs"),
+        ([out], 5, "lses"),
+    ]:
+        with pytest.raises(ERRORS, match=name):
+            fastattn.merge_attention(outs, lses)
+
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "2", object()])
+def test_set_num_threads(number):
+    before = fastattn.get_num_threads()
+    with pytest.raises(ERRORS):
+        fastattn.set_num_threads(number)
+    assert fastattn.get_num_threads() == before
+
+
+def test_errors_leave_the_library_working():
+    """After all these errors the next call is right."""
+    query, key, value = arrays()
+    for _ in range(20):
+        with pytest.raises(ValueError, match="window_size"):
+            fastattn.dot_product_attention(query, key, value, window_size=-7)
+    expected = reference.dot_product_attention(query, key, value)
+    np.testing.assert_allclose(fastattn.dot_product_attention(query, key, value), expected, atol=1e-5)

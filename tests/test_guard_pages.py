@@ -1,0 +1,156 @@
+"""Nothing outside the arrays is read or written: they lie flush against forbidden pages.
+
+A read beyond the end whose result is thrown away passes every numeric test, until the array happens to be
+the last thing on its page. Here it always is.
+"""
+
+import ctypes
+import mmap
+import signal
+import sys
+
+import fresh_process
+import numpy as np
+import pytest
+
+import fastattn
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect through ctypes")
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+
+
+def guarded(array, at_end):
+    """A copy that ends where a forbidden page begins (or begins where one ends)."""
+    if array.size == 0:
+        return array
+    pages = (array.nbytes + PAGE - 1) // PAGE
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for page in (start, start + (pages + 1) * PAGE):
+        if libc.mprotect(page, PAGE, PROT_NONE) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = (pages + 1) * PAGE - array.nbytes if at_end else PAGE
+    view = np.frombuffer(memory, dtype=array.dtype, count=array.size, offset=offset).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def guarded_rows(array, at_end):
+    """The same for a matrix whose rows lie apart: the gap after the last row is forbidden ground."""
+    rows, columns = array.shape
+    stride = columns + 5
+    flat = np.zeros((rows - 1) * stride + columns, dtype=array.dtype)
+    view = np.lib.stride_tricks.as_strided(
+        guarded(flat, at_end), array.shape, (stride * array.itemsize, array.itemsize)
+    )
+    view[...] = array
+    return view
+
+
+def guarded_columns(array, at_end):
+    """The same for a matrix in column order."""
+    return guarded(np.ascontiguousarray(array.T), at_end).T
+
+
+def walk(dtype, at_end):
+    """Call everything with every array guarded. Runs in a child, which a fault would kill."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return guarded(rng.standard_normal(shape).astype(dtype), at_end)
+
+    def check(out):
+        assert np.isfinite(out).all()
+
+    for num_queries in (1, 2, 7, 17, 50):
+        for num_keys in (1, 7, 16, 17, 65, 130, 515):
+            for head_dim, value_dim in (
+                (1, 1),
+                (3, 5),
+                (8, 8),
+                (15, 17),
+                (16, 31),
+                (17, 15),
+                (64, 64),
+                (65, 33),
+                (130, 2),
+            ):
+                shape = (num_queries, num_keys)
+                query, key, value = (
+                    normal(2, num_queries, head_dim),
+                    normal(2, num_keys, head_dim),
+                    normal(2, num_keys, value_dim),
+                )
+                out = normal(2, num_queries, value_dim)
+                check(fastattn.dot_product_attention(query, key, value, out=out))
+                fastattn.dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    is_causal=True,
+                    window_size=(num_keys // 2, 3),
+                    key_lengths=guarded(np.array([num_keys, num_keys // 2]), at_end),
+                    mask=guarded(rng.random(shape) < 0.8, at_end),
+                    bias=normal(2, *shape),
+                    alibi_slopes=normal(2),
+                    sinks=normal(2),
+                    out=out,
+                    return_weights=True,
+                    return_lse=True,
+                )
+                check(out)
+                for layout in (guarded_rows, guarded_columns):
+                    arrays = [layout(x[0], at_end) for x in (query, key, value, out)]
+                    bias, mask = (
+                        layout(rng.standard_normal(shape).astype(dtype), at_end),
+                        rng.random(shape) < 0.8,
+                    )
+                    check(fastattn.dot_product_attention(*arrays[:3], out=arrays[3]))
+                    fastattn.dot_product_attention(
+                        *arrays[:3], out=arrays[3], bias=bias, mask=layout(mask, at_end), is_causal=True
+                    )
+                # Padding past the lengths may be anything, but not what lies beyond the array.
+                check(fastattn.dot_product_attention(query, key, value, key_lengths=num_keys - 1, out=out))
+    for length in (1, 3, 15, 16, 17, 33, 63, 65, 129, 1000):
+        x, out = normal(5, length), normal(5, length)
+        mask = guarded(rng.random((5, length)) < 0.5, at_end)
+        for axis in (-1, 0):
+            for function in (fastattn.softmax, fastattn.log_softmax):
+                function(x, axis, out=out)
+                function(x, axis, mask=mask, out=out)
+                function(guarded_columns(x, at_end), axis, out=guarded_columns(out, at_end))
+            fastattn.logsumexp(x, axis, mask=mask, out=normal(5 if axis else length))
+        query, value = normal(3, length, 9), normal(3, length, 7)
+        cuts = guarded(np.array([0, length // 3, length]), at_end)
+        fastattn.varlen_attention(query, query, value, cuts, out=normal(3, length, 7), return_lse=True)
+        fastattn.merge_attention([normal(length, 7), normal(length, 7)], [normal(length), normal(length)])
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_access_outside_the_arrays(dtype, at_end):
+    fresh_process.run(
+        f"import faulthandler; faulthandler.enable()\n"
+        f"import test_guard_pages; test_guard_pages.walk({dtype!r}, {at_end})",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("beyond", [True, False])
+def test_the_guard_holds(beyond):
+    """One byte outside, on either side, ends the process."""
+    code = f"""
+    import ctypes
+    import numpy as np
+    from test_guard_pages import guarded
+    array = guarded(np.ones(7, dtype=np.float32), {beyond})
+    address = array.ctypes.data
+    assert len(ctypes.string_at(address, array.nbytes)) == array.nbytes
+    ctypes.string_at(address + array.nbytes if {beyond} else address - 1, 1)
+    """
+    returncode, _, _ = fresh_process.finish(fresh_process.start(code))
+    assert returncode == -signal.SIGSEGV

@@ -1,0 +1,361 @@
+"""Hostile numbers: huge and tiny scales, NaN and infinity seen and unseen, empty rows, long rows."""
+
+import functools
+
+import numpy as np
+import pytest
+from problems import DTYPES, qkv
+from tolerances import assert_attention, assert_within
+
+import fastattn
+from fastattn import reference
+
+ACTIVATIONS = ("softmax", "relu", "sigmoid")
+
+# ------------------------------------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("query_scale", "key_scale"),
+    [
+        (1e-30, 1),
+        (1, 1e-30),
+        (1e-30, 1e-30),
+        (1e30, 1e-30),
+        (1e-30, 1e30),
+        (1e-10, 1e12),
+        (1e15, 1e15),
+        (30, 30),
+    ],
+)
+@pytest.mark.parametrize("value_scale", [1e-30, 1, 1e30])
+def test_scales(rng, query_scale, key_scale, value_scale, dtype):
+    """Right within the bound, and never outside the values' range, however large the scores."""
+    query, key, value = qkv(rng, (2,), 20, 70, dtype=dtype)
+    query, key, value = query * dtype(query_scale), key * dtype(key_scale), value * dtype(value_scale)
+    out = assert_attention(query, key, value)
+    assert_convex(out, value)
+    assert_convex(assert_attention(query, key, value, is_causal=True), value)
+    assert_convex(assert_attention(query[:, :1], key, value), value)
+
+
+def assert_convex(out, value):
+    """Each channel lies between the smallest and the largest value of that channel."""
+    room = 16 * np.finfo(out.dtype).eps * np.abs(value).max()
+    assert (out >= value.min(axis=-2, keepdims=True) - room).all()
+    assert (out <= value.max(axis=-2, keepdims=True) + room).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e30, -1e30])
+def test_scale_argument(rng, scale, dtype):
+    query, key, value = qkv(rng, (2,), 20, 70, dtype=dtype)
+    assert_convex(assert_attention(query, key, value, scale=scale), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(20, 70), (1, 300), (70, 20)])
+@pytest.mark.parametrize("level", ["-1e30", "finfo.min", "finfo.max", "1e30", "-1e4", "-1e9"])
+def test_rows_at_one_level_are_ordinary(rng, level, shape, dtype):
+    """A row whose scores are all near -1e30 (or the lowest float) is an average like any other.
+
+    The scores vanish beside such a bias, so that all weights are equal: anything that treats the level as a
+    stand-in for minus infinity, or multiplies it by log2(e) first, gives 0 or NaN.
+    """
+    number = getattr(np.finfo(dtype), level[6:]) if level.startswith("finfo") else float(level)
+    query, key, value = qkv(rng, (2,), *shape, dtype=dtype)
+    query = query * dtype(1e-20)
+    bias = np.full(shape, number, dtype=dtype)
+    for arguments in ({}, {"is_causal": True, "query_offset": 2}, {"mask": rng.random(shape) < 0.5}):
+        out, weights, lse = fastattn.dot_product_attention(
+            query, key, value, bias=bias, **arguments, return_weights=True, return_lse=True
+        )
+        visible = np.broadcast_to(reference.visible_keys(*shape, **arguments), weights.shape)
+        count = visible.sum(-1, keepdims=True)
+        expected = visible / np.maximum(count, 1)
+        eps = np.finfo(dtype).eps
+        assert_within(weights, expected, 8 * eps, "weights")
+        assert_within(out, expected @ value.astype(np.float64), 8 * eps * np.abs(value).max(), "output")
+        seen = count[..., 0] > 0
+        assert_within(lse[seen], np.full(seen.sum(), float(dtype(number))), 4 * eps * abs(number) + 8, "lse")
+        assert (lse[~seen] == -np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_at_different_levels(rng, dtype):
+    """Rows of one tile lie many orders of magnitude apart; each is normalised by itself."""
+    query, key, value = qkv(rng, (2,), 64, 70, dtype=dtype)
+    bias = np.zeros((64, 70), dtype=dtype)
+    bias += np.linspace(-1, 1, 64)[:, None] ** 3 * dtype(1e6)
+    assert_attention(query, key, value, bias=bias)
+    bias[::3] = np.finfo(dtype).min
+    bias[1::3, ::2] = -np.inf
+    assert_attention(query, key, value, bias=bias)
+
+
+def test_scores_that_grow_along_the_row(rng):
+    """Every block brings a new maximum, or none but the first does: the running rescale both ways."""
+    query, key, value = qkv(rng, (), 9, 1500)
+    slope = np.linspace(-300, 300, 1500, dtype=np.float32)
+    for bias in (slope, -slope, 10 * slope, -10 * slope, np.abs(slope)):
+        assert_attention(query, key, value, bias=bias)
+        assert_attention(query[:1], key, value, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_denormal_values(rng, dtype):
+    """Values below the normal range arrive to within a few of the smallest steps."""
+    step = float(np.finfo(dtype).smallest_subnormal)
+    query, key, _ = qkv(rng, (), 5, 3, dtype=dtype)
+    value = np.full((3, 4), 1000 * step, dtype=dtype)
+    np.testing.assert_allclose(fastattn.dot_product_attention(query, key, value), 1000 * step, atol=4 * step, rtol=0)
+
+
+# --------------------------------------------------------------------------- NaN and infinity unseen
+
+SHAPE = (40, 90)
+
+
+def hiding_rules(rng):
+    """Pairs (arguments, the keys that no query sees under them)."""
+    keys = np.arange(SHAPE[1])
+    dropped = rng.random(SHAPE[1]) < 0.3
+    bias = rng.standard_normal(SHAPE).astype(np.float32)
+    bias[:, dropped] = -np.inf
+    return {
+        "key_lengths": ({"key_lengths": 61}, keys >= 61),
+        "key_lengths per batch": ({"key_lengths": np.array([[61], [50]])}, keys >= 61),
+        "causal": ({"is_causal": True, "query_offset": 3}, keys > 42),
+        "window": ({"window_size": (4, 6), "query_offset": 20}, (keys < 16) | (keys > 65)),
+        "mask of keys": ({"mask": ~dropped}, dropped),
+        "mask of pairs": ({"mask": np.broadcast_to(~dropped, SHAPE) & (rng.random(SHAPE) < 0.9)}, dropped),
+        "bias": ({"bias": bias}, dropped),
+        "all": (
+            {
+                "mask": ~dropped,
+                "key_lengths": 70,
+                "is_causal": True,
+                "window_size": (30, 0),
+                "query_offset": 5,
+            },
+            dropped | (keys > 44),
+        ),
+    }
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rule", list(hiding_rules(np.random.default_rng())))
+def test_unseen_keys_and_values(rng, rule, bad, activation):
+    """What stands in a key or value that no query sees does not reach a single bit."""
+    arguments, unseen = hiding_rules(rng)[rule]
+    query, key, value = qkv(rng, (2, 3), *SHAPE)
+    call = functools.partial(fastattn.dot_product_attention, activation=activation, return_weights=True, **arguments)
+    expected = call(query, key, value)
+    key[..., unseen, :] = bad
+    value[..., unseen, ::2] = bad
+    for num_queries in (SHAPE[0], 1):
+        if num_queries == 1:  # the last row alone: another loop, the same rule
+            arguments = last_row(arguments)
+            call = functools.partial(
+                fastattn.dot_product_attention, activation=activation, return_weights=True, **arguments
+            )
+            clean = np.nan_to_num(key, posinf=0, neginf=0), np.nan_to_num(value, posinf=0, neginf=0)
+            query = query[..., -1:, :]
+            expected = call(query, *clean)
+        for result, clean_result in zip(call(query, key, value), expected, strict=True):
+            np.testing.assert_array_equal(result, clean_result)
+    assert_attention(query, key, value, activation=activation, **arguments)
+
+
+def last_row(arguments):
+    """The arguments that the last query row alone needs, to see what it sees among its fellows."""
+    arguments = dict(arguments)
+    if "query_offset" in arguments:
+        arguments["query_offset"] = arguments["query_offset"] + SHAPE[0] - 1
+    for name in ("mask", "bias"):
+        if name in arguments and arguments[name].ndim == 2:
+            arguments[name] = arguments[name][-1:]
+    return arguments
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("rule", ["key_lengths", "causal", "window", "mask of keys", "mask of pairs", "all"])
+def test_unseen_bias(rng, rule, bad):
+    arguments, _ = hiding_rules(rng)[rule]
+    query, key, value = qkv(rng, (2, 3), *SHAPE)
+    bias = rng.standard_normal(SHAPE).astype(np.float32)
+    expected = assert_attention(query, key, value, bias=bias, **arguments)
+    visible = reference.visible_keys(*SHAPE, **arguments)
+    bias = np.where(visible, bias, np.float32(bad))
+    np.testing.assert_array_equal(fastattn.dot_product_attention(query, key, value, bias=bias, **arguments), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_keys_seen_by_some_rows_only(rng, activation):
+    """Causal: a NaN in key 20 reaches the rows that see it and no other, though they share a tile."""
+    query, key, value = qkv(rng, (2,), 40, 40)
+    clean = fastattn.dot_product_attention(query, key, value, is_causal=True, activation=activation)
+    for array in (key, value):
+        spoiled = array.copy()
+        spoiled[:, 20] = np.nan
+        out, weights = fastattn.dot_product_attention(
+            query,
+            spoiled if array is key else key,
+            spoiled if array is value else value,
+            is_causal=True,
+            activation=activation,
+            return_weights=True,
+        )
+        np.testing.assert_array_equal(out[:, :20], clean[:, :20])
+        assert np.isnan(out[:, 20:]).all()
+        np.testing.assert_array_equal(weights[:, np.triu(np.ones((40, 40), dtype=bool), 1)], 0)
+
+
+def test_nan_in_queries_past_their_length(rng):
+    query, key, value = qkv(rng, (2,), 40, 50)
+    query[:, 31:] = np.nan
+    out, weights, lse = fastattn.dot_product_attention(
+        query, key, value, query_lengths=31, return_weights=True, return_lse=True
+    )
+    assert (out[:, 31:] == 0).all()
+    assert (weights[:, 31:] == 0).all()
+    assert (lse[:, 31:] == -np.inf).all()
+    assert np.isfinite(out).all()
+
+
+# ----------------------------------------------------------------------------- NaN and infinity seen
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("bad_key", [0, 17, 299])
+def test_seen_nan_gives_nan(rng, num_queries, bad_key, activation):
+    def call(query, key, value, **arguments):
+        return fastattn.dot_product_attention(query, key, value, activation=activation, **arguments)
+
+    query, key, value = qkv(rng, (2,), num_queries, 300)
+    bad = key.copy()
+    bad[:, bad_key, 3] = np.nan
+    assert np.isnan(call(query, bad, value)).all()
+    bad = value.copy()
+    bad[:, bad_key, 3] = np.nan
+    assert np.isnan(call(query, key, bad)[..., 3]).all()
+    bad = np.zeros((num_queries, 300), dtype=np.float32)
+    bad[:, bad_key] = np.nan
+    assert np.isnan(call(query, key, value, bias=bad)).all()
+    bad = query.copy()
+    bad[:, 0] = np.nan
+    out = call(bad, key, value)
+    assert np.isnan(out[:, 0]).all()
+    assert np.isfinite(out[:, 1:]).all()
+
+
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("bad_key", [0, 17, 299])
+def test_seen_infinite_score_gives_nan(rng, num_queries, bad_key):
+    query, key, value = qkv(rng, (2,), num_queries, 300)
+    bias = np.zeros((num_queries, 300), dtype=np.float32)
+    bias[0, bad_key] = np.inf
+    out = fastattn.dot_product_attention(query, key, value, bias=bias)
+    assert np.isnan(out[:, 0]).all()
+    assert np.isfinite(out[:, 1:]).all()
+    key[:, bad_key] = np.inf
+    assert np.isnan(fastattn.dot_product_attention(np.abs(query), key, value)).all()
+
+
+def test_nan_rows_have_no_weight_on_unseen_keys(rng):
+    query, key, value = qkv(rng, (2,), 20, 30)
+    query[:, 4] = np.nan
+    _, weights = fastattn.dot_product_attention(query, key, value, is_causal=True, return_weights=True)
+    hidden = ~reference.visible_keys(20, 30, is_causal=True)
+    assert (weights[:, hidden] == 0).all()
+    assert np.isnan(weights[:, 4][:, ~hidden[4]]).all()
+
+
+# -------------------------------------------------------------------- rows that see nothing, or -inf
+
+
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("sink", [None, -2.5])
+@pytest.mark.parametrize("how", ["mask", "bias", "key_lengths", "query_lengths", "offset", "score"])
+def test_empty_rows(rng, how, sink, num_queries):
+    """Output 0, weights 0, lse -inf or the sink; also where key and value hold NaN."""
+    query, key, value = qkv(rng, (2,), num_queries, 70)
+    arguments = {
+        "mask": {"mask": np.zeros(70, dtype=bool)},
+        "bias": {"bias": np.full((num_queries, 70), -np.inf, dtype=np.float32)},
+        "key_lengths": {"key_lengths": 0},
+        "query_lengths": {"query_lengths": 0},
+        "offset": {"is_causal": True, "query_offset": -num_queries},
+        "score": {},
+    }[how]
+    if how == "score":
+        query, key = np.abs(query) + 0.1, np.full_like(key, -np.inf)
+    elif how != "bias":
+        key[...], value[...] = np.nan, np.nan
+    if sink is not None:
+        arguments["sinks"] = np.float32(sink)
+    out, weights, lse = fastattn.dot_product_attention(
+        query, key, value, **arguments, return_weights=True, return_lse=True
+    )
+    assert (out == 0).all()
+    assert (weights == 0).all()
+    np.testing.assert_array_equal(lse, np.full((2, num_queries), -np.inf if sink is None else sink))
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_empty_rows_of_other_activations(rng, activation):
+    query, key, value = qkv(rng, (2,), 20, 70)
+    out, weights = fastattn.dot_product_attention(
+        query, key, value, key_lengths=0, activation=activation, return_weights=True
+    )
+    assert (out == 0).all()
+    assert (weights == 0).all()
+
+
+def test_empty_rows_among_others(rng):
+    mask = rng.random((130, 300)) < 0.5
+    mask[rng.random(130) < 0.4] = False
+    out = assert_attention(*qkv(rng, (2,), 130, 300), mask=mask)
+    assert (out[:, ~mask.any(-1)] == 0).all()
+
+
+def test_first_blocks_hidden(rng):
+    """The running maximum begins at -inf and stays there for whole blocks: no NaN may come from that."""
+    mask = np.zeros((20, 1500), dtype=bool)
+    mask[:, 1400:] = True
+    mask[3] = False
+    arrays = qkv(rng, (2,), 20, 1500)
+    assert_attention(*arrays, mask=mask)
+    assert_attention(*arrays, bias=np.where(mask, 0, -np.inf).astype(np.float32))
+
+
+# ----------------------------------------------------------------------------------------- long rows
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 20])
+def test_error_does_not_grow_with_the_row(rng, num_queries):
+    query, key, value = qkv(rng, (), num_queries, 100_000, 16, 8)
+    assert_attention(query, key, value)
+    assert_attention(query, key, value + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("num_keys", [1, 3, 100, 1000, 4097, 100_000])
+def test_equal_weights_on_constant_values(num_keys, num_queries, dtype):
+    """Every rounding goes the same way here, so that a sum that is not kept in blocks would drift."""
+    query, key = np.zeros((num_queries, 4), dtype=dtype), np.zeros((num_keys, 4), dtype=dtype)
+    value = np.full((num_keys, 3), 0.1, dtype=dtype)
+    out, lse = fastattn.dot_product_attention(query, key, value, return_lse=True)
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(out, value[0, 0], rtol=4.5 * eps, atol=0)
+    np.testing.assert_allclose(lse, np.log(num_keys), rtol=eps, atol=4 * eps)
+
+
+def test_a_drifting_sum_would_be_found():
+    """Plain float32 addition, key after key, fails the test above."""
+    total = np.cumsum(np.full(100_000, 0.1, dtype=np.float32), dtype=np.float32)[-1] / np.float32(100_000)
+    assert abs(total - np.float32(0.1)) > 4.5 * np.finfo(np.float32).eps * 0.1

@@ -1,0 +1,94 @@
+"""Memory beyond inputs and outputs grows with L + S: the peak of processes, each with one large call."""
+
+import sys
+
+import fresh_process
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+MEGABYTE = 2**20
+
+
+def extra_memory(setup, call):
+    """By how many bytes the resident memory of a new process rises above where it was before `call`."""
+    return int(
+        fresh_process.run(
+            f"""
+            import numpy as np
+            import fastattn
+
+            def status(field):
+                with open("/proc/self/status") as file:
+                    return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+            rng = np.random.default_rng(0)
+            def normal(*shape):
+                return rng.standard_normal(shape, dtype=np.float32)
+            small = normal(2, 300, 64)
+            fastattn.dot_product_attention(small, small, small, num_threads=2)
+            {setup}
+            try:
+                with open("/proc/self/clear_refs", "w") as file:
+                    file.write("5")  # begin anew with the peak
+            except OSError:
+                pass
+            before = status("VmRSS")
+            result = {call}
+            print(status("VmHWM") - before)
+            """,
+            timeout=150,
+        )
+    )
+
+
+def test_the_measure_can_fail():
+    """A call that does hold L x S numbers is seen."""
+    setup = "query = normal(4096, 64)"
+    assert extra_memory(setup, "(query @ query.T).sum()") > 60 * MEGABYTE
+
+
+def test_long_sequences():
+    """L = S = 16384: the scores would take 1 GiB."""
+    setup = "query, key, value = normal(16384, 64), normal(16384, 64), normal(16384, 64)"
+    extra = extra_memory(setup, "fastattn.dot_product_attention(query, key, value, return_lse=True)")
+    assert extra < 64 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "is_causal=True, alibi_slopes=np.float32(0.01)",
+        "mask=normal(8192) > 0, bias=normal(8192, 1), window_size=(4000, 4000)",
+        "sinks=np.float32(1), num_threads=4",
+        "activation='relu'",
+    ],
+)
+def test_arguments(arguments):
+    """L = S = 8192: the scores would take 256 MiB, a boolean matrix 64 MiB."""
+    setup = "query, key, value = normal(8192, 32), normal(8192, 32), normal(8192, 32)"
+    extra = extra_memory(setup, f"fastattn.dot_product_attention(query, key, value, {arguments})")
+    assert extra < 32 * MEGABYTE
+
+
+LAYOUTS = {
+    "sequence before heads": "memory = normal(100_000, 2, 64); key, value = memory[:, 0], memory[:, 1]",
+    "transposed": "memory = normal(2, 64, 100_000); key, value = memory[0].T, memory[1].T",
+    "negative strides": "memory = normal(2, 100_000, 64); key, value = memory[:, ::-1, ::-1]",
+    "misaligned": "memory = np.zeros(2 * 25_600_000 + 1, dtype=np.uint8)[1:].view(np.float32);"
+    " memory[...] = 1; key, value = memory.reshape(2, 100_000, 64)",
+}
+
+
+@pytest.mark.parametrize("num_queries", [1, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_copy_because_of_strides(layout, num_queries):
+    """Key and value take 24.4 MiB each; a copy of one would show."""
+    setup = f"{LAYOUTS[layout]}; query = normal({num_queries}, 64)"
+    extra = extra_memory(setup, "fastattn.dot_product_attention(query, key, value)")
+    assert extra < 16 * MEGABYTE
+
+
+def test_softmax_needs_nothing_more():
+    extra = extra_memory("x = normal(1000, 10_000)", "fastattn.softmax(x, out=x)")
+    assert extra < 4 * MEGABYTE

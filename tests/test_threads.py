@@ -1,0 +1,378 @@
+"""Threads, forks, signals, and what importing the library does to the process."""
+
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from signal import SIGINT
+
+import fresh_process
+import numpy as np
+import pytest
+from problems import bits, qkv
+
+import fastattn
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and POSIX signals")
+
+# ------------------------------------------------------------------------------------ how many threads
+
+
+def test_set_and_get():
+    before = fastattn.get_num_threads()
+    assert isinstance(before, int)
+    assert before >= 1
+    try:
+        for n in (1, 3, np.int64(2)):
+            fastattn.set_num_threads(n)
+            assert fastattn.get_num_threads() == n
+    finally:
+        fastattn.set_num_threads(before)
+
+
+def threads_of_a_child(setup="", **variables):
+    """get_num_threads() in a new process, and its warnings: (number, text of the RuntimeWarnings)."""
+    code = f"""
+        import warnings
+        {setup}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import fastattn
+            number = fastattn.get_num_threads()
+            fastattn.softmax([1.0, 2.0])
+        print(number)
+        print(*(w.message for w in caught if issubclass(w.category, RuntimeWarning)))
+    """
+    number, _, warned = fresh_process.run(code, **variables).partition("\n")
+    return int(number), warned.strip()
+
+
+def test_environment_variables():
+    assert threads_of_a_child(FASTATTN_NUM_THREADS=3) == (3, "")
+    assert threads_of_a_child(OMP_NUM_THREADS=5) == (5, "")
+    assert threads_of_a_child(FASTATTN_NUM_THREADS=3, OMP_NUM_THREADS=5) == (3, "")
+
+
+@pytest.mark.parametrize("malformed", ["three", "0", "-1", "1.5", "2x", "0x10"])
+def test_malformed_environment_variable(malformed):
+    number, warned = threads_of_a_child(FASTATTN_NUM_THREADS=malformed, OMP_NUM_THREADS=5)
+    assert number == 5
+    assert "FASTATTN_NUM_THREADS" in warned
+    assert malformed in warned
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU affinity here")
+def test_default_is_the_cpus_of_this_process():
+    number, warned = threads_of_a_child()
+    assert 1 <= number <= len(os.sched_getaffinity(0))
+    assert warned == ""
+    one_cpu = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    assert threads_of_a_child(one_cpu) == (1, "")
+
+
+def test_set_num_threads_beats_the_environment():
+    code = "import fastattn; fastattn.set_num_threads(2); print(fastattn.get_num_threads())"
+    assert fresh_process.run(code, FASTATTN_NUM_THREADS=3) == "2\n"
+
+
+@linux
+def test_import_and_small_calls_start_no_thread():
+    fresh_process.run(
+        """
+        import os
+        import numpy as np
+        def threads():
+            return len(os.listdir("/proc/self/task"))
+        before = threads()
+        import fastattn
+        assert threads() == before, "import"
+        fastattn.set_num_threads(4)
+        x = np.ones((2, 8, 8), dtype=np.float32)
+        fastattn.dot_product_attention(x, x, x)
+        fastattn.softmax(x)
+        assert threads() == before, "a small call"
+        x = np.ones((8, 400, 64), dtype=np.float32)
+        fastattn.dot_product_attention(x, x, x, num_threads=1)
+        assert threads() == before, "num_threads=1"
+        """
+    )
+
+
+@linux
+def test_large_calls_use_the_threads_asked_for():
+    """And no more than those: counted in the process (a build without OpenMP has one)."""
+    used = fresh_process.run(
+        """
+        import os
+        import numpy as np
+        def threads():
+            return len(os.listdir("/proc/self/task"))
+        before = threads()
+        import fastattn
+        x = np.ones((8, 600, 64), dtype=np.float32)
+        fastattn.dot_product_attention(x, x, x, num_threads=3)
+        print(threads() - before)
+        """
+    )
+    assert int(used) in (0, 2)
+
+
+# ----------------------------------------------------------------------------------- concurrent calls
+
+
+def test_concurrent_calls(rng):
+    """Calls from several Python threads, each with threads of its own, give what they give alone."""
+    problems = [qkv(rng, (2,), 100 + 37 * k, 300, 32) for k in range(6)]
+    expected = [bits(fastattn.dot_product_attention(*p, is_causal=True)) for p in problems]
+
+    def work(k):
+        p = problems[k % 6]
+        num_threads = 1 + k % 3
+        return bits(fastattn.dot_product_attention(*p, is_causal=True, num_threads=num_threads)) == expected[k % 6]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(120)))
+
+
+def test_concurrent_softmax(rng):
+    x = rng.standard_normal((200, 1000)).astype(np.float32)
+    expected = bits(fastattn.softmax(x))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(bits(y) == expected for y in pool.map(lambda _: fastattn.softmax(x), range(60)))
+
+
+def test_other_python_threads_go_on(rng):
+    """The GIL is released: another thread counts while a long call runs."""
+    ticks = 0
+    stop = threading.Event()
+
+    def count():
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        # Make the call as long as it must be for the count to mean something, on this machine.
+        length, elapsed, counted = 1024, 0.0, 0
+        while elapsed < 0.3:
+            length *= 2
+            query, key, value = qkv(rng, (), length, length, 64)
+            before, begin = ticks, time.perf_counter()
+            fastattn.dot_product_attention(query, key, value, num_threads=1)
+            elapsed, counted = time.perf_counter() - begin, ticks - before
+    finally:
+        stop.set()
+        thread.join()
+    assert counted >= 5
+
+
+# ----------------------------------------------------------------------------------------------- fork
+
+FORK = """
+    import os
+    import numpy as np
+    import fastattn
+    x = np.random.default_rng(0).standard_normal((4, 600, 64)).astype(np.float32)
+    def call(num_threads):
+        out = fastattn.dot_product_attention(x, x, x, is_causal=True, num_threads=num_threads)
+        return out.tobytes() + fastattn.softmax(x, num_threads=num_threads).tobytes()
+    expected = call(PARENT_THREADS)
+    def child(depth):
+        for num_threads in (1, 2, 3):
+            assert call(num_threads) == expected
+        if depth:
+            fork(depth - 1)
+    def fork(depth):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(depth)
+                os._exit(0)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert call(2) == expected, "the parent afterwards"
+"""
+
+
+@posix
+@pytest.mark.parametrize("parent_threads", [1, 2, 3])
+def test_fork(parent_threads):
+    """A forked child works, its child too, and the parent goes on, after the parent used threads."""
+    code = FORK.replace("PARENT_THREADS", str(parent_threads))
+    fresh_process.run(code + "\n    for _ in range(3): fork(1)", timeout=60)
+
+
+@posix
+def test_fork_while_another_thread_computes():
+    code = FORK.replace("PARENT_THREADS", "2")
+    fresh_process.run(
+        code
+        + """
+    import threading
+    stop = threading.Event()
+    results = []
+    def work():
+        while not stop.is_set():
+            results.append(call(2) == expected)
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(5): fork(0)
+    stop.set()
+    thread.join()
+    assert all(results)
+    """,
+        timeout=60,
+    )
+
+
+# --------------------------------------------------------------------------------------------- Ctrl-C
+
+
+LONG_CALLS = {
+    "many queries": "attend(np.broadcast_to(row, (1_000_000, 64)), keys, keys, num_threads=n)",
+    "many heads": "attend(np.broadcast_to(row, (2_000_000, 1, 64)), keys, keys, num_threads=n)",
+    # One piece of work for each thread, and no more: none of them comes back to ask what to do next.
+    "many keys": "attend(np.ones_like(row, shape=(2, 1, 64)), endless, endless, num_threads=n)",
+    "softmax": "fastattn.logsumexp(np.broadcast_to(keys.reshape(-1), (1_000_000, 1_280_000)), num_threads=n)",
+}
+
+
+@posix
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("call", LONG_CALLS)
+def test_ctrl_c(call, num_threads):
+    """A call that takes long ends in KeyboardInterrupt within seconds, and the library works on."""
+    process = fresh_process.start(
+        f"""
+        import signal
+        import numpy as np
+        import fastattn
+        from fastattn import dot_product_attention as attend
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        n = {num_threads}
+        keys = np.ones((20_000, 64), dtype=np.float32)
+        row = keys[:1]
+        endless = np.broadcast_to(row, (2**30, 64))
+        attend(keys[:2000], keys[:2000], keys[:2000], num_threads=n)
+        print("begin", flush=True)
+        try:
+            {LONG_CALLS[call]}
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        assert (attend(keys[:300], keys[:300], keys[:300], num_threads=2) == 1).all()
+        """
+    )
+    watchdog = threading.Timer(20, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout.readline() == "begin\n", process.stderr.read()
+        time.sleep(0.5)
+        assert process.poll() is None, "the call was too short to be interrupted"
+        begin = time.monotonic()
+        process.send_signal(SIGINT)
+        line = process.stdout.readline()
+        elapsed = time.monotonic() - begin
+        returncode, _, stderr = fresh_process.finish(process)
+        assert line == "interrupted\n", stderr
+        assert returncode == 0, stderr
+        assert elapsed < 5
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+
+
+# ------------------------------------------------------------------------------------ floating point
+
+
+def test_floating_point_mode_is_left_alone():
+    """No flush to zero and no other rounding mode, in any thread, after import and after calls."""
+    fresh_process.run(
+        """
+        import threading
+        import numpy as np
+        def check():
+            one, three = np.ones(1), np.full(1, 3.0)
+            assert (np.full(1, 5e-324) * one)[0] == 5e-324, "denormals, float64"
+            assert (np.full(1, 1e-45, dtype=np.float32) * np.float32(1))[0] != 0, "denormals, float32"
+            assert (np.full(1, 1e-30, dtype=np.float32) * np.float32(1e-12))[0] != 0, "denormal results"
+            assert (one / three)[0] == 0.3333333333333333 and (-one / three)[0] == -0.3333333333333333
+            assert (2 * one / three)[0] == 0.6666666666666666, "rounding"
+        check()
+        import fastattn
+        check()
+        x = np.ones((4, 500, 64), dtype=np.float32)
+        fastattn.dot_product_attention(x, x, x, num_threads=2)
+        fastattn.softmax(x)
+        check()
+        failures = []
+        threading.excepthook = failures.append
+        thread = threading.Thread(target=check)
+        thread.start()
+        thread.join()
+        assert not failures
+        """
+    )
+
+
+def test_no_floating_point_warnings(rng):
+    """What happens inside (infinities, underflow) is no business of np.errstate."""
+    query, key, value = qkv(rng, (2,), 20, 70)
+    with np.errstate(all="raise"):
+        fastattn.dot_product_attention(query * 100, key, value, is_causal=True, query_offset=-5)
+        fastattn.softmax(query * 1000)
+        np.ones(3) / np.ones(3)
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+
+@linux
+def test_memory_stays_flat():
+    """Many calls, good and bad, small and threaded, in every form: nothing is left behind."""
+    fresh_process.run(
+        """
+        import gc
+        import numpy as np
+        import fastattn
+        def resident():
+            gc.collect()
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * 4096
+        small = np.ones((2, 5, 8), dtype=np.float32)
+        large = np.ones((4, 200, 64), dtype=np.float32)
+        mask = np.ones((5, 5), dtype=bool)
+        def work(count):
+            for _ in range(count):
+                fastattn.dot_product_attention(small, small, small, mask=mask, return_lse=True)
+                fastattn.dot_product_attention(small.tolist(), small, small, key_lengths=np.array([3, 4]))
+                fastattn.dot_product_attention(large, large, large, num_threads=2, is_causal=True)
+                fastattn.softmax(large)
+                fastattn.logsumexp(small, axis=None)
+                fastattn.varlen_attention(small, small, small, [0, 2, 5])
+                fastattn.merge_attention([small, small], [small[..., 0], small[..., 0]])
+                try:
+                    fastattn.dot_product_attention(large, large, large, window_size=-3)
+                except ValueError:
+                    pass
+                try:
+                    fastattn.dot_product_attention(large, large, large, bias=np.ones((200, 3)))
+                except ValueError:
+                    pass
+        work(200)
+        before = resident()
+        work(1500)
+        grown = resident() - before
+        assert grown < 2 * 2**20, grown
+        """,
+        timeout=120,
+    )

@@ -1,0 +1,231 @@
+"""How far a result may be from the float64 reference: the accuracy promise, computed from the inputs.
+
+For every row, with eps of the accumulation dtype (float64 for float64 arrays, else float32):
+
+====== =========================================================================================
+out    ``eps * (max over seen keys of size + 4) * max over seen keys of |v|`` + storage rounding
+lse    ``eps * (4 * max size + 4 + |lse|)``
+weight ``eps * (4 * max size + 4)``
+====== =========================================================================================
+
+`size` is the sum of the absolute values of all that is added up to make a score,
+``scale * sum |q_i k_i| + |bias| + |alibi|``: a rounding anywhere on the way is a fraction eps of it, an error
+d in a score moves ``exp(score)`` by the fraction d, and the weights sum to 1. The 4 covers the exponential,
+the division and the sums.
+
+What is not a plain softmax of a plain sum carries the rule over:
+
+- **softcap** ``c * tanh(s / c)``: an error in s arrives times ``1 - tanh^2``, and the capped score is itself
+  rounded, so ``size = (1 - tanh^2) * size + |capped|``.
+- **sigmoid**: an error d in a score moves a weight by at most the fraction d, as with softmax, but the
+  weights of a row sum to W instead of 1: everything times W.
+- **relu** with n visible keys: an error d in a score moves a weight by d / n, so the n of them together move
+  the output by at most ``max size * max |v|``, to which comes the rounding of the weights, W in sum:
+  ``eps * (max size + 4 * W) * max |v|``.
+
+With float64 arrays the reference rounds just as much as the library does, so the bounds double.
+With 16-bit arrays the weights may be rounded to the storage dtype as well.
+"""
+
+import numpy as np
+
+import fastattn
+from fastattn import reference
+
+# Arguments of dot_product_attention that say which keys are seen.
+VISIBILITY = ("is_causal", "window_size", "query_offset", "key_lengths", "query_lengths", "mask", "bias")
+
+
+def accumulation_dtype(dtype):
+    """The dtype sums are kept in, which is also that of lse and weights."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def storage_steps(dtype):
+    """Distance from 1 to the next number, and from 0; NumPy's finfo does not know the dtypes of ml_dtypes."""
+    if dtype.kind == "f":
+        finfo = np.finfo(dtype)
+    else:
+        import ml_dtypes
+
+        finfo = ml_dtypes.finfo(dtype)
+    return float(finfo.eps), float(finfo.smallest_subnormal)
+
+
+def result_dtype(*arrays):
+    """What query, key and value promote to; integers and bools count as float64."""
+    dtypes = [np.asarray(x).dtype for x in arrays]
+    return np.result_type(*(np.dtype(np.float64) if d.kind in "iub" else d for d in dtypes))
+
+
+def assert_within(actual, expected, bound, what):
+    """Compare element by element: NaN where expected, infinities where expected, the rest within `bound`."""
+    actual = np.asarray(actual, dtype=np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    special = ~np.isfinite(expected)
+    np.testing.assert_array_equal(actual[special], expected[special], err_msg=f"{what}: NaN and infinities")
+    actual, expected = actual[~special], expected[~special]
+    bound = np.broadcast_to(bound, special.shape)[~special]
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.abs(actual - expected)
+    good = error <= bound  # false for NaN
+    if not good.all():
+        worst = np.argmax(np.where(np.isnan(error), np.inf, error / np.maximum(bound, 1e-300)))
+        raise AssertionError(
+            f"{what}: {np.count_nonzero(~good)} of {good.size} outside the bound; worst: got"
+            f" {actual[worst]!r}, expected {expected[worst]!r}, error {error[worst]:.3g},"
+            f" bound {bound[worst]:.3g}"
+        )
+
+
+def largest_seen(values, visible):
+    """For each row i and channel c the maximum of ``|values[j, c]|`` over the visible keys j: (..., L, E)."""
+    values = np.nan_to_num(np.abs(values), nan=0.0, posinf=0.0)
+    num_queries, num_keys = visible.shape[-2:]
+    if visible.all() or num_keys == 0:
+        largest = np.max(values, axis=-2, keepdims=True, initial=0.0)
+        return np.broadcast_to(largest, (*values.shape[:-2], num_queries, values.shape[-1]))
+    rows = [np.max(values, -2, initial=0.0, where=visible[..., i, :, None]) for i in range(num_queries)]
+    return np.stack(rows, axis=-2)
+
+
+def score_sizes(query, key, *, scale=None, softcap=None, alibi_slopes=None, bias=None, **arguments):
+    """`size` of the module's docstring for every pair, (..., L, S); the key heads already repeated."""
+    size = reference.dot_scores(np.abs(query), np.abs(key), None if scale is None else abs(float(scale)))
+    if softcap is not None:
+        scores = reference.dot_scores(query, key, scale)
+        # An error this large may move the score to where tanh is steeper.
+        closest = np.maximum(np.abs(scores) - arguments["eps"] * size, 0.0)
+        slope = 1 - np.tanh(closest / softcap) ** 2
+        size = slope * size + np.abs(softcap * np.tanh(scores / softcap))
+    if alibi_slopes is not None:
+        position = reference.query_positions(
+            query.shape[-2],
+            key.shape[-2],
+            *(arguments.get(name) for name in ("query_offset", "query_lengths", "key_lengths")),
+        )
+        size = size + np.abs(reference.per_row(alibi_slopes) * (position - np.arange(key.shape[-2])))
+    if bias is not None:
+        size = size + np.abs(np.asarray(bias, dtype=np.float64))
+    return size
+
+
+def attention_bounds(query, key, value, out, weights, lse, **arguments):
+    """The bounds for (out, weights, lse), given what the reference returned (lse None if it has none)."""
+    dtype = result_dtype(query, key, value)
+    eps = float(np.finfo(accumulation_dtype(dtype)).eps)
+    tiny = float(np.finfo(accumulation_dtype(dtype)).smallest_normal)
+    activation = arguments.get("activation", "softmax")
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    if arguments.get("enable_gqa"):
+        key, value = reference.repeat_heads(query, key, value)
+
+    with np.errstate(all="ignore"):
+        visible = reference.visible_keys(
+            query.shape[-2],
+            key.shape[-2],
+            **{name: x for name, x in arguments.items() if name in VISIBILITY},
+        )
+        visible = np.broadcast_to(visible, weights.shape)
+        size = np.where(visible, score_sizes(query, key, eps=eps, **arguments), 0.0)
+        size = np.max(np.nan_to_num(size), axis=-1, keepdims=True, initial=0.0)
+        weight_sum = np.sum(np.nan_to_num(weights), axis=-1, keepdims=True)
+        value_max = largest_seen(np.broadcast_to(value, weights.shape[:-2] + value.shape[-2:]), visible)
+
+        if activation == "relu":
+            count = np.maximum(np.count_nonzero(visible, axis=-1, keepdims=True), 1)
+            out_bound = eps * (size + 4 * weight_sum) * value_max
+            weight_bound = eps * (8 * size + 4) / count
+        elif activation == "sigmoid":
+            out_bound = eps * (size + 4) * weight_sum * value_max
+            weight_bound = eps * (4 * size + 4)
+        else:
+            out_bound = eps * (size + 4) * value_max
+            weight_bound = eps * (4 * size + 4)
+
+        # Rounding to the storage dtype; and what underflows is lost, once for each key.
+        storage, step = (x / 2 for x in storage_steps(dtype))
+        out_bound = out_bound + storage * np.nan_to_num(np.abs(out), posinf=0.0) + step
+        out_bound = out_bound + tiny * eps * key.shape[-2]
+        if dtype.itemsize == 2:
+            out_bound = out_bound + storage * weight_sum * value_max
+        lse_bound = None if lse is None else eps * (4 * size[..., 0] + 4 + np.abs(lse))
+
+    if dtype == np.float64:
+        out_bound, weight_bound = 2 * out_bound, 2 * weight_bound
+        lse_bound = None if lse is None else 2 * lse_bound
+    return out_bound, np.broadcast_to(weight_bound + tiny, weights.shape), lse_bound
+
+
+def assert_attention(query, key, value, *, function=None, **arguments):
+    """Call dot_product_attention with and without its extra results and hold all of it against the reference.
+
+    `function` replaces the library's, so that a test can show that a wrong one is found out.
+    Returns the output.
+    """
+    function = function or fastattn.dot_product_attention
+    with_lse = arguments.get("activation", "softmax") == "softmax"
+    theory = {name: x for name, x in arguments.items() if name not in ("out", "num_threads")}
+    expected = reference.dot_product_attention(query, key, value, **theory, return_weights=True, return_lse=with_lse)
+    expected_out, expected_weights = expected[:2]
+    expected_lse = expected[2] if with_lse else None
+    bounds = attention_bounds(query, key, value, expected_out, expected_weights, expected_lse, **theory)
+    dtype = result_dtype(query, key, value)
+
+    # The plain call and the one that keeps the weights may well take different roads.
+    plain = function(query, key, value, **arguments)
+    assert isinstance(plain, np.ndarray)
+    assert plain.dtype == dtype
+    assert_within(plain, expected_out, bounds[0], "output")
+
+    results = function(query, key, value, **arguments, return_weights=True, return_lse=with_lse)
+    assert isinstance(results, tuple)
+    assert len(results) == 2 + with_lse
+    assert results[0].dtype == dtype
+    assert_within(results[0], expected_out, bounds[0], "output beside weights")
+    assert results[1].dtype == accumulation_dtype(dtype)
+    assert_within(results[1], expected_weights, bounds[1], "weights")
+    if with_lse:
+        assert results[2].dtype == accumulation_dtype(dtype)
+        assert_within(results[2], expected_lse, bounds[2], "lse")
+        only_lse = function(query, key, value, **arguments, return_lse=True)
+        assert len(only_lse) == 2
+        assert_within(only_lse[0], expected_out, bounds[0], "output beside lse")
+        assert_within(only_lse[1], expected_lse, bounds[2], "lse without weights")
+    return plain
+
+
+def assert_softmax(x, axis=-1, *, mask=None, functions=fastattn, **arguments):
+    """The three functions of a row against the reference: the weight bound, also relative to the weight."""
+    dtype = result_dtype(x)
+    finfo = np.finfo(accumulation_dtype(dtype))
+    factor = 2 if dtype == np.float64 else 1
+    x64 = np.asarray(x, dtype=np.float64)
+    hidden = False if mask is None else ~np.asarray(mask)
+    size = np.where(hidden | ~np.isfinite(x64), 0.0, np.abs(x64))
+    size = np.max(size, axis=axis, keepdims=True, initial=0.0)
+    lse = reference.logsumexp(x, axis, mask=mask, keepdims=True)
+    lse_size = np.nan_to_num(np.abs(lse), posinf=0.0)
+    unit = factor * finfo.eps * (4 * size + 4)
+    storage, step = (x / 2 for x in storage_steps(dtype))
+
+    expected = reference.softmax(x, axis, mask=mask)
+    with np.errstate(invalid="ignore"):
+        relative = factor * finfo.eps * (4 * size + 4 + lse_size) * expected
+        bound = np.minimum(unit, relative) + storage * expected + step + float(finfo.smallest_normal)
+    actual = functions.softmax(x, axis, mask=mask, **arguments)
+    assert actual.dtype == dtype
+    assert_within(actual, expected, bound, "softmax")
+
+    expected = reference.log_softmax(x, axis, mask=mask)
+    bound = unit + storage * np.nan_to_num(np.abs(expected), posinf=0.0)
+    actual = functions.log_softmax(x, axis, mask=mask, **arguments)
+    assert actual.dtype == dtype
+    assert_within(actual, expected, bound, "log_softmax")
+
+    for keepdims in (False, True):
+        expected = reference.logsumexp(x, axis, mask=mask, keepdims=keepdims)
+        bound = np.reshape(unit + factor * finfo.eps * lse_size, expected.shape)
+        actual = functions.logsumexp(x, axis, mask=mask, keepdims=keepdims, **arguments)
+        assert np.asarray(actual).dtype == accumulation_dtype(dtype)
+        assert_within(actual, expected, bound, f"logsumexp, keepdims={keepdims}")
