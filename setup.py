@@ -21,7 +21,14 @@ KERNELS = "fastattn/kernels"
 
 # Contraction is what turns a * b + c into one instruction; -std=c11 would switch it off, and -ffast-math would switch
 # denormals off for the whole process and break infinities.
-compile_args = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+compile_args = [
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 link_args = []
 if DEBUG:
     compile_args += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -371,9 +371,9 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
             raise ValueError(f"{name} must lie between {least} and {most}, not {low if low < least else high}")
     elif a.size:
         if a.dtype.kind == "u":
-            a = np.minimum(a, np.uint64(FAR)).astype(np.int64)
+            a = np.asarray(np.minimum(a, np.uint64(FAR)).astype(np.int64))
         else:
-            a = np.clip(a.astype(np.int64), -FAR, FAR)
+            a = np.asarray(np.clip(a.astype(np.int64), -FAR, FAR))
     a = a.astype(np.int64)
     place(p, operand, a, 0)
     p.uneven = True

@@ -10,8 +10,8 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
 from fastattn._arguments cimport Problem, read_dot_product, read_varlen
-from fastattn._runtime cimport (FA_SPAN, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
-                                interrupted, kernels_for, take_workspace)
+from fastattn._runtime cimport (FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
+                                interrupted, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -24,7 +24,7 @@ cdef enum:
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
 # ... and those of the largest tile, so that a thread is not long alone with the last one.
-cdef double MOST_WORK = 2e10
+cdef double MOST_WORK = 8e9
 
 
 cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
@@ -42,8 +42,8 @@ cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
 
 
 cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, Py_ssize_t sequence, int64_t row,
-                  int64_t most_rows, void *workspace, bint watch, double *last_look) noexcept nogil:
-    """One tile, from the first key to the last. watch: look for Ctrl-C now and then; returns whether it came."""
+                  int64_t most_rows, void *workspace, Watch *watch, bint caller) noexcept nogil:
+    """One tile, from the first key to the last; returns whether the call is to stop. caller: this is its thread."""
     cdef fa_head head
     cdef int64_t rows, begin, end, stop
     p.locate(head_index, sequence, &head)
@@ -56,21 +56,20 @@ cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, P
         stop = min(end, (begin // FA_SPAN + 1) * FA_SPAN)
         kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
         begin = stop
-        if watch and interrupted(last_look):
+        if watch != NULL and interrupted(watch, caller):
             return 1
     kernels.close_tile(&p.shared, &head, row, rows, workspace)
     return 0
 
 
-cdef int run_serial(Problem p, const fa_kernels *kernels, int64_t rows, void *workspace, bint watch) noexcept nogil:
+cdef int run_serial(Problem p, const fa_kernels *kernels, int64_t rows, void *workspace, Watch *watch) noexcept nogil:
     cdef Py_ssize_t head, sequence
     cdef int64_t row
-    cdef double last_look = 0
     for head in range(p.heads):
         for sequence in range(p.sequences):
             row = 0
             while row < p.longest_query:
-                if run_tile(p, kernels, head, sequence, row, rows, workspace, watch, &last_look):
+                if run_tile(p, kernels, head, sequence, row, rows, workspace, watch, True):
                     return 1
                 row += rows
     return 0
@@ -102,20 +101,16 @@ cdef object tiles_in_order(Problem p, int64_t rows):
     return table[:n][np.argsort(cost[:n], kind="stable")]
 
 
-cdef int run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
-                      char *workspaces, size_t workspace_size) noexcept nogil:
+cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
+                       char *workspaces, size_t workspace_size, Watch *watch) noexcept nogil:
     cdef Py_ssize_t t, count = tile.shape[0]
     cdef Py_ssize_t chunk = max(1, count // (threads * 64))
-    cdef double last_look = 0
-    cdef int stop = 0
     with nogil, parallel(num_threads=threads):
         for t in prange(count, schedule="dynamic", chunksize=chunk):
-            if not stop:
-                # Only the caller's thread, number 0, may deal with signals; the others see `stop`.
-                if run_tile(p, kernels, tile[t, 0], tile[t, 1], tile[t, 2], rows,
-                            workspaces + threadid() * workspace_size, threadid() == 0, &last_look):
-                    stop = 1
-    return stop
+            if not interrupted(watch, False):
+                # The caller's thread is number 0.
+                run_tile(p, kernels, tile[t, 0], tile[t, 1], tile[t, 2], rows,
+                         workspaces + threadid() * workspace_size, watch, threadid() == 0)
 
 
 cdef object attend(Problem p):
@@ -126,9 +121,10 @@ cdef object attend(Problem p):
     cdef double work = (<double> p.heads * p.sizes.queries * p.longest_key *
                         (p.shared.head_dim + p.shared.value_dim))
     cdef bint small = work < SMALL_WORK
-    cdef int threads = 1 if small else allowed_threads(p.num_threads), stop = 0
+    cdef int threads = 1 if small else allowed_threads(p.num_threads)
     cdef char *workspaces
     cdef const int64_t[:, ::1] tiles
+    cdef Watch watch = Watch(0, 0)
     if p.heads == 0 or p.longest_query == 0:
         return p.result()
     if threads > 1:
@@ -137,26 +133,18 @@ cdef object attend(Problem p):
     workspaces = <char *> take_workspace(size * threads)
     try:
         if small:
-            run_serial(p, kernels, rows, workspaces, False)
+            run_serial(p, kernels, rows, workspaces, NULL)
         elif threads <= 1:
             with nogil:
-                stop = run_serial(p, kernels, rows, workspaces, True)
+                run_serial(p, kernels, rows, workspaces, &watch)
         else:
             with nogil:
-                stop = run_parallel(p, kernels, rows, threads, tiles, workspaces, size)
+                run_parallel(p, kernels, rows, threads, tiles, workspaces, size, &watch)
     finally:
         give_workspace(workspaces)
-    if stop:
+    if watch.stop:
         raise_pending()
     return p.result()
-
-
-cdef extern from *:
-    """
-    /* The exception that PyErr_CheckSignals left behind. */
-    static int fa_raise_pending(void) { return PyErr_Occurred() ? -1 : 0; }
-    """
-    int raise_pending "fa_raise_pending"() except -1
 
 
 def dot_product_attention(

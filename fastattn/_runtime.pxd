@@ -71,5 +71,12 @@ cdef int allowed_threads(object num_threads) except -1
 cdef void *take_workspace(size_t size) except NULL
 cdef void give_workspace(void *workspace) noexcept
 
-# For the caller's thread, now and then, without the GIL: whether the call is to stop (a Python exception is set then).
-cdef bint interrupted(double *last_look) noexcept nogil
+# Ctrl-C in a long call; one for all its threads, all zero at first.
+cdef struct Watch:
+    int stop
+    double last_look
+
+# For every thread, now and then, without the GIL: whether the call is to stop. Only the caller's own thread may look for
+# signals; where one has raised an exception, the others see it here too, and the call ends with raise_pending.
+cdef bint interrupted(Watch *watch, bint caller) noexcept nogil
+cdef int raise_pending() except -1

@@ -69,12 +69,21 @@ cdef extern from *:
         PyGILState_Release(state);
         return result;
     }
+
+    /* The exception that PyErr_CheckSignals left behind. */
+    static int fa_raise_pending(void) { return PyErr_Occurred() ? -1 : 0; }
+
+    static int fa_load(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static void fa_store(int *p, int x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
     """
     int fa_openmp_version() noexcept nogil
     void fa_watch_fork() noexcept
     double fa_seconds() noexcept nogil
     int fa_affinity() noexcept nogil
     int fa_check_signals() noexcept nogil
+    int fa_raise_pending() except -1
+    int fa_load(const int *) noexcept nogil
+    void fa_store(int *, int) noexcept nogil
 
 
 # Instruction sets
@@ -252,9 +261,19 @@ cdef void give_workspace(void *workspace) noexcept:
 
 # Ctrl-C
 
-cdef bint interrupted(double *last_look) noexcept nogil:
-    cdef double now = fa_seconds()
-    if now - last_look[0] < 0.05:
-        return False
-    last_look[0] = now
-    return fa_check_signals() != 0
+cdef bint interrupted(Watch *watch, bint caller) noexcept nogil:
+    cdef double now
+    if fa_load(&watch.stop):
+        return True
+    if caller:
+        now = fa_seconds()
+        if now - watch.last_look >= 0.05:
+            watch.last_look = now
+            if fa_check_signals():
+                fa_store(&watch.stop, 1)
+                return True
+    return False
+
+
+cdef int raise_pending() except -1:
+    return fa_raise_pending()

@@ -8,19 +8,13 @@ from libc.stdint cimport uintptr_t
 
 from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
                                   read_rows)
-from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, allowed_threads,
-                                fa_dtype, fa_kernels, fa_row_function, give_workspace, interrupted, kernels_for,
-                                take_workspace)
+from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Watch,
+                                allowed_threads, fa_dtype, fa_kernels, fa_row_function, give_workspace, interrupted,
+                                kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     SMALL = 1 << 14        # numbers below which threads cost more than they bring
     CHUNK = 1 << 15        # numbers that a thread takes at a time, at least one row
-
-cdef extern from *:
-    """
-    static int fa_raise_pending(void) { return PyErr_Occurred() ? -1 : 0; }
-    """
-    int raise_pending "fa_raise_pending"() except -1
 
 
 cdef Py_ssize_t size_of(fa_dtype dtype) noexcept nogil:
@@ -57,7 +51,7 @@ cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, c
 
 
 cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t begin, Py_ssize_t end,
-                  char *scratch, bint watch, double *last_look) noexcept nogil:
+                  char *scratch, Watch *watch, bint caller) noexcept nogil:
     """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes."""
     cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, rest = begin, r, looked = begin
     cdef fa_dtype real = FA_F64 if p.dtype == FA_F64 else FA_F32
@@ -108,32 +102,29 @@ cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, P
                 at[k] -= index[axis] * p.batch.strides[k][axis]
             index[axis] = 0
             axis -= 1
-        if watch and (r - looked) * p.length > CHUNK:
+        if watch != NULL and (r - looked) * p.length > CHUNK:
             looked = r
-            if interrupted(last_look):
+            if interrupted(watch, caller):
                 return 1
     return 0
 
 
-cdef int run_parallel(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t chunk, int threads,
-                      char *scratch, size_t scratch_size) noexcept nogil:
+cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t chunk, int threads,
+                       char *scratch, size_t scratch_size, Watch *watch) noexcept nogil:
     cdef Py_ssize_t c, chunks = (p.rows + chunk - 1) // chunk
-    cdef double last_look = 0
-    cdef int stop = 0
     with nogil, parallel(num_threads=threads):
         for c in prange(chunks, schedule="dynamic", chunksize=1):
-            if not stop:
-                if run_rows(p, kernels, function, c * chunk, min(p.rows, (c + 1) * chunk),
-                            scratch + threadid() * scratch_size, threadid() == 0, &last_look):
-                    stop = 1
-    return stop
+            if not interrupted(watch, threadid() == 0):
+                run_rows(p, kernels, function, c * chunk, min(p.rows, (c + 1) * chunk),
+                         scratch + threadid() * scratch_size, watch, threadid() == 0)
 
 
 cdef object run(Rows p, fa_row_function function):
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
-    cdef double numbers = <double> p.rows * p.length, last_look = 0
+    cdef double numbers = <double> p.rows * p.length
+    cdef Watch watch = Watch(0, 0)
     cdef bint small = numbers < SMALL
-    cdef int threads = 1 if small else allowed_threads(p.num_threads), stop = 0
+    cdef int threads = 1 if small else allowed_threads(p.num_threads)
     cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length, 1))
     cdef size_t size = ((2 * p.length + 1) * (8 if p.dtype == FA_F64 else 4) + p.length + 63) // 64 * 64
     cdef char *scratch
@@ -142,16 +133,16 @@ cdef object run(Rows p, fa_row_function function):
         scratch = <char *> take_workspace(size * threads)
         try:
             if small:
-                run_rows(p, kernels, function, 0, p.rows, scratch, False, &last_look)
+                run_rows(p, kernels, function, 0, p.rows, scratch, NULL, True)
             elif threads <= 1:
                 with nogil:
-                    stop = run_rows(p, kernels, function, 0, p.rows, scratch, True, &last_look)
+                    run_rows(p, kernels, function, 0, p.rows, scratch, &watch, True)
             else:
                 with nogil:
-                    stop = run_parallel(p, kernels, function, chunk, threads, scratch, size)
+                    run_parallel(p, kernels, function, chunk, threads, scratch, size, &watch)
         finally:
             give_workspace(scratch)
-        if stop:
+        if watch.stop:
             raise_pending()
     return p.answer
 

@@ -31,17 +31,20 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
     NAME(tile) *tile = workspace;
     NAME(lay_out)(tile, problem, rows, head->keys, workspace);
     double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
-    NAME(pack_queries)(problem, &head->query, row, rows, (real)(problem->scale * unit), tile->q);
+    NAME(pack_queries)(problem, &head->query, row, rows, (real)(problem->scale * unit), tile->channels, tile->q);
     NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
 }
 
 static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
 {
-    if (tile->spans == 0)
+    if (tile->spans == 0) {
         NAME(reset_state)(problem, rows, tile->value_row, tile->m_all, tile->l_all, tile->o_all);
+        memset(tile->l_lost, 0, (size_t)(rows * LANES) * sizeof(real));
+        memset(tile->o_lost, 0, (size_t)(rows * tile->value_row) * sizeof(real));
+    }
     NAME(fold)
-    (tile->m_all, tile->l_all, tile->o_all, tile->m, tile->l, tile->o, rows, tile->value_row,
-     NAME(natural)(problem, head));
+    (tile->m_all, tile->l_all, tile->l_lost, tile->o_all, tile->o_lost, tile->m, tile->l, tile->o, rows,
+     tile->value_row, NAME(natural)(problem, head));
     tile->spans++;
 }
 
@@ -105,20 +108,23 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             }
         }
         if (!packed) {
-            NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->k);
-            if (!NAME(values_in_place)(problem, &head->value)) {
+            NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
+            if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value)) {
                 NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
                 value = (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
             }
             packed = 1;
         }
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
+        const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
-        NAME(dot_scores)(problem, tile->q + first * problem->head_dim, group, tile->k, v_first, v_last, s);
+        NAME(dot_scores)
+        (tile->q + first * tile->channels, tile->channels, group, tile->k, v_first, v_last, s, tile->q_group);
 
         int partial = 0;
         if (!alike || head->mask.data || rules || v_first * LANES != lo || v_last * LANES != hi) {
-            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), range = bits_of_range(lo, hi);
+            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES),
+                           range = bits_of_range(term_lo, term_hi);
             for (int r = 0; r < group; r++) {
                 if (rules || !bits_equal(&seen[r], &whole))
                     NAME(apply_rules)
@@ -150,11 +156,11 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                        s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
 
         if (partial && finite < 0)
-            finite = NAME(all_finite)(value, begin, end, value_row);
+            finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */
         if (partial && !finite)
             NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, tile->part);
         else
-            NAME(weighted_sum)(s, group, value, lo, hi, value_row, tile->part);
+            NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, tile->part);
         for (int r = 0; r < group; r++) {
             real *o = tile->o + (first + r) * value_row;
             const real *part = tile->part + r * value_row;
@@ -202,6 +208,10 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
     if (tile->spans) {
         NAME(end_span)(problem, head, rows, tile);
         m = tile->m_all, l = tile->l_all, o = tile->o_all;
+        for (int64_t c = 0; c < rows * LANES; c += LANES)
+            NAME(store)(l + c, NAME(load)(l + c) + NAME(load)(tile->l_lost + c));
+        for (int64_t c = 0; c < rows * tile->value_row; c += LANES)
+            NAME(store)(o + c, NAME(load)(o + c) + NAME(load)(tile->o_lost + c));
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;

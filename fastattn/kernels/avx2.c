@@ -7,8 +7,13 @@ TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
 #define ISA avx2
 #define VECTOR_BYTES 32
 #define ROWS 6
+#define STEPS 1
+#define CHUNK 32
 #define VECS 2
 
+#define HAS_FMA
+static ALWAYS_INLINE __m256 fma_f32(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static ALWAYS_INLINE __m256d fma_f64(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #define HAS_MAX
 static ALWAYS_INLINE __m256 max_f32(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static ALWAYS_INLINE __m256d max_f64(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }

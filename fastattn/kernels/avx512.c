@@ -8,7 +8,12 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define VECTOR_BYTES 64
 #define ROWS 6
 #define VECS 4
+#define STEPS 4
+#define CHUNK 64
 
+#define HAS_FMA
+static ALWAYS_INLINE __m512 fma_f32(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+static ALWAYS_INLINE __m512d fma_f64(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #define HAS_MAX
 static ALWAYS_INLINE __m512 max_f32(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static ALWAYS_INLINE __m512d max_f64(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }

@@ -18,6 +18,9 @@
 #define TARGET_END _Pragma("GCC pop_options")
 #endif
 
+/* Makes the compiler read again what it has read through this pointer. */
+#define FORGET(pointer) __asm__("" : "+r"(pointer))
+
 /* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
 #ifdef __clang__
 #define UNROLL(n) _Pragma("clang loop unroll(full)")

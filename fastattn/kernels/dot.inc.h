@@ -1,27 +1,28 @@
 /* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows. */
 
-/* Queries, multiplied by `factor`, row by row. */
+/* Queries, multiplied by `factor`, row by row; zeros up to `channels`. */
 static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
-                               real *restrict to)
+                               int64_t channels, real *restrict to)
 {
-    const int64_t channels = problem->head_dim;
     for (int64_t i = 0; i < rows; i++, to += channels) {
-        NAME(gather)(to, query->data + (row + i) * query->row, query->col, channels, problem->dtype);
-        for (int64_t c = 0; c < channels; c++)
+        NAME(gather)(to, query->data + (row + i) * query->row, query->col, problem->head_dim, problem->dtype);
+        for (int64_t c = 0; c < problem->head_dim; c++)
             to[c] *= factor;
+        for (int64_t c = problem->head_dim; c < channels; c++)
+            to[c] = 0;
     }
 }
 
 /* Keys [begin, end) of the block, whose first key lies at `keys`, into panels: [panel][channel][key of the panel].
- * Whole vectors of LANES keys are written; lanes past `end` are zero. */
+ * Whole vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
 static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
-                            real *restrict to)
+                            int64_t padded, real *restrict to)
 {
     const int64_t channels = problem->head_dim;
     const int in_place = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && key->col == (ptrdiff_t)sizeof(real);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
-        real *panel = to + j / NAME(PANEL) * NAME(PANEL) * channels + j % NAME(PANEL);
+        real *panel = to + j / NAME(PANEL) * NAME(PANEL) * padded + j % NAME(PANEL);
         const char *k_j = keys + j * key->row;
         const int live = end - j < LANES ? end - j : LANES;
         for (int64_t c = 0; c < channels; c += LANES) {
@@ -36,30 +37,32 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
             if (n == LANES)
                 NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), (const char *)square, sizeof(real) * LANES);
             else
-                for (int t = 0; t < n; t++)
+                for (int t = 0; t < LANES && c + t < padded; t++)
                     for (int i = 0; i < LANES; i++)
                         panel[(c + t) * NAME(PANEL) + i] = square[i * LANES + t];
         }
     }
 }
 
-/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
-static void NAME(dot_scores)(const fa_problem *problem, const real *q, int rows, const real *k, int first, int last,
-                             real *s)
+/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. scratch: ROWS rows
+ * of FA_BLOCK numbers. */
+static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last, real *s,
+                             real *scratch)
 {
-    const int64_t channels = problem->head_dim;
-    for (int v = first; v < last;) {
-        const int in_panel = v % VECS;
-        const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
-        const real *panel = k + v / VECS * NAME(PANEL) * channels + in_panel * LANES;
-        const NAME(product_function) product = NAME(products)[rows - 1][vecs - 1];
-        int64_t c = 0;
-        do {
-            const int64_t n = channels - c < NAME(CHUNK) ? channels - c : NAME(CHUNK);
-            product(q + c, channels, (const char *)(panel + c * NAME(PANEL)), NAME(PANEL) * sizeof(real), n,
-                    s + v * LANES, FA_BLOCK, c > 0);
-            c += NAME(CHUNK);
-        } while (c < channels);
-        v += vecs;
-    }
+    int64_t c = 0;
+    do {
+        const int n = channels - c < FA_BLOCK ? (int)(channels - c) : FA_BLOCK;
+        for (int r = 0; r < rows; r++)
+            memcpy(scratch + r * FA_BLOCK, q + r * channels + c, (size_t)n * sizeof(real));
+        for (int v = first; v < last;) {
+            const int in_panel = v % VECS;
+            const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
+            const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
+            NAME(products)
+            [rows - 1][vecs - 1](scratch, (const char *)panel, NAME(PANEL) * sizeof(real), 0, n, s + v * LANES,
+                                 FA_BLOCK, c > 0);
+            v += vecs;
+        }
+        c += FA_BLOCK;
+    } while (c < channels);
 }

@@ -110,22 +110,28 @@ static void NAME(pointwise)(const fa_problem *problem, real *s, int rows, int fi
     }
 }
 
-/* The state (m, l, o) of more keys joins (m_all, l_all, o_all). Joining to an empty total changes no bit. */
-static void NAME(fold)(real *m_all, real *l_all, real *o_all, const real *m, const real *l, const real *o, int64_t rows,
-                       int64_t value_row, int natural)
+/* total += x for a total in two parts, the sum and what rounding has taken from it so far (Knuth's TwoSum). */
+static ALWAYS_INLINE void NAME(add_exactly)(real *sum, real *lost, vec keep, vec x)
+{
+    const vec before = NAME(load)(sum) * keep, now = before + x, part = now - before;
+    NAME(store)(lost, NAME(load)(lost) * keep + ((before - (now - part)) + (x - part)));
+    NAME(store)(sum, now);
+}
+
+/* The state (m, l, o) of a span joins the total of those before it, without an error that would grow with their number.
+ * Joining to an empty total changes no bit. */
+static void NAME(fold)(real *m_all, real *l_all, real *l_lost, real *o_all, real *o_lost, const real *m, const real *l,
+                       const real *o, int64_t rows, int64_t value_row, int natural)
 {
     const real unit = natural ? (real)1.44269504088896340736 : 1;
     for (int64_t r = 0; r < rows; r++) {
-        real now = m[r] > m_all[r] ? m[r] : m_all[r];
-        real safe = now == -(real)INFINITY ? 0 : now;
-        vec keep = NAME(exp2)(NAME(fill)((m_all[r] - safe) * unit)),
-            join = NAME(exp2)(NAME(fill)((m[r] - safe) * unit));
+        const real now = m[r] > m_all[r] ? m[r] : m_all[r];
+        const real safe = now == -(real)INFINITY ? 0 : now;
+        const vec keep = NAME(exp2)(NAME(fill)((m_all[r] - safe) * unit));
+        const vec join = NAME(exp2)(NAME(fill)((m[r] - safe) * unit));
         m_all[r] = now;
-        real *to = l_all + r * LANES;
-        NAME(store)(to, NAME(fma)(NAME(load)(to), keep, NAME(load)(l + r * LANES) * join));
-        for (int64_t c = 0; c < value_row; c += LANES) {
-            to = o_all + r * value_row + c;
-            NAME(store)(to, NAME(fma)(NAME(load)(to), keep, NAME(load)(o + r * value_row + c) * join));
-        }
+        NAME(add_exactly)(l_all + r * LANES, l_lost + r * LANES, keep, NAME(load)(l + r * LANES) * join);
+        for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
+            NAME(add_exactly)(o_all + c, o_lost + c, keep, NAME(load)(o + c) * join);
     }
 }

@@ -2,57 +2,88 @@
  * lives in registers while t runs. Dot scores (a: queries, t: channels, b: keys in lanes) and weighted sums (a:
  * weights, t: keys, b: values) are both made of it.
  *
- * Each product is cut into runs of CHUNK steps, each summed from zero and then added, because the rounding errors of
- * one long chain of equal signs add up to n / 8 eps.
+ * The rounding errors of a chain of n equal additions add up to n / 8 eps, so sums are nested: STEPS products make a
+ * term, terms are added up for CHUNK steps, and that is added to `out`. With STEPS > 1 a term is summed on its own and
+ * each number of a is used once while it is in a register, from memory: for instruction sets whose multiplications take
+ * an operand that is broadcast from memory. The additions run beside the multiplications there; ending chunks more
+ * often instead costs stores (docs/performance.md).
+ *
+ * Terms and chunks end at fixed positions, wherever the product begins: adding a hidden key, with weight zero, or
+ * leaving it out is the same to the bit.
  */
-enum { NAME(CHUNK) = 64 };
+_Static_assert(CHUNK % STEPS == 0 && FA_BLOCK % CHUNK == 0, "whole terms make a chunk, whole chunks a block");
 
-/* Rows of a are a_row numbers apart, rows of b b_row bytes, rows of out out_row numbers. */
-typedef void (*NAME(product_function))(const real *a, ptrdiff_t a_row, const char *b, ptrdiff_t b_row, int64_t n,
-                                       real *out, ptrdiff_t out_row, int add);
+/* Rows of a are FA_BLOCK numbers apart, rows of b b_row bytes, rows of out out_row numbers; t runs from `from` to `to`,
+ * both multiples of STEPS. add: to what out holds. */
+typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, int from, int to, real *out,
+                                       ptrdiff_t out_row, int add);
 
-static ALWAYS_INLINE void NAME(product)(const real *restrict a, ptrdiff_t a_row, const char *restrict b,
-                                        ptrdiff_t b_row, int64_t n, real *restrict out, ptrdiff_t out_row, int add,
-                                        const int rows, const int vecs)
+static ALWAYS_INLINE void NAME(product)(const real *restrict a, const char *restrict b, ptrdiff_t b_row, int from,
+                                        int to, real *restrict out, ptrdiff_t out_row, int add, const int rows,
+                                        const int vecs)
 {
-    vec sum[ROWS][VECS];
-    UNROLL(8)
-    for (int r = 0; r < rows; r++) {
-        UNROLL(8)
-        for (int v = 0; v < vecs; v++)
-            sum[r][v] = (vec){0};
-    }
-    for (int64_t t = 0; t < n; t++) {
-        vec b_t[VECS];
-        UNROLL(8)
-        for (int v = 0; v < vecs; v++)
-            b_t[v] = NAME(load)(b + v * VECTOR_BYTES);
+    int t = from;
+    do {
+        const int stop = to - t < CHUNK - t % CHUNK ? to : t + CHUNK - t % CHUNK;
+        const char *b_t = b + t * b_row;
+        vec sum[ROWS][VECS];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
-            vec a_rt = NAME(fill)(a[r * a_row + t]);
             UNROLL(8)
             for (int v = 0; v < vecs; v++)
-                sum[r][v] = NAME(fma)(a_rt, b_t[v], sum[r][v]);
+                sum[r][v] = (vec){0};
         }
-        b += b_row;
-    }
-    UNROLL(8)
-    for (int r = 0; r < rows; r++) {
+        for (const real *a_t = a + t; t < stop; t += STEPS, a_t += STEPS, b_t += STEPS * b_row) {
+#if STEPS > 1
+            const real *a_v = a_t;
+            UNROLL(8)
+            for (int v = 0; v < vecs; v++) {
+                vec b_v[STEPS];
+                UNROLL(8)
+                for (int k = 0; k < STEPS; k++)
+                    b_v[k] = NAME(load)(b_t + k * b_row + v * VECTOR_BYTES);
+                FORGET(a_v); /* or the broadcasts would be kept for the next v, and not all fit */
+                UNROLL(8)
+                for (int r = 0; r < rows; r++) {
+                    vec term = NAME(fill)(a_v[r * FA_BLOCK]) * b_v[0];
+                    UNROLL(8)
+                    for (int k = 1; k < STEPS; k++)
+                        term = NAME(fma)(NAME(fill)(a_v[r * FA_BLOCK + k]), b_v[k], term);
+                    sum[r][v] += term;
+                }
+            }
+#else
+            vec b_v[VECS];
+            UNROLL(8)
+            for (int v = 0; v < vecs; v++)
+                b_v[v] = NAME(load)(b_t + v * VECTOR_BYTES);
+            UNROLL(8)
+            for (int r = 0; r < rows; r++) {
+                const vec a_rt = NAME(fill)(a_t[r * FA_BLOCK]);
+                UNROLL(8)
+                for (int v = 0; v < vecs; v++)
+                    sum[r][v] = NAME(fma)(a_rt, b_v[v], sum[r][v]);
+            }
+#endif
+        }
         UNROLL(8)
-        for (int v = 0; v < vecs; v++) {
-            real *to = out + r * out_row + v * LANES;
-            NAME(store)(to, add ? NAME(load)(to) + sum[r][v] : sum[r][v]);
+        for (int r = 0; r < rows; r++) {
+            UNROLL(8)
+            for (int v = 0; v < vecs; v++) {
+                real *o = out + r * out_row + v * LANES;
+                NAME(store)(o, add ? NAME(load)(o) + sum[r][v] : sum[r][v]);
+            }
         }
-    }
+        add = 1;
+    } while (t < to);
 }
 
 /* For every number of rows and vectors. */
-#define PRODUCT(rows, vecs)                                                                                          \
-    static NEVER_INLINE void NAME(product_##rows##_##vecs)(const real *a, ptrdiff_t a_row, const char *b,            \
-                                                           ptrdiff_t b_row, int64_t n, real *out, ptrdiff_t out_row, \
-                                                           int add)                                                  \
-    {                                                                                                                \
-        NAME(product)(a, a_row, b, b_row, n, out, out_row, add, rows, vecs);                                         \
+#define PRODUCT(rows, vecs)                                                                                         \
+    static NEVER_INLINE void NAME(product_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row, int from, \
+                                                           int to, real *out, ptrdiff_t out_row, int add)           \
+    {                                                                                                               \
+        NAME(product)(a, b, b_row, from, to, out, out_row, add, rows, vecs);                                        \
     }
 #if VECS == 4
 #define FOR_VECS(rows) PRODUCT(rows, 1) PRODUCT(rows, 2) PRODUCT(rows, 3) PRODUCT(rows, 4)

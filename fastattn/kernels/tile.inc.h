@@ -3,16 +3,19 @@
 typedef struct {
     int64_t spans;     /* spans of keys already folded into the totals */
     int64_t open_span; /* the span that the state belongs to, or -1 */
+    int64_t channels;  /* head_dim rounded up to whole terms of a product; zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries, scaled: [rows][channel] */
     real *k;           /* a block of keys: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
+    real *q_group;   /* [ROWS][FA_BLOCK] the queries of one group */
     real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
     real *part;      /* [ROWS][value_row] their weighted sum */
     real *extra;     /* [FA_BLOCK] the bias of one row */
     real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
-    real *m_all, *l_all, *o_all; /* of the spans before it */
+    /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
+    real *m_all, *l_all, *l_lost, *o_all, *o_lost;
 } NAME(tile);
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
@@ -29,16 +32,19 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
 {
     char *at = base + (sizeof(NAME(tile)) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
-    int64_t block = keys < FA_BLOCK ? keys : FA_BLOCK;
+    int64_t channels = (problem->head_dim + STEPS - 1) / STEPS * STEPS;
+    int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
     tile->spans = 0;
     tile->open_span = -1;
+    tile->channels = channels;
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
-    tile->q = (real *)NAME(take)(&at, rows * problem->head_dim);
-    tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * problem->head_dim);
+    tile->q = (real *)NAME(take)(&at, rows * channels);
+    tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
+    tile->q_group = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->extra = (real *)NAME(take)(&at, FA_BLOCK);
@@ -48,7 +54,9 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     if (keys > FA_SPAN) {
         tile->m_all = (real *)NAME(take)(&at, rows);
         tile->l_all = (real *)NAME(take)(&at, rows * LANES);
+        tile->l_lost = (real *)NAME(take)(&at, rows * LANES);
         tile->o_all = (real *)NAME(take)(&at, rows * value_row);
+        tile->o_lost = (real *)NAME(take)(&at, rows * value_row);
     }
     return (size_t)(at - base);
 }

@@ -12,18 +12,22 @@ static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const 
            value->row % 1024 != 0;
 }
 
-/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors. */
+/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */
 static void NAME(copy_values)(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
                               real *to, int64_t to_row, int64_t value_row)
 {
-    for (int j = begin; j < end; j++) {
-        NAME(gather)(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
-        for (int64_t c = problem->value_dim; c < value_row; c++)
+    for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
+        int64_t c = 0;
+        if (j >= begin && j < end) {
+            NAME(gather)(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
+            c = problem->value_dim;
+        }
+        for (; c < value_row; c++)
             to[j * to_row + c] = 0;
     }
 }
 
-/* part[row][:] = sum over keys [begin, end) of the block of p[row][key] * value[key][:], cut at fixed key positions. */
+/* part[row][:] = sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms. */
 static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t value_row,
                                real *part)
 {
@@ -31,13 +35,7 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
     for (int64_t v = 0; v < all; v += VECS) {
         const int vecs = all - v < VECS ? (int)(all - v) : VECS;
         const NAME(product_function) product = NAME(products)[rows - 1][vecs - 1];
-        for (int j = begin; j < end;) {
-            int stop = j / NAME(CHUNK) * NAME(CHUNK) + NAME(CHUNK);
-            stop = stop < end ? stop : end;
-            product(p + j, FA_BLOCK, value.data + j * value.row + v * VECTOR_BYTES, value.row, stop - j,
-                    part + v * LANES, value_row, j > begin);
-            j = stop;
-        }
+        product(p, value.data + v * VECTOR_BYTES, value.row, begin, end, part + v * LANES, value_row, 0);
     }
 }
 
@@ -49,17 +47,15 @@ static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, con
 {
     for (int r = 0; r < rows; r++)
         for (int64_t c = 0; c < value_row; c += LANES) {
-            vec all = {0};
-            for (int j = begin; j < end;) {
-                int stop = j / NAME(CHUNK) * NAME(CHUNK) + NAME(CHUNK);
-                stop = stop < end ? stop : end;
-                vec sum = {0};
-                const int later = j > begin;
-                for (; j < stop; j++)
-                    if (seen[r].word[j / 64] >> j % 64 & 1)
-                        sum = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + j]),
-                                        NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), sum);
-                all = later ? all + sum : sum;
+            vec all = {0}, sum = {0}, term = {0};
+            for (int j = begin; j < end; j++) {
+                if (seen[r].word[j / 64] >> j % 64 & 1)
+                    term = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + j]),
+                                     NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), term);
+                if ((j + 1) % STEPS == 0 || j + 1 == end)
+                    sum += term, term = (vec){0};
+                if ((j + 1) % CHUNK == 0 || j + 1 == end)
+                    all += sum, sum = (vec){0};
             }
             NAME(store)(part + r * value_row + c, all);
         }

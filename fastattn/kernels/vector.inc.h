@@ -31,7 +31,9 @@ static ALWAYS_INLINE vec NAME(load)(const void *p) { return *(const NAME(uvec) *
 static ALWAYS_INLINE void NAME(store)(void *p, vec v) { *(NAME(uvec) *)p = v; }
 static ALWAYS_INLINE vec NAME(fill)(real x) { return x - (vec){0}; }
 /* Contracted to one instruction where the target has it (-ffp-contract=fast). */
+#ifndef HAS_FMA
 static ALWAYS_INLINE vec NAME(fma)(vec a, vec b, vec c) { return a * b + c; }
+#endif
 static ALWAYS_INLINE vec NAME(pick)(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
 
 static ALWAYS_INLINE vec NAME(lane_numbers)(void)
