@@ -70,9 +70,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
         key_bits seen[ROWS];
         int lo, hi, lo_last, hi_last;
-        row_range(problem, head, row + first, block, &lo, &hi);
-        row_range(problem, head, row + first + group - 1, block, &lo_last, &hi_last);
-        const int alike = lo == lo_last && hi == hi_last; /* ranges move one way only: so are those between them */
+        rows_range(problem, head, row + first, group, block, &lo, &hi);
+        if (lo >= hi)
+            continue;
+        rows_range(problem, head, row + first, 1, block, &lo, &hi);
+        rows_range(problem, head, row + first + group - 1, 1, block, &lo_last, &hi_last);
+        /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end.
+         */
+        const int alike = lo < hi && lo == lo_last && hi == hi_last;
         if (alike) {
             const key_bits range = bits_of_range(lo, hi);
             for (int r = 0; r < group; r++)
@@ -81,7 +86,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             lo = FA_BLOCK, hi = 0;
             for (int r = 0; r < group; r++) {
                 int from, to;
-                row_range(problem, head, row + first + r, block, &from, &to);
+                rows_range(problem, head, row + first + r, 1, block, &from, &to);
                 seen[r] = bits_of_range(from, to);
                 if (from < to) {
                     lo = from < lo ? from : lo;

@@ -75,12 +75,13 @@ static inline void bits_and_mask(key_bits *bits, const char *mask, ptrdiff_t str
     }
 }
 
-/* The keys of the block [block, block + FA_BLOCK) that query row i may see by position and length. */
-static ALWAYS_INLINE void row_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
-                                    int *begin, int *end)
+/* The keys of the block [block, block + FA_BLOCK) that any of the query rows [i, i + rows) may see by position and
+ * length; 0, 0 where there are none. */
+static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t rows,
+                                     int64_t block, int *begin, int *end)
 {
     int64_t lo, hi;
-    fa_visible_keys(problem, head, i, 1, &lo, &hi);
+    fa_visible_keys(problem, head, i, rows, &lo, &hi);
     lo = lo > block ? lo - block : 0;
     hi = hi < block + FA_BLOCK ? hi - block : FA_BLOCK;
     *begin = lo < hi ? (int)lo : 0;
