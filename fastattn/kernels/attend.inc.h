@@ -56,15 +56,27 @@ static void NAME(hide_weights)(const fa_head *head, int64_t i, int64_t begin, in
         w[j] = -(real)INFINITY;
 }
 
+/* Asks for rows [begin, end) of a matrix to come into the second cache. */
+static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t begin, int64_t end, int64_t bytes)
+{
+    for (int64_t j = begin; j < end; j++)
+        for (int64_t b = 0; b < bytes; b += 64)
+            __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
+}
+
 /* One block, of which the tile sees the keys [begin, end). */
 static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
-                              int begin, int end, NAME(tile) * tile)
+                              int begin, int end, int64_t tile_end, NAME(tile) * tile)
 {
     const int natural = NAME(natural)(problem, head);
     const int64_t value_row = tile->value_row;
     const int rules = problem->softcap != 0 || problem->has_slope || head->bias.data;
     const char *keys = head->key.data + block * head->key.row;
     NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
+    /* While the groups pass over this block, the next one comes from memory, a few rows with each group. */
+    const int64_t next = block + FA_BLOCK, groups = (rows + ROWS - 1) / ROWS;
+    const int64_t per_group = next < tile_end ? (FA_BLOCK + groups - 1) / groups : 0;
+    int64_t ahead = next;
     int packed = 0, finite = -1;
     for (int64_t first = 0; first < rows; first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
@@ -120,6 +132,10 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             }
             packed = 1;
         }
+        const int64_t ahead_end = ahead + per_group < tile_end ? ahead + per_group : tile_end;
+        NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
+        NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
+        ahead = ahead_end;
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
@@ -190,7 +206,7 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
     for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
         const int begin = key_begin > block ? (int)(key_begin - block) : 0;
         const int end = key_end < block + FA_BLOCK ? (int)(key_end - block) : FA_BLOCK;
-        NAME(visit_block)(problem, head, row, rows, block, begin, end, tile);
+        NAME(visit_block)(problem, head, row, rows, block, begin, end, key_end, tile);
     }
 }
 

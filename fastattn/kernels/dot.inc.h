@@ -53,7 +53,9 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
     do {
         const int n = channels - c < FA_BLOCK ? (int)(channels - c) : FA_BLOCK;
         for (int r = 0; r < rows; r++)
-            memcpy(scratch + r * FA_BLOCK, q + r * channels + c, (size_t)n * sizeof(real));
+            for (int i = 0; i < n; i += STEPS)
+                for (int k = 0; k < STEPS; k++)
+                    scratch[r * FA_BLOCK + i + k] = q[r * channels + c + i + k];
         for (int v = first; v < last;) {
             const int in_panel = v % VECS;
             const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
