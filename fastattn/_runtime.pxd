@@ -46,7 +46,8 @@ cdef extern from "kernels/fastattn.h" nogil:
         void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t,
                            void *) noexcept nogil
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
-        void (*row)(fa_row_function, const void *, const char *, void *, int64_t) noexcept nogil
+        void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, char *, Py_ssize_t, int64_t,
+                     int64_t) noexcept nogil
         void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil
         void (*scatter)(char *, Py_ssize_t, const void *, int64_t, fa_dtype) noexcept nogil
         void (*merge)(void *, void *, const void *const *, const void *, int64_t, int64_t) noexcept nogil

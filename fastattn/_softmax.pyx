@@ -53,54 +53,67 @@ cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, c
 cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t begin, Py_ssize_t end,
                   char *scratch, Watch *watch, bint caller) noexcept nogil:
     """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes."""
-    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, rest = begin, r, looked = begin
+    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, rest = begin, r = begin, looked = begin, run
     cdef fa_dtype real = FA_F64 if p.dtype == FA_F64 else FA_F32
     cdef Py_ssize_t index[MOST_AXES]
     cdef char *at[<int> ROW_OPERANDS]
     cdef char *x
     cdef char *y
     cdef char *mask
-    cdef int axis, k, last = p.row.count - 1
-    cdef bint flat = last <= 0
-    cdef bint x_in_place = (flat and p.aligned and p.dtype == real and
-                            (last < 0 or p.row.strides[<int> ROW_X][last] == size))
-    cdef bint y_in_place = (flat and p.aligned and p.dtype == real and function != FA_ROW_LOGSUMEXP and
-                            (last < 0 or p.row.strides[<int> ROW_OUT][last] == size))
-    cdef bint mask_in_place = flat and (last < 0 or p.row.strides[<int> ROW_MASK][last] == 1)
+    cdef int axis, k, last = p.row.count - 1, inner = p.batch.count - 1
+    cdef bint flat = last <= 0 and p.aligned and p.dtype == real
+    cdef bint x_in_place = flat and (last < 0 or p.row.strides[<int> ROW_X][last] == size)
+    cdef bint y_in_place = flat and (last < 0 or p.row.strides[<int> ROW_OUT][last] == size or
+                                     function == FA_ROW_LOGSUMEXP)
+    cdef bint mask_in_place = p.data[<int> ROW_MASK] == NULL or (
+        last <= 0 and (last < 0 or p.row.strides[<int> ROW_MASK][last] == 1))
     for k in range(<int> ROW_OPERANDS):
         at[k] = p.data[k]
-    for axis in range(p.batch.count - 1, -1, -1):
+    for axis in range(inner, -1, -1):
         index[axis] = rest % p.batch.shape[axis]
         rest //= p.batch.shape[axis]
         for k in range(<int> ROW_OPERANDS):
             at[k] += index[axis] * p.batch.strides[k][axis]
-    for r in range(begin, end):
-        x, y, mask = at[<int> ROW_X], at[<int> ROW_OUT], NULL
-        if not x_in_place:
-            copy_row(p, kernels, ROW_X, x, scratch, p.dtype, size)
-            x = scratch
-        if p.data[<int> ROW_MASK] != NULL:
-            mask = at[<int> ROW_MASK]
+    while r < end:
+        run = 1
+        if x_in_place and y_in_place and mask_in_place:
+            # All rows to the end of the innermost batch axis at once.
+            if inner >= 0:
+                run = min(end - r, p.batch.shape[inner] - index[inner])
+                run = max(1, min(run, CHUNK // max(p.length, 1)))
+                kernels.rows(function, at[<int> ROW_X], p.batch.strides[<int> ROW_X][inner], at[<int> ROW_MASK],
+                             p.batch.strides[<int> ROW_MASK][inner], at[<int> ROW_OUT],
+                             p.batch.strides[<int> ROW_OUT][inner], p.length, run)
+            else:
+                kernels.rows(function, at[<int> ROW_X], 0, at[<int> ROW_MASK], 0, at[<int> ROW_OUT], 0, p.length, 1)
+        else:
+            x, y, mask = at[<int> ROW_X], at[<int> ROW_OUT], at[<int> ROW_MASK]
+            if not x_in_place:
+                x = scratch
+                copy_row(p, kernels, ROW_X, at[<int> ROW_X], x, p.dtype, size)
             if not mask_in_place:
-                copy_row(p, kernels, ROW_MASK, mask, scratch + 2 * size * p.length, real, 1)
                 mask = scratch + 2 * size * p.length
-        if not y_in_place:
-            y = scratch + size * p.length
-        kernels.row(function, x, mask, y, p.length)
-        if function == FA_ROW_LOGSUMEXP:
-            kernels.scatter(at[<int> ROW_OUT], size, y, 1, p.out_dtype)
-        elif not y_in_place:
-            copy_row(p, kernels, ROW_OUT, at[<int> ROW_OUT], y, p.dtype, size)
-        axis = p.batch.count - 1
+                copy_row(p, kernels, ROW_MASK, at[<int> ROW_MASK], mask, real, 1)
+            if not y_in_place:
+                y = scratch + size * p.length
+            kernels.rows(function, x, 0, mask, 0, y, 0, p.length, 1)
+            if not y_in_place:
+                if function == FA_ROW_LOGSUMEXP:
+                    kernels.scatter(at[<int> ROW_OUT], size, y, 1, p.out_dtype)
+                else:
+                    copy_row(p, kernels, ROW_OUT, at[<int> ROW_OUT], y, p.dtype, size)
+        r += run
+        axis = inner
         while axis >= 0:
-            index[axis] += 1
+            index[axis] += run
             for k in range(<int> ROW_OPERANDS):
-                at[k] += p.batch.strides[k][axis]
+                at[k] += run * p.batch.strides[k][axis]
             if index[axis] < p.batch.shape[axis]:
                 break
             for k in range(<int> ROW_OPERANDS):
                 at[k] -= index[axis] * p.batch.strides[k][axis]
             index[axis] = 0
+            run = 1
             axis -= 1
         if watch != NULL and (r - looked) * p.length > CHUNK:
             looked = r

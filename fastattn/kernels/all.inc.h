@@ -10,8 +10,8 @@
 #include "rows.inc.h"
 
 static const fa_kernels NAME(table) = {
-    KERNELS,   NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(close_tile),
-    NAME(row), NAME(gather),         NAME(scatter),   NAME(merge),
+    KERNELS,    NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(close_tile),
+    NAME(rows), NAME(gather),         NAME(scatter),   NAME(merge),
 };
 
 #undef BITS

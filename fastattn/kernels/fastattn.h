@@ -62,9 +62,10 @@ typedef struct {
     void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
                        int64_t key_end, void *workspace);
     void (*close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
-    /* One row of n numbers, contiguous and of the accumulation dtype; mask: n bytes or NULL; out: n numbers (may be x),
-     * or one for FA_ROW_LOGSUMEXP. */
-    void (*row)(fa_row_function function, const void *x, const char *mask, void *out, int64_t n);
+    /* Rows of n numbers, each contiguous, aligned and of the accumulation dtype, byte strides apart; mask: rows of n
+     * bytes, or NULL; out: rows of n numbers (may be x), or of one for FA_ROW_LOGSUMEXP. */
+    void (*rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
+                 char *out, ptrdiff_t out_row, int64_t n, int64_t rows);
     /* n numbers with a byte stride, from or to a storage dtype. */
     void (*gather)(void *to, const char *from, ptrdiff_t stride, int64_t n, fa_dtype from_dtype);
     void (*scatter)(char *to, ptrdiff_t stride, const void *from, int64_t n, fa_dtype to_dtype);

@@ -1,24 +1,27 @@
-/* softmax, log_softmax and logsumexp of one row, and the exact merge of partial attention.
+/* softmax, log_softmax and logsumexp of rows, and the exact merge of partial attention.
  *
- * Three passes: maximum, exponentials and their sum, scaling. Sums are cut into runs of ROW_RUN numbers that are added
- * up in double, so that the error does not grow with the length. */
-enum { NAME(ROW_RUN) = 2048 };
+ * Three passes: maximum, exponentials and their sum, scaling. Short rows go through each pass a few at a time, because
+ * a single one is a chain of latencies. Sums are cut into runs of ROW_RUN numbers that are added up in double, so that
+ * the error does not grow with the length. */
+enum { NAME(ROW_RUN) = 2048, NAME(ROWS_AT_ONCE) = 4 };
 
 /* Numbers j .. j + LANES - 1 of a row; -inf past its end and where the mask hides. */
 static ALWAYS_INLINE vec NAME(row_vector)(const real *x, const char *mask, int64_t j, int64_t n)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
     const int live = n - j < LANES ? (int)(n - j) : LANES;
-    if (live == LANES && !mask)
-        return NAME(load)(x + j);
+    if (live == LANES) {
+        vec v = NAME(load)(x + j);
+        if (mask)
+            v = NAME(pick_bits)((unsigned)bits_of_mask(mask + j, LANES), v, hidden);
+        return v;
+    }
     real some[LANES];
     NAME(store)(some, hidden);
-    memcpy(some, x + j, (size_t)live * sizeof(real));
-    unsigned bits = (unsigned)bits_below(live);
-    if (mask)
-        for (int i = 0; i < live; i++)
-            bits &= ~((unsigned)(mask[j + i] == 0) << i);
-    return NAME(pick_bits)(bits, NAME(load)(some), hidden);
+    for (int i = 0; i < live; i++)
+        if (!mask || mask[j + i])
+            some[i] = x[j + i];
+    return NAME(load)(some);
 }
 
 static ALWAYS_INLINE void NAME(store_row)(real *out, int64_t j, int64_t n, vec v)
@@ -28,65 +31,107 @@ static ALWAYS_INLINE void NAME(store_row)(real *out, int64_t j, int64_t n, vec v
     } else {
         real some[LANES];
         NAME(store)(some, v);
-        memcpy(out + j, some, (size_t)(n - j) * sizeof(real));
+        for (int i = 0; i < n - j; i++)
+            out[j + i] = some[i];
     }
 }
 
-static ALWAYS_INLINE void NAME(row_of)(const fa_row_function function, const real *x, const char *mask, real *out,
-                                       int64_t n)
+static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const char *x, ptrdiff_t x_row,
+                                        const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n,
+                                        const int count)
 {
     const vec none = NAME(fill)(-(real)INFINITY);
     const real log2e = (real)1.44269504088896340736;
-    vec most = none;
-    for (int64_t j = 0; j < n; j += LANES)
-        most = NAME(max)(NAME(row_vector)(x, mask, j, n), most);
-    const real greatest = NAME(spread_max)(most)[0];
-    const real base = greatest == -(real)INFINITY ? 0 : greatest;
-    double total = 0;
-    for (int64_t run = 0; run < n; run += NAME(ROW_RUN)) {
-        const int64_t stop = n - run < NAME(ROW_RUN) ? n : run + NAME(ROW_RUN);
-        vec sum = {0};
-        for (int64_t j = run; j < stop; j += LANES) {
-            vec e = NAME(exp2)((NAME(row_vector)(x, mask, j, n) - base) * log2e);
-            sum += e;
-            if (function == FA_ROW_SOFTMAX)
-                NAME(store_row)(out, j, n, e);
+    const int64_t whole = n / LANES * LANES;
+    real base[NAME(ROWS_AT_ONCE)];
+    double total[NAME(ROWS_AT_ONCE)];
+    for (int r = 0; r < count; r++) {
+        const real *x_r = (const real *)(x + r * x_row);
+        const char *mask_r = mask ? mask + r * mask_row : NULL;
+        vec most = none, other = none;
+        int64_t j = 0;
+        for (; j + LANES < whole; j += 2 * LANES) {
+            most = NAME(max)(NAME(row_vector)(x_r, mask_r, j, whole), most);
+            other = NAME(max)(NAME(row_vector)(x_r, mask_r, j + LANES, whole), other);
         }
-        total += (double)NAME(total)(sum);
+        for (; j < n; j += LANES)
+            most = NAME(max)(NAME(row_vector)(x_r, mask_r, j, n), most);
+        base[r] = NAME(spread_max)(NAME(max)(most, other))[0];
+        if (base[r] == -(real)INFINITY)
+            base[r] = 0;
     }
-    if (function == FA_ROW_LOGSUMEXP) {
-        *out = (real)(total == 0 ? -INFINITY : (double)base + log(total));
-    } else if (function == FA_ROW_SOFTMAX) {
-        const real scale = (real)(total == 0 ? 0 : 1 / total);
-        if (mask && scale != scale) { /* a hidden entry stays 0 in a row of NaN */
-            for (int64_t j = 0; j < n; j++)
-                out[j] = mask[j] ? scale : 0;
-            return;
+    for (int r = 0; r < count; r++) {
+        const real *x_r = (const real *)(x + r * x_row);
+        const char *mask_r = mask ? mask + r * mask_row : NULL;
+        real *out_r = (real *)(out + r * out_row);
+        total[r] = 0;
+        for (int64_t run = 0; run < n; run += NAME(ROW_RUN)) {
+            const int64_t stop = whole - run < NAME(ROW_RUN) ? whole : run + NAME(ROW_RUN);
+            vec sum = {0};
+            for (int64_t j = run; j < stop; j += LANES) {
+                const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, j, whole) - base[r]) * log2e);
+                sum += e;
+                if (function == FA_ROW_SOFTMAX)
+                    NAME(store)(out_r + j, e);
+            }
+            if (stop == whole && whole < n) {
+                const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, whole, n) - base[r]) * log2e);
+                sum += e;
+                if (function == FA_ROW_SOFTMAX)
+                    NAME(store_row)(out_r, whole, n, e);
+            }
+            total[r] += (double)NAME(total)(sum);
         }
-        for (int64_t j = 0; j < n; j += LANES)
-            NAME(store_row)(out, j, n, NAME(row_vector)(out, NULL, j, n) * scale);
-    } else {
-        const real log_total = (real)log(total);
-        for (int64_t j = 0; j < n; j += LANES) {
-            vec y = NAME(row_vector)(x, mask, j, n);
-            ivec gone = y == none;
-            y = (y - base) - log_total;
-            NAME(store_row)(out, j, n, NAME(pick)(gone, none, y));
+    }
+    for (int r = 0; r < count; r++) {
+        const real *x_r = (const real *)(x + r * x_row);
+        const char *mask_r = mask ? mask + r * mask_row : NULL;
+        real *out_r = (real *)(out + r * out_row);
+        if (function == FA_ROW_LOGSUMEXP) {
+            *out_r = (real)(total[r] == 0 ? -INFINITY : (double)base[r] + log(total[r]));
+        } else if (function == FA_ROW_SOFTMAX) {
+            const real scale = (real)(total[r] == 0 ? 0 : 1 / total[r]);
+            if (mask && scale != scale) { /* a hidden entry stays 0 in a row of NaN */
+                for (int64_t j = 0; j < n; j++)
+                    out_r[j] = mask_r[j] ? scale : 0;
+                continue;
+            }
+            for (int64_t j = 0; j < whole; j += LANES)
+                NAME(store)(out_r + j, NAME(load)(out_r + j) * scale);
+            for (int64_t j = whole; j < n; j++)
+                out_r[j] *= scale;
+        } else {
+            const real log_total = (real)log(total[r]);
+            for (int64_t j = 0; j < n; j += LANES) {
+                const vec y = NAME(row_vector)(x_r, mask_r, j, n);
+                NAME(store_row)(out_r, j, n, NAME(pick)(y == none, none, (y - base[r]) - log_total));
+            }
         }
     }
 }
 
 /* Contract: fastattn.h. */
-static void NAME(row)(fa_row_function function, const void *x, const char *mask, void *out, int64_t n)
+static void NAME(rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
+                       char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
 {
-    if (function == FA_ROW_SOFTMAX && !mask)
-        NAME(row_of)(FA_ROW_SOFTMAX, x, NULL, out, n);
-    else if (function == FA_ROW_SOFTMAX)
-        NAME(row_of)(FA_ROW_SOFTMAX, x, mask, out, n);
-    else if (function == FA_ROW_LOG_SOFTMAX)
-        NAME(row_of)(FA_ROW_LOG_SOFTMAX, x, mask, out, n);
-    else
-        NAME(row_of)(FA_ROW_LOGSUMEXP, x, mask, out, n);
+    const int at_once =
+        n * (int64_t)sizeof(real) <= 4096 ? NAME(ROWS_AT_ONCE) : 1; /* they are to stay in the first cache */
+    while (rows > 0) {
+        const int count = rows < at_once ? (int)rows : at_once;
+        if (function == FA_ROW_SOFTMAX && !mask)
+            NAME(rows_of)(FA_ROW_SOFTMAX, x, x_row, NULL, 0, out, out_row, n, count);
+        else if (function == FA_ROW_SOFTMAX)
+            NAME(rows_of)(FA_ROW_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
+        else if (function == FA_ROW_LOG_SOFTMAX)
+            NAME(rows_of)(FA_ROW_LOG_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
+        else
+            NAME(rows_of)(FA_ROW_LOGSUMEXP, x, x_row, mask, mask_row, out, out_row, n, count);
+        rows -= count;
+        x += count * x_row;
+        out += count * out_row;
+        if (mask)
+            mask += count * mask_row;
+    }
 }
 
 /* Contract: fastattn.h. A part with lse -inf saw no key and is left out. */

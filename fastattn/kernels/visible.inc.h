@@ -53,25 +53,37 @@ static ALWAYS_INLINE unsigned bits_at(const key_bits *a, int at, int lanes)
     return (unsigned)(a->word[at / 64] >> at % 64) & ((1u << lanes) - 1u);
 }
 
+/* Bits of n mask bytes, n <= 64. Eight at a time: any nonzero byte to 1, then their low bits gathered by a product. */
+static ALWAYS_INLINE uint64_t bits_of_mask(const char *mask, int n)
+{
+    uint64_t bits = 0;
+    int j = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (; j + 8 <= n; j += 8) {
+        uint64_t eight;
+        memcpy(&eight, mask + j, 8);
+        eight = (((eight & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | eight) >> 7 & 0x0101010101010101u;
+        bits |= (eight * 0x0102040810204080u >> 56) << j;
+    }
+#endif
+    for (; j < n; j++)
+        bits |= (uint64_t)(mask[j] != 0) << j;
+    return bits;
+}
+
 /* Clears the bits of [begin, end) whose mask byte is zero. mask: the byte of the block's first key. */
 static inline void bits_and_mask(key_bits *bits, const char *mask, ptrdiff_t stride, int begin, int end)
 {
     for (int w = begin / 64; w * 64 < end; w++) {
-        int from = begin > w * 64 ? begin - w * 64 : 0, to = end < w * 64 + 64 ? end - w * 64 : 64;
-        const char *m = mask + (ptrdiff_t)(w * 64) * stride;
+        const int from = begin > w * 64 ? begin - w * 64 : 0, to = end < w * 64 + 64 ? end - w * 64 : 64;
+        const char *m = mask + (ptrdiff_t)(w * 64 + from) * stride;
         uint64_t set = 0;
-        int j = from;
-        if (stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
-            for (; j + 8 <= to; j += 8) {
-                /* Any nonzero byte to 1, then the eight low bits gathered into one byte by a product. */
-                uint64_t eight;
-                memcpy(&eight, m + j, 8);
-                eight = (((eight & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | eight) >> 7 & 0x0101010101010101u;
-                set |= (eight * 0x0102040810204080u >> 56) << j;
-            }
-        for (; j < to; j++)
-            set |= (uint64_t)(m[j * stride] != 0) << j;
-        bits->word[w] &= set;
+        if (stride == 1)
+            set = bits_of_mask(m, to - from);
+        else
+            for (int j = 0; j < to - from; j++)
+                set |= (uint64_t)(m[j * stride] != 0) << j;
+        bits->word[w] &= set << from;
     }
 }
 
