@@ -23,5 +23,6 @@ static const fa_kernels NAME(table) = {
 #undef vec
 #undef ivec
 #undef PRODUCT
+#undef PRODUCTS
 #undef FOR_VECS
 #undef LIST_VECS

@@ -56,6 +56,17 @@ static void NAME(hide_weights)(const fa_head *head, int64_t i, int64_t begin, in
         w[j] = -(real)INFINITY;
 }
 
+/* Scores, or weights that are not divided yet, of a group into the requested weights, for close_tile to finish. */
+static void NAME(keep_weights)(const fa_head *head, int64_t i, int rows, int64_t block, int begin, int end,
+                               const real *s)
+{
+    for (int r = 0; r < rows; r++) {
+        real *w = (real *)(head->weights.data + (i + r) * head->weights.row) + block;
+        for (int j = begin; j < end; j++)
+            w[j] = s[r * FA_BLOCK + j];
+    }
+}
+
 /* Asks for rows [begin, end) of a matrix to come into the second cache. */
 static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t begin, int64_t end, int64_t bytes)
 {
@@ -139,8 +150,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
-        NAME(dot_scores)
-        (tile->q + first * tile->channels, tile->channels, group, tile->k, v_first, v_last, s, tile->q_group);
+        const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
+        NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
         int partial = 0;
         if (!alike || head->mask.data || rules || v_first * LANES != lo || v_last * LANES != hi) {
@@ -149,15 +160,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             for (int r = 0; r < group; r++) {
                 if (rules || !bits_equal(&seen[r], &whole))
                     NAME(apply_rules)
-                (problem, head, row + first + r, block, v_first, v_last, &seen[r], s + r * FA_BLOCK, tile->extra);
+                (problem, head, row + first + r, r, block, v_first, v_last, &seen[r], s, tile->extra);
                 partial |= !bits_equal(&seen[r], &range);
             }
         } /* otherwise whole vectors, all seen: nothing to hide */
         if (head->weights.data && problem->activation == FA_SOFTMAX)
-            for (int r = 0; r < group; r++)
-                memcpy(head->weights.data + (row + first + r) * head->weights.row +
-                           (block + lo) * (int64_t)sizeof(real),
-                       s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
+            NAME(keep_weights)(head, row + first, group, block, lo, hi, s);
 
         real shrink[ROWS];
         if (problem->activation == FA_SOFTMAX) {
@@ -171,10 +179,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                 shrink[r] = 1;
         }
         if (head->weights.data && problem->activation != FA_SOFTMAX)
-            for (int r = 0; r < group; r++)
-                memcpy(head->weights.data + (row + first + r) * head->weights.row +
-                           (block + lo) * (int64_t)sizeof(real),
-                       s + r * FA_BLOCK + lo, (size_t)(hi - lo) * sizeof(real));
+            NAME(keep_weights)(head, row + first, group, block, lo, hi, s);
 
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */

@@ -1,15 +1,26 @@
 /* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows. */
 
-/* Queries, multiplied by `factor`, row by row; zeros up to `channels`. */
+/* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
 static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
                                int64_t channels, real *restrict to)
 {
-    for (int64_t i = 0; i < rows; i++, to += channels) {
-        NAME(gather)(to, query->data + (row + i) * query->row, query->col, problem->head_dim, problem->dtype);
-        for (int64_t c = 0; c < problem->head_dim; c++)
-            to[c] *= factor;
-        for (int64_t c = problem->head_dim; c < channels; c++)
-            to[c] = 0;
+    const int in_place = NAME(readable)(problem, query);
+    for (int64_t i = 0; i < rows; i++) {
+        real *group = to + i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;
+        const char *q_i = query->data + (row + i) * query->row;
+        for (int64_t c = 0; c < channels; c += STRIP, group += ROWS * STRIP) {
+            const int64_t live = problem->head_dim - c < STRIP ? problem->head_dim - c : STRIP;
+            const int64_t all = channels - c < STRIP ? channels - c : STRIP;
+            const real *from = (const real *)(q_i + c * query->col);
+            if (!in_place) {
+                NAME(gather)(group, q_i + c * query->col, query->col, live, problem->dtype);
+                from = group;
+            }
+            for (int64_t k = 0; k < live; k++)
+                group[k] = from[k] * factor;
+            for (int64_t k = live; k < all; k++)
+                group[k] = 0;
+        }
     }
 }
 
@@ -19,7 +30,7 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
                             int64_t padded, real *restrict to)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && key->col == (ptrdiff_t)sizeof(real);
+    const int in_place = NAME(readable)(problem, key);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
         real *panel = to + j / NAME(PANEL) * NAME(PANEL) * padded + j % NAME(PANEL);
@@ -44,27 +55,21 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
     }
 }
 
-/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. scratch: ROWS rows
- * of FA_BLOCK numbers. */
-static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last, real *s,
-                             real *scratch)
+/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
+static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last, real *s)
 {
     int64_t c = 0;
     do {
-        const int n = channels - c < FA_BLOCK ? (int)(channels - c) : FA_BLOCK;
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < n; i += STEPS)
-                for (int k = 0; k < STEPS; k++)
-                    scratch[r * FA_BLOCK + i + k] = q[r * channels + c + i + k];
+        const int n = channels - c < STRIP ? (int)(channels - c) : STRIP;
         for (int v = first; v < last;) {
             const int in_panel = v % VECS;
             const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
+            const NAME(product_function) product = NAME(query_products)[rows - 1][vecs - 1];
             const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
-            NAME(products)
-            [rows - 1][vecs - 1](scratch, (const char *)panel, NAME(PANEL) * sizeof(real), 0, n, s + v * LANES,
-                                 FA_BLOCK, c > 0);
+            product(q, (const char *)panel, NAME(PANEL) * sizeof(real), 0, n, s + v * LANES, FA_BLOCK, c > 0);
             v += vecs;
         }
-        c += FA_BLOCK;
+        c += STRIP;
+        q += ROWS * STRIP;
     } while (c < channels);
 }

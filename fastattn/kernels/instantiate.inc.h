@@ -7,6 +7,8 @@
 
 #include "visible.inc.h"
 
+enum { STRIP = 64 }; /* channels of a query that lie together (product.inc.h) */
+
 #define BITS 32
 #define REAL float
 #define NAME(word) CONCAT(word, _f32)

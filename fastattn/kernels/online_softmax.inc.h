@@ -10,10 +10,10 @@ static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head 
     return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX;
 }
 
-/* Row i (r of its group) over the vectors [first, last) of the block at key `block`: everything between the raw score
+/* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
  * and the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
-static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first,
-                              int last, key_bits *seen, real *s, real *extra)
+static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block,
+                              int first, int last, key_bits *seen, real *s, real *extra)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
     const real cap = (real)problem->softcap, per_cap = (real)(problem->softcap != 0 ? 1 / problem->softcap : 0);
@@ -30,7 +30,8 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
          end - begin, problem->bias_dtype);
     }
     for (int v = first; v < last; v++) {
-        vec x = NAME(load)(s + v * LANES);
+        real *s_v = s + r * FA_BLOCK + v * LANES;
+        vec x = NAME(load)(s_v);
         unsigned bits = bits_at(seen, v * LANES, LANES);
         if (problem->softcap != 0)
             x = cap * NAME(tanh)(x * per_cap);
@@ -43,7 +44,7 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
             bits ^= gone;
             seen->word[v * LANES / 64] ^= (uint64_t)gone << v * LANES % 64;
         }
-        NAME(store)(s + v * LANES, NAME(pick_bits)(bits, x, hidden));
+        NAME(store)(s_v, NAME(pick_bits)(bits, x, hidden));
     }
 }
 
@@ -73,15 +74,16 @@ static void NAME(exponentials)(real *s, int rows, int first, int last, const int
         shrink[r] = keep[r][0];
     }
     for (int r = 0; r < rows; r++) {
-        real *s_r = s + r * FA_BLOCK, *l_r = l + r * LANES;
         const vec most_r = most[r];
         vec sum = {0};
         for (int v = first; v < last; v++) {
-            const vec x = NAME(load)(s_r + v * LANES) - most_r;
+            real *s_v = s + r * FA_BLOCK + v * LANES;
+            const vec x = NAME(load)(s_v) - most_r;
             const vec p = NAME(exp2)(natural ? x * log2e : x);
-            NAME(store)(s_r + v * LANES, p);
+            NAME(store)(s_v, p);
             sum += p;
         }
+        real *l_r = l + r * LANES;
         NAME(store)(l_r, NAME(fma)(NAME(load)(l_r), keep[r], sum));
     }
 }
@@ -93,7 +95,8 @@ static void NAME(pointwise)(const fa_problem *problem, real *s, int rows, int fi
     const vec infinite = NAME(fill)((real)INFINITY), zero = {0};
     for (int r = 0; r < rows; r++) {
         for (int v = first; v < last; v++) {
-            vec x = NAME(load)(s + r * FA_BLOCK + v * LANES), p;
+            real *s_v = s + r * FA_BLOCK + v * LANES;
+            vec x = NAME(load)(s_v), p;
             if (problem->activation == FA_RELU) {
                 p = NAME(max)(zero, x);
             } else {
@@ -101,7 +104,7 @@ static void NAME(pointwise)(const fa_problem *problem, real *s, int rows, int fi
                 p = NAME(pick)(x < zero, e, zero + 1) / (1 + e);
             }
             p = NAME(pick)(x == infinite, x - x, p); /* a visible +inf gives NaN */
-            NAME(store)(s + r * FA_BLOCK + v * LANES, p);
+            NAME(store)(s_v, p);
         }
         if (problem->activation == FA_RELU)
             l[r * LANES] += (real)bits_count(&seen[r]);

@@ -8,19 +8,21 @@
  * an operand that is broadcast from memory. The additions run beside the multiplications there; ending chunks more
  * often instead costs stores (docs/performance.md).
  *
+ * Rows of a are at constant distances, FA_BLOCK numbers (weights) or STRIP (queries): with distances that are not known
+ * to the compiler there are not enough registers for the addresses.
  * Terms and chunks end at fixed positions, wherever the product begins: adding a hidden key, with weight zero, or
  * leaving it out is the same to the bit.
  */
-_Static_assert(CHUNK % STEPS == 0 && FA_BLOCK % CHUNK == 0, "whole terms make a chunk, whole chunks a block");
+_Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
 
-/* Rows of a are FA_BLOCK numbers apart, rows of b b_row bytes, rows of out out_row numbers; t runs from `from` to `to`,
+/* Rows of b are b_row bytes apart, rows of out out_row numbers; t runs from `from` to `to`,
  * both multiples of STEPS. add: to what out holds. */
 typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, int from, int to, real *out,
                                        ptrdiff_t out_row, int add);
 
-static ALWAYS_INLINE void NAME(product)(const real *restrict a, const char *restrict b, ptrdiff_t b_row, int from,
-                                        int to, real *restrict out, ptrdiff_t out_row, int add, const int rows,
-                                        const int vecs)
+static ALWAYS_INLINE void NAME(product)(const real *restrict a, const int a_row, const char *restrict b,
+                                        ptrdiff_t b_row, int from, int to, real *restrict out, ptrdiff_t out_row,
+                                        int add, const int rows, const int vecs)
 {
     int t = from;
     do {
@@ -45,10 +47,10 @@ static ALWAYS_INLINE void NAME(product)(const real *restrict a, const char *rest
                 FORGET(a_v); /* or the broadcasts would be kept for the next v, and not all fit */
                 UNROLL(8)
                 for (int r = 0; r < rows; r++) {
-                    vec term = NAME(fill)(a_v[r * FA_BLOCK]) * b_v[0];
+                    vec term = NAME(fill)(a_v[r * a_row]) * b_v[0];
                     UNROLL(8)
                     for (int k = 1; k < STEPS; k++)
-                        term = NAME(fma)(NAME(fill)(a_v[r * FA_BLOCK + k]), b_v[k], term);
+                        term = NAME(fma)(NAME(fill)(a_v[r * a_row + k]), b_v[k], term);
                     sum[r][v] += term;
                 }
             }
@@ -59,7 +61,7 @@ static ALWAYS_INLINE void NAME(product)(const real *restrict a, const char *rest
                 b_v[v] = NAME(load)(b_t + v * VECTOR_BYTES);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
-                const vec a_rt = NAME(fill)(a_t[r * FA_BLOCK]);
+                const vec a_rt = NAME(fill)(a_t[r * a_row]);
                 UNROLL(8)
                 for (int v = 0; v < vecs; v++)
                     sum[r][v] = NAME(fma)(a_rt, b_v[v], sum[r][v]);
@@ -79,25 +81,31 @@ static ALWAYS_INLINE void NAME(product)(const real *restrict a, const char *rest
 }
 
 /* For every number of rows and vectors. */
-#define PRODUCT(rows, vecs)                                                                                         \
-    static NEVER_INLINE void NAME(product_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row, int from, \
-                                                           int to, real *out, ptrdiff_t out_row, int add)           \
-    {                                                                                                               \
-        NAME(product)(a, b, b_row, from, to, out, out_row, add, rows, vecs);                                        \
+#define PRODUCT(kind, a_row, rows, vecs)                                                                           \
+    static NEVER_INLINE void NAME(kind##_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row, int from, \
+                                                          int to, real *out, ptrdiff_t out_row, int add)           \
+    {                                                                                                              \
+        NAME(product)(a, a_row, b, b_row, from, to, out, out_row, add, rows, vecs);                                \
     }
 #if VECS == 4
-#define FOR_VECS(rows) PRODUCT(rows, 1) PRODUCT(rows, 2) PRODUCT(rows, 3) PRODUCT(rows, 4)
-#define LIST_VECS(rows) \
-    {NAME(product_##rows##_1), NAME(product_##rows##_2), NAME(product_##rows##_3), NAME(product_##rows##_4)}
+#define FOR_VECS(kind, a_row, rows) \
+    PRODUCT(kind, a_row, rows, 1)   \
+    PRODUCT(kind, a_row, rows, 2) PRODUCT(kind, a_row, rows, 3) PRODUCT(kind, a_row, rows, 4)
+#define LIST_VECS(kind, rows) \
+    {NAME(kind##_##rows##_1), NAME(kind##_##rows##_2), NAME(kind##_##rows##_3), NAME(kind##_##rows##_4)}
 #else
-#define FOR_VECS(rows) PRODUCT(rows, 1) PRODUCT(rows, 2)
-#define LIST_VECS(rows) {NAME(product_##rows##_1), NAME(product_##rows##_2)}
+#define FOR_VECS(kind, a_row, rows) PRODUCT(kind, a_row, rows, 1) PRODUCT(kind, a_row, rows, 2)
+#define LIST_VECS(kind, rows) {NAME(kind##_##rows##_1), NAME(kind##_##rows##_2)}
 #endif
-FOR_VECS(1)
-FOR_VECS(2)
-FOR_VECS(3)
-FOR_VECS(4)
-FOR_VECS(5)
-FOR_VECS(6)
-static const NAME(product_function)
-    NAME(products)[ROWS][VECS] = {LIST_VECS(1), LIST_VECS(2), LIST_VECS(3), LIST_VECS(4), LIST_VECS(5), LIST_VECS(6)};
+#define PRODUCTS(kind, a_row)                                                                 \
+    FOR_VECS(kind, a_row, 1)                                                                  \
+    FOR_VECS(kind, a_row, 2)                                                                  \
+    FOR_VECS(kind, a_row, 3)                                                                  \
+    FOR_VECS(kind, a_row, 4)                                                                  \
+    FOR_VECS(kind, a_row, 5)                                                                  \
+    FOR_VECS(kind, a_row, 6)                                                                  \
+    static const NAME(product_function)                                                       \
+        NAME(kind)[ROWS][VECS] = {LIST_VECS(kind, 1), LIST_VECS(kind, 2), LIST_VECS(kind, 3), \
+                                  LIST_VECS(kind, 4), LIST_VECS(kind, 5), LIST_VECS(kind, 6)};
+PRODUCTS(query_products, STRIP)
+PRODUCTS(weight_products, FA_BLOCK)

@@ -5,11 +5,10 @@ typedef struct {
     int64_t open_span; /* the span that the state belongs to, or -1 */
     int64_t channels;  /* head_dim rounded up to whole terms of a product; zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
-    real *q;           /* queries, scaled: [rows][channel] */
+    real *q;           /* queries, scaled: [group][strip of channels][row][STRIP] */
     real *k;           /* a block of keys: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *q_group;   /* [ROWS][FA_BLOCK] the queries of one group */
     real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
     real *part;      /* [ROWS][value_row] their weighted sum */
     real *extra;     /* [FA_BLOCK] the bias of one row */
@@ -27,6 +26,12 @@ static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
     return here;
 }
 
+/* Numbers of a group's queries. */
+static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
+{
+    return (channels + STRIP - 1) / STRIP * STRIP * ROWS;
+}
+
 /* Lays a tile out from `base` on; returns its size. */
 static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
 {
@@ -41,10 +46,9 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
-    tile->q = (real *)NAME(take)(&at, rows * channels);
+    tile->q = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
     tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
-    tile->q_group = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->extra = (real *)NAME(take)(&at, FA_BLOCK);

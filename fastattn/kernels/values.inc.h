@@ -7,9 +7,7 @@ typedef struct {
 
 static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value)
 {
-    return problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && value->col == (ptrdiff_t)sizeof(real) &&
-           problem->value_dim % LANES == 0 && ((uintptr_t)value->data | (uintptr_t)value->row) % sizeof(real) == 0 &&
-           value->row % 1024 != 0;
+    return NAME(readable)(problem, value) && problem->value_dim % LANES == 0 && value->row % 1024 != 0;
 }
 
 /* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */
@@ -34,7 +32,7 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
     const int64_t all = value_row / LANES;
     for (int64_t v = 0; v < all; v += VECS) {
         const int vecs = all - v < VECS ? (int)(all - v) : VECS;
-        const NAME(product_function) product = NAME(products)[rows - 1][vecs - 1];
+        const NAME(product_function) product = NAME(weight_products)[rows - 1][vecs - 1];
         product(p, value.data + v * VECTOR_BYTES, value.row, begin, end, part + v * LANES, value_row, 0);
     }
 }
@@ -49,10 +47,15 @@ static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, con
         for (int64_t c = 0; c < value_row; c += LANES) {
             vec all = {0}, sum = {0}, term = {0};
             for (int j = begin; j < end; j++) {
-                if (seen[r].word[j / 64] >> j % 64 & 1)
-                    term = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + j]),
-                                     NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), term);
-                if ((j + 1) % STEPS == 0 || j + 1 == end)
+                if (seen[r].word[j / 64] >> j % 64 & 1) {
+                    const vec p_rj = NAME(fill)(p[r * FA_BLOCK + j]);
+                    const vec v_j = NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real));
+                    if (STEPS > 1)
+                        term = NAME(fma)(p_rj, v_j, term);
+                    else
+                        sum = NAME(fma)(p_rj, v_j, sum);
+                }
+                if (STEPS > 1 && ((j + 1) % STEPS == 0 || j + 1 == end))
                     sum += term, term = (vec){0};
                 if ((j + 1) % CHUNK == 0 || j + 1 == end)
                     all += sum, sum = (vec){0};

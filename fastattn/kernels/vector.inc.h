@@ -83,30 +83,25 @@ static ALWAYS_INLINE vec NAME(floor)(vec x)
 }
 #endif
 
-/* x * 2**n for integral n, |n| below the exponent range; a zero or a denormal result is not needed. */
-static ALWAYS_INLINE vec NAME(shift_exponent)(vec x, vec n)
+/* 2**n for integral n in the normal range; anything for other n. */
+static ALWAYS_INLINE vec NAME(power_of_two)(vec n)
 {
     const int mantissa_bits = BITS == 32 ? 23 : 52;
     const vec magic = NAME(fill)(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
-    return (vec)((ivec)x + ((ivec)(n + magic) << mantissa_bits));
+    return (vec)((ivec)NAME(fill)(1) + ((ivec)(n + magic) << mantissa_bits));
 }
 
-/* p * 2**floor(x) for x <= 0 and p in [1, 2); below the normal range 0. NaN stays NaN. */
+/* x - floor(x); anything for infinities. */
+#ifndef HAS_FRACTION
+static ALWAYS_INLINE vec NAME(fraction)(vec x) { return x - NAME(floor)(x); }
+#endif
+
+/* p * 2**floor(x) for x <= 0; 0 where that is below the normal range, whatever p is. NaN stays NaN. */
 #ifndef HAS_SCALE_DOWN
 static ALWAYS_INLINE vec NAME(scale_down)(vec p, vec x)
 {
-    const real least = BITS == 32 ? (real)-126 : (real)-1022;
-    vec n = NAME(floor)(NAME(max)(NAME(fill)(least), x)); /* max passes its second operand's NaN on */
-    vec y = NAME(pick)(p != p, p, NAME(shift_exponent)(p, n));
-    return NAME(pick)(x < least, (vec){0}, y);
-}
-#endif
-
-#ifndef HAS_FRACTION
-static ALWAYS_INLINE vec NAME(fraction)(vec x)
-{
-    x = NAME(max)(NAME(fill)(BITS == 32 ? (real)-200 : (real)-2000), x);
-    return x - NAME(floor)(x);
+    const ivec tiny = x < (BITS == 32 ? (real)-126 : (real)-1022);
+    return (vec)(~tiny & (ivec)(p * NAME(power_of_two)(NAME(floor)(x))));
 }
 #endif
 
@@ -155,7 +150,7 @@ static ALWAYS_INLINE vec NAME(tanh)(vec x)
     vec p = NAME(fill)(c[n - 1]);
     for (int i = n - 2; i >= 0; i--)
         p = NAME(fma)(p, f, NAME(fill)(c[i]));
-    vec power = NAME(shift_exponent)(NAME(fill)(1), whole);
+    vec power = NAME(power_of_two)(whole);
     vec e = NAME(fma)(power, p * f, power - 1);
     vec t = -e / (2 + e);
     return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
