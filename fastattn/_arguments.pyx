@@ -10,6 +10,7 @@ import numbers
 import numpy as np
 
 cimport numpy as cnp
+from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
 
 from fastattn._runtime cimport (FA_BF16, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype)
@@ -291,6 +292,19 @@ cdef int broadcastable(cnp.ndarray a, str name, tuple batch, tuple trailing) exc
     raise ValueError(f"{name} has shape {shape}, which does not broadcast to {whole}, {what}")
 
 
+cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols, fa_dtype dtype, cnp.ndarray like):
+    """An array of shape p.shape + (rows, cols), not initialised; `like` has its dtype."""
+    cdef cnp.npy_intp dims[MOST_AXES]
+    cdef int i
+    if dtype == FA_BF16 or p.axes + 2 > 32:
+        return np.empty((*batch_shape(p), rows, cols), like.dtype)
+    for i in range(p.axes):
+        dims[i] = p.shape[i]
+    dims[p.axes] = rows
+    dims[p.axes + 1] = cols
+    return cnp.PyArray_EMPTY(p.axes + 2, dims, cnp.PyArray_TYPE(like), 0)
+
+
 cdef cnp.ndarray widened(cnp.ndarray a, int ndim):
     """At least ndim axes, without a copy."""
     if cnp.PyArray_NDIM(a) >= ndim:
@@ -521,14 +535,19 @@ cdef int read_activation(Problem p, object activation, object sinks, bint return
     return 0
 
 
+cdef object too_few_axes(str name, cnp.ndarray a, str wanted):
+    return ValueError(f"{name} has shape {shape_of(a)}; it needs at least two axes, {wanted}")
+
+
 cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) except -1:
     """Query, key and value, of one dtype: shapes that fit, batch axes, addresses."""
     cdef cnp.ndarray query = arrays[0], key = arrays[1], value = arrays[2]
-    cdef int i
-    for i, name in enumerate(("query", "key", "value")):
-        if arrays[i].ndim < 2:
-            raise ValueError(f"{name} has shape {arrays[i].shape}; it needs at least two axes, "
-                             f"(..., {'L, D' if i == 0 else 'S, D' if i == 1 else 'S, E'})")
+    if cnp.PyArray_NDIM(query) < 2:
+        raise too_few_axes("query", query, "(..., L, D)")
+    if cnp.PyArray_NDIM(key) < 2:
+        raise too_few_axes("key", key, "(..., S, D)")
+    if cnp.PyArray_NDIM(value) < 2:
+        raise too_few_axes("value", value, "(..., S, E)")
     cdef Py_ssize_t channels = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 1)
     cdef Py_ssize_t keys = cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 2)
     if cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 1) != channels:
@@ -588,6 +607,8 @@ cdef Problem read_dot_product(
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef bint with_weights = flag(return_weights, "return_weights"), with_lse = flag(return_lse, "return_lse")
     cdef bint grouped = flag(enable_gqa, "enable_gqa")
+    cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
+                          bias is None and alibi_slopes is None and sinks is None)
     p.shared.dtype = promote(arrays, ("query", "key", "value"))
     p.shared.bias_dtype = FA_F32
     read_arrays(p, arrays, grouped, &group)
@@ -596,15 +617,17 @@ cdef Problem read_dot_product(
     p.num_threads = num_threads
     if num_threads is not None:
         checked_threads(num_threads)
-    p.shared.scale = (1.0 / math.sqrt(p.shared.head_dim) if p.shared.head_dim else 1.0) if scale is None else \
-        real_scalar(scale, "scale", "a finite real number or None")
+    if scale is not None:
+        p.shared.scale = real_scalar(scale, "scale", "a finite real number or None")
+    else:
+        p.shared.scale = 1.0 / sqrt(<double> max(p.shared.head_dim, 1))
     p.shared.softcap = 0
     if softcap is not None:
         p.shared.softcap = real_scalar(softcap, "softcap", "a positive finite number or None")
         if p.shared.softcap <= 0:
             raise ValueError(f"softcap must be a positive finite number or None, not {softcap}")
 
-    cdef tuple batch = batch_shape(p)
+    cdef tuple batch = None if no_rules else batch_shape(p)
     cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
     cdef list inputs = arrays
     cdef tuple names = ("query", "key", "value")
@@ -630,13 +653,16 @@ cdef Problem read_dot_product(
         read_per_head(p, SINKS, sinks, "sinks", batch, p.shared.dtype)
         p.shared.has_sink = True
 
-    p.out = checked_out(out, (*batch, rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
+    if out is None:
+        p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[0])
+    else:
+        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
     place(p, OUT, p.out, 2)
     if with_weights:
-        p.weights = np.empty((*batch, rows, cols), accumulation(p.shared.dtype))
+        p.weights = np.empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
         place(p, WEIGHTS, p.weights, 2)
     if with_lse:
-        p.lse = np.empty((*batch, rows), accumulation(p.shared.dtype))
+        p.lse = np.empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
         place(p, LSE, p.lse, 1)
     finish(p, group)
     return p
