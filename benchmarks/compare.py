@@ -55,9 +55,7 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 rounds of a few shapes on one thread")
-    parser.add_argument(
-        "--only", metavar="PATTERN", default="*", help="cases by name: 2048, 'softmax*', import"
-    )
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="cases by name: 2048, 'softmax*', import")
     parser.add_argument("--threads", metavar="N,N", help="thread counts (default: 1 and, given the CPUs, 2)")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default 9)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
@@ -99,20 +97,14 @@ QUICK = {
     "import",
 }
 # Where another instruction set is compared with its own peak.
-FORCED_ISA = [
-    case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)
-]
+FORCED_ISA = [case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)]
 
 
 def plans(options):
     """One plan a worker process; together they are the whole run."""
 
     def chosen(names):
-        return [
-            name
-            for name in names
-            if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)
-        ]
+        return [name for name in names if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)]
 
     common = {"rounds": options.rounds, "isa": os.environ.get("FASTATTN_ISA")}
     tables = [case.name for case in (*cases.ATTENTION, *cases.SOFTMAX)]

@@ -25,45 +25,54 @@ int steps(void) { return STEPS; }
  * the sum of all of them is returned. Starts differ between chains and blocks, or the compiler would compute equal
  * ones once; the caller checks the sum.
  * The vectors never become denormal, infinite or constant, which would flatter or spoil the speed. */
-double multiply_add(int64_t blocks, double factor, double addend) {
+double multiply_add(int64_t blocks, double factor, double addend)
+{
     const real_vector factors = (REAL)factor - (real_vector){0};
     const real_vector addends = (REAL)addend - (real_vector){0};
     double total = 0;
     for (int64_t block = 0; block < blocks; block++) {
         real_vector acc[CHAINS];
 #pragma GCC unroll 32
-        for (int c = 0; c < CHAINS; c++) acc[c] = (REAL)(1 + c + block % 8) - (real_vector){0};
+        for (int c = 0; c < CHAINS; c++)
+            acc[c] = (REAL)(1 + c + block % 8) - (real_vector){0};
         for (int step = 0; step < STEPS; step++) {
 #pragma GCC unroll 32
-            for (int c = 0; c < CHAINS; c++) acc[c] = acc[c] * factors + addends;
+            for (int c = 0; c < CHAINS; c++)
+                acc[c] = acc[c] * factors + addends;
         }
         real_vector sum = {0};
 #pragma GCC unroll 32
-        for (int c = 0; c < CHAINS; c++) sum += acc[c];
-        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+        for (int c = 0; c < CHAINS; c++)
+            sum += acc[c];
+        for (int lane = 0; lane < LANES; lane++)
+            total += sum[lane];
     }
     return total;
 }
 
 /* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. `vectors` is a multiple
  * of READERS. */
-uint32_t read_words(const void *buffer, int64_t vectors, int64_t repeats) {
+uint32_t read_words(const void *buffer, int64_t vectors, int64_t repeats)
+{
     const word_vector *words = buffer;
     word_vector sums[READERS] = {{0}};
     for (int64_t repeat = 0; repeat < repeats; repeat++) {
         for (int64_t i = 0; i < vectors; i += READERS) {
 #pragma GCC unroll 8
-            for (int r = 0; r < READERS; r++) sums[r] += words[i + r];
+            for (int r = 0; r < READERS; r++)
+                sums[r] += words[i + r];
         }
         __asm__ volatile("" ::: "memory"); /* the next pass reads again */
     }
     uint32_t total = 0;
     for (int r = 0; r < READERS; r++)
-        for (size_t lane = 0; lane < VECTOR_BYTES / sizeof(uint32_t); lane++) total += sums[r][lane];
+        for (size_t lane = 0; lane < VECTOR_BYTES / sizeof(uint32_t); lane++)
+            total += sums[r][lane];
     return total;
 }
 
-void copy_bytes(void *target, const void *source, int64_t bytes, int64_t repeats) {
+void copy_bytes(void *target, const void *source, int64_t bytes, int64_t repeats)
+{
     for (int64_t repeat = 0; repeat < repeats; repeat++) {
         memcpy(target, source, (size_t)bytes);
         __asm__ volatile("" ::: "memory");

@@ -79,9 +79,7 @@ def _onnx_attention(case, threads):
         if case.dtype == "float64":
             # The optimiser folds the scale into a matrix product that keeps it in float32.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         # Bound once: no look-up of names and no new output in each call.
         binding = session.io_binding()
         for letter, array in zip("qkv", arrays, strict=True):
@@ -131,9 +129,7 @@ def _onnx_attention(case, threads):
             helper.make_node("Softmax", ["s"], ["p"], axis=-1),
             helper.make_node("MatMul", ["p", "v"], ["o"]),
         ]
-        return variant(
-            "MatMul-Softmax-MatMul", nodes, (query, key, value), query.shape, constants=[scale], opset=17
-        )
+        return variant("MatMul-Softmax-MatMul", nodes, (query, key, value), query.shape, constants=[scale], opset=17)
 
     yield from _those_that_work(attention, multi_head_attention, matmul_softmax)
 

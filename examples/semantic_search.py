@@ -107,9 +107,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument("--limit", type=count, metavar="N", help="encode N texts, spread over the corpus")
     parser.add_argument("--top", type=count, default=8, metavar="K", help="hits to print (default 8)")
-    parser.add_argument(
-        "--batch", type=count, default=1024, metavar="N", help="tokens a batch (default 1024)"
-    )
+    parser.add_argument("--batch", type=count, default=1024, metavar="N", help="tokens a batch (default 1024)")
     parser.add_argument("--threads", type=count, metavar="T", help="threads (default: the CPUs we may use)")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="do not time plain NumPy")
     options = parser.parse_args(arguments)
@@ -293,8 +291,7 @@ def compare(model, texts, batch_tokens, fast, plain, max_batches=12, repeats=4):
     lines += [
         f"Attention itself is {plain_part / fast_part:.1f} times as fast with fastattn, "
         f"the whole encoder {plain_whole / fast_whole:.2f} times:",
-        "the rest is matrix products and GELU, the same in both. "
-        f"Embeddings differ by {difference:.0e} at most.",
+        f"the rest is matrix products and GELU, the same in both. Embeddings differ by {difference:.0e} at most.",
     ]
     return "\n".join(lines)
 

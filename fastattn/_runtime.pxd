@@ -77,7 +77,7 @@ cdef struct Watch:
     int stop
     double last_look
 
-# For every thread, now and then, without the GIL: whether the call is to stop. Only the caller's own thread may look for
-# signals; where one has raised an exception, the others see it here too, and the call ends with raise_pending.
+# For every thread, now and then, without the GIL: whether the call is to stop. Only the caller's own thread may look
+# for signals; where one has raised an exception, the others see it here too, and the call ends with raise_pending.
 cdef bint interrupted(Watch *watch, bint caller) noexcept nogil
 cdef int raise_pending() except -1

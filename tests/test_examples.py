@@ -274,9 +274,7 @@ def run_script(*arguments, without=None, cwd=None):
         hide += f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
         command = [sys.executable, "-P", "-c", hide, *command[1:]]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        command, check=False, capture_output=True, encoding="utf-8", env=environment, cwd=cwd
-    )
+    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8", env=environment, cwd=cwd)
 
 
 @needs_extra

@@ -2,6 +2,7 @@
 #include "compiler.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <stddef.h>
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 
 #define ISA avx512

@@ -67,6 +67,6 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
 
 static size_t NAME(tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys)
 {
-    NAME(tile) tile;
-    return NAME(lay_out)(&tile, problem, rows, keys, (char *)0 + FA_ALIGN);
+    NAME(tile) tile; /* only its size is asked for: the addresses are not used */
+    return NAME(lay_out)(&tile, problem, rows, keys, (char *)(uintptr_t)FA_ALIGN);
 }
