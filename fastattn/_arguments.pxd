@@ -91,7 +91,7 @@ cdef class Rows:
     cdef bint aligned                       # x and out: each number at a multiple of its size
     cdef object num_threads
     cdef list kept
-    cdef readonly object out, answer
+    cdef readonly object answer
 
 
 cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims)

@@ -296,8 +296,8 @@ cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols, fa_dtype
     """An array of shape p.shape + (rows, cols), not initialised; `like` has its dtype."""
     cdef cnp.npy_intp dims[MOST_AXES]
     cdef int i
-    if dtype == FA_BF16 or p.axes + 2 > 32:
-        return np.empty((*batch_shape(p), rows, cols), like.dtype)
+    if dtype == FA_BF16 or p.axes + 2 > 32 or <double> p.heads * rows * cols > 1e15:
+        return empty((*batch_shape(p), rows, cols), like.dtype)
     for i in range(p.axes):
         dims[i] = p.shape[i]
     dims[p.axes] = rows
@@ -348,10 +348,11 @@ cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssiz
 cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, fa_dtype dtype) except -1:
     """Slopes or sinks: real numbers that broadcast over the batch axes, rounded to the accumulation dtype."""
     cdef cnp.ndarray a = as_array(x, name)
-    if a.dtype.kind not in "biu":
+    if a.dtype.kind not in "biu" or not a.dtype.isnative:
         storage_of(a, name)
     broadcastable(a, name, batch, ())
-    a = a.astype(accumulation(dtype)).astype(np.float64)
+    with np.errstate(over="ignore"):
+        a = a.astype(accumulation(dtype)).astype(np.float64)
     place(p, operand, a, 0)
     return 0
 
@@ -368,6 +369,8 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
         scalar[0] = clipped(n)
         return 0
     a = as_array(x, name)
+    if a.size == 0 and a is not x:  # an empty list says nothing of its dtype
+        a = a.astype(np.int64)
     if a.dtype.kind not in "iu" or not a.dtype.isnative:
         raise TypeError(f"{name} must be {allowed}, not of dtype {a.dtype}")
     shape = shape_of(a)
@@ -416,10 +419,26 @@ cdef bint overlap(a, b):
         return True
 
 
+cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
+    if out is not None:
+        for a, name in zip(inputs, names, strict=True):
+            if isinstance(a, np.ndarray) and overlap(out, a):
+                raise ValueError(f"out overlaps {name}; it needs memory of its own")
+    return 0
+
+
+cdef object empty(tuple shape, dtype):
+    """numpy.empty, whose error for sizes beyond the address space names nothing."""
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as error:
+        raise MemoryError(f"no memory for a result of shape {shape} and dtype {dtype}") from error
+
+
 cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
     """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
     if out is None:
-        return np.empty(shape, dtype)
+        return empty(shape, dtype)
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.shape != shape:
@@ -437,8 +456,7 @@ cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple 
         a = inputs[i]
         if same_allowed and i == 0 and a.ctypes.data == out.ctypes.data and a.strides == out.strides:
             continue
-        if overlap(out, a):
-            raise ValueError(f"out overlaps {names[i]}; it needs memory of its own")
+        refuse_overlap(out, (a,), (names[i],))
     return out
 
 
@@ -657,12 +675,14 @@ cdef Problem read_dot_product(
         p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[0])
     else:
         p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
+        refuse_overlap(out, (query, key, value, key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
+                       ("query", "key", "value", "key_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks"))
     place(p, OUT, p.out, 2)
     if with_weights:
-        p.weights = np.empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
+        p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
         place(p, WEIGHTS, p.weights, 2)
     if with_lse:
-        p.lse = np.empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
+        p.lse = empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
         place(p, LSE, p.lse, 1)
     finish(p, group)
     return p
@@ -677,10 +697,11 @@ cdef const int64_t[::1] read_starts(object x, str name, Py_ssize_t total, str ax
         raise TypeError(f"{name} must be {allowed}, not of dtype {a.dtype}")
     if cnp.PyArray_NDIM(a) != 1 or a.size < 1:
         raise ValueError(f"{name} has shape {shape_of(a)}; it must be {allowed}")
+    a = np.array(a, dtype=np.int64)  # of our own: nobody can change it after the check
     if a[0] != 0 or a[a.size - 1] != total or np.any(a[1:] < a[:-1]):
         raise ValueError(f"{name} must be {allowed} (the last number is the size of {axis}): it is "
                          f"{np.array2string(a, threshold=8)}")
-    return np.ascontiguousarray(a, dtype=np.int64)
+    return a
 
 
 cdef Problem read_varlen(
@@ -691,6 +712,7 @@ cdef Problem read_varlen(
     cdef Problem p = read_dot_product(
         query, key, value, is_causal, window_size, None, None, None, None, None, alibi_slopes, scale, softcap, sinks,
         activation, enable_gqa, False, return_lse, out, num_threads)
+    refuse_overlap(out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
     p.query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.sizes.queries, "query's axis -2")
     if cu_seqlens_k is None:
         if p.sizes.keys != p.sizes.queries:
@@ -722,6 +744,8 @@ cdef tuple checked_axes(object axis, int ndim):
     axes = []
     for one in axis if isinstance(axis, (tuple, list)) else (axis,):
         n = integer(one, "axis", "an integer, a tuple of integers, or None for all axes")
+        if ndim == 0 and n in (0, -1):
+            continue  # as in NumPy's reductions
         if not -ndim <= n < ndim:
             raise np.exceptions.AxisError(f"axis {n} is out of bounds for x, which has {ndim} axes")
         axes.append(n % ndim)
@@ -827,7 +851,9 @@ cdef Parts read_parts(object outs, object lses):
     dtype = common_dtype(out_arrays, tuple([f"outs[{i}]" for i in range(len(outs))]))
     shape = out_arrays[0].shape
     for i in range(len(out_arrays)):
-        if out_arrays[i].ndim < 2 or out_arrays[i].shape != shape:
+        if out_arrays[i].ndim < 2:
+            raise too_few_axes(f"outs[{i}]", out_arrays[i], "(..., L, E)")
+        if out_arrays[i].shape != shape:
             raise ValueError(f"outs[{i}] has shape {out_arrays[i].shape}; all parts must have the same shape "
                              f"(..., L, E), and outs[0] has {shape}")
         if lse_arrays[i].shape != shape[:-1]:

@@ -10,7 +10,7 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
 from fastattn._arguments cimport Problem, read_dot_product, read_varlen
-from fastattn._runtime cimport (FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
+from fastattn._runtime cimport (FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
                                 interrupted, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
@@ -23,6 +23,9 @@ cdef enum:
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
+# What a tile and a row cost besides.
+cdef double TILE_WORK = 1e4
+cdef double ROW_WORK = 1e3
 # ... and those of the largest tile, so that a thread is not long alone with the last one.
 cdef double MOST_WORK = 8e9
 
@@ -49,6 +52,8 @@ cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, P
     p.locate(head_index, sequence, &head)
     if row >= head.queries:
         return 0
+    if watch != NULL and interrupted(watch, caller):
+        return 1
     rows = min(most_rows, head.queries - row)
     kernels.open_tile(&p.shared, &head, row, rows, workspace)
     fa_visible_keys(&p.shared, &head, row, rows, &begin, &end)
@@ -62,23 +67,33 @@ cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, P
     return 0
 
 
+cdef inline int64_t queries_of(Problem p, Py_ssize_t sequence) noexcept nogil:
+    return p.query_starts[sequence + 1] - p.query_starts[sequence] if p.packed else p.sizes.queries
+
+
 cdef int run_serial(Problem p, const fa_kernels *kernels, int64_t rows, void *workspace, Watch *watch) noexcept nogil:
     cdef Py_ssize_t head, sequence
     cdef int64_t row
     for head in range(p.heads):
         for sequence in range(p.sequences):
             row = 0
-            while row < p.longest_query:
+            while row < queries_of(p, sequence):
                 if run_tile(p, kernels, head, sequence, row, rows, workspace, watch, True):
                     return 1
                 row += rows
     return 0
 
 
+cdef Py_ssize_t tiles_of(Problem p, int64_t rows) noexcept nogil:
+    cdef Py_ssize_t sequence, tiles = 0
+    for sequence in range(p.sequences):
+        tiles += (queries_of(p, sequence) + rows - 1) // rows
+    return tiles * p.heads
+
+
 cdef object tiles_in_order(Problem p, int64_t rows):
     """(tiles, 3) array of head, sequence, first row; where they differ in cost the heaviest first."""
-    cdef Py_ssize_t per_sequence = (p.longest_query + rows - 1) // rows
-    cdef Py_ssize_t count = p.heads * p.sequences * per_sequence, n = 0, head, sequence, t
+    cdef Py_ssize_t count = tiles_of(p, rows), n = 0, head, sequence
     table = np.empty((count, 3), np.int64)
     cost = np.empty(count, np.float64)
     cdef int64_t[:, ::1] tile = table
@@ -88,17 +103,14 @@ cdef object tiles_in_order(Problem p, int64_t rows):
     for head in range(p.heads):
         for sequence in range(p.sequences):
             p.locate(head, sequence, &h)
-            for t in range(per_sequence):
-                row = t * rows
-                if row >= h.queries:
-                    break
+            row = 0
+            while row < h.queries:
                 fa_visible_keys(&p.shared, &h, row, min(rows, h.queries - row), &begin, &end)
                 tile[n, 0], tile[n, 1], tile[n, 2] = head, sequence, row
                 cost_of[n] = -<double> (end - begin + 1) * min(rows, h.queries - row)
                 n += 1
-    if not p.uneven:
-        return table[:n]
-    return table[:n][np.argsort(cost[:n], kind="stable")]
+                row += rows
+    return table[np.argsort(cost, kind="stable")] if p.uneven else table
 
 
 cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
@@ -118,8 +130,9 @@ cdef object attend(Problem p):
     cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
     cdef int64_t rows = rows_of_tiles(p)
     cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
-    cdef double work = (<double> p.heads * p.sizes.queries * p.longest_key *
-                        (p.shared.head_dim + p.shared.value_dim))
+    cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
+    cdef double work = <double> p.heads * p.sizes.queries * (p.longest_key * channels + ROW_WORK) + \
+        TILE_WORK * tiles_of(p, rows)
     cdef bint small = work < SMALL_WORK
     cdef int threads = 1 if small else allowed_threads(p.num_threads)
     cdef char *workspaces
@@ -130,7 +143,8 @@ cdef object attend(Problem p):
     if threads > 1:
         tiles = tiles_in_order(p, rows)
         threads = min(threads, tiles.shape[0])
-    workspaces = <char *> take_workspace(size * threads)
+    # At most three numbers of 8 bytes for each channel of a row, and for each of a block of keys.
+    workspaces = <char *> take_workspace(size * threads, 24.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256))
     try:
         if small:
             run_serial(p, kernels, rows, workspaces, NULL)

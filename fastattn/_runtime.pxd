@@ -68,8 +68,9 @@ cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
 # How many threads a call with this num_threads argument may use, before the size of its work is looked at.
 cdef int allowed_threads(object num_threads) except -1
 
-# Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL.
-cdef void *take_workspace(size_t size) except NULL
+# Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL. estimate:
+# about `size`, computed so that it does not wrap around.
+cdef void *take_workspace(size_t size, double estimate) except NULL
 cdef void give_workspace(void *workspace) noexcept
 
 # Ctrl-C in a long call; one for all its threads, all zero at first.

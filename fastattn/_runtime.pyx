@@ -133,9 +133,9 @@ def _threads_from_environment():
         if not text:
             continue
         first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
-        if first.isascii() and first.isdigit() and int(first) >= 1:
-            return min(int(first), 1 << 30)
-        warnings.warn(f"{name}={text!r} is ignored: it must be an integer of at least 1", RuntimeWarning, stacklevel=2)
+        if first.isascii() and first.isdigit() and len(first) < 10 and int(first) >= 1:
+            return int(first)
+        warnings.warn(f"{name}={text[:40]!r} is ignored: it must be an integer of at least 1", RuntimeWarning, stacklevel=2)
     return 0
 
 
@@ -187,7 +187,7 @@ cdef int default_threads() except -1:
 
 def checked_threads(num_threads):
     """The argument as an int of at least 1."""
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
+    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__") or getattr(num_threads, "ndim", 0):
         raise TypeError(f"num_threads must be an integer of at least 1 or None, not {type(num_threads).__name__}")
     count = num_threads.__index__()
     if count < 1:
@@ -230,10 +230,12 @@ cdef inline Allocation *allocation_of(void *block) noexcept:
     return <Allocation *> (<char *> block - sizeof(Allocation))
 
 
-cdef void *take_workspace(size_t size) except NULL:
+cdef void *take_workspace(size_t size, double estimate) except NULL:
     global kept, kept_size
     cdef char *raw
     cdef char *block
+    if estimate > 1e15:
+        raise MemoryError(f"no memory for a workspace of {estimate:.3g} bytes")
     if kept != NULL and size <= kept_size:
         block = <char *> kept
         kept = NULL

@@ -115,7 +115,7 @@ cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, P
             index[axis] = 0
             run = 1
             axis -= 1
-        if watch != NULL and (r - looked) * p.length > CHUNK:
+        if watch != NULL and (r - looked) * (p.length + 64) > CHUNK:
             looked = r
             if interrupted(watch, caller):
                 return 1
@@ -134,7 +134,7 @@ cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function functi
 
 cdef object run(Rows p, fa_row_function function):
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
-    cdef double numbers = <double> p.rows * p.length
+    cdef double numbers = <double> p.rows * (p.length + 64)
     cdef Watch watch = Watch(0, 0)
     cdef bint small = numbers < SMALL
     cdef int threads = 1 if small else allowed_threads(p.num_threads)
@@ -143,7 +143,7 @@ cdef object run(Rows p, fa_row_function function):
     cdef char *scratch
     if p.rows and (p.length or function == FA_ROW_LOGSUMEXP):
         threads = <int> min(<Py_ssize_t> threads, (p.rows + chunk - 1) // chunk)
-        scratch = <char *> take_workspace(size * threads)
+        scratch = <char *> take_workspace(size * threads, 24.0 * threads * (p.length + 64))
         try:
             if small:
                 run_rows(p, kernels, function, 0, p.rows, scratch, NULL, True)
@@ -200,12 +200,14 @@ cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *ou
 
 
 cdef void merge_rows(Parts p, const fa_kernels *kernels, char *out, char *lse, char *scratch, size_t scratch_size,
-                     int threads) noexcept nogil:
+                     int threads, Watch *watch) noexcept nogil:
     cdef Py_ssize_t row, real = 8 if p.dtype == FA_F64 else 4
     cdef char *mine
     cdef char *merged
     with nogil, parallel(num_threads=threads):
         for row in prange(p.rows, schedule="static"):
+            if interrupted(watch, threadid() == 0):
+                continue
             mine = scratch + threadid() * scratch_size
             merged = mine + p.parts * (sizeof(void *) + real + p.value_dim * real)
             merge_row(p, kernels, row, merged, lse + row * real, mine)
@@ -221,8 +223,14 @@ def merge_attention(outs, lses):
     cdef size_t size = (p.parts * (sizeof(void *) + real) + (p.parts + 1) * p.value_dim * real + 63) // 64 * 64
     cdef char *out = cnp.PyArray_BYTES(p.out)
     cdef char *lse = cnp.PyArray_BYTES(p.lse)
-    cdef char *scratch = <char *> take_workspace(size * threads)
+    cdef char *scratch
+    cdef Watch watch = Watch(0, 0)
+    if p.rows == 0:
+        return p.out, p.lse
+    scratch = <char *> take_workspace(size * threads, 8.0 * threads * (p.parts + 2) * (p.value_dim + 2))
     with nogil:
-        merge_rows(p, kernels, out, lse, scratch, size, threads)
+        merge_rows(p, kernels, out, lse, scratch, size, threads, &watch)
     give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
     return p.out, p.lse

@@ -502,3 +502,18 @@ def test_errors_leave_the_library_working():
             fastattn.dot_product_attention(query, key, value, window_size=-7)
     expected = reference.dot_product_attention(query, key, value)
     np.testing.assert_allclose(fastattn.dot_product_attention(query, key, value), expected, atol=1e-5)
+
+
+def test_arrays_where_integers_are_wanted():
+    x = np.ones((2, 2))
+    for function in (lambda n: fastattn.softmax(x, num_threads=n), fastattn.set_num_threads):
+        with pytest.raises(TypeError, match="num_threads"):
+            function(np.array([2, 3]))
+    with pytest.raises((TypeError, ValueError), match="sinks"):
+        fastattn.dot_product_attention(x, x, x, sinks=np.array(1, ">i4"))
+
+
+def test_out_must_not_overlap_an_input_that_is_converted():
+    x = np.arange(16).reshape(4, 4)
+    with pytest.raises(ValueError, match="out overlaps query"):
+        fastattn.dot_product_attention(x, x, x, out=x.view(np.float64))

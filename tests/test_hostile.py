@@ -359,3 +359,43 @@ def test_a_drifting_sum_would_be_found():
     """Plain float32 addition, key after key, fails the test above."""
     total = np.cumsum(np.full(100_000, 0.1, dtype=np.float32), dtype=np.float32)[-1] / np.float32(100_000)
     assert abs(total - np.float32(0.1)) > 4.5 * np.finfo(np.float32).eps * 0.1
+
+
+def test_seen_infinity_stays_infinity_over_many_keys():
+    """Partial sums of different spans of keys are joined: infinity must not become inf - inf there."""
+    value = np.ones((5000, 16), np.float32)
+    value[5] = np.inf
+    zeros = np.zeros((5000, 16), np.float32)
+    out = fastattn.dot_product_attention(zeros, zeros, value, is_causal=True)
+    assert np.isinf(out[5:]).all()
+    np.testing.assert_allclose(out[:5], 1)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 1e300}, {"softcap": 1e-50}, {"scale": 1e39}, {"scale": 1e-39}])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scalars_beyond_the_range_of_the_dtype(option, dtype):
+    zeros = np.zeros((2, 2), dtype)
+    value = np.array([[1.0], [3.0]], dtype)
+    np.testing.assert_array_equal(fastattn.dot_product_attention(zeros, zeros, value, **option), 2)
+
+
+@pytest.mark.parametrize("scale", [1e4, -2000.0, 1e-7])
+def test_large_and_small_scales(rng, scale):
+    x = rng.standard_normal((5, 8)).astype(np.float32)
+    expected = reference.dot_product_attention(x, x, x, scale=scale)
+    np.testing.assert_allclose(fastattn.dot_product_attention(x, x, x, scale=scale), expected, atol=2e-6)
+    tiny, huge = np.full((1, 1), 1e30, np.float32), np.array([[0.0], [1e-30]], np.float32)
+    np.testing.assert_allclose(
+        fastattn.dot_product_attention(tiny, huge, huge, scale=1e10),
+        reference.dot_product_attention(tiny, huge, huge, scale=1e10),
+        rtol=1e-5,
+    )
+
+
+def test_sizes_beyond_the_address_space():
+    """Zero strides make arrays of any size: no memory is an error, not the end of the process."""
+    long = np.broadcast_to(np.float16(0), (1, 2**61))
+    with pytest.raises(MemoryError):
+        fastattn.dot_product_attention(long, long, np.zeros((1, 1), np.float16))
+    with pytest.raises(MemoryError):
+        fastattn.logsumexp(np.broadcast_to(np.float16(0), (2**64 // 9 - 7,)))

@@ -223,3 +223,21 @@ def test_varlen_takes_the_layout_of_packed_memory(rng):
     """(total, heads, head_dim) in memory, as it is usually packed, is passed as a swapped view."""
     query, key, value = (rng.standard_normal((40, 3, 16)).astype(np.float32).swapaxes(0, 1) for _ in range(3))
     assert_varlen(query, key, value, [0, 13, 40], is_causal=True)
+
+
+def test_out_must_not_overlap_cu_seqlens():
+    starts = np.arange(102)
+    x = np.ones((100, 1))
+    before = starts.copy()
+    with pytest.raises(ValueError, match="out overlaps cu_seqlens_q"):
+        fastattn.varlen_attention(x, x, x, starts[:101], out=starts[2:].view(np.float64)[:, None])
+    np.testing.assert_array_equal(starts, before)
+
+
+def test_many_short_sequences_and_a_long_one():
+    """The work is that of the sequences, not of as many of the longest."""
+    count = 300_000
+    starts = np.concatenate([np.arange(count + 1), [2 * count]])
+    x = np.ones((8, 2 * count, 1), np.float32)
+    out = fastattn.varlen_attention(x, x, x, starts, window_size=0, num_threads=2)
+    assert (out == 1).all()

@@ -296,3 +296,16 @@ def test_varlen(rng):
     expected = call(num_threads=1)
     for num_threads in THREADS:
         assert [bits(x) for x in call(num_threads=num_threads)] == [bits(x) for x in expected]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_unseen_values_that_are_not_finite(rng, dtype, garbage):
+    """Values that are not finite take a path of their own, which must add up in the same order."""
+    query, key, value = (rng.standard_normal((1, 300, 48)).astype(dtype) for _ in range(3))
+    mask = rng.random((300, 300)) < 0.5
+    mask[:, 77] = False
+    expected = fastattn.dot_product_attention(query, key, value, mask=mask)
+    value[:, 77] = garbage
+    key[:, 77] = garbage
+    np.testing.assert_array_equal(fastattn.dot_product_attention(query, key, value, mask=mask), expected)

@@ -222,3 +222,21 @@ def test_the_check_can_fail(rng):
         assert_within(np.array([np.nan]), np.array([1.0]), 1e9, "NaN")
     with pytest.raises(AssertionError):
         assert_within(np.array([1.0]), np.array([-np.inf]), 1e9, "infinity")
+
+
+@pytest.mark.parametrize("length", [2047, 2048, 2049, 2055, 2063, 4097, 6150])
+def test_rows_about_the_length_of_a_run(rng, length):
+    """Sums are cut into runs: what is left over behind the last whole vector counts once, also in place."""
+    x = rng.standard_normal((3, length)).astype(np.float32)
+    expected = reference.softmax(x)
+    np.testing.assert_allclose(fastattn.softmax(x), expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(fastattn.logsumexp(x), reference.logsumexp(x), rtol=1e-6)
+    np.testing.assert_allclose(fastattn.log_softmax(x), reference.log_softmax(x), rtol=1e-5)
+    fastattn.softmax(x, out=x)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_infinity_dominates_a_sum():
+    assert fastattn.logsumexp(np.array([np.inf, 0.0])) == np.inf
+    assert np.isnan(fastattn.logsumexp(np.array([np.inf, np.nan])))
+    np.testing.assert_array_equal(fastattn.log_softmax(np.array([np.inf, 0.0])), [np.nan, -np.inf])

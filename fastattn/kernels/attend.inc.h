@@ -31,7 +31,9 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
     NAME(tile) *tile = workspace;
     NAME(lay_out)(tile, problem, rows, head->keys, workspace);
     double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
-    NAME(pack_queries)(problem, &head->query, row, rows, (real)(problem->scale * unit), tile->channels, tile->q);
+    NAME(pack_queries)
+    (problem, &head->query, row, rows, (real)(NAME(late_scale)(problem) ? 1 : problem->scale * unit), tile->channels,
+     tile->q);
     NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
 }
 
@@ -81,7 +83,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
 {
     const int natural = NAME(natural)(problem, head);
     const int64_t value_row = tile->value_row;
-    const int rules = problem->softcap != 0 || problem->has_slope || head->bias.data;
+    const int rules = problem->softcap != 0 || problem->has_slope || head->bias.data || NAME(late_scale)(problem);
     const char *keys = head->key.data + block * head->key.row;
     NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
     /* While the groups pass over this block, the next one comes from memory, a few rows with each group. */

@@ -5,9 +5,16 @@
  * unit, because a bias such as the least float would overflow when multiplied by log2 e.
  */
 
+/* A scale that might carry a query, or itself, out of the range of its dtype waits until the product is taken. */
+static ALWAYS_INLINE int NAME(late_scale)(const fa_problem *problem)
+{
+    return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
+}
+
 static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head *head)
 {
-    return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX;
+    return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX ||
+           NAME(late_scale)(problem);
 }
 
 /* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
@@ -16,7 +23,11 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
                               int first, int last, key_bits *seen, real *s, real *extra)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
-    const real cap = (real)problem->softcap, per_cap = (real)(problem->softcap != 0 ? 1 / problem->softcap : 0);
+    /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
+    const double most = BITS == 32 ? 1e30 : 1e290, within = problem->softcap < most ? problem->softcap : most;
+    const real cap = (real)(within > 1 / most ? within : 1 / most), per_cap = 1 / cap;
+    const int late = NAME(late_scale)(problem);
+    const real root = (real)sqrt(fabs(problem->scale)), scale = (real)(problem->scale / (late ? (double)root : 1));
     const real slope = (real)head->slope;
     const real distance = (real)(block - (head->offset + i));
     if (head->bias.data) {
@@ -29,13 +40,15 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         (extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col, head->bias.col,
          end - begin, problem->bias_dtype);
     }
-    const int only_hide = problem->softcap == 0 && !problem->has_slope && !head->bias.data;
+    const int only_hide = problem->softcap == 0 && !problem->has_slope && !head->bias.data && !late;
     for (int v = first; v < last; v++) {
         real *s_v = s + r * FA_BLOCK + v * LANES;
         unsigned bits = bits_at(seen, v * LANES, LANES);
         if (only_hide && bits == (1u << LANES) - 1u)
             continue;
         vec x = NAME(load)(s_v);
+        if (late)
+            x = x * root * scale;
         if (problem->softcap != 0)
             x = cap * NAME(tanh)(x * per_cap);
         if (problem->has_slope)
@@ -120,7 +133,9 @@ static void NAME(pointwise)(const fa_problem *problem, real *s, int rows, int fi
 static ALWAYS_INLINE void NAME(add_exactly)(real *sum, real *lost, vec keep, vec x)
 {
     const vec before = NAME(load)(sum) * keep, now = before + x, part = now - before;
-    NAME(store)(lost, NAME(load)(lost) * keep + ((before - (now - part)) + (x - part)));
+    const vec error = (before - (now - part)) + (x - part);
+    /* An infinite sum loses nothing; a NaN is in the sum already. */
+    NAME(store)(lost, NAME(load)(lost) * keep + NAME(pick)(now - now == (vec){0}, error, (vec){0}));
     NAME(store)(sum, now);
 }
 

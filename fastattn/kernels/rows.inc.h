@@ -65,7 +65,7 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         real *out_r = (real *)(out + r * out_row);
         total[r] = 0;
-        for (int64_t run = 0; run < n; run += NAME(ROW_RUN)) {
+        for (int64_t run = 0; run < whole; run += NAME(ROW_RUN)) {
             const int64_t stop = whole - run < NAME(ROW_RUN) ? whole : run + NAME(ROW_RUN);
             vec sum = {0};
             for (int64_t j = run; j < stop; j += LANES) {
@@ -74,13 +74,20 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
                 if (function == FA_ROW_SOFTMAX)
                     NAME(store)(out_r + j, e);
             }
-            if (stop == whole && whole < n) {
-                const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, whole, n) - base[r]) * log2e);
-                sum += e;
-                if (function == FA_ROW_SOFTMAX)
-                    NAME(store_row)(out_r, whole, n, e);
-            }
             total[r] += (double)NAME(total)(sum);
+        }
+        if (whole < n) {
+            const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, whole, n) - base[r]) * log2e);
+            total[r] += (double)NAME(total)(e);
+            if (function == FA_ROW_SOFTMAX)
+                NAME(store_row)(out_r, whole, n, e);
+        }
+        /* inf - inf has made a NaN of the sum; the sum itself is infinite, unless there is a true NaN. */
+        if (function != FA_ROW_SOFTMAX && base[r] == (real)INFINITY) {
+            total[r] = 1;
+            for (int64_t j = 0; j < n; j++)
+                if ((!mask_r || mask_r[j]) && x_r[j] != x_r[j])
+                    total[r] = (double)x_r[j];
         }
     }
     for (int r = 0; r < count; r++) {
@@ -145,7 +152,7 @@ static void NAME(merge)(void *out_, void *lse_, const void *const *outs, const v
     const double base = most == -INFINITY ? 0 : most;
     for (int64_t p = 0; p < parts; p++)
         total += exp((double)lses[p] - base);
-    *lse = (real)(total == 0 ? -INFINITY : base + log(total));
+    *lse = (real)(total == 0 ? -INFINITY : base == INFINITY ? base : base + log(total));
     for (int64_t c = 0; c < n; c++)
         out[c] = 0;
     for (int64_t p = 0; p < parts; p++) {
