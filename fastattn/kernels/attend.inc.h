@@ -16,13 +16,29 @@
 
 #include "online_softmax.inc.h"
 
-static void NAME(reset_state)(const fa_problem *problem, int64_t rows, int64_t value_row, real *m, real *l, real *o)
+static void NAME(reset_state)(const fa_problem *problem, int64_t rows, real *m, real *l)
 {
     const real least = problem->activation == FA_SOFTMAX ? -(real)INFINITY : 0; /* the others are relative to nothing */
     for (int64_t r = 0; r < rows; r++)
         m[r] = least;
     memset(l, 0, (size_t)(rows * LANES) * sizeof(real));
-    memset(o, 0, (size_t)(rows * value_row) * sizeof(real));
+}
+
+/* A state that has seen nothing. Outputs are not cleared: the first block of a group overwrites them. */
+static void NAME(open_span)(const fa_problem *problem, int64_t rows, NAME(tile) * tile)
+{
+    NAME(reset_state)(problem, rows, tile->m, tile->l);
+    memset(tile->fresh, 1, (size_t)((rows + ROWS - 1) / ROWS));
+}
+
+/* Clears the outputs of groups that have seen nothing. */
+static void NAME(clear_fresh)(int64_t rows, NAME(tile) * tile)
+{
+    for (int64_t first = 0; first < rows; first += ROWS)
+        if (tile->fresh[first / ROWS]) {
+            const int64_t group = rows - first < ROWS ? rows - first : ROWS;
+            memset(tile->o + first * tile->value_row, 0, (size_t)(group * tile->value_row) * sizeof(real));
+        }
 }
 
 /* Contract: fastattn.h. */
@@ -34,13 +50,15 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
     NAME(pack_queries)
     (problem, &head->query, row, rows, (real)(NAME(late_scale)(problem) ? 1 : problem->scale * unit), tile->channels,
      tile->q);
-    NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
+    NAME(open_span)(problem, rows, tile);
 }
 
 static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
 {
+    NAME(clear_fresh)(rows, tile);
     if (tile->spans == 0) {
-        NAME(reset_state)(problem, rows, tile->value_row, tile->m_all, tile->l_all, tile->o_all);
+        NAME(reset_state)(problem, rows, tile->m_all, tile->l_all);
+        memset(tile->o_all, 0, (size_t)(rows * tile->value_row) * sizeof(real));
         memset(tile->l_lost, 0, (size_t)(rows * LANES) * sizeof(real));
         memset(tile->o_lost, 0, (size_t)(rows * tile->value_row) * sizeof(real));
     }
@@ -185,17 +203,17 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
 
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */
+        real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
         if (partial && !finite)
-            NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, tile->part);
+            NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, sum);
         else
-            NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, tile->part);
-        for (int r = 0; r < group; r++) {
-            real *o = tile->o + (first + r) * value_row;
-            const real *part = tile->part + r * value_row;
+            NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, sum);
+        for (int r = 0; r < group && sum != o; r++) {
             const vec keep = NAME(fill)(shrink[r]);
-            for (int64_t c = 0; c < value_row; c += LANES)
-                NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(part + c)));
+            for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
+                NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
         }
+        tile->fresh[first / ROWS] = 0;
     }
 }
 
@@ -207,7 +225,7 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
     const int64_t span = key_begin / FA_SPAN;
     if (tile->open_span >= 0 && tile->open_span != span) {
         NAME(end_span)(problem, head, rows, tile);
-        NAME(reset_state)(problem, rows, tile->value_row, tile->m, tile->l, tile->o);
+        NAME(open_span)(problem, rows, tile);
     }
     tile->open_span = span;
     for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
@@ -233,6 +251,7 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
     const int direct = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && head->out.col == (ptrdiff_t)sizeof(real) &&
                        problem->value_dim % LANES == 0;
     real *m = tile->m, *l = tile->l, *o = tile->o;
+    NAME(clear_fresh)(rows, tile);
     if (tile->spans) {
         NAME(end_span)(problem, head, rows, tile);
         m = tile->m_all, l = tile->l_all, o = tile->o_all;

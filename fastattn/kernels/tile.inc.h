@@ -12,6 +12,7 @@ typedef struct {
     real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
     real *part;      /* [ROWS][value_row] their weighted sum */
     real *extra;     /* [FA_BLOCK] the bias of one row */
+    char *fresh;     /* [groups] whether a group has seen no block of this span: its part of o is not set then */
     real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
     real *m_all, *l_all, *l_lost, *o_all, *o_lost;
@@ -52,6 +53,7 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->extra = (real *)NAME(take)(&at, FA_BLOCK);
+    tile->fresh = NAME(take)(&at, (rows + ROWS - 1) / ROWS);
     tile->m = (real *)NAME(take)(&at, rows);
     tile->l = (real *)NAME(take)(&at, rows * LANES);
     tile->o = (real *)NAME(take)(&at, rows * value_row);
