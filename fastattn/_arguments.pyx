@@ -13,7 +13,7 @@ cimport numpy as cnp
 from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
 
-from fastattn._runtime cimport (FA_BF16, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype)
+from fastattn._runtime cimport (FA_BF16, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype, fa_view)
 
 from fastattn._runtime import checked_threads
 
@@ -325,24 +325,24 @@ cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batc
     return 0
 
 
-cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
+cdef cnp.ndarray read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssize_t cols):
     cdef cnp.ndarray a = as_array(mask, "mask")
     if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
         raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
                         f"numbers that are added to the scores go to bias=")
     read_matrix(p, MASK, a, "mask", batch, rows, cols)
     p.uneven = True
-    return 0
+    return a
 
 
-cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
+cdef cnp.ndarray read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols):
     cdef cnp.ndarray a = as_array(bias, "bias")
     if a.dtype.kind in "biu":
         raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say "
                         f"which keys count go to mask=")
     p.shared.bias_dtype = storage_of(a, "bias")
     read_matrix(p, BIAS, a, "bias", batch, rows, cols)
-    return 0
+    return a
 
 
 cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, fa_dtype dtype) except -1:
@@ -479,6 +479,8 @@ cdef class Problem:
         for i in range(self.axes - 1, -1, -1):
             index[i] = head % self.shape[i]
             head //= self.shape[i]
+        for operand in range(<int> OPERANDS):
+            at[operand] = NULL
         for n in range(self.operand_count):
             operand = self.operands[n]
             layout = &self.layouts[operand]
@@ -489,22 +491,18 @@ cdef class Problem:
         to.query.data = at[<int> QUERY]
         to.key.data = at[<int> KEY]
         to.value.data = at[<int> VALUE]
+        to.mask.data = at[<int> MASK]
+        to.bias.data = at[<int> BIAS]
         to.out.data = at[<int> OUT]
-        if self.layouts[<int> MASK].data != NULL:
-            to.mask.data = at[<int> MASK]
-        if self.layouts[<int> BIAS].data != NULL:
-            to.bias.data = at[<int> BIAS]
-        if self.layouts[<int> WEIGHTS].data != NULL:
-            to.weights.data = at[<int> WEIGHTS]
-        if self.layouts[<int> LSE].data != NULL:
-            to.lse.data = at[<int> LSE]
-        if self.layouts[<int> SLOPES].data != NULL:
+        to.weights.data = at[<int> WEIGHTS]
+        to.lse.data = at[<int> LSE]
+        if at[<int> SLOPES] != NULL:
             to.slope = (<double *> at[<int> SLOPES])[0]
-        if self.layouts[<int> SINKS].data != NULL:
+        if at[<int> SINKS] != NULL:
             to.sink = (<double *> at[<int> SINKS])[0]
-        if self.layouts[<int> KEY_LENGTHS].data != NULL:
+        if at[<int> KEY_LENGTHS] != NULL:
             to.key_length = (<int64_t *> at[<int> KEY_LENGTHS])[0]
-        if self.layouts[<int> QUERY_LENGTHS].data != NULL:
+        if at[<int> QUERY_LENGTHS] != NULL:
             to.query_length = (<int64_t *> at[<int> QUERY_LENGTHS])[0]
         if self.packed:
             to.queries = to.query_length = self.query_starts[sequence + 1] - self.query_starts[sequence]
@@ -515,7 +513,7 @@ cdef class Problem:
             to.value.data += self.key_starts[sequence] * to.value.row
             if to.lse.data != NULL:
                 to.lse.data += self.query_starts[sequence] * to.lse.row
-        if self.layouts[<int> OFFSETS].data != NULL:
+        if at[<int> OFFSETS] != NULL:
             to.offset = (<int64_t *> at[<int> OFFSETS])[0]
         elif self.offset_is_default:
             to.offset = to.key_length - to.query_length
@@ -526,6 +524,7 @@ cdef Problem new_problem():
     cdef int i
     for i in range(<int> OPERANDS):
         p.layouts[i].data = NULL
+        p.layouts[i].row = p.layouts[i].col = 0
     p.operand_count = 0
     p.kept = []
     p.sequences = 1
@@ -591,27 +590,24 @@ cdef int finish(Problem p, Py_ssize_t group) except -1:
     """What the layouts say of the strides of a head; then the head axis is split where it is grouped."""
     if group > 1:
         split_heads(p, group)
-    for_view(&p.sizes.query.row, &p.sizes.query.col, &p.layouts[<int> QUERY])
-    for_view(&p.sizes.key.row, &p.sizes.key.col, &p.layouts[<int> KEY])
-    for_view(&p.sizes.value.row, &p.sizes.value.col, &p.layouts[<int> VALUE])
-    for_view(&p.sizes.out.row, &p.sizes.out.col, &p.layouts[<int> OUT])
-    p.sizes.mask.data = p.sizes.bias.data = p.sizes.weights.data = p.sizes.lse.data = NULL
-    if p.layouts[<int> MASK].data != NULL:
-        for_view(&p.sizes.mask.row, &p.sizes.mask.col, &p.layouts[<int> MASK])
-    if p.layouts[<int> BIAS].data != NULL:
-        for_view(&p.sizes.bias.row, &p.sizes.bias.col, &p.layouts[<int> BIAS])
-    if p.layouts[<int> WEIGHTS].data != NULL:
-        for_view(&p.sizes.weights.row, &p.sizes.weights.col, &p.layouts[<int> WEIGHTS])
-    if p.layouts[<int> LSE].data != NULL:
-        for_view(&p.sizes.lse.row, &p.sizes.lse.col, &p.layouts[<int> LSE])
+    set_strides(&p.sizes.query, &p.layouts[<int> QUERY])
+    set_strides(&p.sizes.key, &p.layouts[<int> KEY])
+    set_strides(&p.sizes.value, &p.layouts[<int> VALUE])
+    set_strides(&p.sizes.mask, &p.layouts[<int> MASK])
+    set_strides(&p.sizes.bias, &p.layouts[<int> BIAS])
+    set_strides(&p.sizes.out, &p.layouts[<int> OUT])
+    set_strides(&p.sizes.weights, &p.layouts[<int> WEIGHTS])
+    set_strides(&p.sizes.lse, &p.layouts[<int> LSE])
     if p.shared.left < INT64_MAX or p.shared.right < INT64_MAX:
         p.uneven = True
     return 0
 
 
-cdef inline void for_view(Py_ssize_t *row, Py_ssize_t *col, const Layout *layout) noexcept:
-    row[0] = layout.row
-    col[0] = layout.col
+cdef inline void set_strides(fa_view *view, const Layout *layout) noexcept:
+    """The part of a view that is the same for all heads; locate adds the address."""
+    view.data = NULL
+    view.row = layout.row
+    view.col = layout.col
 
 
 cdef Problem read_dot_product(
@@ -659,11 +655,9 @@ cdef Problem read_dot_product(
         p.offset_is_default = False
         read_integers(p, OFFSETS, query_offset, "query_offset", batch, None, None, &p.sizes.offset)
     if mask is not None:
-        read_mask(p, mask, batch, rows, cols)
-        inputs, names = [*inputs, p.kept[-1]], (*names, "mask")
+        inputs, names = [*inputs, read_mask(p, mask, batch, rows, cols)], (*names, "mask")
     if bias is not None:
-        read_bias(p, bias, batch, rows, cols)
-        inputs, names = [*inputs, p.kept[-1]], (*names, "bias")
+        inputs, names = [*inputs, read_bias(p, bias, batch, rows, cols)], (*names, "bias")
     if alibi_slopes is not None:
         read_per_head(p, SLOPES, alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
         p.shared.has_slope = True
@@ -676,7 +670,8 @@ cdef Problem read_dot_product(
     else:
         p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
         refuse_overlap(out, (query, key, value, key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
-                       ("query", "key", "value", "key_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks"))
+                       ("query", "key", "value", "key_lengths", "query_lengths", "query_offset", "alibi_slopes",
+                        "sinks"))
     place(p, OUT, p.out, 2)
     if with_weights:
         p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))

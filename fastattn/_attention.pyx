@@ -10,8 +10,8 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
 from fastattn._arguments cimport Problem, read_dot_product, read_varlen
-from fastattn._runtime cimport (FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys, give_workspace,
-                                interrupted, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys,
+                                give_workspace, interrupted, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave

@@ -135,7 +135,8 @@ def _threads_from_environment():
         first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
         if first.isascii() and first.isdigit() and len(first) < 10 and int(first) >= 1:
             return int(first)
-        warnings.warn(f"{name}={text[:40]!r} is ignored: it must be an integer of at least 1", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{name}={text[:40]!r} is ignored: it must be an integer of at least 1", RuntimeWarning,
+                      stacklevel=2)
     return 0
 
 

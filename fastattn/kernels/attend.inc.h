@@ -112,48 +112,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     for (int64_t first = 0; first < rows; first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
         key_bits seen[ROWS];
-        int lo, hi, lo_last, hi_last;
-        rows_range(problem, head, row + first, group, block, &lo, &hi);
+        const group_range range = see_block(problem, head, row + first, group, block, seen);
+        const int lo = range.lo, hi = range.hi;
         if (lo >= hi)
             continue;
-        rows_range(problem, head, row + first, 1, block, &lo, &hi);
-        rows_range(problem, head, row + first + group - 1, 1, block, &lo_last, &hi_last);
-        /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end.
-         */
-        const int alike = lo < hi && lo == lo_last && hi == hi_last;
-        if (alike) {
-            const key_bits range = bits_of_range(lo, hi);
-            for (int r = 0; r < group; r++)
-                seen[r] = range;
-        } else {
-            lo = FA_BLOCK, hi = 0;
-            for (int r = 0; r < group; r++) {
-                int from, to;
-                rows_range(problem, head, row + first + r, 1, block, &from, &to);
-                seen[r] = bits_of_range(from, to);
-                if (from < to) {
-                    lo = from < lo ? from : lo;
-                    hi = to > hi ? to : hi;
-                }
-            }
-        }
-        if (lo >= hi)
+        if (range.masked) {
+            for (int r = 0; r < group && head->weights.data; r++)
+                NAME(hide_weights)(head, row + first + r, block + lo, block + hi);
             continue;
-        if (head->mask.data) {
-            int any = 0;
-            for (int r = 0; r < group; r++) {
-                const int64_t i = row + first + r;
-                if (bits_any(&seen[r]))
-                    bits_and_mask(&seen[r], head->mask.data + i * head->mask.row + block * head->mask.col,
-                                  head->mask.col, lo, hi);
-                any |= bits_any(&seen[r]);
-            }
-            if (!any) {
-                if (head->weights.data)
-                    for (int r = 0; r < group; r++)
-                        NAME(hide_weights)(head, row + first + r, block + lo, block + hi);
-                continue;
-            }
         }
         if (!packed) {
             NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
@@ -174,14 +140,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
         int partial = 0;
-        if (!alike || head->mask.data || rules || v_first * LANES != lo || v_last * LANES != hi) {
-            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES),
-                           range = bits_of_range(term_lo, term_hi);
+        if (!range.alike || rules || v_first * LANES != lo || v_last * LANES != hi) {
+            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES);
+            const key_bits terms = bits_of_range(term_lo, term_hi);
             for (int r = 0; r < group; r++) {
+                const int64_t i = row + first + r;
                 if (rules || !bits_equal(&seen[r], &whole))
-                    NAME(apply_rules)
-                (problem, head, row + first + r, r, block, v_first, v_last, &seen[r], s, tile->extra);
-                partial |= !bits_equal(&seen[r], &range);
+                    NAME(apply_rules)(problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra);
+                partial |= !bits_equal(&seen[r], &terms);
             }
         } /* otherwise whole vectors, all seen: nothing to hide */
         if (head->weights.data && problem->activation == FA_SOFTMAX)

@@ -33,7 +33,7 @@ typedef struct {
 /* What all heads of a call have in common. Accumulation is in double for FA_F64, else in float. */
 typedef struct {
     int64_t head_dim, value_dim;
-    int64_t left, right; /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right <= 0) */
+    int64_t left, right; /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right 0) */
     double scale;
     double softcap; /* 0: none */
     fa_dtype dtype; /* of query, key, value and out */

@@ -100,4 +100,53 @@ static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *h
     *end = lo < hi ? (int)hi : 0;
 }
 
+/* What the rows [i, i + rows) of a group see of a block. */
+typedef struct {
+    int lo, hi; /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
+    int alike;  /* by position and length all see all of it */
+    int masked; /* there is a mask, and it hides all of it */
+} group_range;
+
+static inline group_range see_block(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                                    key_bits *seen)
+{
+    group_range range = {0, 0, 0, 0};
+    int lo_last, hi_last;
+    rows_range(problem, head, i, rows, block, &range.lo, &range.hi);
+    if (range.lo >= range.hi)
+        return range;
+    rows_range(problem, head, i, 1, block, &range.lo, &range.hi);
+    rows_range(problem, head, i + rows - 1, 1, block, &lo_last, &hi_last);
+    /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end. */
+    range.alike = range.lo < range.hi && range.lo == lo_last && range.hi == hi_last;
+    if (range.alike) {
+        const key_bits bits = bits_of_range(range.lo, range.hi);
+        for (int r = 0; r < rows; r++)
+            seen[r] = bits;
+    } else {
+        range.lo = FA_BLOCK, range.hi = 0;
+        for (int r = 0; r < rows; r++) {
+            int from, to;
+            rows_range(problem, head, i + r, 1, block, &from, &to);
+            seen[r] = bits_of_range(from, to);
+            if (from < to) {
+                range.lo = from < range.lo ? from : range.lo;
+                range.hi = to > range.hi ? to : range.hi;
+            }
+        }
+    }
+    if (head->mask.data && range.lo < range.hi) {
+        int any = 0;
+        for (int r = 0; r < rows; r++) {
+            if (bits_any(&seen[r]))
+                bits_and_mask(&seen[r], head->mask.data + (i + r) * head->mask.row + block * head->mask.col,
+                              head->mask.col, range.lo, range.hi);
+            any |= bits_any(&seen[r]);
+        }
+        range.alike = 0;
+        range.masked = !any;
+    }
+    return range;
+}
+
 #endif
