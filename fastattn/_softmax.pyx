@@ -50,9 +50,20 @@ cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, c
             axis -= 1
 
 
+cdef bint in_place(Rows p, int which, fa_row_function function) noexcept nogil:
+    """Whether the kernels can read or write the rows of an operand where they are."""
+    cdef int last = p.row.count - 1
+    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4
+    if which == ROW_MASK:
+        return p.data[which] == NULL or last < 0 or last == 0 and p.row.strides[which][0] == 1
+    if last > 0 or not p.aligned or (p.dtype != FA_F64 and p.dtype != FA_F32):
+        return False
+    return last < 0 or p.row.strides[which][0] == size or which == ROW_OUT and function == FA_ROW_LOGSUMEXP
+
+
 cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t begin, Py_ssize_t end,
                   char *scratch, Watch *watch, bint caller) noexcept nogil:
-    """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes."""
+    """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes, where not all is in place."""
     cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, rest = begin, r = begin, looked = begin, run
     cdef fa_dtype real = FA_F64 if p.dtype == FA_F64 else FA_F32
     cdef Py_ssize_t index[MOST_AXES]
@@ -60,13 +71,9 @@ cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, P
     cdef char *x
     cdef char *y
     cdef char *mask
-    cdef int axis, k, last = p.row.count - 1, inner = p.batch.count - 1
-    cdef bint flat = last <= 0 and p.aligned and p.dtype == real
-    cdef bint x_in_place = flat and (last < 0 or p.row.strides[<int> ROW_X][last] == size)
-    cdef bint y_in_place = flat and (last < 0 or p.row.strides[<int> ROW_OUT][last] == size or
-                                     function == FA_ROW_LOGSUMEXP)
-    cdef bint mask_in_place = p.data[<int> ROW_MASK] == NULL or (
-        last <= 0 and (last < 0 or p.row.strides[<int> ROW_MASK][last] == 1))
+    cdef int axis, k, inner = p.batch.count - 1
+    cdef bint x_in_place = in_place(p, ROW_X, function), y_in_place = in_place(p, ROW_OUT, function)
+    cdef bint mask_in_place = in_place(p, ROW_MASK, function)
     for k in range(<int> ROW_OPERANDS):
         at[k] = p.data[k]
     for axis in range(inner, -1, -1):
@@ -139,8 +146,10 @@ cdef object run(Rows p, fa_row_function function):
     cdef bint small = numbers < SMALL
     cdef int threads = 1 if small else allowed_threads(p.num_threads)
     cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length, 1))
-    cdef size_t size = ((2 * p.length + 1) * (8 if p.dtype == FA_F64 else 4) + p.length + 63) // 64 * 64
+    cdef size_t size = 64
     cdef char *scratch
+    if not (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and in_place(p, ROW_MASK, function)):
+        size = ((2 * p.length + 1) * (8 if p.dtype == FA_F64 else 4) + p.length + 63) // 64 * 64
     if p.rows and (p.length or function == FA_ROW_LOGSUMEXP):
         threads = <int> min(<Py_ssize_t> threads, (p.rows + chunk - 1) // chunk)
         scratch = <char *> take_workspace(size * threads, 24.0 * threads * (p.length + 64))
