@@ -53,87 +53,97 @@ static ALWAYS_INLINE uint16_t NAME(to_bf16)(float x)
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-/* Contract: fastattn.h. */
-static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
+static ALWAYS_INLINE real NAME(read_number)(const char *from, const fa_dtype dtype)
 {
-    real *restrict to = to_;
     float f;
     double d;
     uint16_t h;
     switch (dtype) {
     case FA_F32:
-        if (sizeof(real) == 4 && stride == 4)
-            memcpy(to, from, (size_t)n * 4);
-        else
-            for (int64_t i = 0; i < n; i++) {
-                memcpy(&f, from + i * stride, 4);
-                to[i] = (real)f;
-            }
+        memcpy(&f, from, 4);
+        return (real)f;
+    case FA_F64:
+        memcpy(&d, from, 8);
+        return (real)d;
+    case FA_F16:
+        memcpy(&h, from, 2);
+        return (real)NAME(from_f16)(h);
+    default:
+        memcpy(&h, from, 2);
+        return (real)NAME(from_bf16)(h);
+    }
+}
+
+static ALWAYS_INLINE void NAME(write_number)(char *to, real x, const fa_dtype dtype)
+{
+    const float f = (float)x;
+    const double d = (double)x;
+    uint16_t h;
+    switch (dtype) {
+    case FA_F32:
+        memcpy(to, &f, 4);
         break;
     case FA_F64:
-        if (sizeof(real) == 8 && stride == 8)
-            memcpy(to, from, (size_t)n * 8);
-        else
-            for (int64_t i = 0; i < n; i++) {
-                memcpy(&d, from + i * stride, 8);
-                to[i] = (real)d;
-            }
+        memcpy(to, &d, 8);
         break;
     case FA_F16:
-        for (int64_t i = 0; i < n; i++) {
-            memcpy(&h, from + i * stride, 2);
-            to[i] = (real)NAME(from_f16)(h);
-        }
+        h = NAME(to_f16)(f);
+        memcpy(to, &h, 2);
         break;
     case FA_BF16:
-        for (int64_t i = 0; i < n; i++) {
-            memcpy(&h, from + i * stride, 2);
-            to[i] = (real)NAME(from_bf16)(h);
-        }
+        h = NAME(to_bf16)(f);
+        memcpy(to, &h, 2);
         break;
     }
+}
+
+/* One loop for each dtype, which is a constant in it. */
+#define FOR_DTYPE(dtype, do_it) \
+    switch (dtype) {            \
+    case FA_F32:                \
+        do_it(FA_F32);          \
+        break;                  \
+    case FA_F64:                \
+        do_it(FA_F64);          \
+        break;                  \
+    case FA_F16:                \
+        do_it(FA_F16);          \
+        break;                  \
+    case FA_BF16:               \
+        do_it(FA_BF16);         \
+        break;                  \
+    }
+#define READ_ALL(dtype)             \
+    for (int64_t i = 0; i < n; i++) \
+    to[i] = NAME(read_number)(from + i * stride, dtype)
+#define WRITE_ALL(dtype)            \
+    for (int64_t i = 0; i < n; i++) \
+    NAME(write_number)(to + i * stride, from[i], dtype)
+
+/* Contract: fastattn.h. */
+static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
+{
+    real *restrict to = to_;
+    if (dtype == (BITS == 32 ? FA_F32 : FA_F64) && stride == (ptrdiff_t)sizeof(real)) {
+        memcpy(to, from, (size_t)n * sizeof(real));
+        return;
+    }
+    FOR_DTYPE(dtype, READ_ALL)
 }
 
 /* Contract: fastattn.h. */
 static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa_dtype dtype)
 {
     const real *restrict from = from_;
-    float f;
-    double d;
-    uint16_t h;
-    switch (dtype) {
-    case FA_F32:
-        if (sizeof(real) == 4 && stride == 4)
-            memcpy(to, from, (size_t)n * 4);
-        else
-            for (int64_t i = 0; i < n; i++) {
-                f = (float)from[i];
-                memcpy(to + i * stride, &f, 4);
-            }
-        break;
-    case FA_F64:
-        if (sizeof(real) == 8 && stride == 8)
-            memcpy(to, from, (size_t)n * 8);
-        else
-            for (int64_t i = 0; i < n; i++) {
-                d = (double)from[i];
-                memcpy(to + i * stride, &d, 8);
-            }
-        break;
-    case FA_F16:
-        for (int64_t i = 0; i < n; i++) {
-            h = NAME(to_f16)((float)from[i]);
-            memcpy(to + i * stride, &h, 2);
-        }
-        break;
-    case FA_BF16:
-        for (int64_t i = 0; i < n; i++) {
-            h = NAME(to_bf16)((float)from[i]);
-            memcpy(to + i * stride, &h, 2);
-        }
-        break;
+    if (dtype == (BITS == 32 ? FA_F32 : FA_F64) && stride == (ptrdiff_t)sizeof(real)) {
+        memcpy(to, from, (size_t)n * sizeof(real));
+        return;
     }
+    FOR_DTYPE(dtype, WRITE_ALL)
 }
+#undef FOR_DTYPE
+#undef READ_ALL
+#undef WRITE_ALL
 
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
 static ALWAYS_INLINE int NAME(readable)(const fa_problem *problem, const fa_view *matrix)
