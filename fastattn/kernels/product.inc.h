@@ -3,20 +3,20 @@
  * weights, t: keys, b: values) are both made of it.
  *
  * The rounding errors of a chain of n equal additions add up to n / 8 eps, so sums are nested: STEPS products make a
- * term, terms are added up for CHUNK steps, and that is added to `out`. With STEPS > 1 a term is summed on its own and
- * each number of a is used once while it is in a register, from memory: for instruction sets whose multiplications take
- * an operand that is broadcast from memory. The additions run beside the multiplications there; ending chunks more
- * often instead costs stores (docs/performance.md).
+ * term, terms are added up for CHUNK steps, and that is added to `out`. STEPS > 1 is for instruction sets whose
+ * multiplications broadcast an operand from memory: each number of a is read where it is multiplied, and the additions
+ * of terms run beside the multiplications. Ending chunks more often instead costs stores (docs/performance.md).
  *
  * Rows of a are at constant distances, FA_BLOCK numbers (weights) or STRIP (queries): with distances that are not known
  * to the compiler there are not enough registers for the addresses.
- * Terms and chunks end at fixed positions, wherever the product begins: adding a hidden key, with weight zero, or
- * leaving it out is the same to the bit.
+ *
+ * Terms and chunks end at fixed positions, wherever the product begins: adding a hidden key, with weight zero and a
+ * finite value, or leaving it out is the same to the bit, but for the sign of a zero, which finish_row takes away.
  */
 _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
 
-/* Rows of b are b_row bytes apart, rows of out out_row numbers; t runs from `from` to `to`,
- * both multiples of STEPS. add: to what out holds. */
+/* Rows of b are b_row bytes apart, rows of out out_row numbers; t runs from `from` to `to`, both multiples of STEPS.
+ * add: to what out holds. */
 typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, int from, int to, real *out,
                                        ptrdiff_t out_row, int add);
 
