@@ -42,7 +42,8 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
                 NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), k_j + c * key->col, key->row);
                 continue;
             }
-            memset(square, 0, sizeof square);
+            for (int i = 0; i < LANES; i++)
+                NAME(store)(square + i * LANES, (vec){0});
             for (int i = begin > j ? begin - j : 0; i < live; i++)
                 NAME(gather)(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->dtype);
             if (n == LANES)
@@ -62,12 +63,14 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
     do {
         const int n = channels - c < STRIP ? (int)(channels - c) : STRIP;
         for (int v = first; v < last;) {
-            const int in_panel = v % VECS;
-            const int vecs = last - v < VECS - in_panel ? last - v : VECS - in_panel;
+            const int in_panel = v % VECS, left = last - v;
+            const int panels = in_panel || left < VECS ? 1 : left / VECS;
+            const int vecs = left < VECS - in_panel ? left : VECS - in_panel;
             const NAME(product_function) product = NAME(query_products)[rows - 1][vecs - 1];
             const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
-            product(q, (const char *)panel, NAME(PANEL) * sizeof(real), 0, n, s + v * LANES, FA_BLOCK, c > 0);
-            v += vecs;
+            product(q, (const char *)panel, NAME(PANEL) * sizeof(real),
+                    NAME(PANEL) * channels * (ptrdiff_t)sizeof(real), panels, 0, n, s + v * LANES, FA_BLOCK, c > 0);
+            v += panels * vecs;
         }
         c += STRIP;
         q += ROWS * STRIP;

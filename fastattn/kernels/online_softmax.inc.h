@@ -23,11 +23,18 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
                               int first, int last, key_bits *seen, real *s, real *extra)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
-    /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
-    const double most = BITS == 32 ? 1e30 : 1e290, within = problem->softcap < most ? problem->softcap : most;
-    const real cap = (real)(within > 1 / most ? within : 1 / most), per_cap = 1 / cap;
-    const int late = NAME(late_scale)(problem);
-    const real root = (real)sqrt(fabs(problem->scale)), scale = (real)(problem->scale / (late ? (double)root : 1));
+    const int late = NAME(late_scale)(problem), capped = problem->softcap != 0;
+    real cap = 0, per_cap = 0, root = 0, scale = 0; /* roots and quotients only where they are needed: a small call's */
+    if (capped) {                                   /* time is made of such things */
+        /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
+        const double most = BITS == 32 ? 1e30 : 1e290, within = problem->softcap < most ? problem->softcap : most;
+        cap = (real)(within > 1 / most ? within : 1 / most);
+        per_cap = 1 / cap;
+    }
+    if (late) {
+        root = (real)sqrt(fabs(problem->scale));
+        scale = (real)(problem->scale / (double)root);
+    }
     const real slope = (real)head->slope;
     const real distance = (real)(block - (head->offset + i));
     if (head->bias.data) {
@@ -40,7 +47,7 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         (extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col, head->bias.col,
          end - begin, problem->bias_dtype);
     }
-    const int only_hide = problem->softcap == 0 && !problem->has_slope && !head->bias.data && !late;
+    const int only_hide = !capped && !problem->has_slope && !head->bias.data && !late;
     for (int v = first; v < last; v++) {
         real *s_v = s + r * FA_BLOCK + v * LANES;
         unsigned bits = bits_at(seen, v * LANES, LANES);
@@ -49,7 +56,7 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         vec x = NAME(load)(s_v);
         if (late)
             x = x * root * scale;
-        if (problem->softcap != 0)
+        if (capped)
             x = cap * NAME(tanh)(x * per_cap);
         if (problem->has_slope)
             x -= slope * NAME(abs)(NAME(lane_numbers)() + (distance + (real)(v * LANES)));

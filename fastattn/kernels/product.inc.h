@@ -14,19 +14,20 @@
  * finite value, or leaving it out is the same to the bit, but for the sign of a zero, which finish_row takes away.
  */
 _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
+_Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a chunk");
 
-/* Rows of b are b_row bytes apart, rows of out out_row numbers; t runs from `from` to `to`, both multiples of STEPS.
- * add: to what out holds. */
-typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, int from, int to, real *out,
-                                       ptrdiff_t out_row, int add);
+/* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
+ * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. */
+typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels,
+                                       int from, int to, real *out, ptrdiff_t out_row, int add);
 
-static ALWAYS_INLINE void NAME(product)(const real *restrict a, const int a_row, const char *restrict b,
-                                        ptrdiff_t b_row, int from, int to, real *restrict out, ptrdiff_t out_row,
-                                        int add, const int rows, const int vecs)
+static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a_row, const char *restrict b,
+                                             ptrdiff_t b_row, int from, int to, real *restrict out, ptrdiff_t out_row,
+                                             int add, const int rows, const int vecs)
 {
     int t = from;
     do {
-        const int stop = to - t < CHUNK - t % CHUNK ? to : t + CHUNK - t % CHUNK;
+        const int end = (t | (CHUNK - 1)) + 1, stop = to < end ? to : end;
         const char *b_t = b + t * b_row;
         vec sum[ROWS][VECS];
         UNROLL(8)
@@ -81,11 +82,13 @@ static ALWAYS_INLINE void NAME(product)(const real *restrict a, const int a_row,
 }
 
 /* For every number of rows and vectors. */
-#define PRODUCT(kind, a_row, rows, vecs)                                                                           \
-    static NEVER_INLINE void NAME(kind##_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row, int from, \
-                                                          int to, real *out, ptrdiff_t out_row, int add)           \
-    {                                                                                                              \
-        NAME(product)(a, a_row, b, b_row, from, to, out, out_row, add, rows, vecs);                                \
+#define PRODUCT(kind, a_row, rows, vecs)                                                                              \
+    static NEVER_INLINE void NAME(kind##_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row,              \
+                                                          ptrdiff_t b_panel, int panels, int from, int to, real *out, \
+                                                          ptrdiff_t out_row, int add)                                 \
+    {                                                                                                                 \
+        for (; panels > 0; panels--, b += b_panel, out += vecs * LANES)                                               \
+            NAME(product_tile)(a, a_row, b, b_row, from, to, out, out_row, add, rows, vecs);                          \
     }
 #if VECS == 4
 #define FOR_VECS(kind, a_row, rows) \

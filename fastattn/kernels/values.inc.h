@@ -29,12 +29,14 @@ static void NAME(copy_values)(const fa_problem *problem, const char *values, con
 static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t value_row,
                                real *part)
 {
-    const int64_t all = value_row / LANES;
-    for (int64_t v = 0; v < all; v += VECS) {
-        const int vecs = all - v < VECS ? (int)(all - v) : VECS;
-        const NAME(product_function) product = NAME(weight_products)[rows - 1][vecs - 1];
-        product(p, value.data + v * VECTOR_BYTES, value.row, begin, end, part + v * LANES, value_row, 0);
-    }
+    const NAME(product_function) *products = NAME(weight_products)[rows - 1];
+    const int panels = (int)(value_row / NAME(PANEL)), left = (int)(value_row % NAME(PANEL)) / LANES;
+    const int64_t done = panels * NAME(PANEL);
+    if (panels)
+        products[VECS - 1](p, value.data, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, 0);
+    if (left)
+        products[left - 1](p, value.data + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done,
+                           value_row, 0);
 }
 
 /* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row
