@@ -36,7 +36,7 @@ cdef class Problem:
     cdef int axes                         # batch axes; with grouped heads the head axis counts as two
     cdef Py_ssize_t shape[MOST_AXES]      # their sizes
     cdef Py_ssize_t heads                 # their product
-    cdef Layout layouts[<int> OPERANDS]
+    cdef Layout *layouts                  # [OPERANDS]; of its own, because it need not be cleared
     cdef int operands[<int> OPERANDS]     # those that are given
     cdef int operand_count
     cdef int64_t longest_query, longest_key

@@ -10,6 +10,7 @@ import numbers
 import numpy as np
 
 cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
 
@@ -31,7 +32,7 @@ cdef object float64 = np.dtype(np.float64)
 
 cdef cnp.ndarray as_array(object x, str name):
     """An ndarray of what came; no copy where it is one already."""
-    if type(x) is np.ndarray:
+    if cnp.PyArray_CheckExact(x):
         return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data, and its mask inverted "
@@ -234,7 +235,8 @@ cdef tuple batch_shape(Problem p):
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
     """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are
-    known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that)."""
+    known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that). The
+    caller keeps the array alive, in p.kept."""
     cdef Layout *layout = &p.layouts[operand]
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
@@ -256,7 +258,6 @@ cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
             layout.batch[i] = cnp.PyArray_STRIDE(a, axis)
     p.operands[p.operand_count] = operand
     p.operand_count += 1
-    p.kept.append(a)
     return 0
 
 
@@ -317,6 +318,7 @@ cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batc
     """A mask or a bias: broadcasts to (..., L, S)."""
     broadcastable(a, name, batch, (rows, cols))
     a = widened(a, 2)
+    p.kept.append(a)
     place(p, operand, a, 2)
     if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 2) == 1:
         p.layouts[operand].row = 0
@@ -353,6 +355,7 @@ cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, 
     broadcastable(a, name, batch, ())
     with np.errstate(over="ignore"):
         a = a.astype(accumulation(dtype)).astype(np.float64)
+    p.kept.append(a)
     place(p, operand, a, 0)
     return 0
 
@@ -392,6 +395,7 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
         else:
             a = np.asarray(np.clip(a.astype(np.int64), -FAR, FAR))
     a = a.astype(np.int64)
+    p.kept.append(a)
     place(p, operand, a, 0)
     p.uneven = True
     return 0
@@ -465,6 +469,14 @@ cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple 
 cdef class Problem:
     """One call, checked."""
 
+    def __cinit__(self):
+        self.layouts = <Layout *> PyMem_Malloc(<int> OPERANDS * sizeof(Layout))
+        if self.layouts == NULL:
+            raise MemoryError("no memory for the description of a call")
+
+    def __dealloc__(self):
+        PyMem_Free(self.layouts)
+
     cdef object result(self):
         if self.weights is None:
             return self.out if self.lse is None else (self.out, self.lse)
@@ -526,7 +538,6 @@ cdef Problem new_problem():
         p.layouts[i].data = NULL
         p.layouts[i].row = p.layouts[i].col = 0
     p.operand_count = 0
-    p.kept = []
     p.sequences = 1
     p.packed = False
     p.uneven = False
@@ -643,8 +654,8 @@ cdef Problem read_dot_product(
 
     cdef tuple batch = None if no_rules else batch_shape(p)
     cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
-    cdef list inputs = arrays
-    cdef tuple names = ("query", "key", "value")
+    cdef cnp.ndarray mask_array = None, bias_array = None
+    p.kept = arrays
     p.offset_is_default = True
     p.shared.has_slope = p.shared.has_sink = False
     if key_lengths is not None:
@@ -655,9 +666,9 @@ cdef Problem read_dot_product(
         p.offset_is_default = False
         read_integers(p, OFFSETS, query_offset, "query_offset", batch, None, None, &p.sizes.offset)
     if mask is not None:
-        inputs, names = [*inputs, read_mask(p, mask, batch, rows, cols)], (*names, "mask")
+        mask_array = read_mask(p, mask, batch, rows, cols)
     if bias is not None:
-        inputs, names = [*inputs, read_bias(p, bias, batch, rows, cols)], (*names, "bias")
+        bias_array = read_bias(p, bias, batch, rows, cols)
     if alibi_slopes is not None:
         read_per_head(p, SLOPES, alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
         p.shared.has_slope = True
@@ -668,7 +679,8 @@ cdef Problem read_dot_product(
     if out is None:
         p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[0])
     else:
-        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype, inputs, names)
+        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype,
+                            [*arrays[:3], mask_array, bias_array], ("query", "key", "value", "mask", "bias"))
         refuse_overlap(out, (query, key, value, key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
                        ("query", "key", "value", "key_lengths", "query_lengths", "query_offset", "alibi_slopes",
                         "sinks"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn import _attention, _softmax
+from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._attention import varlen_attention as _varlen_attention
+from fastattn._softmax import merge_attention as _merge_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,7 +133,7 @@ def dot_product_attention(
     >>> weights.round(3)
     array([[0.5, 0.5, 0. ]])
     """
-    return _attention.dot_product_attention(
+    return _dot_product_attention(
         query,
         key,
         value,
@@ -212,7 +214,7 @@ def varlen_attention(
            [ 2.],
            [10.]])
     """
-    return _attention.varlen_attention(
+    return _varlen_attention(
         query,
         key,
         value,
@@ -274,4 +276,4 @@ def merge_attention(
     >>> bool(np.allclose(out, fastattn.dot_product_attention(query, key, value)))
     True
     """
-    return _softmax.merge_attention(outs, lses)
+    return _merge_attention(outs, lses)
