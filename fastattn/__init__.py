@@ -13,13 +13,21 @@ imports it.
 """
 
 from fastattn import _load  # noqa: F401  (first: it loads the OpenMP library)
-from fastattn.attention import dot_product_attention, merge_attention, varlen_attention
+from fastattn.attention import (
+    additive_attention,
+    bilinear_attention,
+    dot_product_attention,
+    merge_attention,
+    varlen_attention,
+)
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
 from fastattn.softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "additive_attention",
+    "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
     "get_num_threads",

@@ -48,6 +48,7 @@ cdef class Problem:
     cdef const int64_t[::1] key_starts
     cdef Py_ssize_t sequences
     cdef object num_threads
+    cdef object weighing                  # keeps shared.score_weights alive
     cdef list kept                        # keeps the arrays alive that the layouts point to
     cdef readonly object out, weights, lse
 
@@ -57,6 +58,20 @@ cdef class Problem:
 
 cdef Problem read_dot_product(
     object query, object key, object value, object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+)
+cdef Problem read_additive(
+    object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
+    object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+)
+cdef Problem read_bilinear(
+    object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
+    object is_causal, object window_size, object query_offset,
     object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
     object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
     object out, object num_threads,

@@ -11,10 +11,12 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.float cimport DBL_MAX
 from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
 
-from fastattn._runtime cimport (FA_BF16, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype, fa_view)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX,
+                                fa_dtype, fa_view)
 
 from fastattn._runtime import checked_threads
 
@@ -621,20 +623,19 @@ cdef inline void set_strides(fa_view *view, const Layout *layout) noexcept:
     view.col = layout.col
 
 
-cdef Problem read_dot_product(
-    object query, object key, object value, object is_causal, object window_size, object query_offset,
+cdef Problem read_rules(
+    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object query_offset,
     object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
     object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
     object out, object num_threads,
 ):
-    cdef Problem p = new_problem()
+    """What all scores share. arrays: query and key, of one dtype, and value, of the output's; p.shared.dtype,
+    .score_dtype and .score are set. inputs, names: what came, which `out` must not overlap."""
     cdef Py_ssize_t group
-    cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef bint with_weights = flag(return_weights, "return_weights"), with_lse = flag(return_lse, "return_lse")
     cdef bint grouped = flag(enable_gqa, "enable_gqa")
     cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
                           bias is None and alibi_slopes is None and sinks is None)
-    p.shared.dtype = promote(arrays, ("query", "key", "value"))
     p.shared.bias_dtype = FA_F32
     read_arrays(p, arrays, grouped, &group)
     read_window(p, window_size, flag(is_causal, "is_causal"))
@@ -643,9 +644,8 @@ cdef Problem read_dot_product(
     if num_threads is not None:
         checked_threads(num_threads)
     if scale is not None:
-        p.shared.scale = real_scalar(scale, "scale", "a finite real number or None")
-    else:
-        p.shared.scale = 1.0 / sqrt(<double> max(p.shared.head_dim, 1))
+        p.shared.scale *= real_scalar(scale, "scale", "a finite real number or None")
+        p.shared.scale = max(-DBL_MAX, min(DBL_MAX, p.shared.scale))
     p.shared.softcap = 0
     if softcap is not None:
         p.shared.softcap = real_scalar(softcap, "softcap", "a positive finite number or None")
@@ -677,13 +677,13 @@ cdef Problem read_dot_product(
         p.shared.has_sink = True
 
     if out is None:
-        p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[0])
+        p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[2])
     else:
-        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[0].dtype,
+        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[2].dtype,
                             [*arrays[:3], mask_array, bias_array], ("query", "key", "value", "mask", "bias"))
-        refuse_overlap(out, (query, key, value, key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
-                       ("query", "key", "value", "key_lengths", "query_lengths", "query_offset", "alibi_slopes",
-                        "sinks"))
+        refuse_overlap(out, inputs, names)
+        refuse_overlap(out, (key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
+                       ("key_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks"))
     place(p, OUT, p.out, 2)
     if with_weights:
         p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
@@ -693,6 +693,160 @@ cdef Problem read_dot_product(
         place(p, LSE, p.lse, 1)
     finish(p, group)
     return p
+
+
+cdef Problem read_dot_product(
+    object query, object key, object value, object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
+    cdef cnp.ndarray q
+    p.shared.dtype = p.shared.score_dtype = promote(arrays, ("query", "key", "value"))
+    p.shared.score = FA_DOT
+    q = arrays[0]
+    p.shared.scale = 1
+    if scale is None and cnp.PyArray_NDIM(q) > 0:
+        p.shared.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
+    return read_rules(
+        p, arrays, (query, key, value), ("query", "key", "value"),
+        is_causal, window_size, query_offset, key_lengths, query_lengths,
+        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+        num_threads)
+
+
+# Scores with weights of their own
+
+cdef object read_weights(tuple given, tuple names, list arrays, fa_dtype *dtype):
+    """Promotes what is given (the rest is None) together; `arrays` receives it, in the same order."""
+    cdef list present = [floating(x, name) for x, name in zip(given, names, strict=True) if x is not None]
+    dtype[0] = promote(present, tuple([name for x, name in zip(given, names, strict=True) if x is not None]))
+    for x in given:
+        arrays.append(None if x is None else present.pop(0))
+    for i, (x, name) in enumerate(zip(arrays[:2], names[:2], strict=True)):
+        if x.ndim < 2:
+            raise too_few_axes(name, x, ("(..., L, D_query)", "(..., S, D_key)")[i])
+
+
+cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype dtype):
+    """A bias of a projection, in the accumulation dtype."""
+    cdef cnp.ndarray b = floating(x, name)
+    if cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != size:
+        raise ValueError(f"{name} has shape {shape_of(b)}; it must be ({size},), {why}")
+    with np.errstate(over="ignore"):
+        return b.astype(accumulation(dtype))
+
+
+cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object columns, str why) except -1:
+    """Whether x @ w can be taken, and has so many columns; None: any number of them."""
+    rows = x.shape[x.ndim - 1]
+    if w.ndim != 2 or w.shape[0] != rows or columns is not None and w.shape[1] != columns:
+        allowed = f"({rows}, {'n' if columns is None else columns})"
+        raise ValueError(f"{name} has shape {shape_of(w)}; it must be {allowed}: {rows} is {x_name}'s last axis{why}")
+    return 0
+
+
+cdef object projected(object x, object w, object b, fa_dtype dtype):
+    """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
+    if w is None and b is None:
+        return x
+    with np.errstate(all="ignore"):
+        x = x.astype(accumulation(dtype), copy=False)
+        if w is not None:
+            x = np.matmul(x, w.astype(accumulation(dtype), copy=False))
+        return x if b is None else x + b
+
+
+cdef Problem read_additive(
+    object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
+    object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef list arrays = []
+    cdef tuple names = ("query", "key", "value", "w_score", "w_query", "w_key")
+    cdef cnp.ndarray w
+    cdef Py_ssize_t hidden
+    if w_score is None:
+        raise TypeError("w_score must be an array of shape (hidden,), not None")
+    read_weights((query, key, value, w_score, w_query, w_key), names, arrays, &p.shared.dtype)
+    q, k, v, w, q_matrix, k_matrix = arrays
+    if cnp.PyArray_NDIM(w) != 1:
+        raise ValueError(f"w_score has shape {shape_of(w)}; it must have one axis, (hidden,)")
+    hidden = cnp.PyArray_DIM(w, 0)
+    for x, x_name, matrix, name in ((q, "query", q_matrix, "w_query"), (k, "key", k_matrix, "w_key")):
+        if matrix is not None:
+            check_matrix(matrix, name, x, x_name, hidden, f", and {hidden} (hidden) the length of w_score")
+        elif x.shape[x.ndim - 1] != hidden:
+            raise ValueError(f"{x_name}'s last axis is {x.shape[x.ndim - 1]}; without {name} it must be {hidden} "
+                             f"(hidden), the length of w_score; with {name}, a matrix "
+                             f"({x.shape[x.ndim - 1]}, {hidden}), it is projected")
+    if b_hidden is not None:
+        b_array = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
+    else:
+        b_array = None
+    q, k = projected(q, q_matrix, b_array, p.shared.dtype), projected(k, k_matrix, None, p.shared.dtype)
+    if q.dtype != k.dtype:
+        q, k = [x.astype(accumulation(p.shared.dtype), copy=False) for x in (q, k)]
+    p.shared.score_dtype = storage_of(q, "query")
+    p.shared.score = FA_ADDITIVE
+    # The largest weight lies between 1/2 and 1, and the scale has the power of two: no product over- or underflows.
+    weights = w.astype(np.float64)
+    finite = weights[np.isfinite(weights)]
+    exponent = int(np.frexp(np.max(np.abs(finite), initial=0.0))[1])
+    weights = np.ascontiguousarray(np.ldexp(weights, -exponent))
+    p.shared.score_weights = <const double *> cnp.PyArray_DATA(weights)
+    p.shared.scale = math.ldexp(1.0, exponent)
+    p.weighing = weights
+    return read_rules(
+        p, [q, k, v], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
+        is_causal, window_size, query_offset, key_lengths, query_lengths,
+        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+        num_threads)
+
+
+cdef Problem read_bilinear(
+    object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
+    object is_causal, object window_size, object query_offset,
+    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
+    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
+    object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef list arrays = []
+    cdef tuple names = ("query", "key", "value", "w_query", "w_key")
+    if w_query is None:
+        raise TypeError("w_query must be a matrix of shape (D_query, n), not None")
+    read_weights((query, key, value, w_query, w_key), names, arrays, &p.shared.dtype)
+    q, k, v, q_matrix, k_matrix = arrays
+    check_matrix(q_matrix, "w_query", q, "query", None, "")
+    columns = q_matrix.shape[1]
+    if k_matrix is not None:
+        check_matrix(k_matrix, "w_key", k, "key", columns, f", and {columns} the number of w_query's columns")
+    else:
+        check_matrix(q_matrix, "w_query", k, "key", None, ", which w_query is for as well when w_key is None")
+        k_matrix = q_matrix
+    if b_query is not None:
+        b_query_array = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.shared.dtype)
+    else:
+        b_query_array = None
+    if b_key is not None:
+        b_key_array = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.shared.dtype)
+    else:
+        b_key_array = b_query_array if w_key is None else None
+    q, k = projected(q, q_matrix, b_query_array, p.shared.dtype), projected(k, k_matrix, b_key_array, p.shared.dtype)
+    p.shared.score_dtype = storage_of(q, "query")
+    p.shared.score = FA_DOT
+    p.shared.scale = 1
+    return read_rules(
+        p, [q, k, v], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
+        is_causal, window_size, query_offset, key_lengths, query_lengths,
+        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+        num_threads)
 
 
 # Packed sequences

@@ -9,9 +9,10 @@ import numpy as np
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 
-from fastattn._arguments cimport Problem, read_dot_product, read_varlen
-from fastattn._runtime cimport (FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels, fa_visible_keys,
-                                give_workspace, interrupted, kernels_for, raise_pending, take_workspace)
+from fastattn._arguments cimport Problem, read_additive, read_bilinear, read_dot_product, read_varlen
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
+                                fa_visible_keys, give_workspace, interrupted, kernels_for, raise_pending,
+                                take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -23,6 +24,8 @@ cdef enum:
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
+# What a channel of an additive score costs.
+cdef double ADDITIVE_WORK = 4
 # What a tile and a row cost besides.
 cdef double TILE_WORK = 1e4
 cdef double ROW_WORK = 1e3
@@ -30,10 +33,15 @@ cdef double ROW_WORK = 1e3
 cdef double MOST_WORK = 8e9
 
 
+cdef double work_of_pair(Problem p) noexcept:
+    """Multiplications for one query and one key."""
+    return p.shared.head_dim * (ADDITIVE_WORK if p.shared.score == FA_ADDITIVE else 1.0) + p.shared.value_dim
+
+
 cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
     """Depends on the shapes only."""
     cdef Py_ssize_t longest = p.longest_query, rows, tiles
-    cdef double work_of_row = <double> p.longest_key * (p.shared.head_dim + p.shared.value_dim) + 1
+    cdef double work_of_row = <double> p.longest_key * work_of_pair(p) + 1
     rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / TILES)
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
     rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
@@ -131,7 +139,7 @@ cdef object attend(Problem p):
     cdef int64_t rows = rows_of_tiles(p)
     cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
     cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
-    cdef double work = <double> p.heads * p.sizes.queries * (p.longest_key * channels + ROW_WORK) + \
+    cdef double work = <double> p.heads * p.sizes.queries * (p.longest_key * work_of_pair(p) + ROW_WORK) + \
         TILE_WORK * tiles_of(p, rows)
     cdef bint small = work < SMALL_WORK
     cdef int threads = 1 if small else allowed_threads(p.num_threads)
@@ -143,8 +151,8 @@ cdef object attend(Problem p):
     if threads > 1:
         tiles = tiles_in_order(p, rows)
         threads = min(threads, tiles.shape[0])
-    # At most three numbers of 8 bytes for each channel of a row, and for each of a block of keys.
-    workspaces = <char *> take_workspace(size * threads, 24.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256))
+    # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
+    workspaces = <char *> take_workspace(size * threads, 32.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256))
     try:
         if small:
             run_serial(p, kernels, rows, workspaces, NULL)
@@ -177,3 +185,25 @@ def varlen_attention(
     return attend(read_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, window_size, alibi_slopes, scale, softcap, sinks,
         activation, enable_gqa, return_lse, out, num_threads))
+
+
+def additive_attention(
+    query, key, value, w_score, w_query, w_key, b_hidden,
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks,
+    activation, enable_gqa, return_weights, return_lse, out, num_threads,
+):
+    return attend(read_additive(
+        query, key, value, w_score, w_query, w_key, b_hidden,
+        is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap,
+        sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))
+
+
+def bilinear_attention(
+    query, key, value, w_query, w_key, b_query, b_key,
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks,
+    activation, enable_gqa, return_weights, return_lse, out, num_threads,
+):
+    return attend(read_bilinear(
+        query, key, value, w_query, w_key, b_query, b_key,
+        is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap,
+        sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))

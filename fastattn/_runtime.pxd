@@ -13,6 +13,10 @@ cdef extern from "kernels/fastattn.h" nogil:
         FA_F16
         FA_BF16
 
+    ctypedef enum fa_score:
+        FA_DOT
+        FA_ADDITIVE
+
     ctypedef enum fa_activation:
         FA_SOFTMAX
         FA_RELU
@@ -29,8 +33,10 @@ cdef extern from "kernels/fastattn.h" nogil:
 
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
+        fa_score score
+        const double *score_weights
         double scale, softcap
-        fa_dtype dtype, bias_dtype
+        fa_dtype dtype, score_dtype, bias_dtype
         fa_activation activation
         int has_slope, has_sink
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastattn._attention import additive_attention as _additive_attention
+from fastattn._attention import bilinear_attention as _bilinear_attention
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn._attention import varlen_attention as _varlen_attention
 from fastattn._softmax import merge_attention as _merge_attention
@@ -137,6 +139,259 @@ def dot_product_attention(
         query,
         key,
         value,
+        is_causal,
+        window_size,
+        query_offset,
+        key_lengths,
+        query_lengths,
+        mask,
+        bias,
+        alibi_slopes,
+        scale,
+        softcap,
+        sinks,
+        activation,
+        enable_gqa,
+        return_weights,
+        return_lse,
+        out,
+        num_threads,
+    )
+
+
+def additive_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    w_score: ArrayLike,
+    *,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    b_hidden: ArrayLike | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Additive (Bahdanau) attention: the score is ``w_score . tanh(query @ w_query + key @ w_key + b_hidden)``.
+
+    It never makes an array of shape (L, S, hidden), nor (L, S), and costs about four times a dot product.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D_query)
+    key : array_like, shape (..., S, D_key)
+    value : array_like, shape (..., S, E)
+        As for `dot_product_attention`, but query and key may differ in their last axis.
+    w_score : array_like, shape (hidden,)
+        Weight of each hidden unit in the score. Promotes together with query, key, value and the matrices.
+    w_query : array_like, shape (D_query, hidden), optional
+    w_key : array_like, shape (D_key, hidden), optional
+        Projections. One that is left out is the identity: that last axis must be `hidden` then. Without either this is
+        the form of Keras' ``AdditiveAttention``.
+    b_hidden : array_like, shape (hidden,), optional
+        Added before the tanh; taken in the accumulation dtype.
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
+        As for `dot_product_attention`: which keys a query sees, and what is added to the scores.
+    softcap, sinks, activation
+        As for `dot_product_attention`: from scores to weights.
+    scale : float, default 1
+        Factor of the scores.
+    enable_gqa, return_weights, return_lse, out, num_threads
+        As for `dot_product_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L, E)
+        Of the dtype to which the arrays promote.
+    weights : ndarray, shape (..., L, S)
+        Only with `return_weights`; float64 for float64, else float32.
+    lse : ndarray, shape (..., L)
+        Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the result, the projected arrays or the workspace.
+
+    Notes
+    -----
+    The tanh costs no exponential for a pair of query and key: ``tanh(a + b) = 1 - 2 / (1 + exp(2 a) exp(2 b))``, with
+    the exponentials taken once for each query and each key, and one division for four hidden units. Arguments too
+    large for that (43 in float32, 350 in float64) take a plain tanh, which is several times slower. The error of a
+    score is at most ``eps * (hidden + 8) * sum(abs(w_score))``, and what the projections add.
+
+    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
+    promised that the bits of a row do not depend on threads and on padding.
+
+    References
+    ----------
+    .. [1] D. Bahdanau, K. Cho and Y. Bengio, "Neural machine translation by jointly learning to align and translate",
+           2015, section A.1.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query = np.array([[0.5, -1.0]])
+    >>> key = np.array([[3.0, 1.0], [-3.0, 1.0]])
+    >>> value = np.array([[10.0], [20.0]])
+    >>> out, weights = fastattn.additive_attention(query, key, value, [2.0, 1.0], return_weights=True)
+    >>> weights.round(3)
+    array([[0.981, 0.019]])
+    >>> out.round(2)
+    array([[10.19]])
+
+    With projections from 2 and 3 channels to 4 hidden units:
+
+    >>> rng = np.random.default_rng(0)
+    >>> w_query, w_key, w_score = rng.normal(size=(2, 4)), rng.normal(size=(3, 4)), rng.normal(size=4)
+    >>> fastattn.additive_attention(query, np.eye(3), np.eye(3), w_score, w_query=w_query, w_key=w_key).shape
+    (1, 3)
+    """
+    return _additive_attention(
+        query,
+        key,
+        value,
+        w_score,
+        w_query,
+        w_key,
+        b_hidden,
+        is_causal,
+        window_size,
+        query_offset,
+        key_lengths,
+        query_lengths,
+        mask,
+        bias,
+        alibi_slopes,
+        scale,
+        softcap,
+        sinks,
+        activation,
+        enable_gqa,
+        return_weights,
+        return_lse,
+        out,
+        num_threads,
+    )
+
+
+def bilinear_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike | None = None,
+    *,
+    b_query: ArrayLike | None = None,
+    b_key: ArrayLike | None = None,
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Attention by a bilinear score, ``(query @ w_query + b_query) . (key @ w_key + b_key)``.
+
+    Luong's "general" score ``query @ W . key`` is ``w_query=W, w_key=np.eye(D_key)``, or, without that product,
+    ``dot_product_attention(query @ W, key, value, scale=1)``.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D_query)
+    key : array_like, shape (..., S, D_key)
+    value : array_like, shape (..., S, E)
+        As for `dot_product_attention`, but query and key may differ in their last axis.
+    w_query : array_like, shape (D_query, n)
+    w_key : array_like, shape (D_key, n), optional
+        Projections; they promote together with query, key and value. Without `w_key` the keys share `w_query`.
+    b_query, b_key : array_like, shape (n,), optional
+        Added to the projections; taken in the accumulation dtype. Without `w_key`, and unless `b_key` is given, the
+        keys share `b_query`.
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
+        As for `dot_product_attention`: which keys a query sees, and what is added to the scores.
+    softcap, sinks, activation
+        As for `dot_product_attention`: from scores to weights.
+    scale : float, default 1
+        Factor of the scores.
+    enable_gqa, return_weights, return_lse, out, num_threads
+        As for `dot_product_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L, E)
+        Of the dtype to which the arrays promote.
+    weights : ndarray, shape (..., L, S)
+        Only with `return_weights`; float64 for float64, else float32.
+    lse : ndarray, shape (..., L)
+        Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the result, the projected arrays or the workspace.
+
+    Notes
+    -----
+    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
+    promised that the bits of a row do not depend on threads and on padding.
+
+    References
+    ----------
+    .. [1] M.-T. Luong, H. Pham and C. D. Manning, "Effective approaches to attention-based neural machine translation",
+           2015, equation 8.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0, 5.0], [0.0, -1.0, 5.0]])
+    >>> value = np.array([[10.0], [20.0]])
+    >>> w_query, w_key = np.array([[2.0], [0.0]]), np.array([[0.0], [1.0], [0.0]])
+    >>> out, weights = fastattn.bilinear_attention(query, key, value, w_query, w_key, return_weights=True)
+    >>> weights.round(3)
+    array([[0.982, 0.018]])
+    """
+    return _bilinear_attention(
+        query,
+        key,
+        value,
+        w_query,
+        w_key,
+        b_query,
+        b_key,
         is_causal,
         window_size,
         query_offset,

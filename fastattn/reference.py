@@ -6,7 +6,8 @@ here to be read, and to be what the compiled library is tested against, which ne
 
 Attention is three steps, and so is this file:
 
-1. which keys a query sees, and how well they match it   ``visible_keys``, ``dot_scores``, ``finish_scores``
+1. which keys a query sees, and how well they match it   ``visible_keys``, ``finish_scores``, and one of
+                                                         ``dot_scores``, ``additive_scores``, ``bilinear_scores``
 2. scores become weights                                 ``normalise`` (softmax), ``activate``
 3. the values are added up by weight                     ``add_up``
 
@@ -17,6 +18,8 @@ Query rows are i, keys are j. Arguments are not checked here beyond what the res
 import numpy as np
 
 __all__ = [
+    "additive_attention",
+    "bilinear_attention",
     "dot_product_attention",
     "log_softmax",
     "logsumexp",
@@ -93,6 +96,41 @@ def dot_scores(query, key, scale=None):
     if scale is None:
         scale = 1 / np.sqrt(max(query.shape[-1], 1))
     return query @ key.swapaxes(-1, -2) * float(scale)
+
+
+def project(x, weights, bias=None):
+    """``x @ weights + bias``: from ``(..., D)`` to ``(..., hidden)``. What is left out changes nothing."""
+    if weights is not None:
+        x = x @ np.asarray(weights, dtype=np.float64)
+    return x if bias is None else x + np.asarray(bias, dtype=np.float64)
+
+
+def additive_scores(query, key, w_score, *, w_query=None, w_key=None, b_hidden=None, scale=None):
+    """``w_score . tanh(query @ w_query + key @ w_key + b_hidden)``, ``(..., L, S)``.
+
+    A network with one hidden layer says how well a query and a key match: Bahdanau, Cho and Bengio 2015, "Neural
+    machine translation by jointly learning to align and translate", appendix A.1.2. One hidden unit is added after
+    the other, so that no array has all three axes (L, S, hidden). With no unit all scores are 0.
+    """
+    query, key = project(query, w_query, b_hidden), project(key, w_key)
+    batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    scores = np.zeros((*batch_shape, query.shape[-2], key.shape[-2]))
+    units = zip(np.asarray(w_score, dtype=np.float64), np.moveaxis(query, -1, 0), np.moveaxis(key, -1, 0), strict=True)
+    for w, query_unit, key_unit in units:
+        scores += w * np.tanh(query_unit[..., :, None] + key_unit[..., None, :])
+    return scores if scale is None else scores * float(scale)
+
+
+def bilinear_scores(query, key, w_query, w_key=None, *, b_query=None, b_key=None, scale=None):
+    """``(query @ w_query + b_query) . (key @ w_key + b_key)``, ``(..., L, S)``; without `w_key` both share `w_query`.
+
+    Luong, Pham and Manning 2015, "Effective approaches to attention-based neural machine translation", call it the
+    "general" score, ``query @ w @ key.T``: `w_query` is w there, and `w_key` the identity.
+    """
+    if w_key is None:
+        w_key = w_query
+        b_key = b_query if b_key is None else b_key
+    return dot_scores(project(query, w_query, b_query), project(key, w_key, b_key), 1.0 if scale is None else scale)
 
 
 def finish_scores(scores, position, *, softcap=None, alibi_slopes=None, bias=None):
@@ -336,13 +374,220 @@ def dot_product_attention(
     ndarray (..., L, E), or a tuple (out[, weights][, lse])
         A row that sees nothing has output 0, weights 0 and log-sum-exp ``-inf`` (with a sink: the sink).
     """
+    return attend_by(
+        lambda query, key: dot_scores(query, key, scale),
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window_size=window_size,
+        query_offset=query_offset,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        activation=activation,
+        enable_gqa=enable_gqa,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        out=out,
+    )
+
+
+def additive_attention(
+    query,
+    key,
+    value,
+    w_score,
+    *,
+    w_query=None,
+    w_key=None,
+    b_hidden=None,
+    is_causal=False,
+    window_size=None,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Additive attention, ``score = w_score . tanh(query @ w_query + key @ w_key + b_hidden)`` (Bahdanau et al. 2015).
+
+    Everything but the score is as in `dot_product_attention`.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D_query)
+    key : array_like, shape (..., S, D_key)
+    value : array_like, shape (..., S, E)
+        The leading axes are batch axes and broadcast; axis -3 is the head axis.
+    w_score : array_like, shape (hidden,)
+        How much each hidden unit counts.
+    w_query : array_like, shape (D_query, hidden), optional
+    w_key : array_like, shape (D_key, hidden), optional
+        The projections. One that is left out is the identity (Keras' form), and D_query or D_key is `hidden` then.
+    b_hidden : array_like, shape (hidden,), optional
+        Added to each sum of a projected query and a projected key.
+    scale : float, optional
+        Default 1.
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
+    softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+        As in `dot_product_attention`.
+
+    Returns
+    -------
+    ndarray (..., L, E), or a tuple (out[, weights][, lse])
+    """
+
+    def scores(query, key):
+        return additive_scores(query, key, w_score, w_query=w_query, w_key=w_key, b_hidden=b_hidden, scale=scale)
+
+    return attend_by(
+        scores,
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window_size=window_size,
+        query_offset=query_offset,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        activation=activation,
+        enable_gqa=enable_gqa,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        out=out,
+    )
+
+
+def bilinear_attention(
+    query,
+    key,
+    value,
+    w_query,
+    w_key=None,
+    *,
+    b_query=None,
+    b_key=None,
+    is_causal=False,
+    window_size=None,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Bilinear attention, ``score = (query @ w_query + b_query) . (key @ w_key + b_key)`` (Luong et al. 2015).
+
+    Everything but the score is as in `dot_product_attention`.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D_query)
+    key : array_like, shape (..., S, D_key)
+    value : array_like, shape (..., S, E)
+        The leading axes are batch axes and broadcast; axis -3 is the head axis.
+    w_query : array_like, shape (D_query, hidden)
+    w_key : array_like, shape (D_key, hidden), optional
+        The projections. Without `w_key` the key is projected as the query is, by `w_query` and, unless `b_key` is
+        given, `b_query`.
+    b_query, b_key : array_like, shape (hidden,), optional
+        Added to the projections.
+    scale : float, optional
+        Default 1.
+    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
+    softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+        As in `dot_product_attention`.
+
+    Returns
+    -------
+    ndarray (..., L, E), or a tuple (out[, weights][, lse])
+    """
+
+    def scores(query, key):
+        return bilinear_scores(query, key, w_query, w_key, b_query=b_query, b_key=b_key, scale=scale)
+
+    return attend_by(
+        scores,
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window_size=window_size,
+        query_offset=query_offset,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        activation=activation,
+        enable_gqa=enable_gqa,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        out=out,
+    )
+
+
+def attend_by(
+    score,
+    query,
+    key,
+    value,
+    *,
+    is_causal,
+    window_size,
+    query_offset,
+    key_lengths,
+    query_lengths,
+    mask,
+    bias,
+    alibi_slopes,
+    softcap,
+    sinks,
+    activation,
+    enable_gqa,
+    return_weights,
+    return_lse,
+    out,
+):
+    """All three steps for a score of any kind: ``score(query, key)`` gives the scaled scores, ``(..., L, S)``."""
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     if enable_gqa:
         key, value = repeat_heads(query, key, value)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     with np.errstate(all="ignore"):
         position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
-        scores = dot_scores(query, key, scale)
+        scores = score(query, key)
         # Lengths, slopes, masks and the like have the batch axes of the output, which value may widen.
         batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
         scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))

@@ -12,6 +12,8 @@
 
 #include "dot.inc.h"
 
+#include "additive.inc.h"
+
 #include "values.inc.h"
 
 #include "online_softmax.inc.h"
@@ -46,10 +48,12 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
 {
     NAME(tile) *tile = workspace;
     NAME(lay_out)(tile, problem, rows, head->keys, workspace);
-    double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
-    NAME(pack_queries)
-    (problem, &head->query, row, rows, (real)(NAME(late_scale)(problem) ? 1 : problem->scale * unit), tile->channels,
-     tile->q);
+    const double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
+    const double factor = NAME(late_scale)(problem) ? 1 : problem->scale * unit;
+    if (problem->score == FA_ADDITIVE)
+        NAME(additive_queries)(problem, &head->query, row, rows, factor, tile);
+    else
+        NAME(pack_queries)(problem, &head->query, row, rows, (real)factor, tile->channels, tile->q);
     NAME(open_span)(problem, rows, tile);
 }
 
@@ -122,7 +126,10 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             continue;
         }
         if (!packed) {
-            NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
+            if (problem->score == FA_ADDITIVE)
+                NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
+            else
+                NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
             if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value)) {
                 NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
                 value = (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
@@ -137,7 +144,10 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
-        NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
+        if (problem->score == FA_ADDITIVE)
+            NAME(additive_scores)(tile, first, group, v_first, v_last, s);
+        else
+            NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
         int partial = 0;
         if (!range.alike || rules || v_first * LANES != lo || v_last * LANES != hi) {

@@ -17,6 +17,9 @@ static ALWAYS_INLINE __m256d fma_f64(__m256d a, __m256d b, __m256d c) { return _
 #define HAS_MAX
 static ALWAYS_INLINE __m256 max_f32(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static ALWAYS_INLINE __m256d max_f64(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+#define HAS_MIN
+static ALWAYS_INLINE __m256 min_f32(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+static ALWAYS_INLINE __m256d min_f64(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
 #define HAS_TRUE_BITS
 static ALWAYS_INLINE unsigned true_bits_f32(__m256i where) { return (unsigned)_mm256_movemask_ps((__m256)where); }
 static ALWAYS_INLINE unsigned true_bits_f64(__m256i where) { return (unsigned)_mm256_movemask_pd((__m256d)where); }

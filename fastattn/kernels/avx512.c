@@ -18,6 +18,9 @@ static ALWAYS_INLINE __m512d fma_f64(__m512d a, __m512d b, __m512d c) { return _
 #define HAS_MAX
 static ALWAYS_INLINE __m512 max_f32(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static ALWAYS_INLINE __m512d max_f64(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+#define HAS_MIN
+static ALWAYS_INLINE __m512 min_f32(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+static ALWAYS_INLINE __m512d min_f64(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 #define HAS_PICK_BITS
 static ALWAYS_INLINE __m512 pick_bits_f32(unsigned m, __m512 a, __m512 b)
 {

@@ -19,6 +19,9 @@
 #define HAS_MAX
 static ALWAYS_INLINE __m128 max_f32(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
 static ALWAYS_INLINE __m128d max_f64(__m128d a, __m128d b) { return _mm_max_pd(a, b); }
+#define HAS_MIN
+static ALWAYS_INLINE __m128 min_f32(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+static ALWAYS_INLINE __m128d min_f64(__m128d a, __m128d b) { return _mm_min_pd(a, b); }
 #endif
 
 #include "instantiate.inc.h"

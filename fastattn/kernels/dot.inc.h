@@ -4,7 +4,7 @@
 static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
                                int64_t channels, real *restrict to)
 {
-    const int in_place = NAME(readable)(problem, query);
+    const int in_place = NAME(readable)(problem->score_dtype, query);
     for (int64_t i = 0; i < rows; i++) {
         real *group = to + i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;
         const char *q_i = query->data + (row + i) * query->row;
@@ -13,7 +13,7 @@ static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, 
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
             const real *from = (const real *)(q_i + c * query->col);
             if (!in_place) {
-                NAME(gather)(group, q_i + c * query->col, query->col, live, problem->dtype);
+                NAME(gather)(group, q_i + c * query->col, query->col, live, problem->score_dtype);
                 from = group;
             }
             for (int64_t k = 0; k < live; k++)
@@ -30,7 +30,7 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
                             int64_t padded, real *restrict to)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = NAME(readable)(problem, key);
+    const int in_place = NAME(readable)(problem->score_dtype, key);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
         real *panel = to + j / NAME(PANEL) * NAME(PANEL) * padded + j % NAME(PANEL);
@@ -45,7 +45,7 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
             for (int i = 0; i < LANES; i++)
                 NAME(store)(square + i * LANES, (vec){0});
             for (int i = begin > j ? begin - j : 0; i < live; i++)
-                NAME(gather)(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->dtype);
+                NAME(gather)(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->score_dtype);
             if (n == LANES)
                 NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), (const char *)square, sizeof(real) * LANES);
             else

@@ -21,6 +21,7 @@ enum {
 };
 
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
+typedef enum { FA_DOT, FA_ADDITIVE } fa_score;
 typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID } fa_activation;
 typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_function;
 
@@ -34,9 +35,13 @@ typedef struct {
 typedef struct {
     int64_t head_dim, value_dim;
     int64_t left, right; /* window around the query's position, inclusive; INT64_MAX: unbounded (causal: right 0) */
+    fa_score score;
+    const double
+        *score_weights; /* FA_ADDITIVE: [head_dim], at most 1 in size where finite; head_dim is `hidden` then */
     double scale;
-    double softcap; /* 0: none */
-    fa_dtype dtype; /* of query, key, value and out */
+    double softcap;       /* 0: none */
+    fa_dtype dtype;       /* of value and out */
+    fa_dtype score_dtype; /* of query and key: the same, or the accumulation dtype where they are products already */
     fa_dtype bias_dtype;
     fa_activation activation;
     int has_slope, has_sink;

@@ -7,7 +7,10 @@
 
 #include "visible.inc.h"
 
-enum { STRIP = 64 }; /* channels of a query that lie together (product.inc.h) */
+enum {
+    STRIP = 64, /* channels of a query that lie together (product.inc.h) */
+    SHARE = 4   /* channels that share a division (additive.inc.h) */
+};
 
 #define BITS 32
 #define REAL float

@@ -146,8 +146,8 @@ static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t
 #undef WRITE_ALL
 
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
-static ALWAYS_INLINE int NAME(readable)(const fa_problem *problem, const fa_view *matrix)
+static ALWAYS_INLINE int NAME(readable)(fa_dtype dtype, const fa_view *matrix)
 {
-    return problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && matrix->col == (ptrdiff_t)sizeof(real) &&
+    return dtype == (BITS == 32 ? FA_F32 : FA_F64) && matrix->col == (ptrdiff_t)sizeof(real) &&
            ((uintptr_t)matrix->data | (uintptr_t)matrix->row) % sizeof(real) == 0;
 }

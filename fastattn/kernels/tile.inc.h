@@ -1,12 +1,22 @@
 /* The workspace of a tile: what lies where. Sizes depend on shapes only. */
 
+/* What additive scores need besides (additive.inc.h). */
+typedef struct {
+    real *w;             /* [channels] their weights, times -2 and the scale; zeros */
+    real w_sum;          /* the same without -2, summed */
+    real *q_raw, *k_raw; /* what q and k are the exponentials of */
+    char *row_is_wide;   /* [rows] whether a row has an argument beyond ADDITIVE_LIMIT */
+    key_bits wide_keys;  /* the same of the block's keys */
+    int all_wide;
+} NAME(additive);
+
 typedef struct {
     int64_t spans;     /* spans of keys already folded into the totals */
     int64_t open_span; /* the span that the state belongs to, or -1 */
-    int64_t channels;  /* head_dim rounded up to whole terms of a product; zeros */
+    int64_t channels;  /* head_dim rounded up to whole terms of a score; zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
-    real *q;           /* queries, scaled: [group][strip of channels][row][STRIP] */
-    real *k;           /* a block of keys: by panels of VECS vectors, [channel][key] */
+    real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
+    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
     real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
@@ -16,6 +26,7 @@ typedef struct {
     real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
     real *m_all, *l_all, *l_lost, *o_all, *o_lost;
+    NAME(additive) additive;
 } NAME(tile);
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
@@ -38,7 +49,8 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
 {
     char *at = base + (sizeof(NAME(tile)) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
-    int64_t channels = (problem->head_dim + STEPS - 1) / STEPS * STEPS;
+    const int additive = problem->score == FA_ADDITIVE, whole = additive && STEPS < SHARE ? SHARE : STEPS;
+    int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
     tile->spans = 0;
@@ -57,6 +69,12 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->m = (real *)NAME(take)(&at, rows);
     tile->l = (real *)NAME(take)(&at, rows * LANES);
     tile->o = (real *)NAME(take)(&at, rows * value_row);
+    if (additive) {
+        tile->additive.w = (real *)NAME(take)(&at, channels);
+        tile->additive.q_raw = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
+        tile->additive.k_raw = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
+        tile->additive.row_is_wide = NAME(take)(&at, rows);
+    }
     if (keys > FA_SPAN) {
         tile->m_all = (real *)NAME(take)(&at, rows);
         tile->l_all = (real *)NAME(take)(&at, rows * LANES);

@@ -7,7 +7,7 @@ typedef struct {
 
 static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value)
 {
-    return NAME(readable)(problem, value) && problem->value_dim % LANES == 0 && value->row % 1024 != 0;
+    return NAME(readable)(problem->dtype, value) && problem->value_dim % LANES == 0 && value->row % 1024 != 0;
 }
 
 /* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */

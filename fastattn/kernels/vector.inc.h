@@ -49,6 +49,11 @@ static ALWAYS_INLINE vec NAME(lane_numbers)(void)
 static ALWAYS_INLINE vec NAME(max)(vec a, vec b) { return NAME(pick)(a > b, a, b); }
 #endif
 
+/* The lesser number; where either is NaN, the second. */
+#ifndef HAS_MIN
+static ALWAYS_INLINE vec NAME(min)(vec a, vec b) { return NAME(pick)(a < b, a, b); }
+#endif
+
 /* Lane i from a where bit i is set, else from b. */
 #ifndef HAS_PICK_BITS
 static ALWAYS_INLINE vec NAME(pick_bits)(unsigned bits, vec a, vec b)
@@ -127,31 +132,48 @@ static ALWAYS_INLINE vec NAME(exp2)(vec x)
     return NAME(scale_down)(p, x);
 }
 
-/* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e).
- * e = 2**n * (2**f - 1) + (2**n - 1) with n nearest, so that a small x has n = 0 and loses nothing. */
-static ALWAYS_INLINE vec NAME(tanh)(vec x)
+/* 2**f - 1 for |f| <= 1/2, with a relative error of an eps, also near 0. */
+static ALWAYS_INLINE vec NAME(exp2_less_1)(vec f)
 {
 #if BITS == 32
     static const real c[] = {0.693147188026228781f,   0.240226507605681269f,   0.0555035711421907782f,
                              0.00961808255727785149f, 0.00133908633646712344f, 0.000154531629451206902f};
-    const real least = -40;
 #else
     static const real c[] = {0.693147180559945309,   0.240226506959100982,   0.0555041086648215943,
                              0.00961812910760688853, 0.00133335581464169353, 0.000154035304417360502,
                              1.52527338298361184e-5, 1.32154425879216897e-6, 1.01780624458457735e-7,
                              7.0725859492692237e-9,  4.45496059818651839e-10};
-    const real least = -100;
 #endif
     const int n = sizeof(c) / sizeof(c[0]);
-    vec size = NAME(abs)(x);
-    vec y = NAME(max)(NAME(fill)(least), size * (real)-2.88539008177792681472);
-    vec whole = NAME(floor)(y + (real)0.5);
-    vec f = y - whole;
     vec p = NAME(fill)(c[n - 1]);
     for (int i = n - 2; i >= 0; i--)
         p = NAME(fma)(p, f, NAME(fill)(c[i]));
+    return p * f;
+}
+
+/* exp(x) where that is a normal number; anything elsewhere. log 2 in two parts: the product of the first with a whole
+ * number is exact, so that the error does not grow with x. */
+static ALWAYS_INLINE vec NAME(exp)(vec x)
+{
+    const real log2e = (real)1.44269504088896340736;
+    const real upper = BITS == 32 ? (real)0.693359375 : (real)6.93147180369123816490e-01;
+    const real lower = BITS == 32 ? (real)-2.12194440e-4 : (real)1.90821492927058770002e-10;
+    const vec whole = NAME(floor)(x * log2e + (real)0.5);
+    const vec rest = (x - whole * upper) - whole * lower;
+    const vec power = NAME(power_of_two)(whole);
+    return NAME(fma)(power, NAME(exp2_less_1)(rest * log2e), power);
+}
+
+/* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e).
+ * e = 2**n * (2**f - 1) + (2**n - 1) with n nearest, so that a small x has n = 0 and loses nothing. */
+static ALWAYS_INLINE vec NAME(tanh)(vec x)
+{
+    const real least = BITS == 32 ? -40 : -100;
+    vec size = NAME(abs)(x);
+    vec y = NAME(max)(NAME(fill)(least), size * (real)-2.88539008177792681472);
+    vec whole = NAME(floor)(y + (real)0.5);
     vec power = NAME(power_of_two)(whole);
-    vec e = NAME(fma)(power, p * f, power - 1);
+    vec e = NAME(fma)(power, NAME(exp2_less_1)(y - whole), power - 1);
     vec t = -e / (2 + e);
     return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
 }
