@@ -48,7 +48,7 @@ cdef class Problem:
     cdef const int64_t[::1] key_starts
     cdef Py_ssize_t sequences
     cdef object num_threads
-    cdef object weighing                  # keeps shared.score_weights alive
+    cdef object score_weights             # the array that shared.score_weights points to
     cdef list kept                        # keeps the arrays alive that the layouts point to
     cdef readonly object out, weights, lse
 

@@ -12,7 +12,7 @@ import numpy as np
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.float cimport DBL_MAX
-from libc.math cimport sqrt
+from libc.math cimport fabs, frexp, isfinite, ldexp, sqrt
 from libc.stdint cimport INT64_MAX
 
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX,
@@ -719,15 +719,24 @@ cdef Problem read_dot_product(
 
 # Scores with weights of their own
 
-cdef object read_weights(tuple given, tuple names, list arrays, fa_dtype *dtype):
-    """Promotes what is given (the rest is None) together; `arrays` receives it, in the same order."""
-    cdef list present = [floating(x, name) for x, name in zip(given, names, strict=True) if x is not None]
-    dtype[0] = promote(present, tuple([name for x, name in zip(given, names, strict=True) if x is not None]))
-    for x in given:
-        arrays.append(None if x is None else present.pop(0))
-    for i, (x, name) in enumerate(zip(arrays[:2], names[:2], strict=True)):
-        if x.ndim < 2:
-            raise too_few_axes(name, x, ("(..., L, D_query)", "(..., S, D_key)")[i])
+cdef list read_weights(tuple given, tuple names, fa_dtype *dtype):
+    """Query, key, value and weights, promoted together; None stays None."""
+    cdef list arrays = [], present = [], present_names = []
+    cdef int i
+    cdef cnp.ndarray a
+    for i in range(len(given)):
+        if given[i] is not None:
+            present.append(floating(given[i], names[i]))
+            present_names.append(names[i])
+    dtype[0] = promote(present, tuple(present_names))
+    present.reverse()
+    for i in range(len(given)):
+        arrays.append(None if given[i] is None else present.pop())
+    for i in range(2):
+        a = arrays[i]
+        if cnp.PyArray_NDIM(a) < 2:
+            raise too_few_axes(names[i], a, ("(..., L, D_query)", "(..., S, D_key)")[i])
+    return arrays
 
 
 cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype dtype):
@@ -741,22 +750,46 @@ cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype d
 
 cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object columns, str why) except -1:
     """Whether x @ w can be taken, and has so many columns; None: any number of them."""
-    rows = x.shape[x.ndim - 1]
-    if w.ndim != 2 or w.shape[0] != rows or columns is not None and w.shape[1] != columns:
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+    if (cnp.PyArray_NDIM(w) != 2 or cnp.PyArray_DIM(w, 0) != rows or
+            columns is not None and cnp.PyArray_DIM(w, 1) != columns):
         allowed = f"({rows}, {'n' if columns is None else columns})"
         raise ValueError(f"{name} has shape {shape_of(w)}; it must be {allowed}: {rows} is {x_name}'s last axis{why}")
     return 0
 
 
-cdef object projected(object x, object w, object b, fa_dtype dtype):
+cdef cnp.ndarray converted(cnp.ndarray a, object dtype):
+    return a if a.dtype is dtype else a.astype(dtype)
+
+
+cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):
     """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
     if w is None and b is None:
         return x
+    x = converted(x, accumulation(dtype))
     with np.errstate(all="ignore"):
-        x = x.astype(accumulation(dtype), copy=False)
         if w is not None:
-            x = np.matmul(x, w.astype(accumulation(dtype), copy=False))
-        return x if b is None else x + b
+            x = np.matmul(x, converted(w, accumulation(dtype)))
+        return x if b is None else np.add(x, b)
+
+
+cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
+    """Score weights in float64, the largest between 1/2 and 1, and the power of two that was taken out: with it in the
+    scale, where it may wait until the sum is taken, no product over- or underflows."""
+    cdef cnp.ndarray a = cnp.PyArray_FROMANY(w, cnp.NPY_FLOAT64, 1, 1,
+                                             cnp.NPY_ARRAY_CARRAY | cnp.NPY_ARRAY_ENSURECOPY)
+    cdef double *number = <double *> cnp.PyArray_DATA(a)
+    cdef double most = 0
+    cdef int exponent = 0
+    cdef Py_ssize_t i, n = cnp.PyArray_DIM(a, 0)
+    for i in range(n):
+        if isfinite(number[i]):
+            most = max(most, fabs(number[i]))
+    frexp(most, &exponent)
+    for i in range(n):
+        number[i] = ldexp(number[i], -exponent)
+    factor[0] = ldexp(1.0, exponent)
+    return a
 
 
 cdef Problem read_additive(
@@ -767,43 +800,38 @@ cdef Problem read_additive(
     object out, object num_threads,
 ):
     cdef Problem p = new_problem()
-    cdef list arrays = []
+    cdef list arrays
     cdef tuple names = ("query", "key", "value", "w_score", "w_query", "w_key")
-    cdef cnp.ndarray w
+    cdef cnp.ndarray q, k, x, w, b = None
     cdef Py_ssize_t hidden
+    cdef int i
     if w_score is None:
         raise TypeError("w_score must be an array of shape (hidden,), not None")
-    read_weights((query, key, value, w_score, w_query, w_key), names, arrays, &p.shared.dtype)
-    q, k, v, w, q_matrix, k_matrix = arrays
+    arrays = read_weights((query, key, value, w_score, w_query, w_key), names, &p.shared.dtype)
+    q, k, w = arrays[0], arrays[1], arrays[3]
     if cnp.PyArray_NDIM(w) != 1:
         raise ValueError(f"w_score has shape {shape_of(w)}; it must have one axis, (hidden,)")
     hidden = cnp.PyArray_DIM(w, 0)
-    for x, x_name, matrix, name in ((q, "query", q_matrix, "w_query"), (k, "key", k_matrix, "w_key")):
-        if matrix is not None:
-            check_matrix(matrix, name, x, x_name, hidden, f", and {hidden} (hidden) the length of w_score")
-        elif x.shape[x.ndim - 1] != hidden:
-            raise ValueError(f"{x_name}'s last axis is {x.shape[x.ndim - 1]}; without {name} it must be {hidden} "
-                             f"(hidden), the length of w_score; with {name}, a matrix "
-                             f"({x.shape[x.ndim - 1]}, {hidden}), it is projected")
+    for i in range(2):
+        x = arrays[i]
+        if arrays[4 + i] is not None:
+            check_matrix(arrays[4 + i], names[4 + i], x, names[i], hidden,
+                         f", and {hidden} (hidden) the length of w_score")
+        elif cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != hidden:
+            size = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+            raise ValueError(f"{names[i]}'s last axis is {size}; without {names[4 + i]} it must be {hidden} (hidden), "
+                             f"the length of w_score; {names[4 + i]}, of shape ({size}, {hidden}), projects it")
     if b_hidden is not None:
-        b_array = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
-    else:
-        b_array = None
-    q, k = projected(q, q_matrix, b_array, p.shared.dtype), projected(k, k_matrix, None, p.shared.dtype)
-    if q.dtype != k.dtype:
-        q, k = [x.astype(accumulation(p.shared.dtype), copy=False) for x in (q, k)]
+        b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
+    q, k = projected(q, arrays[4], b, p.shared.dtype), projected(k, arrays[5], None, p.shared.dtype)
+    if cnp.PyArray_TYPE(q) != cnp.PyArray_TYPE(k):
+        q, k = converted(q, accumulation(p.shared.dtype)), converted(k, accumulation(p.shared.dtype))
     p.shared.score_dtype = storage_of(q, "query")
     p.shared.score = FA_ADDITIVE
-    # The largest weight lies between 1/2 and 1, and the scale has the power of two: no product over- or underflows.
-    weights = w.astype(np.float64)
-    finite = weights[np.isfinite(weights)]
-    exponent = int(np.frexp(np.max(np.abs(finite), initial=0.0))[1])
-    weights = np.ascontiguousarray(np.ldexp(weights, -exponent))
-    p.shared.score_weights = <const double *> cnp.PyArray_DATA(weights)
-    p.shared.scale = math.ldexp(1.0, exponent)
-    p.weighing = weights
+    p.score_weights = normalised(w, &p.shared.scale)
+    p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
     return read_rules(
-        p, [q, k, v], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
+        p, [q, k, arrays[2]], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
         is_causal, window_size, query_offset, key_lengths, query_lengths,
         mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
         num_threads)
@@ -817,33 +845,32 @@ cdef Problem read_bilinear(
     object out, object num_threads,
 ):
     cdef Problem p = new_problem()
-    cdef list arrays = []
+    cdef list arrays
     cdef tuple names = ("query", "key", "value", "w_query", "w_key")
+    cdef cnp.ndarray q, k, q_matrix, k_matrix, q_bias = None, k_bias = None
     if w_query is None:
         raise TypeError("w_query must be a matrix of shape (D_query, n), not None")
-    read_weights((query, key, value, w_query, w_key), names, arrays, &p.shared.dtype)
-    q, k, v, q_matrix, k_matrix = arrays
+    arrays = read_weights((query, key, value, w_query, w_key), names, &p.shared.dtype)
+    q, k, q_matrix, k_matrix = arrays[0], arrays[1], arrays[3], arrays[4]
     check_matrix(q_matrix, "w_query", q, "query", None, "")
-    columns = q_matrix.shape[1]
+    columns = cnp.PyArray_DIM(q_matrix, 1)
     if k_matrix is not None:
         check_matrix(k_matrix, "w_key", k, "key", columns, f", and {columns} the number of w_query's columns")
     else:
-        check_matrix(q_matrix, "w_query", k, "key", None, ", which w_query is for as well when w_key is None")
+        check_matrix(q_matrix, "w_query", k, "key", None, ", and without w_key both share w_query")
         k_matrix = q_matrix
     if b_query is not None:
-        b_query_array = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.shared.dtype)
-    else:
-        b_query_array = None
+        q_bias = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.shared.dtype)
     if b_key is not None:
-        b_key_array = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.shared.dtype)
-    else:
-        b_key_array = b_query_array if w_key is None else None
-    q, k = projected(q, q_matrix, b_query_array, p.shared.dtype), projected(k, k_matrix, b_key_array, p.shared.dtype)
+        k_bias = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.shared.dtype)
+    elif w_key is None:
+        k_bias = q_bias
+    q, k = projected(q, q_matrix, q_bias, p.shared.dtype), projected(k, k_matrix, k_bias, p.shared.dtype)
     p.shared.score_dtype = storage_of(q, "query")
     p.shared.score = FA_DOT
     p.shared.scale = 1
     return read_rules(
-        p, [q, k, v], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
+        p, [q, k, arrays[2]], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
         is_causal, window_size, query_offset, key_lengths, query_lengths,
         mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
         num_threads)

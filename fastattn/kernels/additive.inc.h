@@ -10,8 +10,9 @@
  *
  * e^2a e^2b may overflow and underflow (tanh is 1 or -1 there, and denominators are cut off at MOST_DENOMINATOR so that
  * SHARE of them still have a product), but the factors may not: that would lose tanh(a + b) for a = -b. A row or key
- * with an argument beyond ADDITIVE_LIMIT is *wide*, and its scores are sums of plain tanh. Whether a score is made in
- * this way or that is a matter of its own row and its own key, so no bit of it depends on what is computed beside it.
+ * with an argument beyond ADDITIVE_LIMIT is *wide*, and its scores take the longer way of additive_direct. Whether a
+ * score is made in this way or that is a matter of its own row and its own key, so no bit of it depends on what is
+ * computed beside it.
  */
 static const real NAME(ADDITIVE_LIMIT) = BITS == 32 ? 43 : 350;
 static const real NAME(MOST_DENOMINATOR) = BITS == 32 ? (real)0x1p31 : (real)0x1p100;
@@ -124,14 +125,26 @@ static const NAME(additive_function)
                                  NAME(additive_sums_4), NAME(additive_sums_5), NAME(additive_sums_6)};
 #undef ADDITIVE_SUMS
 
-/* The same of one row by plain tanh. */
+/* The same of one row and any arguments: tanh |x| = (1 - e) / (1 + e) with e = e^-2|x|. Small arguments lose the last
+ * bits of their own tanh here, which is nothing beside sum |w|. */
 static NEVER_INLINE vec NAME(additive_direct)(const real *q_raw, const real *k_raw, const real *w, int64_t channels)
 {
     vec sum = {0};
     for (int64_t c = 0; c < channels; c += STRIP, q_raw += ROWS * STRIP)
-        for (int64_t h = c; h < channels && h < c + STRIP; h++) {
-            const vec x = NAME(fill)(q_raw[h - c]) + NAME(load)(k_raw + h * NAME(PANEL));
-            sum = NAME(fma)(NAME(fill)(w[h] * (real)-0.5), NAME(tanh)(x), sum);
+        for (int64_t h = c; h < channels && h < c + STRIP; h += SHARE) {
+            vec d[SHARE], n[SHARE];
+            UNROLL(8)
+            for (int i = 0; i < SHARE; i++) {
+                const vec x = NAME(fill)(q_raw[h + i - c]) + NAME(load)(k_raw + (h + i) * NAME(PANEL));
+                const vec e = NAME(exp2)(NAME(abs)(x) * (real)-2.88539008177792681472);
+                const vec t = (vec)((ivec)(1 - e) | ((ivec)x & (ivec)(-(vec){0})));
+                n[i] = NAME(fill)(w[h + i] * (real)-0.5) * t;
+                d[i] = 1 + e;
+            }
+            const vec left = d[0] * d[1], right = d[2] * d[3];
+            const vec left_sum = NAME(fma)(n[1], d[0], n[0] * d[1]);
+            const vec right_sum = NAME(fma)(n[3], d[2], n[2] * d[3]);
+            sum += NAME(fma)(right_sum, left, left_sum * right) / (left * right);
         }
     return sum;
 }
