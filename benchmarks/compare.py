@@ -1,6 +1,6 @@
 """fastattn beside NumPy and whichever of PyTorch, ONNX Runtime, OpenVINO, JAX and SciPy is installed.
 
-    python benchmarks/compare.py --quick                              a minute
+    python benchmarks/compare.py --quick                              two minutes
     python benchmarks/compare.py --markdown table.md --plot plot.png --json all.json
 
 Each thread count runs in a process of its own, pinned to that many CPUs, with the environment of every
@@ -93,11 +93,17 @@ QUICK = {
     "attention-1x8x512x512x64",
     "softmax-1024x1024",
     "softmax-100000x64",
+    "additive-1x8x512x512x64",
     "memory-attention-1x1x16384x16384x64",
     "import",
 }
-# Where another instruction set is compared with its own peak.
-FORCED_ISA = [case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)]
+# What all libraries are compared on.
+TABLES = (*cases.ATTENTION, *cases.SOFTMAX, *cases.ADDITIVE)
+# Where another instruction set is compared with its own limit.
+FORCED_ISA = [
+    *(case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)),
+    cases.ADDITIVE[0].name,
+]
 
 
 def plans(options):
@@ -107,7 +113,7 @@ def plans(options):
         return [name for name in names if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)]
 
     common = {"rounds": options.rounds, "isa": os.environ.get("FASTATTN_ISA")}
-    tables = [case.name for case in (*cases.ATTENTION, *cases.SOFTMAX)]
+    tables = [case.name for case in TABLES]
     for threads in options.threads:
         yield {**common, "job": "libraries", "threads": threads, "cases": chosen(tables)}
     if not common["isa"] and hardware.best_isa() == "avx512" and 1 in options.threads:
@@ -125,7 +131,7 @@ def plans(options):
 
 def case_names():
     return [
-        *(case.name for case in (*cases.ATTENTION, *cases.SOFTMAX)),
+        *(case.name for case in TABLES),
         *(f"avx2-{name}" for name in FORCED_ISA),
         *(f"threads-{case.name}" for case in cases.SCALING),
         *(f"memory-{case.name}" for case in cases.MEMORY),
@@ -229,19 +235,15 @@ def compare_libraries(plan, name, progress, only=None):
     import measure
     import peers
 
-    case = case_of(name, (*cases.ATTENTION, *cases.SOFTMAX))
-    kind = "softmax" if isinstance(case, cases.Softmax) else "attention"
+    case = case_of(name, TABLES)
     notes = {}
-    found = list(peers.candidates(case, kind, plan["threads"], only or list(peers.LIBRARIES), notes))
-    if kind == "attention":
-        name, work, probe = "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], plan["threads"])
-    else:
-        name, work, probe = "copy", case.nbytes, hardware.copy(case.nbytes, plan["threads"])
+    found = list(peers.candidates(case, plan["threads"], only or list(peers.LIBRARIES), notes))
+    name, work, probe = limit_of(case, plan)
     # In units of this case's work, so that ratios of times are shares of the limit.
-    limit = measure.Candidate(name, probe.call, probe.work / work)
-    samples = measure.interleave([limit, *found], plan["rounds"], progress)
+    limits = [measure.Candidate(name, probe.call, probe.work / work)] if probe else []
+    samples = measure.interleave([*limits, *found], plan["rounds"], progress)
     return {
-        "kind": kind,
+        "kind": case.kind,
         "label": case.label,
         "dtype": case.dtype,
         "work": work,
@@ -250,8 +252,19 @@ def compare_libraries(plan, name, progress, only=None):
     }
 
 
+def limit_of(case, plan):
+    """The hardware's limit for a case: its name, the case's work in its terms, and a probe, or None for that."""
+    threads = plan["threads"]
+    if case.kind == "softmax":
+        return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
+    if case.kind == "attention":
+        return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
+    probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
+    return "five instructions", case.triples, probe
+
+
 def compare_with_own_peak(plan, name, progress):
-    """fastattn alone, with FASTATTN_ISA set, beside that instruction set's peak."""
+    """fastattn alone, with FASTATTN_ISA set, beside that instruction set's limit."""
     record = compare_libraries(plan, name.removeprefix(f"{plan['isa']}-"), progress, only=["fastattn"])
     return {**record, "isa": plan["isa"]}
 

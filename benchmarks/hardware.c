@@ -1,15 +1,19 @@
-/* What one core can do at most: fused multiply-adds in registers, reads and copies of a buffer.
+/* What one core can do at most: multiply-adds and sums of tanh in registers, reads and copies of a buffer.
  *
  * hardware.py compiles this file once for each instruction set and dtype, and defines
  *     REAL           float or double
  *     VECTOR_BYTES   16, 32 or 64
  *     CHAINS         independent accumulators: latency x FMA units of any core, within its registers
  *     RUNNABLE       an expression, true if this CPU has the instructions
+ * What needs instructions that have no word in C stands where there are such, for float32.
  * There are no threads here: ctypes releases the GIL, so Python's threads do.
  */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 typedef REAL real_vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t word_vector __attribute__((vector_size(VECTOR_BYTES)));
@@ -49,6 +53,53 @@ double multiply_add(int64_t blocks, double factor, double addend)
     }
     return total;
 }
+
+/* Additive scores add up w * tanh(a + b) over channels, which is sum(w) - 2 * sum(w / (1 + A * B)) with exponentials A
+ * and B that are taken beforehand. Five instructions do a vector of those fractions: 1 + A * B, an estimate of its
+ * reciprocal, Newton's step in two, and a multiply-add with the weight. Every accumulator adds STEPS of them up.
+ * The caller checks the sum: all terms are weight / (1 + a * b), but the compiler must not know. */
+#if defined(__AVX512F__)
+#define RECIPROCAL_ESTIMATE _mm512_rcp14_ps
+#elif defined(__AVX2__) && defined(__FMA__)
+#define RECIPROCAL_ESTIMATE _mm256_rcp_ps
+#endif
+
+#ifdef RECIPROCAL_ESTIMATE
+typedef float float_vector __attribute__((vector_size(VECTOR_BYTES)));
+
+/* Steps do not wait for each other, so few accumulators suffice, and everything fits in 16 registers. */
+enum { FLOATS = VECTOR_BYTES / sizeof(float), SUMS = 4 };
+
+int fractions_per_block(void) { return STEPS * SUMS * FLOATS; }
+
+double add_fractions(int64_t blocks, double a, double b, double weight)
+{
+    const float_vector one = 1 - (float_vector){0}, two = 2 - (float_vector){0};
+    const float_vector weights = (float)weight - (float_vector){0};
+    float_vector as = (float)a - (float_vector){0}, bs = (float)b - (float_vector){0};
+    double total = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        float_vector sums[SUMS] = {{0}};
+        for (int step = 0; step < STEPS; step++) {
+#pragma GCC unroll 32
+            for (int s = 0; s < SUMS; s++) {
+                __asm__ volatile("" : "+v"(bs)); /* for all the compiler knows, another key each time */
+                const float_vector denominator = as * bs + one;
+                const float_vector estimate = (float_vector)RECIPROCAL_ESTIMATE(denominator);
+                const float_vector reciprocal = estimate * (two - denominator * estimate);
+                sums[s] += reciprocal * weights;
+            }
+        }
+        for (int s = 0; s < SUMS; s++)
+            for (int lane = 0; lane < FLOATS; lane++)
+                total += sums[s][lane];
+    }
+    return total;
+}
+#else
+int fractions_per_block(void) { return 0; }
+double add_fractions(int64_t blocks, double a, double b, double weight) { return blocks * weight / (1 + a * b); }
+#endif
 
 /* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. `vectors` is a multiple
  * of READERS. */

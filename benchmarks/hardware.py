@@ -1,8 +1,8 @@
-"""The machine's own limits: FMA peak, read bandwidth and copy bandwidth, on one or several threads.
+"""The machine's own limits: FMA peak, sums of tanh, read and copy bandwidth, on one or several threads.
 
 A share of the peak says more than milliseconds, and carries over to other machines. But clocks drift, so a
-peak is worth something only next to what it is compared with: `fma`, `read` and `copy` return a `Probe`, a
-call that takes its turn between the libraries in `measure.interleave`.
+peak is worth something only next to what it is compared with: `fma`, `triples`, `read` and `copy` return a
+`Probe`, a call that takes its turn between the libraries in `measure.interleave`.
 
     python benchmarks/hardware.py            prints the limits
 """
@@ -53,7 +53,7 @@ else:
 
 @dataclass(frozen=True)
 class Probe:
-    """One call of `call` does `work` (floating-point operations or bytes) in all its threads together."""
+    """One call of `call` does `work` (floating-point operations, triples or bytes) in all its threads together."""
 
     call: object
     work: float
@@ -84,6 +84,8 @@ def load(isa, dtype="float32"):
     i64, address = ctypes.c_int64, ctypes.c_void_p
     loaded.multiply_add.argtypes = (i64, ctypes.c_double, ctypes.c_double)
     loaded.multiply_add.restype = ctypes.c_double
+    loaded.add_fractions.argtypes = (i64, ctypes.c_double, ctypes.c_double, ctypes.c_double)
+    loaded.add_fractions.restype = ctypes.c_double
     loaded.read_words.argtypes = (address, i64, i64)
     loaded.read_words.restype = ctypes.c_uint32
     loaded.copy_bytes.argtypes = (address, address, i64, i64)
@@ -134,6 +136,27 @@ def fma(dtype="float32", isa=None, threads=1):
     np.testing.assert_allclose(library.multiply_add(blocks, factor, addend), expected(blocks), rtol=1e-3)
     call = _on_threads(lambda _: library.multiply_add(blocks, factor, addend), threads)
     return Probe(call, 2.0 * blocks * steps * chains * lanes * threads)
+
+
+@functools.cache
+def triples(isa=None, threads=1):
+    """Terms of additive scores in float32, each for a query, a key and a channel, by five instructions a vector.
+
+    It bounds what takes a reciprocal for every term: with one for several of them, more is possible. None
+    where the instruction set has no estimate of a reciprocal that hardware.c knows.
+    """
+    library = load(isa or best_isa())
+    per_block = library.fractions_per_block()
+    if not per_block:
+        return None
+    a, b, weight = 1.25, 0.75, 0.375
+
+    def add(blocks):
+        return library.add_fractions(blocks, a, b, weight)
+
+    blocks = _repeats(add)
+    np.testing.assert_allclose(add(blocks), blocks * per_block * weight / (1 + a * b), rtol=1e-3)
+    return Probe(_on_threads(lambda _: add(blocks), threads), float(blocks * per_block * threads))
 
 
 def _buffer(nbytes):
@@ -200,7 +223,9 @@ def main():
         for isa in INSTRUCTION_SETS:
             if load(isa):
                 f32, f64 = (_rate(fma(dtype, isa, threads)) for dtype in ("float32", "float64"))
-                print(f"  {isa:10} {f32:8.1f} GFLOP/s float32 {f64:8.1f} GFLOP/s float64")
+                print(f"  {isa:10} {f32:8.1f} GFLOP/s float32 {f64:8.1f} GFLOP/s float64", end="")
+                probe = triples(isa, threads)
+                print(f" {_rate(probe):8.1f} G triples/s float32" if probe else "")
         for size in (256 * 2**10, 4 * 2**20, 256 * 2**20):
             print(
                 f"  {size / 2**20:6.2f} MiB   read {_rate(read(size, threads)):7.1f} GB/s"

@@ -19,6 +19,8 @@ from suite import baselines
 # Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
 # need, and far below what bfloat16 arithmetic in disguise would give.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+# Where the formula of additive attention makes an array of (L, S, hidden), it is left out above this size.
+LARGEST_ARRAY = 2**30
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,106 @@ def _jax_attention(case, threads):
         yield Variant(name, lambda compiled=compiled: compiled(*arrays).block_until_ready(), read)
 
 
+def _fastattn_additive(case, threads):
+    yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
+
+
+def _numpy_additive(case, threads, ways):
+    call = functools.partial(baselines.additive_attention, *case.inputs(), **case.projections())
+    for name, scores in ways.items():
+        yield Variant(name, functools.partial(call, scores=scores))
+
+
+def _numpy_textbook_additive(case, threads):
+    _refuse_large(case, case.triples // (case.batch * case.heads))  # a head at a time
+    return _numpy_additive(case, threads, {"": baselines.textbook_scores})
+
+
+def _numpy_best_additive(case, threads):
+    ways = {
+        "tanh in place": baselines.tanh_scores,
+        "exponentials in place": baselines.exponential_scores,
+        "exponentials, channels in pairs": baselines.paired_scores,
+    }
+    return _numpy_additive(case, threads, ways)
+
+
+def _refuse_large(case, count):
+    nbytes = count * np.dtype(case.dtype).itemsize
+    if nbytes > LARGEST_ARRAY:
+        raise NotImplementedError(f"the formula's array would take {nbytes / 2**30:.1f} GiB")
+
+
+def _torch_additive(case, threads, ways, is_compiled=False):
+    """`ways` make scores of query, key and w_score; those in _KEYS_LAST take the key with its last axes swapped."""
+    torch = _torch(threads)
+    query, key, value, w_score = map(torch.from_numpy, case.inputs())
+    projections = {name: torch.from_numpy(array) for name, array in case.projections().items()}
+    key_last = key.mT.contiguous()
+    if is_compiled:
+        # One function is compiled for every case, and after 8 of them PyTorch would refuse to go on.
+        torch._dynamo.config.recompile_limit = 256
+    for name, make_scores in ways.items():
+        is_key_last = make_scores in _KEYS_LAST
+
+        def attend(query, key, value, w_score, w_query=None, w_key=None, make_scores=make_scores, swap=is_key_last):
+            if w_query is not None:
+                query, key = query @ w_query, w_key.mT @ key if swap else key @ w_key
+            return torch.softmax(make_scores(torch, query, key, w_score), -1) @ value
+
+        if is_compiled:
+            attend = torch.compile(attend, dynamic=False, fullgraph=True)
+        arrays = query, key_last if is_key_last else key, value, w_score
+        yield Variant(name, functools.partial(attend, *arrays, **projections))
+
+
+def _tanh_matmul(torch, query, key, w_score):
+    return torch.tanh(query[..., :, None, :] + key[..., None, :, :]) @ w_score
+
+
+def _tanh_sum(torch, query, key, w_score):
+    """As Keras's AdditiveAttention writes it."""
+    return torch.sum(w_score * torch.tanh(query[..., :, None, :] + key[..., None, :, :]), -1)
+
+
+def _tanh_sum_keys_last(torch, query, key, w_score):
+    return torch.sum(w_score[:, None] * torch.tanh(query[..., None] + key[..., None, :, :]), -2)
+
+
+def _exponentials(torch, query, key, w_score):
+    a, b = torch.exp(2 * query)[..., :, None, :], torch.exp(2 * key)[..., None, :, :]
+    return torch.sum(w_score * (1 - 2 / (1 + a * b)), -1)
+
+
+def _exponentials_keys_last(torch, query, key, w_score):
+    a, b = torch.exp(2 * query)[..., None], torch.exp(2 * key)[..., None, :, :]
+    return torch.sum(w_score[:, None] * (1 - 2 / (1 + a * b)), -2)
+
+
+_KEYS_LAST = (_tanh_sum_keys_last, _exponentials_keys_last)
+
+
+def _torch_eager_additive(case, threads):
+    _refuse_large(case, case.triples)
+    return _torch_additive(case, threads, {"": _tanh_matmul})
+
+
+def _torch_keras_additive(case, threads):
+    _refuse_large(case, case.triples)
+    return _torch_additive(case, threads, {"": _tanh_sum})
+
+
+def _torch_compiled_additive(case, threads):
+    # PyTorch makes the same loops of Keras's sum as of the matrix product.
+    ways = {"keys as rows": _tanh_matmul, "keys last": _tanh_sum_keys_last}
+    return _torch_additive(case, threads, ways, is_compiled=True)
+
+
+def _torch_compiled_exp_additive(case, threads):
+    ways = {"keys as rows": _exponentials, "keys last": _exponentials_keys_last}
+    return _torch_additive(case, threads, ways, is_compiled=True)
+
+
 def _fastattn_softmax(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, *case.inputs()))
 
@@ -229,19 +331,33 @@ def _those_that_work(*makers):
         raise complaints[0]
 
 
-# Name -> (distribution, how it does attention, how it does softmax).
+# Name -> (distribution, how it does each kind of case).
 LIBRARIES = {
-    "fastattn": ("fastattn", _fastattn_attention, _fastattn_softmax),
-    "fastattn out=": ("fastattn", None, _fastattn_softmax_out),
-    "NumPy": ("numpy", _numpy_attention, _numpy_softmax),
-    "SciPy": ("scipy", None, _scipy_softmax),
-    "PyTorch": ("torch", _torch_attention, _torch_softmax),
-    "ONNX Runtime": ("onnxruntime", _onnx_attention, None),
-    "OpenVINO": ("openvino", _openvino_attention, None),
-    "JAX": ("jax", _jax_attention, None),
+    "fastattn": (
+        "fastattn",
+        {"attention": _fastattn_attention, "softmax": _fastattn_softmax, "additive": _fastattn_additive},
+    ),
+    "fastattn out=": ("fastattn", {"softmax": _fastattn_softmax_out}),
+    "NumPy": ("numpy", {"attention": _numpy_attention, "softmax": _numpy_softmax}),
+    "NumPy, textbook": ("numpy", {"additive": _numpy_textbook_additive}),
+    "NumPy, best": ("numpy", {"additive": _numpy_best_additive}),
+    "SciPy": ("scipy", {"softmax": _scipy_softmax}),
+    "PyTorch": (
+        "torch",
+        {"attention": _torch_attention, "softmax": _torch_softmax, "additive": _torch_eager_additive},
+    ),
+    "PyTorch, Keras form": ("torch", {"additive": _torch_keras_additive}),
+    "PyTorch compiled": ("torch", {"additive": _torch_compiled_additive}),
+    "PyTorch compiled, exp": ("torch", {"additive": _torch_compiled_exp_additive}),
+    "ONNX Runtime": ("onnxruntime", {"attention": _onnx_attention}),
+    "OpenVINO": ("openvino", {"attention": _openvino_attention}),
+    "JAX": ("jax", {"attention": _jax_attention}),
 }
 # Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
 PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
+# Those who write additive attention out.
+COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
+ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
 
 
 def thread_environment(threads):
@@ -252,6 +368,8 @@ def thread_environment(threads):
     settings["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
     settings["JAX_PLATFORMS"] = "cpu"
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # torch.compile would leave a pool of processes behind.
+    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     return {**os.environ, **settings}
 
 
@@ -265,18 +383,18 @@ def versions():
     return found
 
 
-def candidates(case, kind, threads, names, notes):
+def candidates(case, threads, names, notes):
     """A right and fast candidate for each library that is installed, has the function, and is among `names`.
 
     `notes` receives the variant chosen and the reason why a library is left out.
     """
     expected = None
-    for name, (_, attention, softmax) in LIBRARIES.items():
-        make = {"attention": attention, "softmax": softmax}[kind]
+    for name, (_, makers) in LIBRARIES.items():
+        make = makers.get(case.kind)
         if make is None or name not in names:
             continue
         if expected is None:
-            expected = _expected(case, kind)
+            expected = _expected(case)
         try:
             variants = list(make(case, threads))
         except ModuleNotFoundError:
@@ -295,9 +413,11 @@ def candidates(case, kind, threads, names, notes):
         yield measure.Candidate(name, best.call)
 
 
-def _expected(case, kind):
-    if kind == "attention":
+def _expected(case):
+    if case.kind == "attention":
         return baselines.expected_attention(*case.inputs(), case.is_causal)
+    if case.kind == "additive":
+        return baselines.expected_additive_attention(*case.inputs(), **case.projections())
     return baselines.softmax(case.inputs()[0].astype(np.float64))
 
 

@@ -2,10 +2,11 @@
 
 import goals
 import measure
-from peers import PEERS
+from peers import ADDITIVE_PEERS, PEERS
 
 COLUMNS = ("NumPy", "SciPy", *PEERS)
 SHAPE = "B, H, L, S, D"
+ADDITIVE_SHAPE = "B, H, L, S, hidden"
 
 
 def markdown(everything):
@@ -14,7 +15,9 @@ def markdown(everything):
         _how(everything),
         *_attention(records_of(records, "libraries", kind="attention")),
         *_softmax(records_of(records, "libraries", kind="softmax")),
-        _other_isa(records_of(records, "isa")),
+        *_additive(records_of(records, "libraries", kind="additive")),
+        _other_isa(records_of(records, "isa", kind="attention")),
+        _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
         _memory_and_import(records),
         _notes(records),
@@ -82,6 +85,34 @@ def _softmax(records):
         yield _table(f"Softmax over the last axis, {threads_in_words(threads)}", heads, rows)
 
 
+def _additive(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen, ADDITIVE_PEERS)
+        heads = [ADDITIVE_SHAPE, "fastattn", "triples/s", "of five instructions", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            others = [_beside(record["seconds"], name) for name in names]
+            rows.append([record["label"], *_additive_numbers(record), *others, _outcome(goals.missed(record))])
+        yield _table(f"Additive attention, {threads_in_words(threads)}", heads, rows)
+
+
+def _additive_numbers(record):
+    """fastattn's time and speed, its share of the limit, and the goal."""
+    time, (share, goal) = measure.median(record["seconds"], "fastattn"), goals.share(record)
+    speed = f"{record['work'] / time / 1e9:.2f} G" if time else "-"
+    return [_time(time), speed, _percent(share), _percent(goal)]
+
+
+def _additive_other_isa(records):
+    rows = [
+        [record["label"], record["isa"], *_additive_numbers(record), _outcome(goals.missed(record))]
+        for record in records
+    ]
+    heads = [ADDITIVE_SHAPE, "`FASTATTN_ISA`", "fastattn", "triples/s", "of its own five instructions", "goal"]
+    return _table("Another instruction set, additive attention, float32, 1 thread", [*heads, "outcome"], rows)
+
+
 def _other_isa(records):
     rows = []
     for record in records:
@@ -132,8 +163,8 @@ def _notes(records):
     return f"<details><summary>Variants chosen</summary>\n\n{body}\n\n</details>" if body else ""
 
 
-def _columns(records):
-    return [name for name in COLUMNS if any(name in record["seconds"] for record in records)]
+def _columns(records, among=COLUMNS):
+    return [name for name in among if any(name in record["seconds"] for record in records)]
 
 
 def _beside(samples, name):

@@ -4,9 +4,13 @@ Only append: a case that changes breaks the comparison with every older result.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+# Channels of the values of additive attention, and of its queries and keys before matrices project them.
+HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Attention:
     head_dim: int
     dtype: str = "float32"
     is_causal: bool = False
+    kind = "attention"
 
     @property
     def shape(self):
@@ -56,6 +61,7 @@ class Softmax:
 
     shape: tuple
     dtype: str = "float32"
+    kind = "softmax"
 
     @property
     def name(self):
@@ -75,6 +81,72 @@ class Softmax:
         return (_normal(self.shape, self.dtype),)
 
 
+@dataclass(frozen=True)
+class Additive:
+    """Additive attention of queries and keys with `hidden` channels, or with HEAD_DIM that matrices make into them."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    hidden: int
+    dtype: str = "float32"
+    is_projected: bool = False
+    kind = "additive"
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.hidden
+
+    @property
+    def name(self):
+        words = ["additive", "x".join(map(str, self.shape))]
+        words += ["projected"] if self.is_projected else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        words = [", ".join(map(str, self.shape))]
+        words += [f"projected from {HEAD_DIM}"] if self.is_projected else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join(words)
+
+    @property
+    def triples(self):
+        """Of a query, a key and a channel: each costs a tanh."""
+        return math.prod(self.shape)
+
+    def inputs(self):
+        """query, key, value, w_score"""
+        return _additive_inputs(self.shape, self.dtype, self.is_projected)[:4]
+
+    def projections(self):
+        """w_query and w_key, if there are any."""
+        weights = _additive_inputs(self.shape, self.dtype, self.is_projected)[4:]
+        return dict(zip(("w_query", "w_key"), weights, strict=True)) if weights else {}
+
+
+@dataclass(frozen=True)
+class Bilinear:
+    """Bilinear attention: each head's queries and keys, of head_dim channels, are multiplied with a square matrix."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: str = "float32"
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.head_dim
+
+    def inputs(self):
+        """query, key, value, w_query, w_key"""
+        return *_attention_inputs(self.shape, self.dtype), *_square_matrices(self.head_dim, self.dtype)
+
+
 # Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
 # kept: the largest is 64 MB.
 @functools.lru_cache(maxsize=2)
@@ -83,6 +155,30 @@ def _attention_inputs(shape, dtype):
     generator = np.random.default_rng(7)
     shapes = ((batch, heads, rows, head_dim) for rows in (seqlen_q, seqlen_k, seqlen_k))
     return tuple(generator.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
+
+
+@functools.lru_cache(maxsize=2)
+def _additive_inputs(shape, dtype, is_projected):
+    batch, heads, seqlen_q, seqlen_k, hidden = shape
+    generator = np.random.default_rng(7)
+    width = HEAD_DIM if is_projected else hidden
+
+    def normal(*shape, size=1.0):
+        return (np.float32(size) * generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+    query, key = (normal(batch, heads, rows, width) for rows in (seqlen_q, seqlen_k))
+    value = normal(batch, heads, seqlen_k, HEAD_DIM)
+    w_score = normal(hidden, size=hidden**-0.5)
+    matrices = [normal(HEAD_DIM, hidden, size=HEAD_DIM**-0.5) for _ in range(2)] if is_projected else []
+    return query, key, value, w_score, *matrices
+
+
+@functools.lru_cache(maxsize=2)
+def _square_matrices(head_dim, dtype):
+    """Two, of a size that makes scores of size 1."""
+    generator = np.random.default_rng(8)
+    matrices = generator.standard_normal((2, head_dim, head_dim), dtype=np.float32) * np.float32(head_dim**-0.75)
+    return tuple(matrices.astype(dtype))
 
 
 @functools.lru_cache(maxsize=2)
@@ -121,6 +217,25 @@ SOFTMAX = (
     Softmax((16, 1_000_000)),
     Softmax((1024, 1024), "float64"),
 )
+
+# The middle, tails in every axis, from one channel to very many, a long sequence.
+ADDITIVE_SHAPES = (
+    (1, 8, 512, 512, 64),
+    (1, 8, 500, 509, 61),
+    (1, 8, 512, 512, 1),
+    (1, 8, 512, 512, 8),
+    (1, 8, 128, 128, 256),
+    (1, 2, 128, 128, 1024),
+    (1, 1, 2048, 2048, 128),
+)
+
+ADDITIVE = (
+    *(Additive(*shape) for shape in ADDITIVE_SHAPES),
+    Additive(1, 8, 512, 512, 64, is_projected=True),
+    Additive(1, 8, 512, 512, 64, "float64"),
+)
+
+BILINEAR_SHAPES = ((1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64))
 
 # On few heads the threads must share one head's rows.
 SCALING = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import fastattn
 
 from . import baselines
-from .cases import Attention
+from .cases import Additive, Attention, Bilinear
 
 
 def _resident():
@@ -61,5 +61,26 @@ class Memory:
 
     def track_extra_memory(self, seqlen, implementation):
         return extra_memory(*_call(seqlen, implementation))
+
+    track_extra_memory.unit = "bytes"
+
+
+def _other_call(kind, seqlen, implementation):
+    """The same for another kind of attention, named as its function is."""
+    module = {"fastattn": fastattn, "numpy": baselines}[implementation]
+    arrays = {"additive_attention": Additive, "bilinear_attention": Bilinear}[kind](1, 1, seqlen, seqlen, 64).inputs()
+    return functools.partial(getattr(module, kind), *arrays), arrays[0].nbytes
+
+
+class OtherKindsMemory:
+    params = [["additive_attention", "bilinear_attention"], [1024, 4096], list(IMPLEMENTATIONS)]
+    param_names = ["kind", *Memory.param_names]
+
+    def peakmem_attention(self, kind, seqlen, implementation):
+        call, _ = _other_call(kind, seqlen, implementation)
+        call()
+
+    def track_extra_memory(self, kind, seqlen, implementation):
+        return extra_memory(*_other_call(kind, seqlen, implementation))
 
     track_extra_memory.unit = "bytes"

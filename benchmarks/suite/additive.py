@@ -1,0 +1,57 @@
+"""asv: additive and bilinear attention over shapes, dtypes and threads, beside their NumPy baselines."""
+
+import functools
+
+from threadpoolctl import threadpool_limits
+
+import fastattn
+
+from . import baselines
+from .cases import ADDITIVE_SHAPES, BILINEAR_SHAPES, Additive, Bilinear
+
+
+# Cached rather than an asv `setup` hook: see attention.py.
+@functools.cache
+def _additive(shape, dtype, is_projected, implementation):
+    case = Additive(*shape, dtype, is_projected)
+    name, _, threads = implementation.partition(", ")
+    if name == "numpy":
+        threadpool_limits(1)
+        call = functools.partial(baselines.additive_attention, scores=baselines.exponential_scores)
+    else:
+        call = functools.partial(fastattn.additive_attention, num_threads=int(threads[0]))
+    return functools.partial(call, *case.inputs(), **case.projections())
+
+
+class AdditiveAttention:
+    # NumPy's sums and exponentials use one thread whatever it is told, so it stands once, as the baseline of both.
+    params = [list(ADDITIVE_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
+    param_names = ["shape", "dtype", "implementation"]
+
+    def time_attention(self, shape, dtype, implementation):
+        _additive(shape, dtype, False, implementation)()
+
+
+class ProjectedAdditiveAttention:
+    params = [[(1, 8, 128, 128, 64), (1, 8, 512, 512, 64)], *AdditiveAttention.params[1:]]
+    param_names = AdditiveAttention.param_names
+
+    def time_attention(self, shape, dtype, implementation):
+        _additive(shape, dtype, True, implementation)()
+
+
+@functools.cache
+def _bilinear(shape, dtype, threads, implementation):
+    arrays = Bilinear(*shape, dtype).inputs()
+    if implementation == "numpy":
+        threadpool_limits(threads)
+        return functools.partial(baselines.bilinear_attention, *arrays)
+    return functools.partial(fastattn.bilinear_attention, *arrays, num_threads=threads)
+
+
+class BilinearAttention:
+    params = [list(BILINEAR_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
+    param_names = ["shape", "dtype", "threads", "implementation"]
+
+    def time_attention(self, shape, dtype, threads, implementation):
+        _bilinear(shape, dtype, threads, implementation)()
