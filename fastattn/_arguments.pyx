@@ -720,12 +720,12 @@ cdef Problem read_dot_product(
 # Scores with weights of their own
 
 cdef list read_weights(tuple given, tuple names, fa_dtype *dtype):
-    """Query, key, value and weights, promoted together; None stays None."""
+    """Query, key, value and weights, promoted together; a weight that is None stays None."""
     cdef list arrays = [], present = [], present_names = []
     cdef int i
     cdef cnp.ndarray a
     for i in range(len(given)):
-        if given[i] is not None:
+        if i < 3 or given[i] is not None:
             present.append(floating(given[i], names[i]))
             present_names.append(names[i])
     dtype[0] = promote(present, tuple(present_names))
@@ -766,18 +766,24 @@ cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype
     """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
     if w is None and b is None:
         return x
-    x = converted(x, accumulation(dtype))
-    with np.errstate(all="ignore"):
-        if w is not None:
-            x = np.matmul(x, converted(w, accumulation(dtype)))
-        return x if b is None else np.add(x, b)
+    try:
+        x = converted(x, accumulation(dtype))
+        with np.errstate(all="ignore"):
+            if w is not None:
+                x = np.matmul(x, converted(w, accumulation(dtype)))
+            return x if b is None else np.add(x, b)
+    except ValueError as error:  # the shapes fit: what is left is a size beyond the address space
+        raise MemoryError(f"no memory for the projection of an array of shape {shape_of(x)}") from error
 
 
 cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
     """Score weights in float64, the largest between 1/2 and 1, and the power of two that was taken out: with it in the
     scale, where it may wait until the sum is taken, no product over- or underflows."""
-    cdef cnp.ndarray a = cnp.PyArray_FROMANY(w, cnp.NPY_FLOAT64, 1, 1,
-                                             cnp.NPY_ARRAY_CARRAY | cnp.NPY_ARRAY_ENSURECOPY)
+    cdef cnp.ndarray a
+    try:
+        a = cnp.PyArray_FROMANY(w, cnp.NPY_FLOAT64, 1, 1, cnp.NPY_ARRAY_CARRAY | cnp.NPY_ARRAY_ENSURECOPY)
+    except ValueError as error:
+        raise MemoryError(f"no memory for a copy of w_score, of shape {shape_of(w)}") from error
     cdef double *number = <double *> cnp.PyArray_DATA(a)
     cdef double most = 0
     cdef int exponent = 0

@@ -204,6 +204,7 @@ def attend(scores, value, visible, *, sinks=None, activation="softmax", return_w
 
     if activation == "softmax":
         weights, lse = normalise(scores, visible, sink=-np.inf if sinks is None else per_row(sinks))
+        weights = np.where(scores == -np.inf, 0.0, weights)  # also in a row of NaN
     else:
         weights, lse = activate(scores, visible, activation), None
     result = add_up(weights, visible, value)

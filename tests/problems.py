@@ -30,6 +30,56 @@ def qkv(rng, batch=(), num_queries=17, num_keys=33, head_dim=16, value_dim=None,
     )
 
 
+def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
+    """Keyword arguments by name: every rule that all attention functions share, alone, and many of them together."""
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    def lengths(largest):
+        return rng.integers(largest // 3, largest + 1, (*batch[:-1], 1))
+
+    mask = rng.random((num_queries, num_keys)) < 0.6
+    holes = np.where(rng.random((num_queries, num_keys)) < 0.4, dtype(-np.inf), normal(num_queries, num_keys))
+    offsets = rng.integers(-num_queries // 4, num_keys, batch)
+    return {
+        "causal": {"is_causal": True},
+        "window": {"window_size": (num_keys // 4, 2)},
+        "offset": {"query_offset": offsets, "is_causal": True},
+        "offset and window": {"query_offset": 5, "window_size": (None, 9)},
+        "key_lengths": {"key_lengths": lengths(num_keys)},
+        "query_lengths": {"query_lengths": lengths(num_queries), "is_causal": True},
+        "mask": {"mask": mask},
+        "mask of keys": {"mask": rng.random((*batch, 1, num_keys)) < 0.6},
+        "no key": {"mask": np.zeros(num_keys, dtype=bool)},
+        "bias": {"bias": normal(*batch[-1:], num_queries, num_keys)},
+        "bias that hides": {"bias": holes},
+        "alibi": {"alibi_slopes": np.abs(normal(*batch[-1:]))},
+        "scale": {"scale": 0.3},
+        "negative scale": {"scale": -1.5},
+        "softcap": {"softcap": 0.7},
+        "sinks": {"sinks": normal(*batch[-1:])},
+        "relu": {"activation": "relu"},
+        "sigmoid": {"activation": "sigmoid"},
+        "relu of some keys": {"activation": "relu", "mask": mask, "bias": normal(num_queries, 1), "is_causal": True},
+        "together": {
+            "is_causal": True,
+            "window_size": (num_keys // 2, None),
+            "key_lengths": lengths(num_keys),
+            "query_lengths": lengths(num_queries),
+            "mask": mask,
+            "bias": normal(*batch[-1:], num_queries, num_keys),
+            "alibi_slopes": np.abs(normal(*batch[-1:])) / 4,
+            "sinks": normal(*batch[-1:]),
+            "scale": 0.8,
+            "softcap": 3.0,
+        },
+    }
+
+
+RULES = tuple(rules(np.random.default_rng(0)))
+
+
 def misaligned(array):
     """A copy whose items begin at odd addresses."""
     buffer = np.zeros(array.nbytes + 1, dtype=np.uint8)

@@ -27,13 +27,13 @@ def lengths(draw, rng, batch, largest):
 
 
 @st.composite
-def calls(draw):
-    """(query, key, value, keyword arguments)"""
+def calls(draw, sizes=LENGTHS, largest_dim=80):
+    """(query, key, value, keyword arguments); query and key have one head_dim."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     maybe = lambda: draw(st.integers(0, 2)) == 0  # noqa: E731
     dtype = draw(st.sampled_from([np.float32, np.float32, np.float64]))
-    num_queries, num_keys = draw(st.sampled_from(LENGTHS)), draw(st.sampled_from(LENGTHS))
-    head_dim, value_dim = draw(st.integers(0, 80)), draw(st.integers(0, 80))
+    num_queries, num_keys = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
+    head_dim, value_dim = draw(st.integers(0, largest_dim)), draw(st.integers(0, largest_dim))
     if maybe():
         value_dim = head_dim
 

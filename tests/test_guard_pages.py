@@ -87,6 +87,8 @@ def walk(dtype, at_end):
                 )
                 out = normal(2, num_queries, value_dim)
                 check(fastattn.dot_product_attention(query, key, value, out=out))
+                w_score = normal(head_dim)
+                check(fastattn.additive_attention(query, key, value, w_score, out=out))
                 fastattn.dot_product_attention(
                     query,
                     key,
@@ -110,6 +112,7 @@ def walk(dtype, at_end):
                         rng.random(shape) < 0.8,
                     )
                     check(fastattn.dot_product_attention(*arrays[:3], out=arrays[3]))
+                    check(fastattn.additive_attention(*arrays[:3], w_score, out=arrays[3]))
                     fastattn.dot_product_attention(
                         *arrays[:3], out=arrays[3], bias=bias, mask=layout(mask, at_end), is_causal=True
                     )

@@ -13,7 +13,7 @@ import pytest
 import fastattn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SUITE = ("softmax", "dot_product", "combinations", "hostile", "same_bits", "merge_varlen", "guard_pages")
+SUITE = ("softmax", "dot_product", "additive", "combinations", "hostile", "same_bits", "merge_varlen", "guard_pages")
 
 info = fastattn.cpu_info()
 

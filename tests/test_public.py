@@ -14,6 +14,8 @@ import fastattn
 from fastattn import reference
 
 NAMES = (
+    "additive_attention",
+    "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
     "get_num_threads",

@@ -22,6 +22,8 @@ What is not a plain softmax of a plain sum carries the rule over:
 - **relu** with n visible keys: an error d in a score moves a weight by d / n, so the n of them together move
   the output by at most ``max size * max |v|``, to which comes the rounding of the weights, W in sum:
   ``eps * (max size + 4 * W) * max |v|``.
+- **additive and bilinear scores** have a size of their own: `additive_scores_and_sizes` and
+  `bilinear_scores_and_sizes` derive it.
 
 With float64 arrays the reference rounds just as much as the library does, so the bounds double.
 With 16-bit arrays the weights may be rounded to the storage dtype as well.
@@ -32,8 +34,10 @@ import numpy as np
 import fastattn
 from fastattn import reference
 
-# Arguments of dot_product_attention that say which keys are seen.
+# Arguments that say which keys are seen.
 VISIBILITY = ("is_causal", "window_size", "query_offset", "key_lengths", "query_lengths", "mask", "bias")
+# Arguments that promote together with query, key and value.
+WEIGHTS = ("w_score", "w_query", "w_key")
 
 
 def accumulation_dtype(dtype):
@@ -89,13 +93,86 @@ def largest_seen(values, visible):
     return np.stack(rows, axis=-2)
 
 
-def score_sizes(query, key, *, scale=None, softcap=None, alibi_slopes=None, bias=None, **arguments):
-    """`size` of the module's docstring for every pair, (..., L, S); the key heads already repeated."""
+def dot_scores_and_sizes(query, key, eps, *, scale=None):
+    """The scaled scores, and for each of them a size that its error is at most eps times of; both (..., L, S)."""
     size = reference.dot_scores(np.abs(query), np.abs(key), None if scale is None else abs(float(scale)))
+    return reference.dot_scores(query, key, scale), size
+
+
+def absolute(x, weights=None, bias=None):
+    """The sum of the absolute values of all that `reference.project` adds up."""
+    absolutes = [y if y is None else np.abs(np.asarray(y, dtype=np.float64)) for y in (weights, bias)]
+    return reference.project(np.abs(x), *absolutes)
+
+
+# Roundings on the way of a projected number into tanh, each half an eps of all that has been added up by then: two
+# for the projection (an eps of what it adds up, as for dot products), one for adding b_hidden, one for adding query
+# and key, and one for the logarithms of e^2q and e^2k where these are taken instead.
+ROUNDINGS_INTO_TANH = 5
+
+
+def additive_scores_and_sizes(query, key, eps, *, w_score, w_query=None, w_key=None, b_hidden=None, scale=None):
+    """The same for ``sum_h w_h tanh(x_h)``, with x_h = q_h + k_h of projected queries and keys.
+
+    With ``tanh(x) = 1 - 2 / (1 + e^2x)`` the score is ``sum(w) - sum(2 w_h / (1 + e^2x_h))``. Each term takes away
+    between 0 and 2 w_h, from a sum that begins in the middle: no partial sum is larger than sum |w|. Nor is one of
+    ``0 + w_1 tanh(x_1) + ...``. So an addition costs at most half an eps of sum |w|, all of them hidden / 2 eps.
+
+    What is rounded within a term is a fraction of its own |w_h|; 8 eps of it are enough. A fraction d of p = e^2x_h
+    moves ``2 / (1 + p)`` by ``2 d p / (1 + p)^2``, at most d / 2: with d = 8 eps, for two exponentials and their
+    product, that is 4. The quotient is at most 2 |w_h|, and half an eps of that for each of three roundings makes 3;
+    the weight, and its part of sum(w), 1. (Terms may share a division. The products it takes are more roundings, but
+    not all roundings go the same way, and additions become fewer.)
+
+    That is all where q and k come as they are. What is projected, or has b_hidden added, comes with an error of
+    ``ROUNDINGS_INTO_TANH / 2`` eps of the absolute values that made it, and tanh passes on ``1 - tanh(x)^2`` of that
+    (as much as it is where it is steepest within the error).
+    """
+    scale = 1.0 if scale is None else float(scale)
+    weights = dict(w_score=w_score, w_query=w_query, w_key=w_key, b_hidden=b_hidden)
+    scores = reference.additive_scores(query, key, **weights, scale=scale)
+    w_score = np.asarray(w_score, dtype=np.float64)
+    size = np.full(scores.shape, (w_score.size / 2 + 8) * np.sum(np.abs(w_score)))
+    if not (w_query is None and w_key is None and b_hidden is None):
+        q, k = reference.project(query, w_query, b_hidden), reference.project(key, w_key)
+        q_sizes, k_sizes = absolute(query, w_query, b_hidden), absolute(key, w_key)
+        for h, w in enumerate(np.abs(w_score)):
+            x = np.abs(q[..., :, None, h] + k[..., None, :, h])
+            error = ROUNDINGS_INTO_TANH / 2 * (q_sizes[..., :, None, h] + k_sizes[..., None, :, h])
+            # Where tanh is flat, at infinity too, nothing of the error arrives.
+            cosh = np.cosh(np.where(np.isinf(x), x, np.maximum(x - eps * error, 0.0)))
+            size += np.where(np.isinf(cosh), 0.0, w * error / cosh / cosh)
+    return scores, abs(scale) * size
+
+
+def bilinear_scores_and_sizes(query, key, eps, *, w_query, w_key=None, b_query=None, b_key=None, scale=None):
+    """The same for ``(query @ w_query + b_query) . (key @ w_key + b_key)``.
+
+    All that is multiplied and added, through both projections and their product. A relative error of the one
+    projection is one of all its products with the other, so the absolute values multiply as the numbers do.
+    """
+    scores = reference.bilinear_scores(query, key, w_query, w_key, b_query=b_query, b_key=b_key, scale=scale)
+    if w_key is None:
+        w_key, b_key = w_query, b_query if b_key is None else b_key
+    query_size, key_size = absolute(query, w_query, b_query), absolute(key, w_key, b_key)
+    return scores, reference.dot_scores(query_size, key_size, 1.0 if scale is None else abs(float(scale)))
+
+
+# For each attention function the function above, and the arguments of its score.
+SCORES = {
+    "dot_product_attention": (dot_scores_and_sizes, ("scale",)),
+    "additive_attention": (additive_scores_and_sizes, ("w_score", "w_query", "w_key", "b_hidden", "scale")),
+    "bilinear_attention": (bilinear_scores_and_sizes, ("w_query", "w_key", "b_query", "b_key", "scale")),
+}
+
+
+def score_sizes(name, query, key, eps, *, softcap=None, alibi_slopes=None, bias=None, **arguments):
+    """`size` of the module's docstring for every pair, (..., L, S); the key heads already repeated."""
+    scores_and_sizes, own = SCORES[name]
+    scores, size = scores_and_sizes(query, key, eps, **{name: x for name, x in arguments.items() if name in own})
     if softcap is not None:
-        scores = reference.dot_scores(query, key, scale)
         # An error this large may move the score to where tanh is steeper.
-        closest = np.maximum(np.abs(scores) - arguments["eps"] * size, 0.0)
+        closest = np.maximum(np.abs(scores) - eps * size, 0.0)
         slope = 1 - np.tanh(closest / softcap) ** 2
         size = slope * size + np.abs(softcap * np.tanh(scores / softcap))
     if alibi_slopes is not None:
@@ -110,9 +187,10 @@ def score_sizes(query, key, *, scale=None, softcap=None, alibi_slopes=None, bias
     return size
 
 
-def attention_bounds(query, key, value, out, weights, lse, **arguments):
-    """The bounds for (out, weights, lse), given what the reference returned (lse None if it has none)."""
-    dtype = result_dtype(query, key, value)
+def attention_bounds(name, query, key, value, out, weights, lse, **arguments):
+    """The bounds for (out, weights, lse) of the attention function called `name`, given what the reference returned
+    (lse None if it has none)."""
+    dtype = attention_dtype(query, key, value, **arguments)
     eps = float(np.finfo(accumulation_dtype(dtype)).eps)
     tiny = float(np.finfo(accumulation_dtype(dtype)).smallest_normal)
     activation = arguments.get("activation", "softmax")
@@ -124,10 +202,10 @@ def attention_bounds(query, key, value, out, weights, lse, **arguments):
         visible = reference.visible_keys(
             query.shape[-2],
             key.shape[-2],
-            **{name: x for name, x in arguments.items() if name in VISIBILITY},
+            **{rule: x for rule, x in arguments.items() if rule in VISIBILITY},
         )
         visible = np.broadcast_to(visible, weights.shape)
-        size = np.where(visible, score_sizes(query, key, eps=eps, **arguments), 0.0)
+        size = np.where(visible, score_sizes(name, query, key, eps, **arguments), 0.0)
         size = np.max(np.nan_to_num(size), axis=-1, keepdims=True, initial=0.0)
         weight_sum = np.sum(np.nan_to_num(weights), axis=-1, keepdims=True)
         value_max = largest_seen(np.broadcast_to(value, weights.shape[:-2] + value.shape[-2:]), visible)
@@ -157,20 +235,26 @@ def attention_bounds(query, key, value, out, weights, lse, **arguments):
     return out_bound, np.broadcast_to(weight_bound + tiny, weights.shape), lse_bound
 
 
-def assert_attention(query, key, value, *, function=None, **arguments):
-    """Call dot_product_attention with and without its extra results and hold all of it against the reference.
+def attention_dtype(query, key, value, **arguments):
+    """The dtype of the output: what query, key, value and weight matrices promote to."""
+    weights = [arguments[name] for name in WEIGHTS if arguments.get(name) is not None]
+    return result_dtype(query, key, value, *weights)
+
+
+def assert_attention(query, key, value, *, name="dot_product_attention", function=None, **arguments):
+    """Call the attention function `name` with and without its extra results; hold all of it against the reference.
 
     `function` replaces the library's, so that a test can show that a wrong one is found out.
     Returns the output.
     """
-    function = function or fastattn.dot_product_attention
+    function = function or getattr(fastattn, name)
     with_lse = arguments.get("activation", "softmax") == "softmax"
-    theory = {name: x for name, x in arguments.items() if name not in ("out", "num_threads")}
-    expected = reference.dot_product_attention(query, key, value, **theory, return_weights=True, return_lse=with_lse)
+    theory = {argument: x for argument, x in arguments.items() if argument not in ("out", "num_threads")}
+    expected = getattr(reference, name)(query, key, value, **theory, return_weights=True, return_lse=with_lse)
     expected_out, expected_weights = expected[:2]
     expected_lse = expected[2] if with_lse else None
-    bounds = attention_bounds(query, key, value, expected_out, expected_weights, expected_lse, **theory)
-    dtype = result_dtype(query, key, value)
+    bounds = attention_bounds(name, query, key, value, expected_out, expected_weights, expected_lse, **theory)
+    dtype = attention_dtype(query, key, value, **arguments)
 
     # The plain call and the one that keeps the weights may well take different roads.
     plain = function(query, key, value, **arguments)

@@ -53,6 +53,8 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
                     for (int i = 0; i < LANES; i++)
                         panel[(c + t) * NAME(PANEL) + i] = square[i * LANES + t];
         }
+        for (int64_t c = (channels + LANES - 1) / LANES * LANES; c < padded; c++)
+            NAME(store)(panel + c * NAME(PANEL), (vec){0});
     }
 }
 
