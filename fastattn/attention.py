@@ -189,7 +189,7 @@ def additive_attention(
     """
     Additive (Bahdanau) attention: the score is ``w_score . tanh(query @ w_query + key @ w_key + b_hidden)``.
 
-    It never makes an array of shape (L, S, hidden), nor (L, S), and costs about four times a dot product.
+    It never makes an array of shape (L, S, hidden), nor (L, S), and costs two to four times as much as dot products.
 
     Parameters
     ----------
