@@ -2,6 +2,7 @@
 
 The layers, from the top; each imports only what stands below it:
 
+    streaming, cache                attention over a stream; keys and values for decoding
     attention, softmax, config      the public functions; a docstring is the specification
     _arguments                      every check of every argument, once -> one plain description of the problem
     _attention, _softmax            the drivers: tiles and rows, threads, scratch memory
@@ -18,14 +19,19 @@ from fastattn.attention import (
     bilinear_attention,
     dot_product_attention,
     merge_attention,
+    truncated_attention,
     varlen_attention,
 )
+from fastattn.cache import KVCache
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
 from fastattn.softmax import log_softmax, logsumexp, softmax
+from fastattn.streaming import StreamingAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
+    "StreamingAttention",
     "additive_attention",
     "bilinear_attention",
     "cpu_info",
@@ -37,5 +43,6 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "softmax",
+    "truncated_attention",
     "varlen_attention",
 ]

@@ -13,6 +13,7 @@ cdef enum Operand:
     VALUE
     MASK
     BIAS
+    RELATIVE_BIAS
     OUT
     WEIGHTS
     LSE
@@ -36,6 +37,7 @@ cdef class Problem:
     cdef int axes                         # batch axes; with grouped heads the head axis counts as two
     cdef Py_ssize_t shape[MOST_AXES]      # their sizes
     cdef Py_ssize_t heads                 # their product
+    cdef Py_ssize_t group                 # query heads that share a key head
     cdef Layout *layouts                  # [OPERANDS]; of its own, because it need not be cleared
     cdef int operands[<int> OPERANDS]     # those that are given
     cdef int operand_count
@@ -57,24 +59,24 @@ cdef class Problem:
 
 
 cdef Problem read_dot_product(
-    object query, object key, object value, object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object query, object key, object value, object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=*,
 )
 cdef Problem read_additive(
     object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
-    object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 )
 cdef Problem read_bilinear(
     object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
-    object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 )
 cdef Problem read_varlen(
     object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,

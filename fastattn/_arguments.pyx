@@ -30,6 +30,11 @@ cdef object float32 = np.dtype(np.float32)
 cdef object float64 = np.dtype(np.float64)
 
 
+# With no more queries than this in a head, keys are read in place; packing them would cost more.
+cdef enum:
+    FEW_QUERIES = 4
+
+
 # Arrays
 
 cdef cnp.ndarray as_array(object x, str name):
@@ -140,6 +145,12 @@ cdef bint flag(object x, str name) except -1:
     raise TypeError(f"{name} must be True or False, not {x!r}")
 
 
+cdef bint weights_flag(object x) except -1:
+    if type(x) is str:
+        raise ValueError(f"return_weights must be True, False or 'band', not {x!r}")
+    return flag(x, "return_weights")
+
+
 cdef object integer(object x, str name, str allowed):
     """A Python int of an integer that is not a bool."""
     if type(x) is int:
@@ -179,6 +190,26 @@ cdef int read_window(Problem p, object window_size, bint is_causal) except -1:
             p.shared.left = p.shared.right = window_side(window_size)
     if is_causal:
         p.shared.right = 0
+    return 0
+
+
+cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1:
+    p.shared.chunk = 0
+    p.shared.left_chunks = INT64_MAX
+    if chunk_size is None:
+        if left_chunks is not None:
+            raise ValueError(f"left_chunks={left_chunks!r} needs chunk_size, the number of keys in a chunk")
+        return 0
+    size = integer(chunk_size, "chunk_size", "an integer of at least 1, or None")
+    if size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, or None, not {size}")
+    p.shared.chunk = min(size, FAR)
+    if left_chunks is not None:
+        n = integer(left_chunks, "left_chunks", "an integer of at least 0, or None or -1 for all")
+        if n < -1:
+            raise ValueError(f"left_chunks must be an integer of at least 0, or None or -1 for all, not {n}")
+        if n >= 0:
+            p.shared.left_chunks = min(n, FAR)
     return 0
 
 
@@ -291,7 +322,9 @@ cdef int broadcastable(cnp.ndarray a, str name, tuple batch, tuple trailing) exc
                 break
         else:
             return 0
-    what = "the batch axes" if not trailing else "(..., L, S)"
+    what = "the batch axes"
+    if trailing:
+        what = "(..., L, left + right + 1)" if name == "relative_bias" else "(..., L, S)"
     raise ValueError(f"{name} has shape {shape}, which does not broadcast to {whole}, {what}")
 
 
@@ -346,6 +379,23 @@ cdef cnp.ndarray read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows,
                         f"which keys count go to mask=")
     p.shared.bias_dtype = storage_of(a, "bias")
     read_matrix(p, BIAS, a, "bias", batch, rows, cols)
+    return a
+
+
+cdef int64_t band_width(Problem p, str what) except -1:
+    """left + right + 1 of the window, which `what` needs bounded on both sides."""
+    if p.shared.left == INT64_MAX or p.shared.right == INT64_MAX:
+        raise ValueError(f"{what} needs window_size=(left, right) with both sides bounded (is_causal bounds the right)")
+    return p.shared.left + p.shared.right + 1
+
+
+cdef cnp.ndarray read_relative_bias(Problem p, object bias, tuple batch, Py_ssize_t rows):
+    cdef cnp.ndarray a = as_array(bias, "relative_bias")
+    cdef int64_t width = band_width(p, "relative_bias")
+    if a.dtype.kind in "biu":
+        raise TypeError(f"relative_bias must be floating, not of dtype {a.dtype}")
+    p.shared.relative_bias_dtype = storage_of(a, "relative_bias")
+    read_matrix(p, RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
     return a
 
 
@@ -507,13 +557,12 @@ cdef class Problem:
         to.value.data = at[<int> VALUE]
         to.mask.data = at[<int> MASK]
         to.bias.data = at[<int> BIAS]
+        to.relative_bias.data = at[<int> RELATIVE_BIAS]
         to.out.data = at[<int> OUT]
         to.weights.data = at[<int> WEIGHTS]
         to.lse.data = at[<int> LSE]
-        if at[<int> SLOPES] != NULL:
-            to.slope = (<double *> at[<int> SLOPES])[0]
-        if at[<int> SINKS] != NULL:
-            to.sink = (<double *> at[<int> SINKS])[0]
+        to.slope.data = at[<int> SLOPES]
+        to.sink.data = at[<int> SINKS]
         if at[<int> KEY_LENGTHS] != NULL:
             to.key_length = (<int64_t *> at[<int> KEY_LENGTHS])[0]
         if at[<int> QUERY_LENGTHS] != NULL:
@@ -531,6 +580,8 @@ cdef class Problem:
             to.offset = (<int64_t *> at[<int> OFFSETS])[0]
         elif self.offset_is_default:
             to.offset = to.key_length - to.query_length
+        if to.one_position and to.query_length > 0:
+            to.query_length = to.queries
 
 
 cdef Problem new_problem():
@@ -601,18 +652,52 @@ cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) ex
 
 cdef int finish(Problem p, Py_ssize_t group) except -1:
     """What the layouts say of the strides of a head; then the head axis is split where it is grouped."""
+    p.group = group
     if group > 1:
         split_heads(p, group)
+    p.sizes.one_position = False
     set_strides(&p.sizes.query, &p.layouts[<int> QUERY])
     set_strides(&p.sizes.key, &p.layouts[<int> KEY])
     set_strides(&p.sizes.value, &p.layouts[<int> VALUE])
     set_strides(&p.sizes.mask, &p.layouts[<int> MASK])
     set_strides(&p.sizes.bias, &p.layouts[<int> BIAS])
+    set_strides(&p.sizes.relative_bias, &p.layouts[<int> RELATIVE_BIAS])
     set_strides(&p.sizes.out, &p.layouts[<int> OUT])
     set_strides(&p.sizes.weights, &p.layouts[<int> WEIGHTS])
     set_strides(&p.sizes.lse, &p.layouts[<int> LSE])
-    if p.shared.left < INT64_MAX or p.shared.right < INT64_MAX:
+    set_strides(&p.sizes.slope, &p.layouts[<int> SLOPES])
+    set_strides(&p.sizes.sink, &p.layouts[<int> SINKS])
+    if p.shared.left < INT64_MAX or p.shared.right < INT64_MAX or p.shared.chunk:
         p.uneven = True
+    return 0
+
+
+cdef inline Py_ssize_t last_stride(Problem p, int operand) noexcept:
+    """Along the last batch axis."""
+    return p.layouts[operand].batch[p.axes - 1] if p.layouts[operand].data != NULL else 0
+
+
+cdef int settle(Problem p) except -1:
+    """Whether the queries are few; if there is one, the heads of a group become rows of one head, so that keys and
+    values are read once for all of them: unless lengths or offsets differ within the group."""
+    cdef Py_ssize_t group = p.group
+    p.shared.few = p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
+    if (group == 1 or not p.shared.few or p.packed or p.sizes.queries != 1 or last_stride(p, KEY_LENGTHS) or
+            last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS)):
+        return 0
+    p.sizes.query.row = last_stride(p, QUERY)
+    p.sizes.mask.row = last_stride(p, MASK)
+    p.sizes.bias.row = last_stride(p, BIAS)
+    p.sizes.relative_bias.row = last_stride(p, RELATIVE_BIAS)
+    p.sizes.out.row = last_stride(p, OUT)
+    p.sizes.weights.row = last_stride(p, WEIGHTS)
+    p.sizes.lse.row = last_stride(p, LSE)
+    p.sizes.slope.row = last_stride(p, SLOPES)
+    p.sizes.sink.row = last_stride(p, SINKS)
+    p.sizes.one_position = True
+    p.sizes.queries = p.longest_query = group
+    p.heads //= group
+    p.axes -= 1
     return 0
 
 
@@ -624,21 +709,23 @@ cdef inline void set_strides(fa_view *view, const Layout *layout) noexcept:
 
 
 cdef Problem read_rules(
-    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 ):
     """What all scores share. arrays: query and key, of one dtype, and value, of the output's; p.shared.dtype,
     .score_dtype and .score are set. inputs, names: what came, which `out` must not overlap."""
     cdef Py_ssize_t group
-    cdef bint with_weights = flag(return_weights, "return_weights"), with_lse = flag(return_lse, "return_lse")
+    p.shared.band = type(return_weights) is str and return_weights == "band"
+    cdef bint with_weights = p.shared.band or weights_flag(return_weights), with_lse = flag(return_lse, "return_lse")
     cdef bint grouped = flag(enable_gqa, "enable_gqa")
     cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
-                          bias is None and alibi_slopes is None and sinks is None)
+                          bias is None and relative_bias is None and alibi_slopes is None and sinks is None)
     p.shared.bias_dtype = FA_F32
     read_arrays(p, arrays, grouped, &group)
     read_window(p, window_size, flag(is_causal, "is_causal"))
+    read_chunks(p, chunk_size, left_chunks)
     read_activation(p, activation, sinks, with_lse)
     p.num_threads = num_threads
     if num_threads is not None:
@@ -654,7 +741,7 @@ cdef Problem read_rules(
 
     cdef tuple batch = None if no_rules else batch_shape(p)
     cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
-    cdef cnp.ndarray mask_array = None, bias_array = None
+    cdef cnp.ndarray mask_array = None, bias_array = None, relative_array = None
     p.kept = arrays
     p.offset_is_default = True
     p.shared.has_slope = p.shared.has_sink = False
@@ -669,6 +756,8 @@ cdef Problem read_rules(
         mask_array = read_mask(p, mask, batch, rows, cols)
     if bias is not None:
         bias_array = read_bias(p, bias, batch, rows, cols)
+    if relative_bias is not None:
+        relative_array = read_relative_bias(p, relative_bias, batch, rows)
     if alibi_slopes is not None:
         read_per_head(p, SLOPES, alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
         p.shared.has_slope = True
@@ -680,30 +769,34 @@ cdef Problem read_rules(
         p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[2])
     else:
         p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[2].dtype,
-                            [*arrays[:3], mask_array, bias_array], ("query", "key", "value", "mask", "bias"))
+                            [*arrays[:3], mask_array, bias_array, relative_array],
+                            ("query", "key", "value", "mask", "bias", "relative_bias"))
         refuse_overlap(out, inputs, names)
         refuse_overlap(out, (key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
                        ("key_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks"))
     place(p, OUT, p.out, 2)
     if with_weights:
-        p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
+        width = band_width(p, "return_weights='band'") if p.shared.band else cols
+        p.weights = empty((*batch_shape(p), rows, width), accumulation(p.shared.dtype))
         place(p, WEIGHTS, p.weights, 2)
     if with_lse:
         p.lse = empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
         place(p, LSE, p.lse, 1)
     finish(p, group)
+    settle(p)
     return p
 
 
 cdef Problem read_dot_product(
-    object query, object key, object value, object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object query, object key, object value, object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=False,
 ):
     cdef Problem p = new_problem()
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef cnp.ndarray q
+    p.packed = packed
     p.shared.dtype = p.shared.score_dtype = promote(arrays, ("query", "key", "value"))
     p.shared.score = FA_DOT
     q = arrays[0]
@@ -712,9 +805,9 @@ cdef Problem read_dot_product(
         p.shared.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
     return read_rules(
         p, arrays, (query, key, value), ("query", "key", "value"),
-        is_causal, window_size, query_offset, key_lengths, query_lengths,
-        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-        num_threads)
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
 
 
 # Scores with weights of their own
@@ -800,10 +893,10 @@ cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
 
 cdef Problem read_additive(
     object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
-    object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 ):
     cdef Problem p = new_problem()
     cdef list arrays
@@ -838,17 +931,17 @@ cdef Problem read_additive(
     p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
     return read_rules(
         p, [q, k, arrays[2]], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
-        is_causal, window_size, query_offset, key_lengths, query_lengths,
-        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-        num_threads)
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
 
 
 cdef Problem read_bilinear(
     object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
-    object is_causal, object window_size, object query_offset,
-    object key_lengths, object query_lengths, object mask, object bias, object alibi_slopes, object scale,
-    object softcap, object sinks, object activation, object enable_gqa, object return_weights, object return_lse,
-    object out, object num_threads,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 ):
     cdef Problem p = new_problem()
     cdef list arrays
@@ -877,9 +970,9 @@ cdef Problem read_bilinear(
     p.shared.scale = 1
     return read_rules(
         p, [q, k, arrays[2]], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
-        is_causal, window_size, query_offset, key_lengths, query_lengths,
-        mask, bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-        num_threads)
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
 
 
 # Packed sequences
@@ -904,8 +997,8 @@ cdef Problem read_varlen(
     object enable_gqa, object return_lse, object out, object num_threads,
 ):
     cdef Problem p = read_dot_product(
-        query, key, value, is_causal, window_size, None, None, None, None, None, alibi_slopes, scale, softcap, sinks,
-        activation, enable_gqa, False, return_lse, out, num_threads)
+        query, key, value, is_causal, window_size, None, None, None, None, None, None, None, None, alibi_slopes, scale,
+        softcap, sinks, activation, enable_gqa, False, return_lse, out, num_threads, True)
     refuse_overlap(out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
     p.query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.sizes.queries, "query's axis -2")
     if cu_seqlens_k is None:
@@ -924,8 +1017,8 @@ cdef Problem read_varlen(
     for i in range(p.sequences):
         p.longest_query = max(p.longest_query, p.query_starts[i + 1] - p.query_starts[i])
         p.longest_key = max(p.longest_key, p.key_starts[i + 1] - p.key_starts[i])
-    p.packed = True
     p.uneven = True
+    settle(p)
     return p
 
 

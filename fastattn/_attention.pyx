@@ -7,7 +7,7 @@ a result.
 import numpy as np
 
 from cython.parallel cimport parallel, prange, threadid
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, int64_t
 
 from fastattn._arguments cimport Problem, read_additive, read_bilinear, read_dot_product, read_varlen
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
@@ -29,8 +29,22 @@ cdef double ADDITIVE_WORK = 4
 # What a tile and a row cost besides.
 cdef double TILE_WORK = 1e4
 cdef double ROW_WORK = 1e3
+# With fewer tiles than this for a thread, threads share the keys of a tile where queries are few.
+cdef enum:
+    SPLIT_TILES = 8
+
 # ... and those of the largest tile, so that a thread is not long alone with the last one.
 cdef double MOST_WORK = 8e9
+
+
+cdef double keys_of_row(Problem p) noexcept:
+    """The most that a query may see."""
+    cdef double keys = p.longest_key
+    if p.shared.left < INT64_MAX and p.shared.right < INT64_MAX:
+        keys = min(keys, <double> p.shared.left + p.shared.right + 1)
+    if p.shared.chunk and p.shared.left_chunks < INT64_MAX:
+        keys = min(keys, (<double> p.shared.left_chunks + 1) * p.shared.chunk)
+    return keys
 
 
 cdef double work_of_pair(Problem p) noexcept:
@@ -41,7 +55,7 @@ cdef double work_of_pair(Problem p) noexcept:
 cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
     """Depends on the shapes only."""
     cdef Py_ssize_t longest = p.longest_query, rows, tiles
-    cdef double work_of_row = <double> p.longest_key * work_of_pair(p) + 1
+    cdef double work_of_row = keys_of_row(p) * work_of_pair(p) + 1
     rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / TILES)
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
     rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
@@ -133,32 +147,113 @@ cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int t
                          workspaces + threadid() * workspace_size, watch, threadid() == 0)
 
 
+cdef object spans_in_order(Problem p, const int64_t[:, ::1] tile, int64_t rows):
+    """(spans, 3) array of tile, first key, end; and where each tile's spans begin, one number more than there are."""
+    cdef Py_ssize_t t, n = 0, count = tile.shape[0]
+    cdef int64_t begin, end, step
+    cdef fa_head h
+    cdef int64_t[:, ::1] span
+    firsts = np.empty(count + 1, np.int64)
+    cdef int64_t[::1] first = firsts
+    for step in range(2):  # count them, then note them
+        if step == 1:
+            table = np.empty((n, 3), np.int64)
+            span = table
+            n = 0
+        for t in range(count):
+            first[t] = n
+            p.locate(tile[t, 0], tile[t, 1], &h)
+            fa_visible_keys(&p.shared, &h, tile[t, 2], min(rows, h.queries - tile[t, 2]), &begin, &end)
+            while begin < end:
+                if step == 1:
+                    span[n, 0], span[n, 1], span[n, 2] = t, begin, min(end, (begin // FA_SPAN + 1) * FA_SPAN)
+                n += 1
+                begin = (begin // FA_SPAN + 1) * FA_SPAN
+        first[count] = n
+    return table, firsts
+
+
+cdef int find_span(Problem p, const fa_kernels *kernels, const int64_t[:, ::1] tile, int64_t most_rows, Py_ssize_t t,
+                   int64_t begin, int64_t stop, void *workspace, void *span) noexcept nogil:
+    """One span of a tile, into `span`."""
+    cdef fa_head head
+    p.locate(tile[t, 0], tile[t, 1], &head)
+    cdef int64_t row = tile[t, 2], rows = min(most_rows, head.queries - tile[t, 2])
+    kernels.open_tile(&p.shared, &head, row, rows, workspace)
+    kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
+    kernels.save_span(&p.shared, rows, workspace, span)
+    return 0
+
+
+cdef int join_spans(Problem p, const fa_kernels *kernels, const int64_t[:, ::1] tile, int64_t most_rows, Py_ssize_t t,
+                    Py_ssize_t count, void *workspace, const char *span, size_t span_size) noexcept nogil:
+    """A tile from its spans."""
+    cdef fa_head head
+    cdef Py_ssize_t n
+    p.locate(tile[t, 0], tile[t, 1], &head)
+    cdef int64_t row = tile[t, 2], rows = min(most_rows, head.queries - tile[t, 2])
+    kernels.open_tile(&p.shared, &head, row, rows, workspace)
+    for n in range(count):
+        kernels.join_span(&p.shared, &head, rows, workspace, span + n * span_size)
+    kernels.close_tile(&p.shared, &head, row, rows, workspace)
+    return 0
+
+
+cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
+                    const int64_t[:, ::1] span, const int64_t[::1] first, char *workspaces, size_t workspace_size,
+                    char *found, size_t span_size, Watch *watch) noexcept nogil:
+    """Few queries against many keys: threads share the keys of a tile, and its spans are joined in their order."""
+    cdef Py_ssize_t t
+    with nogil, parallel(num_threads=threads):
+        for t in prange(span.shape[0], schedule="dynamic", chunksize=1):
+            if not interrupted(watch, threadid() == 0):
+                find_span(p, kernels, tile, rows, span[t, 0], span[t, 1], span[t, 2],
+                          workspaces + threadid() * workspace_size, found + t * span_size)
+        for t in prange(tile.shape[0], schedule="dynamic", chunksize=1):
+            if not watch.stop:
+                join_spans(p, kernels, tile, rows, t, first[t + 1] - first[t],
+                           workspaces + threadid() * workspace_size, found + first[t] * span_size, span_size)
+
+
 cdef object attend(Problem p):
     """Carries the problem out."""
     cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
     cdef int64_t rows = rows_of_tiles(p)
-    cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
+    cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key), span_size = 0
     cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
-    cdef double work = <double> p.heads * p.sizes.queries * (p.longest_key * work_of_pair(p) + ROW_WORK) + \
+    cdef double work = <double> p.heads * p.sizes.queries * (keys_of_row(p) * work_of_pair(p) + ROW_WORK) + \
         TILE_WORK * tiles_of(p, rows)
     cdef bint small = work < SMALL_WORK
     cdef int threads = 1 if small else allowed_threads(p.num_threads)
     cdef char *workspaces
-    cdef const int64_t[:, ::1] tiles
+    cdef const int64_t[:, ::1] tiles, spans
+    cdef const int64_t[::1] firsts
+    cdef Py_ssize_t n = 0
     cdef Watch watch = Watch(0, 0)
     if p.heads == 0 or p.longest_query == 0:
         return p.result()
     if threads > 1:
         tiles = tiles_in_order(p, rows)
-        threads = min(threads, tiles.shape[0])
+        if p.shared.few and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:
+            spans, firsts = spans_in_order(p, tiles, rows)
+            if spans.shape[0] > tiles.shape[0]:
+                n = spans.shape[0]
+                span_size = kernels.span_size(&p.shared, rows)
+        threads = min(threads, max(n, tiles.shape[0]))
     # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
-    workspaces = <char *> take_workspace(size * threads, 32.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256))
+    workspaces = <char *> take_workspace(
+        size * threads + span_size * n,
+        32.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256) + <double> span_size * n)
     try:
         if small:
             run_serial(p, kernels, rows, workspaces, NULL)
         elif threads <= 1:
             with nogil:
                 run_serial(p, kernels, rows, workspaces, &watch)
+        elif n > 0:
+            with nogil:
+                run_spans(p, kernels, rows, threads, tiles, spans, firsts, workspaces, size,
+                          workspaces + size * threads, span_size, &watch)
         else:
             with nogil:
                 run_parallel(p, kernels, rows, threads, tiles, workspaces, size, &watch)
@@ -170,12 +265,17 @@ cdef object attend(Problem p):
 
 
 def dot_product_attention(
-    query, key, value, is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes,
-    scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads,
+    query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask,
+    bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+    num_threads, few_in_place=True,
 ):
-    return attend(read_dot_product(
-        query, key, value, is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes,
-        scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))
+    """few_in_place=False: a few queries take the same loops as many, so that their bits are the same."""
+    cdef Problem p = read_dot_product(
+        query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
+    p.shared.few = p.shared.few and few_in_place
+    return attend(p)
 
 
 def varlen_attention(
@@ -189,21 +289,25 @@ def varlen_attention(
 
 def additive_attention(
     query, key, value, w_score, w_query, w_key, b_hidden,
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks,
-    activation, enable_gqa, return_weights, return_lse, out, num_threads,
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
+    relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+    num_threads,
 ):
     return attend(read_additive(
         query, key, value, w_score, w_query, w_key, b_hidden,
-        is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap,
-        sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
+        relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+        num_threads))
 
 
 def bilinear_attention(
     query, key, value, w_query, w_key, b_query, b_key,
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks,
-    activation, enable_gqa, return_weights, return_lse, out, num_threads,
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
+    relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+    num_threads,
 ):
     return attend(read_bilinear(
         query, key, value, w_query, w_key, b_query, b_key,
-        is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap,
-        sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads))
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
+        relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
+        num_threads))

@@ -36,14 +36,17 @@ cdef extern from "kernels/fastattn.h" nogil:
         fa_score score
         const double *score_weights
         double scale, softcap
-        fa_dtype dtype, score_dtype, bias_dtype
+        fa_dtype dtype, score_dtype, bias_dtype, relative_bias_dtype
         fa_activation activation
         int has_slope, has_sink
+        int64_t chunk, left_chunks
+        int band, few
 
     ctypedef struct fa_head:
-        fa_view query, key, value, mask, bias, out, weights, lse
+        fa_view query, key, value, mask, bias, relative_bias, out, weights, lse
+        fa_view slope, sink
         int64_t queries, keys, query_length, key_length, offset
-        double slope, sink
+        int one_position
 
     ctypedef struct fa_kernels:
         const char *name
@@ -51,6 +54,9 @@ cdef extern from "kernels/fastattn.h" nogil:
         void (*open_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t,
                            void *) noexcept nogil
+        size_t (*span_size)(const fa_problem *, int64_t) noexcept nogil
+        void (*save_span)(const fa_problem *, int64_t, void *, void *) noexcept nogil
+        void (*join_span)(const fa_problem *, const fa_head *, int64_t, void *, const void *) noexcept nogil
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, char *, Py_ssize_t, int64_t,
                      int64_t) noexcept nogil

@@ -23,18 +23,21 @@ def dot_product_attention(
     *,
     is_causal: bool = False,
     window_size: int | tuple[int | None, int | None] | None = None,
+    chunk_size: int | None = None,
+    left_chunks: int | None = None,
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: ArrayLike | None = None,
     activation: str = "softmax",
     enable_gqa: bool = False,
-    return_weights: bool = False,
+    return_weights: bool | str = False,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
@@ -55,6 +58,9 @@ def dot_product_attention(
     window_size : int or (int, int), optional
         ``(left, right)``: a query sees the keys from its position - left to its position + right, both inclusive. None
         or -1 on a side: unbounded. An int w: ``(w, w)``.
+    chunk_size, left_chunks : int, optional
+        The key axis is cut into chunks of `chunk_size`, and a query sees the whole of the chunk that its position lies
+        in and of `left_chunks` chunks before it (None or -1: of all), as in streaming speech recognition.
     query_offset : int or array of int, optional
         Position of query 0 on the key axis; may be negative. Default: the last query lines up with the last valid key,
         as with a cache; 0 lines up the first ones. With 2 queries and 4 keys, causal (x: seen)::
@@ -71,6 +77,11 @@ def dot_product_attention(
         **True means attend.**
     bias : array_like of floats, broadcasts to (..., L, S), optional
         Added to the score; -inf hides a key.
+    relative_bias : array_like of floats, broadcasts to (..., L, left + right + 1), optional
+        Added to the scores of the keys in the window of `window_size`, which must be bounded on both sides (with
+        `is_causal` right counts as 0): entry w of a row belongs to the key at the query's position - left + w.
+        ``(heads, 1, left + right + 1)`` is a bias by distance (T5); one that depends on the query too (Shaw,
+        Transformer-XL) needs no (L, S) array either. -inf hides a key.
     alibi_slopes : array_like, broadcasts over the batch axes, optional
         Adds ``-slope * abs(query position - key position)``; ``(H,)`` is one slope a query head [2]_.
     scale : float, optional
@@ -83,8 +94,10 @@ def dot_product_attention(
         'relu': weights are ``max(score, 0) / number of visible keys``; 'sigmoid': ``1 / (1 + exp(-score))``.
     enable_gqa : bool, default False
         Query may have g times the heads (axis -3) of key and value; query head h reads key head h // g.
-    return_weights : bool, default False
-        Also return the weights, (..., L, S). They take the memory that this function otherwise avoids.
+    return_weights : bool or 'band', default False
+        Also return the weights, (..., L, S). They take the memory that this function otherwise avoids. 'band': only
+        those in the window of `window_size`, (..., L, left + right + 1), placed as in `relative_bias`; 0 where the
+        window reaches past the keys.
     return_lse : bool, default False
         Also return the log-sum-exp of each row's scores, (..., L), natural logarithm, sink included.
     out : ndarray, shape (..., L, E), optional
@@ -96,7 +109,7 @@ def dot_product_attention(
     -------
     out : ndarray, shape (..., L, E)
         Of the dtype to which query, key and value promote.
-    weights : ndarray, shape (..., L, S)
+    weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
         Only with `return_lse`; float64 for float64, else float32.
@@ -141,11 +154,14 @@ def dot_product_attention(
         value,
         is_causal,
         window_size,
+        chunk_size,
+        left_chunks,
         query_offset,
         key_lengths,
         query_lengths,
         mask,
         bias,
+        relative_bias,
         alibi_slopes,
         scale,
         softcap,
@@ -170,18 +186,21 @@ def additive_attention(
     b_hidden: ArrayLike | None = None,
     is_causal: bool = False,
     window_size: int | tuple[int | None, int | None] | None = None,
+    chunk_size: int | None = None,
+    left_chunks: int | None = None,
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: ArrayLike | None = None,
     activation: str = "softmax",
     enable_gqa: bool = False,
-    return_weights: bool = False,
+    return_weights: bool | str = False,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
@@ -205,8 +224,10 @@ def additive_attention(
         the form of Keras' ``AdditiveAttention``.
     b_hidden : array_like, shape (hidden,), optional
         Added before the tanh; taken in the accumulation dtype.
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
-        As for `dot_product_attention`: which keys a query sees, and what is added to the scores.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+        As for `dot_product_attention`: which keys a query sees.
+    bias, relative_bias, alibi_slopes
+        As for `dot_product_attention`: what is added to the scores.
     softcap, sinks, activation
         As for `dot_product_attention`: from scores to weights.
     scale : float, default 1
@@ -218,7 +239,7 @@ def additive_attention(
     -------
     out : ndarray, shape (..., L, E)
         Of the dtype to which the arrays promote.
-    weights : ndarray, shape (..., L, S)
+    weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
         Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
@@ -275,11 +296,14 @@ def additive_attention(
         b_hidden,
         is_causal,
         window_size,
+        chunk_size,
+        left_chunks,
         query_offset,
         key_lengths,
         query_lengths,
         mask,
         bias,
+        relative_bias,
         alibi_slopes,
         scale,
         softcap,
@@ -304,18 +328,21 @@ def bilinear_attention(
     b_key: ArrayLike | None = None,
     is_causal: bool = False,
     window_size: int | tuple[int | None, int | None] | None = None,
+    chunk_size: int | None = None,
+    left_chunks: int | None = None,
     query_offset: ArrayLike | None = None,
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: ArrayLike | None = None,
     activation: str = "softmax",
     enable_gqa: bool = False,
-    return_weights: bool = False,
+    return_weights: bool | str = False,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
@@ -338,8 +365,10 @@ def bilinear_attention(
     b_query, b_key : array_like, shape (n,), optional
         Added to the projections; taken in the accumulation dtype. Without `w_key`, and unless `b_key` is given, the
         keys share `b_query`.
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
-        As for `dot_product_attention`: which keys a query sees, and what is added to the scores.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+        As for `dot_product_attention`: which keys a query sees.
+    bias, relative_bias, alibi_slopes
+        As for `dot_product_attention`: what is added to the scores.
     softcap, sinks, activation
         As for `dot_product_attention`: from scores to weights.
     scale : float, default 1
@@ -351,7 +380,7 @@ def bilinear_attention(
     -------
     out : ndarray, shape (..., L, E)
         Of the dtype to which the arrays promote.
-    weights : ndarray, shape (..., L, S)
+    weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
         Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
@@ -394,11 +423,125 @@ def bilinear_attention(
         b_key,
         is_causal,
         window_size,
+        chunk_size,
+        left_chunks,
         query_offset,
         key_lengths,
         query_lengths,
         mask,
         bias,
+        relative_bias,
+        alibi_slopes,
+        scale,
+        softcap,
+        sinks,
+        activation,
+        enable_gqa,
+        return_weights,
+        return_lse,
+        out,
+        num_threads,
+    )
+
+
+def truncated_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    left: int,
+    right: int = 0,
+    *,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    return_weights: bool | str = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Dot-product attention in which a query sees only `left` keys before its position and `right` behind it.
+
+    The cost grows with the length, not with its square: what lies outside the window is never looked at.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D)
+    key : array_like, shape (..., S, D)
+    value : array_like, shape (..., S, E)
+        As for `dot_product_attention`.
+    left, right : int
+        Keys seen before and behind the query's position, beside the one at it; None or -1: all of them.
+    relative_bias : array_like of floats, broadcasts to (..., L, left + right + 1), optional
+        Added to the scores of the window, entry w to that of the key at the query's position - left + w.
+    return_weights : bool or 'band', default False
+        Also return the weights, (..., L, S), or, with 'band', only those of the window, (..., L, left + right + 1).
+    is_causal, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks, activation
+        As for `dot_product_attention`.
+    enable_gqa, return_lse, out, num_threads
+        As for `dot_product_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L, E)
+    weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
+        Only with `return_weights`.
+    lse : ndarray, shape (..., L)
+        Only with `return_lse`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+
+    References
+    ----------
+    .. [1] D. Povey et al., "A time-restricted self-attention layer for ASR", 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x, value = np.zeros((4, 2)), np.arange(4.0)[:, None]
+    >>> out, weights = fastattn.truncated_attention(x, x, value, 1, 1, return_weights="band")
+    >>> out.ravel()
+    array([0.5, 1. , 2. , 2.5])
+    >>> weights.round(2)
+    array([[0.  , 0.5 , 0.5 ],
+           [0.33, 0.33, 0.33],
+           [0.33, 0.33, 0.33],
+           [0.5 , 0.5 , 0.  ]])
+    """
+    for name, side in (("left", left), ("right", right)):
+        allowed = f"{name} must be an integer of at least 0, or -1 or None for all keys, not {side!r}"
+        if side is not None and (isinstance(side, bool) or not hasattr(side, "__index__")):
+            raise TypeError(allowed)
+        if side is not None and side < -1:
+            raise ValueError(allowed)
+    return _dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal,
+        (left, right),
+        None,
+        None,
+        query_offset,
+        key_lengths,
+        query_lengths,
+        mask,
+        bias,
+        relative_bias,
         alibi_slopes,
         scale,
         softcap,

@@ -25,6 +25,7 @@ __all__ = [
     "logsumexp",
     "merge_attention",
     "softmax",
+    "truncated_attention",
     "varlen_attention",
 ]
 
@@ -54,17 +55,52 @@ def query_positions(num_queries, num_keys, query_offset, query_lengths, key_leng
     return offset + np.arange(num_queries)[:, None]
 
 
+def window_sides(window_size, is_causal=False):
+    """``(left, right)`` of a window: infinite where there is no bound; a causal window ends at the query."""
+    left, right = window_size if np.ndim(window_size) else (window_size, window_size)
+    left, right = (np.inf if side is None or side == -1 else float(side) for side in (left, right))
+    return left, 0.0 if is_causal else right
+
+
+def take_inside(x, index):
+    """``x[..., index]`` along the last axis, with an index for each row; 0 where it points outside of the axis."""
+    inside = (index >= 0) & (index < x.shape[-1])
+    rows = np.broadcast_shapes(x.shape[:-1], index.shape[:-1])
+    # One column more, which holds the 0.
+    x = np.concatenate([np.broadcast_to(x, (*rows, x.shape[-1])), np.zeros((*rows, 1))], axis=-1)
+    index = np.where(inside, index, x.shape[-1] - 1).astype(np.int64)
+    return np.take_along_axis(x, np.broadcast_to(index, (*rows, index.shape[-1])), axis=-1)
+
+
+def from_window(band, position, left, right, num_keys):
+    """From the window to the key axis: entry w of row i goes to the key ``position - left + w``, 0 to all others.
+
+    `band` broadcasts to ``(..., L, left + right + 1)``; returns ``(..., L, S)``.
+    """
+    band = np.asarray(band, dtype=np.float64)
+    band = np.broadcast_to(band, np.broadcast_shapes(band.shape, (1, int(left + right) + 1)))
+    return take_inside(band, np.arange(num_keys) - (position - left))
+
+
+def to_window(matrix, position, left, right):
+    """The way back, from ``(..., L, S)`` to ``(..., L, left + right + 1)``; 0 where the window leaves the key axis."""
+    return take_inside(matrix, position - left + np.arange(int(left + right) + 1))
+
+
 def visible_keys(
     num_queries,
     num_keys,
     *,
     is_causal=False,
     window_size=None,
+    chunk_size=None,
+    left_chunks=None,
     query_offset=None,
     key_lengths=None,
     query_lengths=None,
     mask=None,
     bias=None,
+    relative_bias=None,
 ):
     """The boolean matrix, broadcastable to ``(..., L, S)``: does query i see key j? Every rule must agree."""
     position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
@@ -79,15 +115,20 @@ def visible_keys(
     if is_causal:
         visible = visible & (j <= position)
     if window_size is not None:
-        left, right = window_size if np.ndim(window_size) else (window_size, window_size)
-        if left is not None and left >= 0:
-            visible = visible & (j >= position - float(left))
-        if right is not None and right >= 0:
-            visible = visible & (j <= position + float(right))
+        left, right = window_sides(window_size, is_causal)
+        visible = visible & (j >= position - left) & (j <= position + right)
+    if chunk_size is not None:
+        chunks_before = position // float(chunk_size) - j // float(chunk_size)
+        visible = visible & (chunks_before >= 0)
+        if left_chunks is not None and left_chunks >= 0:
+            visible = visible & (chunks_before <= float(left_chunks))
     if mask is not None:
         visible = visible & np.asarray(mask)
     if bias is not None:
         visible = visible & (np.asarray(bias, dtype=np.float64) != -np.inf)
+    if relative_bias is not None:
+        sides = window_sides(window_size, is_causal)
+        visible = visible & (from_window(relative_bias, position, *sides, num_keys) != -np.inf)
     return visible
 
 
@@ -312,11 +353,14 @@ def dot_product_attention(
     *,
     is_causal=False,
     window_size=None,
+    chunk_size=None,
+    left_chunks=None,
     query_offset=None,
     key_lengths=None,
     query_lengths=None,
     mask=None,
     bias=None,
+    relative_bias=None,
     alibi_slopes=None,
     scale=None,
     softcap=None,
@@ -330,8 +374,8 @@ def dot_product_attention(
 ):
     """Scaled dot-product attention, ``softmax(query @ key.T * scale) @ value`` (Vaswani et al. 2017).
 
-    A score goes through ``* scale``, the soft cap, ``+ alibi + bias``, the rules of which keys are seen, the
-    activation, and the weighted sum, in that order.
+    A score goes through ``* scale``, the soft cap, ``+ alibi + bias + relative bias``, the rules of which keys are
+    seen, the activation, and the weighted sum, in that order.
 
     Parameters
     ----------
@@ -343,6 +387,9 @@ def dot_product_attention(
         See only keys at or before the query's position.
     window_size : int or (left, right), optional
         See only keys from ``position - left`` to ``position + right``; None or -1 is unbounded.
+    chunk_size, left_chunks : int, optional
+        With the key axis cut into chunks, see only the one that the position lies in and `left_chunks` before it; None
+        or -1 is unbounded.
     query_offset : int or array of int, optional
         Position of query 0 on the key axis. Default: the last valid query stands on the last valid key.
     key_lengths, query_lengths : int or array of int over the batch axes, optional
@@ -351,6 +398,9 @@ def dot_product_attention(
         Broadcasts to ``(..., L, S)``; True means attend.
     bias : array_like of float, optional
         Broadcasts to ``(..., L, S)``; added to the score. ``-inf`` hides a key.
+    relative_bias : array_like of float, optional
+        Broadcasts to ``(..., L, left + right + 1)``, with the sides of `window_size`, or 0 on the right if causal;
+        entry w is added to the score of the key at ``position - left + w``. ``-inf`` hides a key (Shaw 2018, T5).
     alibi_slopes : array_like, optional
         Over the batch axes; adds ``-slope * abs(query position - key position)`` (Press et al. 2022).
     scale : float, optional
@@ -363,8 +413,10 @@ def dot_product_attention(
         relu gives ``max(score, 0) / number of visible keys``.
     enable_gqa : bool, default: False
         Query head h reads key head ``h // g``, g query heads a key head (Ainslie et al. 2023).
-    return_weights, return_lse : bool, default: False
-        Return the weights ``(..., L, S)`` and the log-sum-exp ``(..., L)`` too, in that order.
+    return_weights : bool or "band", default: False
+        Return the weights ``(..., L, S)`` too; "band": ``(..., L, left + right + 1)``, placed as in `relative_bias`.
+    return_lse : bool, default: False
+        Return the log-sum-exp ``(..., L)`` too, after the weights.
     out : ndarray, optional
         Receives the output and is returned.
     num_threads : int, optional
@@ -382,11 +434,14 @@ def dot_product_attention(
         value,
         is_causal=is_causal,
         window_size=window_size,
+        chunk_size=chunk_size,
+        left_chunks=left_chunks,
         query_offset=query_offset,
         key_lengths=key_lengths,
         query_lengths=query_lengths,
         mask=mask,
         bias=bias,
+        relative_bias=relative_bias,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         sinks=sinks,
@@ -409,11 +464,14 @@ def additive_attention(
     b_hidden=None,
     is_causal=False,
     window_size=None,
+    chunk_size=None,
+    left_chunks=None,
     query_offset=None,
     key_lengths=None,
     query_lengths=None,
     mask=None,
     bias=None,
+    relative_bias=None,
     alibi_slopes=None,
     scale=None,
     softcap=None,
@@ -444,8 +502,8 @@ def additive_attention(
         Added to each sum of a projected query and a projected key.
     scale : float, optional
         Default 1.
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
-    softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
+    relative_bias, alibi_slopes, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
         As in `dot_product_attention`.
 
     Returns
@@ -463,11 +521,14 @@ def additive_attention(
         value,
         is_causal=is_causal,
         window_size=window_size,
+        chunk_size=chunk_size,
+        left_chunks=left_chunks,
         query_offset=query_offset,
         key_lengths=key_lengths,
         query_lengths=query_lengths,
         mask=mask,
         bias=bias,
+        relative_bias=relative_bias,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         sinks=sinks,
@@ -490,11 +551,14 @@ def bilinear_attention(
     b_key=None,
     is_causal=False,
     window_size=None,
+    chunk_size=None,
+    left_chunks=None,
     query_offset=None,
     key_lengths=None,
     query_lengths=None,
     mask=None,
     bias=None,
+    relative_bias=None,
     alibi_slopes=None,
     scale=None,
     softcap=None,
@@ -524,8 +588,8 @@ def bilinear_attention(
         Added to the projections.
     scale : float, optional
         Default 1.
-    is_causal, window_size, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes
-    softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
+    relative_bias, alibi_slopes, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
         As in `dot_product_attention`.
 
     Returns
@@ -543,11 +607,14 @@ def bilinear_attention(
         value,
         is_causal=is_causal,
         window_size=window_size,
+        chunk_size=chunk_size,
+        left_chunks=left_chunks,
         query_offset=query_offset,
         key_lengths=key_lengths,
         query_lengths=query_lengths,
         mask=mask,
         bias=bias,
+        relative_bias=relative_bias,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         sinks=sinks,
@@ -567,11 +634,14 @@ def attend_by(
     *,
     is_causal,
     window_size,
+    chunk_size,
+    left_chunks,
     query_offset,
     key_lengths,
     query_lengths,
     mask,
     bias,
+    relative_bias,
     alibi_slopes,
     softcap,
     sinks,
@@ -593,33 +663,110 @@ def attend_by(
         batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
         scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))
         scores = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
+        if relative_bias is not None:
+            sides = window_sides(window_size, is_causal)
+            scores = scores + from_window(relative_bias, position, *sides, num_keys)
         visible = visible_keys(
             num_queries,
             num_keys,
             is_causal=is_causal,
             window_size=window_size,
+            chunk_size=chunk_size,
+            left_chunks=left_chunks,
             query_offset=query_offset,
             key_lengths=key_lengths,
             query_lengths=query_lengths,
             mask=mask,
             bias=bias,
+            relative_bias=relative_bias,
         )
-        return attend(
+        results = attend(
             scores,
             value,
             visible,
             sinks=sinks,
             activation=activation,
-            return_weights=return_weights,
+            return_weights=bool(return_weights),
             return_lse=return_lse,
             out=out,
         )
+    if return_weights == "band":
+        out, weights, *lse = results
+        results = (out, to_window(weights, position, *window_sides(window_size, is_causal)), *lse)
+    return results
 
 
 def repeat_heads(query, key, value):
     """Grouped queries: write every key and value head down once for each query head that reads it."""
     group = query.shape[-3] // max(key.shape[-3], 1)
     return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
+
+
+def truncated_attention(
+    query,
+    key,
+    value,
+    left,
+    right=0,
+    *,
+    is_causal=False,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+    relative_bias=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Dot-product attention to `left` keys before a query's position and `right` behind it (Povey et al. 2018).
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D)
+    key : array_like, shape (..., S, D)
+    value : array_like, shape (..., S, E)
+    left, right : int
+        The window, beside the key at the position itself; None or -1 is unbounded.
+    is_causal, query_offset, key_lengths, query_lengths, mask, bias, relative_bias, alibi_slopes, scale, softcap
+    sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+        As in `dot_product_attention`.
+
+    Returns
+    -------
+    ndarray (..., L, E), or a tuple (out[, weights][, lse])
+    """
+    return dot_product_attention(
+        query,
+        key,
+        value,
+        window_size=(left, right),
+        is_causal=is_causal,
+        query_offset=query_offset,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        mask=mask,
+        bias=bias,
+        relative_bias=relative_bias,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        activation=activation,
+        enable_gqa=enable_gqa,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        out=out,
+        num_threads=num_threads,
+    )
 
 
 def varlen_attention(

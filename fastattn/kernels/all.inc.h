@@ -10,8 +10,8 @@
 #include "rows.inc.h"
 
 static const fa_kernels NAME(table) = {
-    KERNELS,    NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(close_tile),
-    NAME(rows), NAME(gather),         NAME(scatter),   NAME(merge),
+    KERNELS,         NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(span_size), NAME(save_span),
+    NAME(join_span), NAME(close_tile),     NAME(rows),      NAME(gather),     NAME(scatter),   NAME(merge),
 };
 
 #undef BITS

@@ -72,20 +72,47 @@ static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64
     tile->spans++;
 }
 
-/* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
-static void NAME(hide_weights)(const fa_head *head, int64_t i, int64_t begin, int64_t end)
+/* A row of the requested weights: where that of key 0 would lie, and the keys [*first, *last) that have a place. */
+static ALWAYS_INLINE real *NAME(weights_row)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
+                                             int64_t *last)
 {
-    real *w = (real *)(head->weights.data + i * head->weights.row);
-    for (int64_t j = begin; j < end; j++)
-        w[j] = -(real)INFINITY;
+    uintptr_t row = (uintptr_t)(head->weights.data + i * head->weights.row);
+    *first = 0, *last = head->keys;
+    if (problem->band) {
+        *first = head->offset + (head->one_position ? 0 : i) - problem->left;
+        *last = *first + problem->left + problem->right + 1;
+        row -= (uintptr_t)*first * sizeof(real);
+    }
+    return (real *)row;
+}
+
+/* The keys of a block that a row sees by position and length; their places in the requested weights. */
+static ALWAYS_INLINE real *NAME(weights_block)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
+                                               int *begin, int *end)
+{
+    int64_t first, last;
+    rows_range(problem, head, i, 1, block, begin, end);
+    return NAME(weights_row)(problem, head, i, &first, &last) + block;
+}
+
+/* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
+static void NAME(hide_weights)(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block)
+{
+    for (int r = 0; r < rows; r++) {
+        int begin, end;
+        real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
+        for (int j = begin; j < end; j++)
+            w[j] = -(real)INFINITY;
+    }
 }
 
 /* Scores, or weights that are not divided yet, of a group into the requested weights, for close_tile to finish. */
-static void NAME(keep_weights)(const fa_head *head, int64_t i, int rows, int64_t block, int begin, int end,
+static void NAME(keep_weights)(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
                                const real *s)
 {
     for (int r = 0; r < rows; r++) {
-        real *w = (real *)(head->weights.data + (i + r) * head->weights.row) + block;
+        int begin, end;
+        real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
         for (int j = begin; j < end; j++)
             w[j] = s[r * FA_BLOCK + j];
     }
@@ -105,12 +132,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
 {
     const int natural = NAME(natural)(problem, head);
     const int64_t value_row = tile->value_row;
-    const int rules = problem->softcap != 0 || problem->has_slope || head->bias.data || NAME(late_scale)(problem);
+    const int rules = NAME(ruled)(problem, head);
     const char *keys = head->key.data + block * head->key.row;
     NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
     /* While the groups pass over this block, the next one comes from memory, a few rows with each group. */
     const int64_t next = block + FA_BLOCK, groups = (rows + ROWS - 1) / ROWS;
-    const int64_t per_group = next < tile_end ? (FA_BLOCK + groups - 1) / groups : 0;
+    const int64_t per_group = next < tile_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
     int64_t ahead = next;
     int packed = 0, finite = -1;
     for (int64_t first = 0; first < rows; first += ROWS) {
@@ -121,14 +148,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         if (lo >= hi)
             continue;
         if (range.masked) {
-            for (int r = 0; r < group && head->weights.data; r++)
-                NAME(hide_weights)(head, row + first + r, block + lo, block + hi);
+            if (head->weights.data)
+                NAME(hide_weights)(problem, head, row + first, group, block);
             continue;
         }
         if (!packed) {
             if (problem->score == FA_ADDITIVE)
                 NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
-            else
+            else if (!problem->few)
                 NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
             if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value)) {
                 NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
@@ -146,6 +173,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
+        else if (problem->few)
+            NAME(row_scores)(problem, q, group, keys, &head->key, lo, hi, tile->k, s);
         else
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
@@ -156,12 +185,13 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             for (int r = 0; r < group; r++) {
                 const int64_t i = row + first + r;
                 if (rules || !bits_equal(&seen[r], &whole))
-                    NAME(apply_rules)(problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra);
+                    NAME(apply_rules)
+                (problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
                 partial |= !bits_equal(&seen[r], &terms);
             }
         } /* otherwise whole vectors, all seen: nothing to hide */
         if (head->weights.data && problem->activation == FA_SOFTMAX)
-            NAME(keep_weights)(head, row + first, group, block, lo, hi, s);
+            NAME(keep_weights)(problem, head, row + first, group, block, s);
 
         real shrink[ROWS];
         if (problem->activation == FA_SOFTMAX) {
@@ -175,13 +205,15 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                 shrink[r] = 1;
         }
         if (head->weights.data && problem->activation != FA_SOFTMAX)
-            NAME(keep_weights)(head, row + first, group, block, lo, hi, s);
+            NAME(keep_weights)(problem, head, row + first, group, block, s);
 
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */
         real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
         if (partial && !finite)
             NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, sum);
+        else if (problem->few && value_row > NAME(PANEL))
+            NAME(streamed_sum)(s, group, value, term_lo, term_hi, value_row, sum, tile->chunk);
         else
             NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, sum);
         for (int r = 0; r < group && sum != o; r++) {
@@ -220,6 +252,41 @@ static ALWAYS_INLINE void NAME(finish_row)(real *to, const real *o, int64_t n, v
 }
 
 /* Contract: fastattn.h. */
+static size_t NAME(span_size)(const fa_problem *problem, int64_t rows)
+{
+    const int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
+    const int64_t numbers = (rows + LANES - 1) / LANES * LANES + rows * (LANES + value_row);
+    return ((size_t)numbers * sizeof(real) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
+}
+
+/* Contract: fastattn.h. */
+static void NAME(save_span)(const fa_problem *problem, int64_t rows, void *workspace, void *span)
+{
+    NAME(tile) *tile = workspace;
+    real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
+    (void)problem;
+    NAME(clear_fresh)(rows, tile);
+    memcpy(m, tile->m, (size_t)rows * sizeof(real));
+    memcpy(l, tile->l, (size_t)(rows * LANES) * sizeof(real));
+    memcpy(o, tile->o, (size_t)(rows * tile->value_row) * sizeof(real));
+}
+
+/* Contract: fastattn.h. */
+static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace,
+                            const void *span)
+{
+    NAME(tile) *tile = workspace;
+    const real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
+    if (tile->open_span >= 0)
+        NAME(end_span)(problem, head, rows, tile);
+    tile->open_span = 0;
+    memset(tile->fresh, 0, (size_t)((rows + ROWS - 1) / ROWS));
+    memcpy(tile->m, m, (size_t)rows * sizeof(real));
+    memcpy(tile->l, l, (size_t)(rows * LANES) * sizeof(real));
+    memcpy(tile->o, o, (size_t)(rows * tile->value_row) * sizeof(real));
+}
+
+/* Contract: fastattn.h. */
 static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
     NAME(tile) *tile = workspace;
@@ -247,10 +314,11 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         if (head->lse.data || problem->has_sink) {
             if (sum != 0)
                 lse = (double)m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
-            if (problem->has_sink && head->sink != -INFINITY) {
+            const double sink = problem->has_sink ? NAME(per_row)(&head->sink, i) : -INFINITY;
+            if (sink != -INFINITY) {
                 const double keys_lse = lse;
-                const double most = keys_lse < head->sink ? head->sink : keys_lse; /* NaN in the scores stays */
-                const double least = keys_lse < head->sink ? keys_lse : head->sink;
+                const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
+                const double least = keys_lse < sink ? keys_lse : sink;
                 lse = least == -INFINITY ? most : most + log1p(exp(least - most));
                 share = exp(keys_lse - lse);
             }
@@ -270,14 +338,14 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         }
         if (head->weights.data) {
             /* The scores that visit_block left there, now that the row's maximum and sum are known. */
-            const int64_t group = row + r / ROWS * ROWS;
-            int64_t begin, end;
-            fa_visible_keys(problem, head, group, rows - r / ROWS * ROWS < ROWS ? rows - r / ROWS * ROWS : ROWS, &begin,
-                            &end);
-            real *w = (real *)(head->weights.data + i * head->weights.row);
+            int64_t first, last, begin, end;
+            real *w = NAME(weights_row)(problem, head, i, &first, &last);
+            fa_visible_keys(problem, head, i, 1, &begin, &end);
+            if (begin >= end)
+                begin = end = first;
             const real most = m[r] == -(real)INFINITY ? 0 : m[r];
-            memset(w, 0, (size_t)begin * sizeof(real));
-            memset(w + end, 0, (size_t)(head->keys - end) * sizeof(real));
+            memset(w + first, 0, (size_t)(begin - first) * sizeof(real));
+            memset(w + end, 0, (size_t)(last - end) * sizeof(real));
             for (int64_t j = begin; j < end; j += LANES) {
                 real some[LANES];
                 const int n = end - j < LANES ? (int)(end - j) : LANES;

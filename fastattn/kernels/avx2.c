@@ -7,6 +7,7 @@ TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
 #define ISA avx2
 #define VECTOR_BYTES 32
 #define ROWS 6
+#define FEW_ROWS 1
 #define STEPS 1
 #define CHUNK 32
 #define VECS 2

@@ -9,6 +9,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define VECTOR_BYTES 64
 #define ROWS 6
 #define VECS 4
+#define FEW_ROWS 3
 #define STEPS 4
 #define CHUNK 64
 

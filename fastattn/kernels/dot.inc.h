@@ -78,3 +78,81 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
         q += ROWS * STRIP;
     } while (c < channels);
 }
+
+/* Scores of `rows` rows against four keys, lanes along the channel. Sums are nested like those of the product: a strip
+ * of channels, then the strips. last: the channels that do not fill a vector. */
+static ALWAYS_INLINE void NAME(four_scores)(const real *q, const vec *q_last, const real *const *k, const vec *k_last,
+                                            int64_t whole, real *s, const int rows)
+{
+    vec sum[FEW_ROWS][4];
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int i = 0; i < 4; i++)
+            sum[r][i] = q_last[r] * k_last[i];
+    }
+    for (int64_t c = 0; c < whole; q += STRIP * ROWS) {
+        const int64_t stop = whole - c < STRIP ? whole : c + STRIP;
+        vec part[FEW_ROWS][4];
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                part[r][i] = (vec){0};
+        }
+        for (const real *q_c = q; c < stop; c += LANES, q_c += LANES) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++) {
+                const vec k_i = NAME(load)(k[i] + c);
+                UNROLL(8)
+                for (int r = 0; r < rows; r++)
+                    part[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_i, part[r][i]);
+            }
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                sum[r][i] += part[r][i];
+        }
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows; r++)
+        NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+/* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
+ * goes into reading the keys, and packing them would double it. Keys up to the next whole vector get scores too, which
+ * mean nothing. Row and key alone decide the order of the additions. */
+static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
+                             int begin, int end, real *scratch, real *s)
+{
+    const int64_t all = problem->head_dim, whole = all / LANES * LANES;
+    const int64_t q_whole = whole / STRIP * STRIP * ROWS + whole % STRIP;
+    const int in_place = NAME(readable)(problem->score_dtype, key);
+    vec q_last[ROWS] = {{0}};
+    if (whole < all)
+        for (int r = 0; r < rows; r++)
+            memcpy(&q_last[r], q + r * STRIP + q_whole, (size_t)(all - whole) * sizeof(real));
+    for (int j = begin / 4 * 4; j < (end + LANES - 1) / LANES * LANES; j += 4) {
+        const real *k[4];
+        vec k_last[4] = {{0}};
+        for (int i = 0; i < 4; i++) {
+            const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
+            k[i] = (const real *)(keys + seen * key->row);
+            for (int64_t at = 0; at < all * (int64_t)sizeof(real); at += 64)
+                __builtin_prefetch((const char *)k[i] + FETCH_ROWS * key->row + at, 0, 2);
+            if (!in_place) {
+                NAME(gather)(scratch + i * all, keys + seen * key->row, key->col, all, problem->score_dtype);
+                k[i] = scratch + i * all;
+            }
+            if (whole < all)
+                memcpy(&k_last[i], k[i] + whole, (size_t)(all - whole) * sizeof(real));
+        }
+        int r = 0;
+        for (; r + FEW_ROWS <= rows; r += FEW_ROWS)
+            NAME(four_scores)(q + r * STRIP, q_last + r, k, k_last, whole, s + r * FA_BLOCK + j, FEW_ROWS);
+        for (; r < rows; r++)
+            NAME(four_scores)(q + r * STRIP, q_last + r, k, k_last, whole, s + r * FA_BLOCK + j, 1);
+    }
+}

@@ -42,22 +42,27 @@ typedef struct {
     double softcap;       /* 0: none */
     fa_dtype dtype;       /* of value and out */
     fa_dtype score_dtype; /* of query and key: the same, or the accumulation dtype where they are products already */
-    fa_dtype bias_dtype;
+    fa_dtype bias_dtype, relative_bias_dtype;
     fa_activation activation;
     int has_slope, has_sink;
+    int64_t chunk, left_chunks; /* a query sees its own chunk of so many keys and some to the left; 0: no such rule */
+    int band;                   /* of the weights only the window is wanted */
+    int few;                    /* so few queries in a head that keys are read where they lie, a row at a time */
 } fa_problem;
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */
 typedef struct {
     fa_view query, key, value; /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
     fa_view mask, bias;        /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
+    fa_view relative_bias;     /* (queries, left + right + 1), optional: of the keys from position - left on */
     fa_view out;               /* (queries, value_dim) */
-    fa_view weights;           /* (queries, keys), optional, accumulation dtype */
+    fa_view weights;           /* optional, accumulation dtype: (queries, keys), or as relative_bias with band */
     fa_view lse;               /* (queries, 1), optional, accumulation dtype */
     int64_t queries, keys;
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
-    double slope, sink;
+    fa_view slope, sink;              /* doubles, by row; optional */
+    int one_position;                 /* the rows are not a sequence but one query of several heads, all at `offset` */
 } fa_head;
 
 typedef struct {
@@ -66,6 +71,11 @@ typedef struct {
     void (*open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
     void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
                        int64_t key_end, void *workspace);
+    /* In place of visiting a span here: what another workspace, with the same tile opened, has found there. Spans must
+     * be joined in ascending order; bits are the same as if they were visited. */
+    size_t (*span_size)(const fa_problem *problem, int64_t rows);
+    void (*save_span)(const fa_problem *problem, int64_t rows, void *workspace, void *span);
+    void (*join_span)(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace, const void *span);
     void (*close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
     /* Rows of n numbers, each contiguous, aligned and of the accumulation dtype, byte strides apart; mask: rows of n
      * bytes, or NULL; out: rows of n numbers (may be x), or of one for FA_ROW_LOGSUMEXP. */
@@ -86,6 +96,12 @@ typedef struct {
 /* The instruction sets in this build that this CPU can run, best first; returns how many. */
 int fa_runnable(const fa_instruction_set *sets[], int room);
 
+/* The chunk in which a position lies. */
+static inline int64_t fa_chunk_of(int64_t position, int64_t size)
+{
+    return position >= 0 ? position / size : -((-position - 1) / size) - 1;
+}
+
 /* The keys [*begin, *end) that any of the query rows [row, row + rows) may see by position and length. */
 static inline void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                    int64_t *begin, int64_t *end)
@@ -94,12 +110,21 @@ static inline void fa_visible_keys(const fa_problem *problem, const fa_head *hea
     *begin = *end = 0;
     if (last < row)
         return;
-    int64_t first_position = head->offset + row, last_position = head->offset + last;
+    int64_t first_position = head->offset + (head->one_position ? 0 : row);
+    int64_t last_position = head->offset + (head->one_position ? 0 : last);
     int64_t lo = 0, hi = head->key_length;
     if (problem->left < INT64_MAX && first_position - problem->left > lo)
         lo = first_position - problem->left;
     if (problem->right < INT64_MAX && last_position + problem->right + 1 < hi)
         hi = last_position + problem->right + 1;
+    if (problem->chunk) {
+        const int64_t first_chunk = fa_chunk_of(first_position, problem->chunk);
+        const int64_t last_chunk = fa_chunk_of(last_position, problem->chunk);
+        if (problem->left_chunks < INT64_MAX && first_chunk - problem->left_chunks > lo / problem->chunk)
+            lo = (first_chunk - problem->left_chunks) * problem->chunk;
+        if (last_chunk < hi / problem->chunk)
+            hi = (last_chunk + 1) * problem->chunk;
+    }
     if (lo < hi) {
         *begin = lo;
         *end = hi;

@@ -2,14 +2,16 @@
  * Expects ISA, VECTOR_BYTES, ROWS x VECS (sums in registers), STEPS and CHUNK (product.inc.h), and the words that the
  * instruction set overrides (vector.inc.h). */
 #include "fastattn.h"
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
 #include "visible.inc.h"
 
 enum {
-    STRIP = 64, /* channels of a query that lie together (product.inc.h) */
-    SHARE = 4   /* channels that share a division (additive.inc.h) */
+    FETCH_ROWS = 64, /* so far ahead rows are asked for where few queries wait for memory */
+    STRIP = 64,      /* channels of a query that lie together (product.inc.h) */
+    SHARE = 4        /* channels that share a division (additive.inc.h) */
 };
 
 #define BITS 32

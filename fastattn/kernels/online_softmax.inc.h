@@ -5,22 +5,36 @@
  * unit, because a bias such as the least float would overflow when multiplied by log2 e.
  */
 
+/* A slope or a sink. */
+static ALWAYS_INLINE double NAME(per_row)(const fa_view *numbers, int64_t i)
+{
+    double x;
+    memcpy(&x, numbers->data + i * numbers->row, sizeof x);
+    return x;
+}
+
 /* A scale that might carry a query, or itself, out of the range of its dtype waits until the product is taken. */
 static ALWAYS_INLINE int NAME(late_scale)(const fa_problem *problem)
 {
     return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
 }
 
+/* Whether scores change between product and activation. */
+static ALWAYS_INLINE int NAME(ruled)(const fa_problem *problem, const fa_head *head)
+{
+    return problem->softcap != 0 || problem->has_slope || head->bias.data || head->relative_bias.data ||
+           NAME(late_scale)(problem);
+}
+
 static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head *head)
 {
-    return problem->softcap != 0 || problem->has_slope || head->bias.data || problem->activation != FA_SOFTMAX ||
-           NAME(late_scale)(problem);
+    return problem->activation != FA_SOFTMAX || NAME(ruled)(problem, head);
 }
 
 /* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
  * and the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
 static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block,
-                              int first, int last, key_bits *seen, real *s, real *extra)
+                              int first, int last, key_bits *seen, real *s, real *extra, real *other)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
     const int late = NAME(late_scale)(problem), capped = problem->softcap != 0;
@@ -35,19 +49,31 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         root = (real)sqrt(fabs(problem->scale));
         scale = (real)(problem->scale / (double)root);
     }
-    const real slope = (real)head->slope;
-    const real distance = (real)(block - (head->offset + i));
-    if (head->bias.data) {
-        for (int j = first * LANES; j < last * LANES; j++) /* what lies outside the matrix is not read */
+    const real slope = problem->has_slope ? (real)NAME(per_row)(&head->slope, i) : 0;
+    const real distance = (real)(block - (head->offset + (head->one_position ? 0 : i)));
+    const int biased = head->bias.data || head->relative_bias.data;
+    if (biased) {
+        int from, to; /* what lies outside of the matrix is not read, and of a band only what the row sees */
+        rows_range(problem, head, i, 1, block, &from, &to);
+        for (int j = first * LANES; j < last * LANES; j++)
             extra[j] = 0;
-        int begin = first * LANES;
-        int64_t end = head->key_length - block < last * LANES ? head->key_length - block : last * LANES;
-        if (end > begin)
+        if (head->bias.data && from < to)
             NAME(gather)
-        (extra + begin, head->bias.data + i * head->bias.row + (block + begin) * head->bias.col, head->bias.col,
-         end - begin, problem->bias_dtype);
+        (extra + from, head->bias.data + i * head->bias.row + (block + from) * head->bias.col, head->bias.col,
+         to - from, problem->bias_dtype);
+        if (head->relative_bias.data && from < to) {
+            const int64_t in_band = block + from - (head->offset + (head->one_position ? 0 : i)) + problem->left;
+            NAME(gather)
+            (other, head->relative_bias.data + i * head->relative_bias.row + in_band * head->relative_bias.col,
+             head->relative_bias.col, to - from, problem->relative_bias_dtype);
+            for (int j = from; j < to; j++) { /* -inf hides, whatever is added to it; a sum of others does not */
+                const real most = BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX, sum = extra[j] + other[j - from];
+                const int hides = extra[j] == -(real)INFINITY || other[j - from] == -(real)INFINITY;
+                extra[j] = hides ? -(real)INFINITY : sum < -most ? -most : sum;
+            }
+        }
     }
-    const int only_hide = !capped && !problem->has_slope && !head->bias.data && !late;
+    const int only_hide = !capped && !problem->has_slope && !biased && !late;
     for (int v = first; v < last; v++) {
         real *s_v = s + r * FA_BLOCK + v * LANES;
         unsigned bits = bits_at(seen, v * LANES, LANES);
@@ -60,7 +86,7 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
             x = cap * NAME(tanh)(x * per_cap);
         if (problem->has_slope)
             x -= slope * NAME(abs)(NAME(lane_numbers)() + (distance + (real)(v * LANES)));
-        if (head->bias.data) {
+        if (biased) {
             vec bias = NAME(load)(extra + v * LANES);
             x += bias;
             const unsigned gone = bits & NAME(true_bits)(bias == hidden);

@@ -21,7 +21,8 @@ typedef struct {
     int64_t v_row;
     real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
     real *part;      /* [ROWS][value_row] their weighted sum */
-    real *extra;     /* [FA_BLOCK] the bias of one row */
+    real *chunk;     /* [ROWS][value_row] a part of that, where queries are few */
+    real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
     char *fresh;     /* [groups] whether a group has seen no block of this span: its part of o is not set then */
     real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
@@ -64,7 +65,8 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
     tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
-    tile->extra = (real *)NAME(take)(&at, FA_BLOCK);
+    tile->chunk = (real *)NAME(take)(&at, problem->few ? ROWS * value_row : 0);
+    tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
     tile->fresh = NAME(take)(&at, (rows + ROWS - 1) / ROWS);
     tile->m = (real *)NAME(take)(&at, rows);
     tile->l = (real *)NAME(take)(&at, rows * LANES);

@@ -7,7 +7,9 @@ typedef struct {
 
 static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value)
 {
-    return NAME(readable)(problem->dtype, value) && problem->value_dim % LANES == 0 && value->row % 1024 != 0;
+    return NAME(readable)(problem->dtype, value) && problem->value_dim % LANES == 0 &&
+           (problem->few ||
+            value->row % 1024 != 0); /* a group of rows would find such rows in a few sets of the cache */
 }
 
 /* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */
@@ -37,6 +39,58 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
     if (left)
         products[left - 1](p, value.data + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done,
                            value_row, 0);
+}
+
+/* The same where few rows wait for the values to come from memory: row after row of them, whole, so that memory sees
+ * one stream (in panels, wide rows came at half its speed). chunk: [rows][value_row] numbers. */
+static NEVER_INLINE void NAME(streamed_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end,
+                                            int64_t value_row, real *part, real *chunk)
+{
+    enum { KEYS = STEPS > 1 ? STEPS : 4 }; /* as many chain links as fit one load and store of a sum */
+    for (int t = begin; t < end;) {
+        const int stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        const int first = t == begin;
+        for (int64_t c = 0; c < rows * value_row; c += LANES)
+            NAME(store)(chunk + c, (vec){0});
+        while (t < stop) {
+            const char *v_t = value.data + t * value.row;
+            const int keys = stop - t < KEYS ? stop - t : KEYS;
+            for (int k = 0; k < keys; k++)
+                for (int64_t at = 0; at < value_row * (int64_t)sizeof(real); at += 64)
+                    __builtin_prefetch(v_t + (FETCH_ROWS + k) * value.row + at, 0, 2);
+            for (int64_t c = 0; c < value_row && keys == KEYS; c += LANES) {
+                vec v[KEYS];
+                UNROLL(8)
+                for (int k = 0; k < KEYS; k++)
+                    v[k] = NAME(load)(v_t + k * value.row + c * (int64_t)sizeof(real));
+                for (int r = 0; r < rows; r++) {
+                    const real *p_r = p + r * FA_BLOCK + t;
+                    real *sum = chunk + r * value_row + c;
+#if STEPS > 1
+                    vec term = NAME(fill)(p_r[0]) * v[0];
+#else
+                    vec term = NAME(fma)(NAME(fill)(p_r[0]), v[0], NAME(load)(sum));
+#endif
+                    UNROLL(8)
+                    for (int k = 1; k < KEYS; k++)
+                        term = NAME(fma)(NAME(fill)(p_r[k]), v[k], term);
+#if STEPS > 1
+                    term += NAME(load)(sum);
+#endif
+                    NAME(store)(sum, term);
+                }
+            }
+            for (int k = 0; k < keys && keys < KEYS; k++) /* STEPS is 1 then */
+                for (int64_t c = 0; c < rows * value_row; c += LANES) {
+                    const vec v_k = NAME(load)(v_t + k * value.row + c % value_row * (int64_t)sizeof(real));
+                    NAME(store)
+                    (chunk + c, NAME(fma)(NAME(fill)(p[c / value_row * FA_BLOCK + t + k]), v_k, NAME(load)(chunk + c)));
+                }
+            t += keys;
+        }
+        for (int64_t c = 0; c < rows * value_row; c += LANES)
+            NAME(store)(part + c, first ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));
+    }
 }
 
 /* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row

@@ -207,6 +207,28 @@ static ALWAYS_INLINE real NAME(total)(vec v)
 }
 #endif
 
+/* The totals of four vectors, always in the same order. */
+static ALWAYS_INLINE void NAME(four_totals)(real *to, vec a, vec b, vec c, vec d)
+{
+#if LANES >= 4
+    const vec ac = INTERLEAVE_LOW(LANES, a, c) + INTERLEAVE_HIGH(LANES, a, c);
+    const vec bd = INTERLEAVE_LOW(LANES, b, d) + INTERLEAVE_HIGH(LANES, b, d);
+    vec x = INTERLEAVE_LOW(LANES, ac, bd) + INTERLEAVE_HIGH(LANES, ac, bd); /* a, b, c, d, a, b, c, d ... */
+#if LANES > 8
+    x += SWAP_LANES(LANES, 8, x);
+#endif
+#if LANES > 4
+    x += SWAP_LANES(LANES, 4, x);
+#endif
+    memcpy(to, &x, 4 * sizeof(real));
+#else
+    const vec ab = INTERLEAVE_LOW(LANES, a, b) + INTERLEAVE_HIGH(LANES, a, b);
+    const vec cd = INTERLEAVE_LOW(LANES, c, d) + INTERLEAVE_HIGH(LANES, c, d);
+    memcpy(to, &ab, sizeof ab);
+    memcpy(to + 2, &cd, sizeof cd);
+#endif
+}
+
 /* Rows of LANES numbers at `from`, a byte stride apart, become columns of `to`, whose rows are `to_stride` numbers
  * apart: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
 #ifndef HAS_TRANSPOSE
