@@ -1,0 +1,541 @@
+"""Attention over a stream: what the offline call would give, bit for bit, in memory that does not grow with time.
+
+Frames arrive a few at a time and the rows whose look-ahead is complete go out. Three tapes hold what is still needed:
+the queries that wait, and the keys and values that a row to come may see.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastattn._attention import dot_product_attention as _dot_product_attention
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+# FA_SPAN of kernels/fastattn.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
+# every call's first key is at such a multiple, they are cut where those of the offline call are.
+_SPAN = 2048
+# Chunks are counted from the first key too, which is then a common multiple, if there is one within so many spans.
+_MOST_SPANS = 16
+# Frames that are taken in at once; of a longer push, the tapes need not hold all.
+_PIECE = 2048
+# Frames for which there is room at least.
+_LEAST_CAPACITY = 256
+
+_NAMES = ("query", "key", "value")
+
+
+class _Tape(NamedTuple):
+    """
+    The latest frames of a stream, (*batch, frames, channels), in one piece of memory.
+
+    Appending gives a new tape. It may share the memory of the old one, but writes only behind its end; so the old tape
+    stays as it was, and whoever fails on the way keeps it.
+    """
+
+    memory: NDArray[np.uint8]
+    batch: tuple[int, ...]
+    channels: int
+    dtype: np.dtype[Any]
+    strides: tuple[int, ...]
+    room: int  # how many frames before `first` a view may begin
+    capacity: int  # frames for which there is memory
+    first: int  # position of the first frame in memory
+    end: int  # ... and of the one that comes next
+
+    @classmethod
+    def blank(
+        cls, batch: tuple[int, ...], channels: int, dtype: np.dtype[Any], room: int, capacity: int, first: int
+    ) -> _Tape:
+        """A tape without frames; the next one has the position `first`."""
+        frame = channels * dtype.itemsize
+        strides = [dtype.itemsize, frame]
+        stride = capacity * frame
+        for size in reversed(batch):
+            strides.append(stride)
+            stride *= max(size, 1)  # also a view of nothing must lie in the memory
+        memory = np.empty(room * frame + stride, np.uint8)
+        return cls(memory, batch, channels, dtype, tuple(reversed(strides)), room, capacity, first, first)
+
+    def view(self, start: int, stop: int) -> NDArray[Any]:
+        """
+        The frames [start, stop).
+
+        What lies before the first frame in memory is anything: other heads' frames, or what was never written. It is
+        there so that a call's first key can be where the sums should be cut, and no query may see it. One `room` is
+        enough for all heads, since before a head's frames there are those of another.
+        """
+        offset = (self.room + start - self.first) * self.channels * self.dtype.itemsize
+        shape = (*self.batch, stop - start, self.channels)
+        # Unlike as_strided, this refuses what would reach out of the memory.
+        return np.ndarray(shape, self.dtype, self.memory, offset, self.strides)
+
+    def append(self, frames: NDArray[Any], needed: int, spare: int = 0, reach: bool = False) -> _Tape:
+        """
+        With these frames; those before the position `needed` may go. A view of the new tape may begin `spare` frames
+        before the first one in memory, and with `reach` as many more as there may be frames.
+        """
+        end = self.end + frames.shape[-2]
+        tape = self
+        if end > self.first + self.capacity:
+            # Twice of what is needed: before the next move at least as many frames come as this one copies.
+            capacity = max(self.capacity, 2 * (end - needed), _LEAST_CAPACITY)
+            room = spare + (capacity if reach else 0)
+            tape = _Tape.blank(self.batch, self.channels, self.dtype, room, capacity, needed)
+            tape.view(needed, self.end)[...] = self.view(needed, self.end)
+        tape.view(self.end, end)[...] = frames
+        return tape._replace(end=end)
+
+
+class _State(NamedTuple):
+    """Where a stream stands. A push replaces it as a whole, at its end: an error leaves the old one."""
+
+    shapes: tuple[tuple[int, ...], ...] = ()  # of query, key and value, without the frames' axis
+    dtypes: tuple[np.dtype[Any], ...] = ()
+    rows: NDArray[Any] | None = None  # an output without rows
+    tapes: tuple[_Tape, ...] = ()
+    pushed: int = 0
+    returned: int = 0
+    flushed: bool = False
+
+
+def _side(x: Any, name: str) -> int | None:
+    """`left` or `right`; None where it is unbounded."""
+    allowed = f"{name} must be an integer of at least 0, or -1 or None for unbounded"
+    if x is None:
+        return None
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
+        raise TypeError(f"{allowed}, not {x!r}")
+    n: int = x.__index__()
+    if n < -1:
+        raise ValueError(f"{allowed}, not {n}")
+    return None if n == -1 else n
+
+
+def _as_array(x: Any, name: str) -> NDArray[Any]:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
+    try:
+        return np.asarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} cannot be made into an array: {error}") from error
+
+
+def _own(x: Any, name: str) -> NDArray[Any] | None:
+    """A copy, so that a change between two pushes changes nothing."""
+    return None if x is None else np.array(_as_array(x, name))
+
+
+class StreamingAttention:
+    """
+    Truncated dot-product self-attention over a stream: frames come in as they arrive, rows go out as soon as they can.
+
+    However the stream is cut into pushes, the rows are those of the offline call on the whole of it, bit for bit:
+    ``truncated_attention(query, key, value, left, right, query_offset=0)``, or `dot_product_attention` with
+    ``window_size=(left, right)``, `chunk_size` and `left_chunks`. Memory and the cost of a frame do not grow with time.
+
+    Parameters
+    ----------
+    left : int or None
+        Keys that a query sees before its own frame. None or -1: all of them; unless `left_chunks` bounds them, memory
+        and cost grow with the stream then.
+    right : int or None, default 0
+        Keys that a query sees behind its own frame: its look-ahead, for which its row has to wait. None or -1: all of
+        them, which needs `chunk_size`.
+    chunk_size, left_chunks : int, optional
+        The stream is cut into chunks of `chunk_size` frames, and a query sees the whole of its own chunk and
+        `left_chunks` chunks before it (None or -1: all). A key counts only where `left` and `right` allow it too:
+        for chunks alone pass ``StreamingAttention(None, None, chunk_size=16, left_chunks=4)``.
+    scale, softcap, alibi_slopes, sinks, activation, enable_gqa, num_threads : optional
+        As for `dot_product_attention`. `scale` is by default ``1 / sqrt(D)``, `activation` 'softmax', `enable_gqa`
+        False.
+    relative_bias : array_like of floats, shape (..., 1, left + right + 1) or (left + right + 1,), optional
+        Added to the scores of the window: entry w to that of the key w - left frames behind the query. It depends on
+        the distance only; its leading axes broadcast to the batch axes. Needs `left` and `right`.
+
+    Attributes
+    ----------
+    pushed, returned, waiting, latency, nbytes : int
+        Where the stream stands, in frames, and the bytes that it holds; read-only.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it.
+
+    See Also
+    --------
+    truncated_attention, dot_product_attention
+
+    Notes
+    -----
+    Offline calls with four queries or fewer in all take other loops; with them a stream agrees to rounding only.
+
+    Arrays are copied as they come, and what was passed may be overwritten. The tapes of queries, keys and values hold
+    twice the frames that are needed (all that the next row sees, up to the last frame), and at least 256; when they
+    are full, what is needed moves to new ones, so that a frame is copied twice on the average. Pushes of more than
+    2048 frames are taken in that many at a time.
+
+    An object serves one stream, or one batch of streams in step, and one thread at a time.
+
+    Examples
+    --------
+    A row sees two frames before it and one behind it, so it is returned when the next frame has come:
+
+    >>> import numpy as np
+    >>> from fastattn.streaming import StreamingAttention
+    >>> stream = StreamingAttention(2, 1)
+    >>> x, value = np.zeros((5, 4)), np.arange(5.0)[:, None]
+    >>> stream.push(x[:1], x[:1], value[:1]).shape
+    (0, 1)
+    >>> stream.push(x[1:4], x[1:4], value[1:4]).ravel()
+    array([0.5, 1. , 1.5])
+    >>> stream.push(x[4:], x[4:], value[4:]).ravel()
+    array([2.5])
+    >>> stream.flush().ravel()
+    array([3.])
+    >>> stream.pushed, stream.returned, stream.latency
+    (5, 5, 1)
+
+    Chunks of three frames, each with one chunk before it:
+
+    >>> stream = StreamingAttention(None, None, chunk_size=3, left_chunks=1)
+    >>> x, value = np.zeros((7, 4)), np.arange(7.0)[:, None]
+    >>> stream.push(x, x, value).ravel()
+    array([1. , 1. , 1. , 2.5, 2.5, 2.5])
+    >>> stream.flush().ravel()
+    array([4.5])
+    """
+
+    def __init__(
+        self,
+        left: int | None,
+        right: int | None = 0,
+        *,
+        chunk_size: int | None = None,
+        left_chunks: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        relative_bias: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
+        activation: str = "softmax",
+        enable_gqa: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        self._left, self._right = _side(left, "left"), _side(right, "right")
+        self._relative_bias = _own(relative_bias, "relative_bias")
+        self._alibi_slopes, self._sinks = _own(alibi_slopes, "alibi_slopes"), _own(sinks, "sinks")
+        self._scale, self._softcap, self._activation = scale, softcap, activation
+        self._enable_gqa, self._num_threads = enable_gqa, num_threads
+        self._check_arguments(chunk_size, left_chunks)
+        if self._right is None and chunk_size is None:
+            raise ValueError(
+                "right=None, an unbounded look-ahead, needs chunk_size: no row would be complete before the stream ends"
+            )
+        self._chunk_size = None if chunk_size is None else chunk_size.__index__()
+        self._left_chunks = None if left_chunks is None or left_chunks == -1 else left_chunks.__index__()
+        # A call's first key is at a multiple of this.
+        self._grid = math.lcm(_SPAN, self._chunk_size or 1)
+        if self._grid > _MOST_SPANS * _SPAN:
+            self._grid = _SPAN
+        # Whether chunks then begin elsewhere, seen from there, so that each needs a call of its own.
+        self._chunk_by_chunk = self._chunk_size is not None and self._grid % self._chunk_size != 0
+        self._state = _State()
+
+    @property
+    def pushed(self) -> int:
+        """Frames that have come."""
+        return self._state.pushed
+
+    @property
+    def returned(self) -> int:
+        """Rows that have been returned."""
+        return self._state.returned
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have not: ``pushed - returned``, what `flush` would return."""
+        return self._state.pushed - self._state.returned
+
+    @property
+    def latency(self) -> int:
+        """
+        How many frames must follow a frame, at most, before its row is returned: `right`, or with chunks the smaller
+        one of `right` and ``chunk_size - 1``.
+        """
+        sides = [self._right, None if self._chunk_size is None else self._chunk_size - 1]
+        return min(side for side in sides if side is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the stream holds, in bytes."""
+        return sum(tape.memory.nbytes for tape in self._state.tapes)
+
+    def push(self, query: ArrayLike, key: ArrayLike, value: ArrayLike) -> NDArray[Any]:
+        """
+        Take in the next frames; return the rows that are complete with them.
+
+        Parameters
+        ----------
+        query : array_like, shape (..., n, D)
+        key : array_like, shape (..., n, D)
+        value : array_like, shape (..., n, E)
+            The next n frames, also 0 or 1 of them. Dtypes, batch axes and broadcasting are as for
+            `dot_product_attention`; all but n must stay as in the first push.
+
+        Returns
+        -------
+        ndarray, shape (..., rows, E)
+            The next rows whose look-ahead is complete, often none: of all rows so far ``max(0, pushed - right)``, and
+            with chunks those of whole chunks too. Of the dtype to which query, key and value promote.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the frames are not as above or do not go with those before, or after `flush`.
+        MemoryError
+            If there is no memory for the result or the frames.
+
+        Notes
+        -----
+        After an error, Ctrl-C included, the stream is where it was before.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastattn.streaming import StreamingAttention
+        >>> stream = StreamingAttention(100, 2)
+        >>> frames = np.ones((8, 5, 64), np.float32)
+        >>> stream.push(frames, frames, frames).shape
+        (8, 3, 64)
+        """
+        state = self._state
+        if state.flushed:
+            raise ValueError("push after flush(), which ended the stream: reset() begins a new one")
+        arrays = _as_array(query, "query"), _as_array(key, "key"), _as_array(value, "value")
+        state = self._checked(state, arrays)
+        count, before = arrays[0].shape[-2], state.returned
+        out = self._new_rows(state, max(self._complete(state.pushed + count) - before, 0))
+        for at in range(0, count, _PIECE):
+            query, key, value = (x[..., at : at + _PIECE, :] for x in arrays)
+            seen = self._first_seen(state.returned)
+            tapes = (
+                state.tapes[0].append(query, state.returned),
+                state.tapes[1].append(key, seen, self._grid, self._chunk_by_chunk),
+                state.tapes[2].append(value, seen, self._grid, self._chunk_by_chunk),
+            )
+            pushed = state.pushed + query.shape[-2]
+            complete = max(self._complete(pushed), state.returned)
+            rows = out[..., state.returned - before : complete - before, :]
+            self._attend(tapes, state.returned, complete, pushed, rows)
+            state = state._replace(tapes=tapes, pushed=pushed, returned=complete)
+        self._state = state
+        return out
+
+    def flush(self) -> NDArray[Any]:
+        """
+        End the stream; return the rows that waited for more frames. They see what there is.
+
+        Returns
+        -------
+        ndarray, shape (..., rows, E)
+            The remaining ``pushed - returned`` rows; none if called again.
+
+        Raises
+        ------
+        ValueError
+            If nothing was ever pushed, not even 0 frames: the shape of a row is not known then.
+        MemoryError
+            If there is no memory for the result.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastattn.streaming import StreamingAttention
+        >>> stream = StreamingAttention(100, 2)
+        >>> frames = np.ones((8, 5, 64), np.float32)
+        >>> _ = stream.push(frames, frames, frames)
+        >>> stream.flush().shape
+        (8, 2, 64)
+        """
+        state = self._state
+        if state.rows is None:
+            raise ValueError("flush before any push: the shape of the rows is not known yet")
+        out = self._new_rows(state, self.waiting)
+        self._attend(state.tapes, state.returned, state.pushed, state.pushed, out)
+        self._state = state._replace(returned=state.pushed, flushed=True)
+        return out
+
+    def reset(self) -> None:
+        """
+        Forget all frames and begin a new stream, whose shapes and dtypes may be others.
+
+        Examples
+        --------
+        >>> from fastattn.streaming import StreamingAttention
+        >>> stream = StreamingAttention(100, 2)
+        >>> stream.reset()
+        >>> stream.pushed
+        0
+        """
+        self._state = _State()
+
+    def _check_arguments(self, chunk_size: Any, left_chunks: Any) -> None:
+        """Lets the library look at all arguments, with arrays of no frames."""
+        bias = self._relative_bias
+        if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
+            raise ValueError(
+                f"relative_bias has shape {bias.shape}; its axis -2 must be 1, since in a stream it cannot depend on "
+                f"the query: (..., 1, left + right + 1)"
+            )
+        given = {"alibi_slopes": self._alibi_slopes, "sinks": self._sinks}
+        batches = {name: x.shape for name, x in given.items() if x is not None}
+        if bias is not None:
+            batches["relative_bias"] = bias.shape[:-2]
+        try:
+            batch = np.broadcast_shapes(*batches.values())
+        except ValueError:
+            got = ", ".join(f"{name} {shape}" for name, shape in batches.items())
+            raise ValueError(f"the batch axes of {got} do not broadcast") from None
+        nothing = np.empty((*batch, 0, 1))
+        self._call(nothing, nothing, nothing, 0, chunk_size, left_chunks, None)
+
+    def _checked(self, state: _State, arrays: tuple[NDArray[Any], ...]) -> _State:
+        """The state, in which the first push notes what all must be like."""
+        for name, x in zip(_NAMES, arrays, strict=True):
+            if x.ndim < 2:
+                axes = "(..., n, E)" if name == "value" else "(..., n, D)"
+                raise ValueError(f"{name} has shape {x.shape}; it needs at least two axes, {axes}")
+        counts = [x.shape[-2] for x in arrays]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"query, key and value have {counts[0]}, {counts[1]} and {counts[2]} frames (axis -2): each frame "
+                f"brings one of each"
+            )
+        shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in arrays)
+        dtypes = tuple(x.dtype for x in arrays)
+        if state.rows is None:
+            query, key, value = (x[..., :0, :] for x in arrays)
+            rows = self._call(query, key, value, 0, self._chunk_size, self._left_chunks, None)
+            # In the dtype in which the library would compute with them, so that no call converts them again.
+            tapes = tuple(_Tape.blank(shape[:-1], shape[-1], rows.dtype, 0, 0, 0) for shape in shapes)
+            return state._replace(shapes=shapes, dtypes=dtypes, rows=rows, tapes=tapes)
+        for name, x, shape, dtype in zip(_NAMES, arrays, state.shapes, state.dtypes, strict=True):
+            if (*x.shape[:-2], x.shape[-1]) != shape:
+                first = ", ".join(map(str, (*shape[:-1], "n", shape[-1])))
+                raise ValueError(
+                    f"{name} has shape {x.shape}; the stream began with ({first}), and all but n must stay the same"
+                )
+            if x.dtype != dtype:
+                raise TypeError(f"{name} has dtype {x.dtype}; the stream began with {dtype}, which must stay the same")
+        return state
+
+    def _new_rows(self, state: _State, count: int) -> NDArray[Any]:
+        assert state.rows is not None
+        return np.empty((*state.rows.shape[:-2], count, state.rows.shape[-1]), state.rows.dtype)
+
+    def _complete(self, pushed: int) -> int:
+        """How many rows see nothing that is yet to come."""
+        complete = 0 if self._right is None else max(pushed - self._right, 0)
+        if self._chunk_size is not None:
+            complete = max(complete, pushed // self._chunk_size * self._chunk_size)
+        return complete
+
+    def _first_seen(self, row: int) -> int:
+        """The first key that a row, or any after it, may see."""
+        first = 0
+        if self._left is not None:
+            first = max(first, row - self._left)
+        if self._chunk_size is not None and self._left_chunks is not None:
+            first = max(first, (row // self._chunk_size - self._left_chunks) * self._chunk_size)
+        return first
+
+    def _attend(self, tapes: tuple[_Tape, ...], first: int, stop: int, pushed: int, out: NDArray[Any]) -> None:
+        """The rows [first, stop) into `out`; of the frames those before `pushed` are there."""
+        query, key, value = tapes
+        size = self._chunk_size
+        if first == stop:
+            return
+        if size is None or not self._chunk_by_chunk:
+            start = self._first_seen(first) // self._grid * self._grid
+            self._call(
+                query.view(first, stop),
+                key.view(start, pushed),
+                value.view(start, pushed),
+                first - start,
+                size,
+                self._left_chunks,
+                out,
+            )
+            return
+        for chunk in range(first // size, (stop - 1) // size + 1):
+            begin, end = max(first, chunk * size), min(stop, (chunk + 1) * size)
+            last = min(pushed, (chunk + 1) * size)
+            seen = self._first_seen(begin)
+            edge = 0 if self._left_chunks is None else (chunk - self._left_chunks) * size
+            chunk_size: int | None
+            left_chunks: int | None
+            if 0 < edge == seen:
+                # The first key that the chunk's queries see. It, too, is told as a chunk's beginning: one of as many
+                # keys as there are before it, so that it is the second one, and, since the view begins as far before
+                # it as the chunk's last key lies behind it, all of them lie in it, and all that they see.
+                start = (edge - (last - edge)) // _SPAN * _SPAN
+                chunk_size, left_chunks = edge - start, 0
+            else:  # only the window, or the beginning of the stream, bounds what they see
+                start = seen // _SPAN * _SPAN
+                chunk_size = left_chunks = None
+            self._call(
+                query.view(begin, end),
+                key.view(start, last),
+                value.view(start, last),
+                begin - start,
+                chunk_size,
+                left_chunks,
+                out[..., begin - first : end - first, :],
+            )
+
+    def _call(
+        self,
+        query: NDArray[Any],
+        key: NDArray[Any],
+        value: NDArray[Any],
+        query_offset: int,
+        chunk_size: int | None,
+        left_chunks: int | None,
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """The driver's arguments, in its order."""
+        rows: NDArray[Any] = _dot_product_attention(
+            query,
+            key,
+            value,
+            False,  # is_causal
+            (self._left, self._right),
+            chunk_size,
+            left_chunks,
+            query_offset,
+            None,  # key_lengths
+            None,  # query_lengths
+            None,  # mask
+            None,  # bias
+            self._relative_bias,
+            self._alibi_slopes,
+            self._scale,
+            self._softcap,
+            self._sinks,
+            self._activation,
+            self._enable_gqa,
+            False,  # return_weights
+            False,  # return_lse
+            out,
+            self._num_threads,
+            False,  # few_in_place: the loops must not depend on how many queries a push has completed
+        )
+        return rows
