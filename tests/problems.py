@@ -42,11 +42,16 @@ def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
     mask = rng.random((num_queries, num_keys)) < 0.6
     holes = np.where(rng.random((num_queries, num_keys)) < 0.4, dtype(-np.inf), normal(num_queries, num_keys))
     offsets = rng.integers(-num_queries // 4, num_keys, batch)
+    band = np.where(
+        rng.random((num_queries, num_keys // 4 + 3)) < 0.4, dtype(-np.inf), normal(num_queries, num_keys // 4 + 3)
+    )
     return {
         "causal": {"is_causal": True},
         "window": {"window_size": (num_keys // 4, 2)},
         "offset": {"query_offset": offsets, "is_causal": True},
         "offset and window": {"query_offset": 5, "window_size": (None, 9)},
+        "chunks": {"chunk_size": 9},
+        "some chunks": {"chunk_size": 7, "left_chunks": 2, "query_offset": offsets},
         "key_lengths": {"key_lengths": lengths(num_keys)},
         "query_lengths": {"query_lengths": lengths(num_queries), "is_causal": True},
         "mask": {"mask": mask},
@@ -54,6 +59,8 @@ def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
         "no key": {"mask": np.zeros(num_keys, dtype=bool)},
         "bias": {"bias": normal(*batch[-1:], num_queries, num_keys)},
         "bias that hides": {"bias": holes},
+        "relative bias": {"window_size": (11, 4), "relative_bias": normal(*batch[-1:], 1, 16)},
+        "relative bias that hides": {"window_size": (num_keys // 4, 2), "relative_bias": band, "query_offset": offsets},
         "alibi": {"alibi_slopes": np.abs(normal(*batch[-1:]))},
         "scale": {"scale": 0.3},
         "negative scale": {"scale": -1.5},
@@ -65,10 +72,13 @@ def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
         "together": {
             "is_causal": True,
             "window_size": (num_keys // 2, None),
+            "chunk_size": num_keys // 8 + 1,
+            "left_chunks": 3,
             "key_lengths": lengths(num_keys),
             "query_lengths": lengths(num_queries),
             "mask": mask,
             "bias": normal(*batch[-1:], num_queries, num_keys),
+            "relative_bias": normal(*batch, 1, num_keys // 2 + 1),
             "alibi_slopes": np.abs(normal(*batch[-1:])) / 4,
             "sinks": normal(*batch[-1:]),
             "scale": 0.8,

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import VISIBILITY, assert_attention
+from tolerances import VISIBILITY, assert_attention, sides
 
 import fastattn
 from fastattn import reference
@@ -62,6 +62,10 @@ def calls(draw, sizes=LENGTHS, largest_dim=80):
         side = st.one_of(st.none(), st.integers(-1, 40), st.integers(0, 400))
         arguments["window_size"] = draw(st.one_of(st.integers(-1, 200), st.tuples(side, side)))
     if maybe():
+        arguments["chunk_size"] = draw(st.one_of(st.integers(1, 20), st.integers(1, 400)))
+        if draw(st.booleans()):
+            arguments["left_chunks"] = draw(st.one_of(st.none(), st.integers(-1, 10)))
+    if maybe():
         arguments["query_offset"] = draw(st.integers(-50, 350))
         if batch and maybe():
             shape = tuple(draw(st.sampled_from([n, 1])) for n in batch)
@@ -77,6 +81,15 @@ def calls(draw, sizes=LENGTHS, largest_dim=80):
         bias = np.asarray(rng.standard_normal(broadcastable(draw, matrix)) * 2).astype(dtype)
         arguments["bias"] = np.where(rng.random(bias.shape) < draw(st.sampled_from([0, 0.3])), -np.inf, bias)
         arguments["bias"] = arguments["bias"].astype(dtype)
+    if maybe():
+        window = sides(**arguments)
+        if window is None:
+            window = draw(st.integers(0, 40)), draw(st.integers(0, 40))
+            arguments["window_size"] = window
+            window = sides(**arguments)
+        band = rng.standard_normal(broadcastable(draw, (*batch, num_queries, int(sum(window)) + 1))) * 2
+        band = np.where(rng.random(band.shape) < draw(st.sampled_from([0, 0.3])), -np.inf, band)
+        arguments["relative_bias"] = band.astype(dtype)
     if maybe():
         slopes = np.asarray(rng.random(broadcastable(draw, batch)))
         arguments["alibi_slopes"] = slopes.astype(dtype)
@@ -102,11 +115,12 @@ def test_everything_together(call):
 @given(calls())
 @settings(max_examples=100)
 def test_numbers_and_masks_say_the_same(call):
-    """Causal, window and lengths written as one boolean mask give the same result."""
+    """Causal, window, chunks and lengths written as one boolean mask give the same result."""
     query, key, value, arguments = call
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    rules = {name: x for name, x in arguments.items() if name in VISIBILITY and name != "bias"}
-    rest = {name: x for name, x in arguments.items() if name not in rules and name != "alibi_slopes"}
+    rules = {name: x for name, x in arguments.items() if name in VISIBILITY and "bias" not in name}
+    by_position = ("alibi_slopes", "relative_bias")
+    rest = {name: x for name, x in arguments.items() if name not in rules and name not in by_position}
     expected = fastattn.dot_product_attention(query, key, value, **rules, **rest)
     batch = expected.shape[:-2]
     mask = np.broadcast_to(reference.visible_keys(num_queries, num_keys, **rules), (*batch, num_queries, num_keys))

@@ -56,6 +56,79 @@ def guarded_columns(array, at_end):
     return guarded(np.ascontiguousarray(array.T), at_end).T
 
 
+def forbidden_outside(array, begin, end):
+    """A copy of which only the rows [begin, end) may be touched: they fill whole pages, all others are forbidden."""
+    row = array.nbytes // len(array)
+    assert begin * row % PAGE == end * row % PAGE == 0
+    memory = mmap.mmap(-1, array.nbytes + PAGE)
+    view = np.frombuffer(memory, dtype=array.dtype, count=array.size).reshape(array.shape)
+    view[begin:end] = array[begin:end]
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for first, last in ((0, begin * row), (end * row, (array.nbytes + PAGE - 1) // PAGE * PAGE)):
+        if last > first and libc.mprotect(start + first, last - first, PROT_NONE) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return view
+
+
+def look_through_windows(dtype):
+    """Keys, values and entries of a relative bias outside of what is seen are not read. Runs in a child."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    itemsize = np.dtype(dtype).itemsize
+    dim = 64
+    unit = PAGE // (dim * itemsize)  # rows that fill a page
+    num_keys = 300 * unit
+    for begin, end in ((0, 1), (1, 2), (7, 8), (19, 60), (100, 300), (299, 300), (0, 300)):
+        begin, end = begin * unit, end * unit
+        key, value = (forbidden_outside(normal(num_keys, dim), begin, end) for _ in range(2))
+        for num_queries in (1, 2, 4, 5, unit):
+            query = normal(num_queries, dim)
+            # The first query sees the first key there is to see, and the last one the last.
+            left = (end - begin - num_queries) // 2
+            right = end - begin - num_queries - left
+            arguments = {"query_offset": begin + left, "window_size": (left, right)}
+            for num_threads in (1, 2):
+                for extra in (
+                    {},
+                    {"relative_bias": normal(num_queries, left + right + 1), "return_weights": "band"},
+                    {"relative_bias": normal(1), "return_weights": True, "mask": rng.random(num_keys) < 0.7},
+                ):
+                    fastattn.dot_product_attention(query, key, value, **arguments, **extra, num_threads=num_threads)
+            fastattn.additive_attention(query, key, value, normal(dim), **arguments)
+            fastattn.dot_product_attention(query, key, value, key_lengths=end, window_size=(end - begin - 1, 0),
+                                           query_offset=end - 1)  # fmt: skip
+        # A chunk is seen as a whole.
+        for num_queries in (1, 4, 9):
+            query = normal(num_queries, dim)
+            arguments = {"chunk_size": end - begin, "left_chunks": 0}
+            if begin % (end - begin) == 0 and num_queries <= end - begin:
+                fastattn.dot_product_attention(query, key, value, **arguments, query_offset=begin)
+                fastattn.dot_product_attention(query, key, value, **arguments, query_offset=end - num_queries)
+    # Entries of a relative bias that belong to keys before the first and behind the last. One page of entries is
+    # seen, or one entry less.
+    entries = PAGE // itemsize
+    key, value = normal(entries, 8), normal(entries, 8)
+    for num_queries in (1, 2, 5, 40):
+        query = normal(num_queries, 8)
+        for page in (0, 3, 6):
+            band = forbidden_outside(normal(7 * entries), page * entries, (page + 1) * entries)
+            # The first query stands where its entry `page * entries` belongs to key 0.
+            left = page * entries
+            right = 7 * entries - 1 - left
+            arguments = {"window_size": (left, right), "query_offset": 0}
+            single = fastattn.dot_product_attention(query[:1], key, value, relative_bias=band, **arguments)
+            assert np.isfinite(single).all()
+            # All others too, one row of entries each, which begins one entry further to the left.
+            rows = np.lib.stride_tricks.as_strided(band, (num_queries, band.size), (itemsize, itemsize))
+            out = fastattn.dot_product_attention(query, key, value, relative_bias=rows, **arguments)
+            assert np.isfinite(out).all()
+
+
 def walk(dtype, at_end):
     """Call everything with every array guarded. Runs in a child, which a fault would kill."""
     rng = np.random.default_rng(1)
@@ -98,6 +171,7 @@ def walk(dtype, at_end):
                     key_lengths=guarded(np.array([num_keys, num_keys // 2]), at_end),
                     mask=guarded(rng.random(shape) < 0.8, at_end),
                     bias=normal(2, *shape),
+                    relative_bias=normal(2, num_queries, num_keys // 2 + 1),
                     alibi_slopes=normal(2),
                     sinks=normal(2),
                     out=out,
@@ -105,6 +179,44 @@ def walk(dtype, at_end):
                     return_lse=True,
                 )
                 check(out)
+                width = 2 * (num_keys // 3) + 1
+                _, band = fastattn.dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    window_size=num_keys // 3,
+                    relative_bias=normal(2, 1, width),
+                    query_offset=guarded(np.array([-3, num_keys - 2]), at_end),
+                    chunk_size=5,
+                    out=out,
+                    return_weights="band",
+                )
+                check(out)
+                check(band)
+                # Three heads and one: with one query they are rows of one head.
+                slopes, biases = normal(2, 3), normal(3, 1, num_keys)
+                heads, keys, values = (
+                    normal(2, 3, num_queries, head_dim),
+                    normal(2, 1, num_keys, head_dim),
+                    normal(2, 1, num_keys, value_dim),
+                )
+                out_of_heads = normal(2, 3, num_queries, value_dim)
+                check(fastattn.dot_product_attention(heads, keys, values, enable_gqa=True, out=out_of_heads))
+                fastattn.dot_product_attention(
+                    heads,
+                    keys,
+                    values,
+                    enable_gqa=True,
+                    alibi_slopes=slopes,
+                    sinks=slopes,
+                    bias=biases,
+                    window_size=num_keys // 3,
+                    relative_bias=normal(3, 1, width),
+                    out=out_of_heads,
+                    return_weights="band",
+                    return_lse=True,
+                )
+                check(out_of_heads)
                 for layout in (guarded_rows, guarded_columns):
                     arrays = [layout(x[0], at_end) for x in (query, key, value, out)]
                     bias, mask = (
@@ -141,6 +253,36 @@ def test_no_access_outside_the_arrays(dtype, at_end):
         f"import test_guard_pages; test_guard_pages.walk({dtype!r}, {at_end})",
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_nothing_outside_of_a_window_is_read(dtype):
+    fresh_process.run(
+        f"import faulthandler; faulthandler.enable()\n"
+        f"import test_guard_pages; test_guard_pages.look_through_windows({dtype!r})",
+        timeout=120,
+    )
+
+
+def test_a_look_outside_of_the_window_is_seen():
+    """A window one key too large ends the process."""
+    code = """
+    import numpy as np
+    from test_guard_pages import PAGE, forbidden_outside
+    import fastattn
+    unit = PAGE // 64 // 4
+    x = np.ones((4 * unit, 64), dtype=np.float32)
+    key = forbidden_outside(x, unit, 2 * unit)
+    call = lambda left: fastattn.dot_product_attention(
+        x[:1], key, x, query_offset=2 * unit - 1, window_size=(left, 0)
+    )
+    call(unit - 1)
+    print("so far", flush=True)
+    call(unit)
+    """
+    returncode, stdout, _ = fresh_process.finish(fresh_process.start(code))
+    assert stdout.strip() == "so far"
+    assert returncode == -signal.SIGSEGV
 
 
 @pytest.mark.parametrize("beyond", [True, False])

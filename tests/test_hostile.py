@@ -115,6 +115,7 @@ def test_denormal_values(rng, dtype):
 # --------------------------------------------------------------------------- NaN and infinity unseen
 
 SHAPE = (40, 90)
+OFFSET, ROWS = SHAPE[1] - SHAPE[0], np.arange(SHAPE[0])[:, None]
 
 
 def hiding_rules(rng):
@@ -128,6 +129,11 @@ def hiding_rules(rng):
         "key_lengths per batch": ({"key_lengths": np.array([[61], [50]])}, keys >= 61),
         "causal": ({"is_causal": True, "query_offset": 3}, keys > 42),
         "window": ({"window_size": (4, 6), "query_offset": 20}, (keys < 16) | (keys > 65)),
+        "chunks": ({"chunk_size": 10, "left_chunks": 1, "query_offset": 20}, (keys < 10) | (keys >= 60)),
+        "relative bias": (
+            {"window_size": (60, 60), "relative_bias": reference.to_window(bias, OFFSET + ROWS, 60, 60)},
+            dropped,
+        ),
         "mask of keys": ({"mask": ~dropped}, dropped),
         "mask of pairs": ({"mask": np.broadcast_to(~dropped, SHAPE) & (rng.random(SHAPE) < 0.9)}, dropped),
         "bias": ({"bias": bias}, dropped),
@@ -174,7 +180,7 @@ def last_row(arguments):
     arguments = dict(arguments)
     if "query_offset" in arguments:
         arguments["query_offset"] = arguments["query_offset"] + SHAPE[0] - 1
-    for name in ("mask", "bias"):
+    for name in ("mask", "bias", "relative_bias"):
         if name in arguments and arguments[name].ndim == 2:
             arguments[name] = arguments[name][-1:]
     return arguments

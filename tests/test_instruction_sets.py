@@ -13,7 +13,8 @@ import pytest
 import fastattn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SUITE = ("softmax", "dot_product", "additive", "combinations", "hostile", "same_bits", "merge_varlen", "guard_pages")
+SUITE = ("softmax", "dot_product", "truncated", "decode", "additive", "combinations", "hostile", "same_bits",
+         "merge_varlen", "guard_pages")  # fmt: skip
 
 info = fastattn.cpu_info()
 

@@ -62,6 +62,10 @@ def test_long_sequences():
         "mask=normal(8192) > 0, bias=normal(8192, 1), window_size=(4000, 4000)",
         "sinks=np.float32(1), num_threads=4",
         "activation='relu'",
+        "chunk_size=100, left_chunks=70",
+        "window_size=(5000, 3000), relative_bias=normal(8001)",
+        "window_size=(100, 27), relative_bias=normal(8192, 128), return_weights='band'",
+        "window_size=(100, 27), relative_bias=normal(8192, 128), num_threads=4, return_lse=True",
     ],
 )
 def test_arguments(arguments):
@@ -69,6 +73,23 @@ def test_arguments(arguments):
     setup = "query, key, value = normal(8192, 32), normal(8192, 32), normal(8192, 32)"
     extra = extra_memory(setup, f"fastattn.dot_product_attention(query, key, value, {arguments})")
     assert extra < 32 * MEGABYTE
+
+
+def test_truncated():
+    """L = S = 300_000, of which a query sees 41; output and weights take 9.2 and 49 MB."""
+    setup = "x, band = normal(300_000, 8), normal(41)"
+    call = "fastattn.truncated_attention(x, x, x, 30, 10, relative_bias=band, return_weights='band')"
+    assert extra_memory(setup, call) < (9.6 + 49.2 + 16) * 1e6
+
+
+@pytest.mark.parametrize("arguments", ["", "window_size=(50_000, 0), relative_bias=normal(50_001)", "softcap=5.0"])
+def test_one_query(arguments):
+    """12 heads that share 4 of 200_000 keys (98 MiB): threads need a state for each of 98 spans, and no more."""
+    setup = "query, key, value = normal(12, 1, 32), normal(4, 200_000, 32), normal(4, 200_000, 32)"
+    for num_threads in (1, 8):
+        options = f"enable_gqa=True, num_threads={num_threads}, {arguments}"
+        extra = extra_memory(setup, f"fastattn.dot_product_attention(query, key, value, {options})")
+        assert extra < 16 * MEGABYTE
 
 
 LAYOUTS = {

@@ -30,12 +30,15 @@ def assert_same_bits(actual, expected, what):
 def arguments_of(rng, num_queries, num_keys, dtype=np.float32, batch=(2, 4)):
     """Keyword arguments by name: each rule alone and many together."""
     bias = rng.standard_normal((*batch[-1:], num_queries, num_keys)).astype(dtype)
+    band = rng.standard_normal((*batch[-1:], num_queries, 51)).astype(dtype)
     mask = rng.random((num_queries, num_keys)) < 0.7
     lengths = rng.integers(num_keys // 2, num_keys + 1, (*batch[:-1], 1))
     return {
         "plain": {},
         "causal": {"is_causal": True},
         "window": {"window_size": (40, 10)},
+        "chunks": {"chunk_size": 30, "left_chunks": 2},
+        "relative bias": {"window_size": (40, 10), "relative_bias": band},
         "mask": {"mask": mask},
         "bias": {"bias": bias},
         "together": {
@@ -44,6 +47,9 @@ def arguments_of(rng, num_queries, num_keys, dtype=np.float32, batch=(2, 4)):
             "key_lengths": lengths,
             "mask": mask,
             "bias": bias,
+            "chunk_size": num_keys // 5 + 1,
+            "left_chunks": 2,
+            "relative_bias": rng.standard_normal((*batch[-1:], 1, num_keys // 2 + 1)).astype(dtype),
             "alibi_slopes": np.linspace(0.1, 0.5, batch[-1]).astype(dtype),
             "sinks": np.linspace(-1, 1, batch[-1]).astype(dtype),
             "softcap": 20.0,
@@ -51,7 +57,7 @@ def arguments_of(rng, num_queries, num_keys, dtype=np.float32, batch=(2, 4)):
     }
 
 
-KINDS = ("plain", "causal", "window", "mask", "bias", "together")
+KINDS = ("plain", "causal", "window", "chunks", "relative bias", "mask", "bias", "together")
 
 
 # ------------------------------------------------------------------------------------------ threads
@@ -96,7 +102,7 @@ def test_each_head_alone(rng, shape, kind):
     for b in range(2):
         for h in range(4):
             own = dict(arguments)
-            for name in ("bias", "alibi_slopes", "sinks"):
+            for name in ("bias", "relative_bias", "alibi_slopes", "sinks"):
                 if name in own:
                     own[name] = own[name][h]
             if "key_lengths" in own:

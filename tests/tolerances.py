@@ -9,9 +9,9 @@ weight ``eps * (4 * max size + 4)``
 ====== =========================================================================================
 
 `size` is the sum of the absolute values of all that is added up to make a score,
-``scale * sum |q_i k_i| + |bias| + |alibi|``: a rounding anywhere on the way is a fraction eps of it, an error
-d in a score moves ``exp(score)`` by the fraction d, and the weights sum to 1. The 4 covers the exponential,
-the division and the sums.
+``scale * sum |q_i k_i| + |bias| + |relative bias| + |alibi|``: a rounding anywhere on the way is a fraction
+eps of it, an error d in a score moves ``exp(score)`` by the fraction d, and the weights sum to 1. The 4 covers
+the exponential, the division and the sums.
 
 What is not a plain softmax of a plain sum carries the rule over:
 
@@ -35,7 +35,10 @@ import fastattn
 from fastattn import reference
 
 # Arguments that say which keys are seen.
-VISIBILITY = ("is_causal", "window_size", "query_offset", "key_lengths", "query_lengths", "mask", "bias")
+VISIBILITY = ("is_causal", "window_size", "chunk_size", "left_chunks", "query_offset", "key_lengths", "query_lengths",
+              "mask", "bias", "relative_bias")  # fmt: skip
+# Windows up to this size have their weights looked at by themselves.
+LARGEST_BAND = 500
 # Arguments that promote together with query, key and value.
 WEIGHTS = ("w_score", "w_query", "w_key")
 
@@ -166,7 +169,22 @@ SCORES = {
 }
 
 
-def score_sizes(name, query, key, eps, *, softcap=None, alibi_slopes=None, bias=None, **arguments):
+def positions(query, key, **arguments):
+    """Where each query stands on the key axis, (..., L, 1), whatever else the arguments say."""
+    return reference.query_positions(
+        query.shape[-2],
+        key.shape[-2],
+        *(arguments.get(name) for name in ("query_offset", "query_lengths", "key_lengths")),
+    )
+
+
+def sides(**arguments):
+    """(left, right) of the window, or None where a side is not bounded."""
+    both = reference.window_sides(arguments.get("window_size"), arguments.get("is_causal", False))
+    return None if np.inf in both else both
+
+
+def score_sizes(name, query, key, eps, *, softcap=None, alibi_slopes=None, bias=None, relative_bias=None, **arguments):
     """`size` of the module's docstring for every pair, (..., L, S); the key heads already repeated."""
     scores_and_sizes, own = SCORES[name]
     scores, size = scores_and_sizes(query, key, eps, **{name: x for name, x in arguments.items() if name in own})
@@ -175,15 +193,13 @@ def score_sizes(name, query, key, eps, *, softcap=None, alibi_slopes=None, bias=
         closest = np.maximum(np.abs(scores) - eps * size, 0.0)
         slope = 1 - np.tanh(closest / softcap) ** 2
         size = slope * size + np.abs(softcap * np.tanh(scores / softcap))
+    position = positions(query, key, **arguments)
     if alibi_slopes is not None:
-        position = reference.query_positions(
-            query.shape[-2],
-            key.shape[-2],
-            *(arguments.get(name) for name in ("query_offset", "query_lengths", "key_lengths")),
-        )
         size = size + np.abs(reference.per_row(alibi_slopes) * (position - np.arange(key.shape[-2])))
     if bias is not None:
         size = size + np.abs(np.asarray(bias, dtype=np.float64))
+    if relative_bias is not None:
+        size = size + np.abs(reference.from_window(relative_bias, position, *sides(**arguments), key.shape[-2]))
     return size
 
 
@@ -215,7 +231,8 @@ def attention_bounds(name, query, key, value, out, weights, lse, **arguments):
             out_bound = eps * (size + 4 * weight_sum) * value_max
             weight_bound = eps * (8 * size + 4) / count
         elif activation == "sigmoid":
-            out_bound = eps * (size + 4) * weight_sum * value_max
+            # A weight below the least normal number counts as 0.
+            out_bound = (eps * (size + 4) * weight_sum + tiny * key.shape[-2]) * value_max
             weight_bound = eps * (4 * size + 4)
         else:
             out_bound = eps * (size + 4) * value_max
@@ -276,6 +293,14 @@ def assert_attention(query, key, value, *, name="dot_product_attention", functio
         assert len(only_lse) == 2
         assert_within(only_lse[0], expected_out, bounds[0], "output beside lse")
         assert_within(only_lse[1], expected_lse, bounds[2], "lse without weights")
+
+    window = sides(**arguments)
+    if window is not None and sum(window) <= LARGEST_BAND:
+        position = positions(query, key, **arguments)
+        beside, band = function(query, key, value, **arguments, return_weights="band")
+        assert_within(beside, expected_out, bounds[0], "output beside band")
+        assert band.dtype == accumulation_dtype(dtype)
+        assert_within(band, *(reference.to_window(x, position, *window) for x in (expected_weights, bounds[1])), "band")
     return plain
 
 

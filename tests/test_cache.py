@@ -1,0 +1,342 @@
+"""KVCache: decoding with it is the attention over everything, ragged or not; windows; errors that change nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import bits, qkv, sixteen_bits
+
+import fastattn
+from fastattn.cache import KVCache
+
+DTYPES = (np.float32, np.float64, *sixteen_bits())
+
+
+def normal(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+class Tokens:
+    """The brute force: for every sequence a list of all its keys and one of its values."""
+
+    def __init__(self, batch, heads, head_dim, value_dim):
+        self.batch = batch
+        self.lists = {b: (np.zeros((heads, 0, head_dim)), np.zeros((heads, 0, value_dim))) for b in np.ndindex(batch)}
+
+    def append(self, key, value, lengths):
+        for b, n in zip(np.ndindex(self.batch), np.broadcast_to(lengths, self.batch).ravel(), strict=True):
+            both = zip(self.lists[b], (key, value), strict=True)
+            self.lists[b] = tuple(np.concatenate([old, new[b][:, :n]], axis=1) for old, new in both)
+
+    def lengths(self):
+        return np.array([key.shape[1] for key, _ in self.lists.values()], np.int64).reshape(*self.batch, 1)
+
+    def check(self, cache):
+        """What the cache holds are each sequence's last tokens; at least as many as it has to keep."""
+        came = self.lengths()
+        np.testing.assert_array_equal(cache.dropped + cache.lengths, came)
+        assert cache.lengths.dtype == cache.dropped.dtype == np.int64
+        if cache.window is None:
+            np.testing.assert_array_equal(cache.lengths, came)
+        else:
+            assert (cache.lengths >= np.minimum(came, cache.window)).all()
+        assert cache.lengths.max(initial=0) == cache.key.shape[-2] == cache.value.shape[-2] <= cache.capacity
+        for b, lists in self.lists.items():
+            n = cache.lengths[b][0]
+            for kept, every in zip((cache.key, cache.value), lists, strict=True):
+                np.testing.assert_array_equal(kept[b][:, :n], every[:, every.shape[1] - n :].astype(cache.dtype))
+
+
+# -------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_decoding_is_causal_attention(rng, batch, dtype):
+    """A prompt, then token by token: the rows of one call on the whole."""
+    query, key, value = qkv(rng, (*batch, 6), 30, 30, 16, 12, dtype, kv_batch=(*batch, 2))
+    whole = fastattn.dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    cache = KVCache(batch, 2, 30, 16, 12, dtype=dtype)
+    rows, at = [], 0
+    for n in (7, 1, 1, 4, *17 * [1]):
+        cache.append(key[..., at : at + n, :], value[..., at : at + n, :])
+        assert cache.key.shape == (*batch, 2, at + n, 16) and cache.value.shape == (*batch, 2, at + n, 12)
+        rows.append(
+            fastattn.dot_product_attention(
+                query[..., at : at + n, :],
+                cache.key,
+                cache.value,
+                is_causal=True,
+                key_lengths=cache.lengths,
+                enable_gqa=True,
+            )
+        )
+        at += n
+    found = np.concatenate(rows, axis=-2)
+    assert found.dtype == whole.dtype == dtype
+    tolerance = {8: 1e-13, 4: 1e-5, 2: 2e-2}[np.dtype(dtype).itemsize]
+    np.testing.assert_allclose(found.astype(float), whole.astype(float), rtol=tolerance, atol=tolerance)
+
+
+def test_ragged_decoding(rng):
+    """Prompts of different lengths, then one token each: every sequence alone gives the same bits."""
+    lengths = np.array([5, 1, 9])
+    query, key, value = qkv(rng, (3, 4), 13, 13, 8, kv_batch=(3, 2))
+    cache, alone = KVCache(3, 2, 20, 8), [KVCache((), 2, 20, 8) for _ in range(3)]
+    cache.append(key[:, :, :9], value[:, :, :9], lengths)
+    for b in range(3):
+        alone[b].append(key[b, :, : lengths[b]], value[b, :, : lengths[b]])
+    for step in range(9, 13):
+        new = slice(step, step + 1)
+        cache.append(key[:, :, new], value[:, :, new])
+        out = fastattn.dot_product_attention(
+            query[:, :, new], cache.key, cache.value, is_causal=True, key_lengths=cache.lengths, enable_gqa=True
+        )
+        np.testing.assert_array_equal(cache.lengths[:, 0], lengths + step - 8)
+        for b in range(3):
+            alone[b].append(key[b, :, new], value[b, :, new])
+            own = fastattn.dot_product_attention(
+                query[b, :, new], alone[b].key, alone[b].value, key_lengths=alone[b].lengths, enable_gqa=True
+            )
+            assert bits(own) == bits(out[b])
+
+
+def test_ragged_steps_line_up(rng):
+    """Steps of several tokens, of which not all count: query_lengths says so, and the last ones line up."""
+    query, key, value = qkv(rng, (2, 2), 12, 12, 8)
+    cache = KVCache(2, 2, 12, 8)
+    cache.append(key[:, :, :8], value[:, :, :8], [8, 3])
+    counts = np.array([[2], [4]])
+    cache.append(key[:, :, 8:], value[:, :, 8:], counts)
+    out = fastattn.dot_product_attention(
+        query[:, :, 8:],
+        cache.key,
+        cache.value,
+        is_causal=True,
+        key_lengths=cache.lengths,
+        query_lengths=counts,
+    )
+    for b, (there, came) in enumerate(((8, 2), (3, 4))):
+        keys, values = (np.concatenate([x[b, :, :there], x[b, :, 8 : 8 + came]], axis=1) for x in (key, value))
+        own = fastattn.dot_product_attention(query[b, :, 8 : 8 + came], keys, values, is_causal=True)
+        np.testing.assert_allclose(out[b, :, :came], own, rtol=1e-5, atol=1e-6)
+        assert not out[b, :, came:].any()
+
+
+@pytest.mark.parametrize("capacity", [11, 12, 16, 40])
+def test_decoding_in_a_window(rng, capacity):
+    """A cache that lets go of old tokens, for ever: the rows of one call with that window."""
+    window, steps = 10, 130
+    query, key, value = qkv(rng, (2, 3), steps, steps, 8)
+    slopes = np.array([0.1, 0.2, 0.3], np.float32)
+    rules = {"is_causal": True, "window_size": (window, 0), "alibi_slopes": slopes}
+    whole = fastattn.dot_product_attention(query, key, value, **rules)
+    cache = KVCache(2, 3, capacity, 8, window=window)
+    for at in range(steps):
+        new = slice(at, at + 1)
+        cache.append(key[:, :, new], value[:, :, new])
+        assert (cache.lengths >= min(at + 1, window + 1)).all()  # the query's own, and as many as it looks back on
+        row = fastattn.dot_product_attention(
+            query[:, :, new], cache.key, cache.value, key_lengths=cache.lengths, **rules
+        )
+        np.testing.assert_allclose(row[:, :, 0], whole[:, :, at], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- what it contains
+
+
+@given(data=st.data())
+@settings(max_examples=80)
+def test_brute_force(data):
+    """Any appends, ragged or not, with a window or none."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    batch = draw(st.sampled_from([(), (1,), (3,), (2, 2), (0,)]))
+    capacity = draw(st.integers(1, 20))
+    window = draw(st.one_of(st.none(), st.integers(1, capacity)))
+    cache = KVCache(batch, 2, capacity, 3, 2, window=window, dtype=draw(st.sampled_from(DTYPES)))
+    tokens = Tokens(batch, 2, 3, 2)
+    for _ in range(draw(st.integers(1, 12))):
+        n = draw(st.integers(0, 5 if draw(st.booleans()) else 30))
+        key, value = (normal(rng, *batch, 2, n, dim, dtype=cache.dtype) for dim in (3, 2))
+        lengths = rng.integers(0, n + 1, draw(st.sampled_from([batch, (*batch, 1), ()])))
+        if draw(st.booleans()):
+            lengths = None
+        counts = np.broadcast_to(n if lengths is None else lengths.reshape(lengths.shape[: len(batch)]), batch)
+        before = cache.lengths, cache.dropped, bits(cache.key), bits(cache.value)
+        if window is None and (cache.lengths[..., 0] + counts > capacity).any():
+            with pytest.raises(ValueError, match=f"capacity={capacity}"):
+                cache.append(key, value, lengths)
+            assert (cache.lengths, cache.dropped, bits(cache.key), bits(cache.value)) == before
+        else:
+            cache.append(key, value, lengths)
+            tokens.append(key, value, counts)
+        tokens.check(cache)
+
+
+def test_more_than_capacity_at_once(rng):
+    key = normal(rng, 2, 1, 50, 3)
+    cache = KVCache(2, 1, 8, 3, window=4)
+    cache.append(key[:, :, :3], key[:, :, :3])
+    cache.append(key[:, :, 3:], key[:, :, 3:], [47, 5])
+    np.testing.assert_array_equal(cache.lengths, [[8], [8]])
+    np.testing.assert_array_equal(cache.dropped, [[42], [0]])
+    np.testing.assert_array_equal(cache.key[0], key[0, :, -8:])
+    np.testing.assert_array_equal(cache.key[1], key[1, :, :8])
+
+
+def test_moves_are_few(rng):
+    """With a capacity of twice the window there is a move for every `window` tokens."""
+    cache, token, moves = KVCache((), 1, 64, 2, window=32), normal(rng, 1, 1, 2), 0
+    for _ in range(1000):
+        before = cache.dropped
+        cache.append(token, token)
+        moves += int((cache.dropped != before).any())
+    assert moves <= 1000 / 32
+
+
+def test_views_are_views(rng):
+    key, value = normal(rng, 2, 3, 5, 4), normal(rng, 2, 3, 5, 6)
+    cache = KVCache((2,), 3, 10, 4, 6)
+    assert cache.key.shape == (2, 3, 0, 4) and cache.value.shape == (2, 3, 0, 6)
+    cache.append(key, value)
+    first, lengths = cache.key, cache.lengths
+    assert np.shares_memory(first, cache.key)
+    for x in (cache.key, cache.value, cache.lengths, cache.dropped):
+        with pytest.raises(ValueError, match="read-only"):
+            x[...] = 0
+    cache.append(key, value)
+    np.testing.assert_array_equal(first, key)  # what was handed out stays as it was
+    np.testing.assert_array_equal(lengths, [[5], [5]])
+    key[...] = 0
+    assert first.all()
+    assert cache.nbytes == 2 * 3 * 10 * (4 + 6) * 4
+
+
+def test_attributes():
+    cache = KVCache(2, 3, 10, 4, window=5, dtype=np.float16)
+    assert (cache.capacity, cache.window, cache.dtype) == (10, 5, np.float16)
+    assert cache.value.shape == (2, 3, 0, 4)
+    assert KVCache((), 1, 1, 1).window is None
+
+
+def test_reset(rng):
+    key = normal(rng, 2, 1, 6, 3)
+    cache = KVCache(2, 1, 6, 3)
+    cache.append(key, key, [6, 2])
+    cache.reset()
+    assert cache.key.shape == (2, 1, 0, 3)
+    np.testing.assert_array_equal(cache.lengths, [[0], [0]])
+    cache.append(key, key, [2, 6])
+    np.testing.assert_array_equal(cache.key[1], key[1])
+    np.testing.assert_array_equal(cache.lengths, [[2], [6]])
+
+
+def test_nothing_appended(rng):
+    cache = KVCache(2, 1, 6, 3)
+    cache.append(normal(rng, 2, 1, 0, 3), normal(rng, 2, 1, 0, 3))
+    cache.append(normal(rng, 2, 1, 4, 3), normal(rng, 2, 1, 4, 3), 0)
+    assert cache.key.shape == (2, 1, 0, 3)
+    out = fastattn.dot_product_attention(np.ones((2, 1, 1, 3)), cache.key, cache.value, key_lengths=cache.lengths)
+    assert not out.any()
+
+
+def test_appending_the_cache_to_itself(rng):
+    key = normal(rng, 1, 6, 3)
+    cache = KVCache((), 1, 8, 3, window=4)
+    cache.append(key, key)
+    cache.append(cache.key[:, :4], cache.value[:, :4])
+    np.testing.assert_array_equal(cache.key, np.concatenate([key[:, 2:], key[:, :4]], axis=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conversions(rng, dtype):
+    """Of the same kind; from integers and lists too."""
+    cache = KVCache((), 1, 20, 2, dtype=dtype)
+    for given_dtype in (np.float32, np.float64, np.float16, np.int64, np.bool_, ">f8"):
+        x = (normal(rng, 1, 1, 2) * 3).astype(given_dtype)
+        cache.append(x, x)
+        assert bits(cache.key[:, -1:]) == bits(x.astype(dtype))
+    cache.append([[[1, 2]]], [[[0.5, 3]]])
+    assert cache.value[0, -1].tolist() == [0.5, 3]
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def refuse(error, message, *arguments, **named):
+    with pytest.raises(error, match=message):
+        KVCache(*arguments, **named)
+
+
+def test_bad_arguments():
+    refuse(TypeError, "batch_shape must be", 2.0, 1, 1, 1)
+    refuse(ValueError, "batch_shape must be", (2, -1), 1, 1, 1)
+    refuse(ValueError, "num_kv_heads must be an integer of at least 1, not 0", 2, 0, 1, 1)
+    refuse(ValueError, "capacity must be", 2, 1, 0, 1)
+    refuse(TypeError, "capacity must be", 2, 1, True, 1)
+    refuse(ValueError, "head_dim must be", 2, 1, 1, -1)
+    refuse(TypeError, "value_dim must be", 2, 1, 1, 1, "4")
+    refuse(ValueError, "window must be", 2, 1, 8, 1, window=0)
+    refuse(ValueError, "window=9 .* capacity=8", 2, 1, 8, 1, window=9)
+    refuse(TypeError, "dtype must be float32", 2, 1, 8, 1, dtype=np.int64)
+    refuse(TypeError, "dtype must be float32", 2, 1, 8, 1, dtype=np.complex64)
+    refuse(TypeError, "dtype must be float32", 2, 1, 8, 1, dtype=">f4")
+    refuse(MemoryError, "no memory for a cache", 2**40, 2**10, 2**20, 2**10)
+
+
+def full_cache():
+    cache = KVCache((2, 2), 3, 8, 4, 5)
+    x = np.arange(2 * 2 * 3 * 6, dtype=np.float32).reshape(2, 2, 3, 6, 1)
+    cache.append(np.broadcast_to(x, (2, 2, 3, 6, 4)), np.broadcast_to(x, (2, 2, 3, 6, 5)), [[6, 1], [2, 3]])
+    return cache
+
+
+KEY, VALUE = np.ones((2, 2, 3, 2, 4), np.float32), np.ones((2, 2, 3, 2, 5), np.float32)
+BAD_TOKENS = {
+    "batch": (ValueError, r"key has shape \(2, 3, 2, 4\); it must have \(2, 2, 3, n, 4\)", (KEY[0], VALUE)),
+    "broadcast": (ValueError, "key has shape", (KEY[:1], VALUE)),
+    "channels": (ValueError, "value has shape", (KEY, KEY)),
+    "tokens": (ValueError, "value has 1 tokens .* key 2", (KEY, VALUE[..., :1, :])),
+    "complex": (TypeError, "key has dtype complex64", (KEY.astype(np.complex64), VALUE)),
+    "object": (TypeError, "value has dtype object", (KEY, VALUE.astype(object))),
+    "masked": (TypeError, "key is a masked array", (np.ma.masked_array(KEY), VALUE)),
+    "ragged": (TypeError, "key cannot be made into an array", ([[1.0], [1.0, 2.0]], VALUE)),
+    "lengths, shape": (ValueError, r"lengths has shape \(2,\)", (KEY, VALUE, [1, 2])),
+    "lengths, too large": (ValueError, "lengths must lie between 0 and 2.*not 3", (KEY, VALUE, 3)),
+    "lengths, negative": (ValueError, "lengths must lie between 0 and 2.*not -1", (KEY, VALUE, [[0, 1], [-1, 0]])),
+    "lengths, dtype": (TypeError, "lengths must be .* not of dtype float64", (KEY, VALUE, 1.0)),
+    "lengths, bool": (TypeError, "lengths must be .* not of dtype bool", (KEY, VALUE, True)),
+    "no room": (
+        ValueError,
+        r"capacity=8 tokens: 6 are there and 3 came in sequence 0, 0",
+        (np.ones((2, 2, 3, 3, 4)), np.ones((2, 2, 3, 3, 5))),
+    ),
+    "no room in one": (
+        ValueError,
+        r"capacity=8 tokens: 3 are there and 6 came in sequence 1, 1",
+        (np.ones((2, 2, 3, 6, 4)), np.ones((2, 2, 3, 6, 5)), [[0, 0], [0, 6]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("error, message, arguments", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_errors_change_nothing(error, message, arguments):
+    cache = full_cache()
+    before = bits(cache.key), bits(cache.value), bits(cache.lengths), bits(cache.dropped)
+    with pytest.raises(error, match=message):
+        cache.append(*arguments)
+    assert (bits(cache.key), bits(cache.value), bits(cache.lengths), bits(cache.dropped)) == before
+    cache.append(KEY, VALUE, [[2, 0], [1, 2]])
+    assert cache.lengths.ravel().tolist() == [8, 1, 3, 5]
+
+
+@pytest.mark.skipif(len(DTYPES) < 4, reason="needs ml_dtypes")
+def test_bfloat16_takes_no_complex_numbers():
+    """For NumPy that would be a conversion of the same kind."""
+    cache = KVCache((), 1, 4, 2, dtype=DTYPES[-1])
+    with pytest.raises(TypeError, match="key has dtype complex64"):
+        cache.append(np.ones((1, 1, 2), np.complex64), np.ones((1, 1, 2)))
+    if not np.can_cast(DTYPES[-1], np.float16, "same_kind"):
+        with pytest.raises(TypeError, match="key has dtype bfloat16"):
+            KVCache((), 1, 4, 2, dtype=np.float16).append(*2 * [np.ones((1, 1, 2), DTYPES[-1])])

@@ -1,0 +1,532 @@
+"""StreamingAttention: the offline call's bits however the stream is cut, constant memory, errors without traces."""
+
+import pathlib
+import re
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import bits, qkv, sixteen_bits
+
+import fastattn
+from fastattn import reference, streaming
+from fastattn.streaming import StreamingAttention
+
+# What goes to the stream's two sides and to its chunks, by name.
+SHAPES = {
+    "causal": (30, 0),
+    "nothing but itself": (0, 0),
+    "look-ahead": (20, 5),
+    "all before": (None, 2),
+    "far": (2500, 40),
+    "only ahead": (0, 70),
+    "chunks of 1": (None, None, 1, 2),
+    "chunks of 3": (None, None, 3, 0),
+    "chunks of 16": (None, None, 16, 2),
+    "chunks of 17": (None, None, 17, 2),
+    "chunks of 100": (None, None, 100, 0),
+    "chunks of 1000": (None, None, 1000, 2),
+    "chunks of 1000, alone": (None, None, 1000, 0),
+    "chunks of 1000, all before": (None, None, 1000, None),
+    "chunks in a window": (50, None, 100, 5),
+    "chunks in a wide window": (150, 7, 100, 1),
+    "chunks of 16 in a window": (40, 3, 16, 3),
+    "one chunk": (None, None, 10**9, 10**9),
+}
+
+
+def rules_of(left, right, chunk_size=None, left_chunks=None):
+    return {"window_size": (left, right), "chunk_size": chunk_size, "left_chunks": left_chunks}
+
+
+def stream_of(left, right, chunk_size=None, left_chunks=None, **arguments):
+    return StreamingAttention(left, right, chunk_size=chunk_size, left_chunks=left_chunks, **arguments)
+
+
+def complete_rows(pushed, left, right, chunk_size=None, left_chunks=None):
+    """How many rows see nothing that is to come, told by the rules themselves."""
+    ends = [
+        min(
+            np.inf if right is None else row + right,
+            np.inf if chunk_size is None else row // chunk_size * chunk_size + chunk_size - 1,
+        )
+        for row in range(pushed)
+    ]
+    return sum(end < pushed for end in ends)
+
+
+def sees_key(row, key, left, right, chunk_size=None, left_chunks=None):
+    before = 0 if chunk_size is None else row // chunk_size - key // chunk_size
+    return (
+        (left is None or row - left <= key)
+        and (right is None or key <= row + right)
+        and before >= 0
+        and (left_chunks is None or before <= left_chunks)
+    )
+
+
+def run(stream, arrays, pieces):
+    """All rows, pushed in pieces of these sizes, over and over, until the frames are spent; then flushed."""
+    total, at, rows, turn = arrays[0].shape[-2], 0, [], 0
+    while at < total:
+        end = at + pieces[turn % len(pieces)]
+        rows.append(stream.push(*(x[..., at:end, :] for x in arrays)))
+        at, turn = min(end, total), turn + 1
+        assert stream.pushed == at
+        assert stream.returned == sum(x.shape[-2] for x in rows)
+    rows.append(stream.flush())
+    return np.concatenate(rows, axis=-2)
+
+
+def offline(arrays, *shape, **arguments):
+    return fastattn.dot_product_attention(*arrays, **rules_of(*shape), query_offset=0, **arguments)
+
+
+# --------------------------------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("pieces", [[1], [0, 50], [64], [1, 700, 2, 5, 0, 3000], [10_000]], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_bits(rng, shape, pieces):
+    """Across moves of the tapes and multiples of 2048."""
+    frames = 700 if pieces == [1] else 4700
+    arrays = qkv(rng, (2,), frames, frames, 3, 2)
+    assert bits(run(stream_of(*shape), arrays, pieces)) == bits(offline(arrays, *shape))
+
+
+@pytest.mark.parametrize("shape", [(150, 7, 100, 1), (150, 99, 100, 1), (350, 40, 100, 3)], ids=str)
+def test_bits_where_the_window_ends_within_a_chunk(rng, shape):
+    """Rows that begin anywhere in a chunk, whose keys begin at the chunk's edge and end before its end."""
+    arrays = qkv(rng, (), 2700, 2700, 3, 2)
+    assert bits(run(stream_of(*shape), arrays, [7])) == bits(offline(arrays, *shape))
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_bits_of_any_stream(data):
+    """Any shape, any cuts, any rules."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    sides = st.one_of(st.none(), st.integers(0, 50), st.sampled_from([255, 256, 2047, 2048, 2100]))
+    left, right = draw(sides), draw(sides)
+    chunk_size = draw(st.one_of(st.none(), st.integers(1, 40), st.integers(90, 1000), st.just(2048)))
+    if chunk_size is None:
+        right = right or 0
+    left_chunks = None if chunk_size is None else draw(st.one_of(st.none(), st.integers(0, 6)))
+    shape = left, right, chunk_size, left_chunks
+    batch, kv_batch, grouped = draw(
+        st.sampled_from([((), (), False), ((2,), (1,), False), ((4,), (2,), True), ((2, 2), (2,), False)])
+    )
+    dtypes = st.sampled_from([np.float32, np.float64, *sixteen_bits()])
+    frames = draw(st.one_of(st.integers(5, 300), st.integers(1800, 5000)))
+    arrays = qkv(rng, batch, frames, frames, draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(dtypes), kv_batch)
+    rules = {
+        "scale": 0.3,
+        "softcap": 2.0,
+        "alibi_slopes": rng.random(batch).astype(np.float32),
+        "sinks": rng.standard_normal(batch).astype(np.float32),
+        "activation": draw(st.sampled_from(["relu", "sigmoid"])),
+    }
+    if left is not None and right is not None:
+        rules["relative_bias"] = rng.standard_normal((*batch, 1, left + right + 1)).astype(np.float32)
+    names = draw(st.sets(st.sampled_from(sorted(rules))))
+    if "activation" in names:
+        names.discard("sinks")
+    arguments = {name: rules[name] for name in names}
+    pieces = draw(st.lists(st.one_of(st.integers(1, 9), st.integers(10, 3000)), min_size=1, max_size=5))
+    if frames > 1000:
+        pieces.append(500)
+    whole = offline(arrays, *shape, **arguments, enable_gqa=grouped)
+    assert bits(run(stream_of(*shape, **arguments, enable_gqa=grouped), arrays, pieces)) == bits(whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, *sixteen_bits()])
+def test_dtypes(rng, dtype):
+    arrays = qkv(rng, (2,), 700, 700, 16, dtype=dtype)
+    rows = run(StreamingAttention(100, 3), arrays, [1, 30])
+    assert rows.dtype == dtype
+    assert bits(rows) == bits(offline(arrays, 100, 3))
+
+
+def test_dtypes_that_promote(rng):
+    query, key, _ = qkv(rng, (), 400, 400, 8)
+    arrays = query.astype(np.float16), key, rng.integers(-9, 9, (400, 3))
+    rows = run(StreamingAttention(50, 3), arrays, [1, 30])
+    assert rows.dtype == np.float64
+    assert bits(rows) == bits(offline(arrays, 50, 3))
+
+
+def test_grouped_heads_frame_by_frame(rng):
+    """One query takes the heads of a group together; the bits are those of many."""
+    arrays = qkv(rng, (2, 6), 400, 400, 16, 12, kv_batch=(1, 2))
+    arguments = {
+        "alibi_slopes": np.linspace(0.1, 0.5, 6).astype(np.float32),
+        "sinks": np.linspace(-1, 1, 6).astype(np.float32),
+        "relative_bias": rng.standard_normal((6, 1, 104)).astype(np.float32),
+        "enable_gqa": True,
+    }
+    assert bits(run(StreamingAttention(100, 3, **arguments), arrays, [1])) == bits(offline(arrays, 100, 3, **arguments))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads(rng, num_threads):
+    arrays = qkv(rng, (4,), 3000, 3000, 32)
+    stream = StreamingAttention(500, 20, num_threads=num_threads)
+    assert bits(run(stream, arrays, [1000, 3])) == bits(offline(arrays, 500, 20))
+
+
+def test_layouts(rng):
+    """(frames, heads, channels) in memory, and arrays that are overwritten after each push."""
+    arrays = [x.swapaxes(0, 1) for x in rng.standard_normal((3, 600, 4, 16)).astype(np.float32)]
+    stream, buffers, rows = StreamingAttention(90, 4), np.empty((3, 20, 4, 16), np.float32), []
+    for at in range(0, 600, 20):
+        for buffer, x in zip(buffers, arrays, strict=True):
+            buffer.swapaxes(0, 1)[...] = x[:, at : at + 20]
+        rows.append(stream.push(*buffers.swapaxes(1, 2)))
+        buffers[...] = np.nan
+    rows.append(stream.flush())
+    assert bits(np.concatenate(rows, axis=-2)) == bits(offline(arrays, 90, 4))
+
+
+def test_truncated_attention(rng):
+    arrays = qkv(rng, (2,), 500, 500, 8)
+    whole = fastattn.truncated_attention(*arrays, 60, 9, query_offset=0)
+    assert bits(run(StreamingAttention(60, 9), arrays, [11])) == bits(whole)
+
+
+def test_a_few_rows_agree_to_rounding(rng):
+    arrays = qkv(rng, (2,), 3, 3, 64)
+    rows = run(StreamingAttention(9, 1), arrays, [1])
+    np.testing.assert_allclose(rows, offline(arrays, 9, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_reference(rng):
+    """Not only consistent: right."""
+    arrays = qkv(rng, (2,), 300, 300, 8, dtype=np.float64)
+    for shape in ((20, 3), (None, None, 16, 1), (30, None, 50, 1)):
+        whole = reference.dot_product_attention(*arrays, **rules_of(*shape), query_offset=0)
+        np.testing.assert_allclose(run(stream_of(*shape), arrays, [7]), whole, rtol=1e-12, atol=1e-13)
+
+
+def test_spans_are_the_kernels():
+    header = (pathlib.Path(fastattn.__file__).parent / "kernels" / "fastattn.h").read_text()
+    assert int(re.search(r"FA_SPAN = (\d+)", header)[1]) == streaming._SPAN
+
+
+# ------------------------------------------------------------------------------------- what comes when
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rows_come_as_soon_as_they_can(rng, shape):
+    arrays = qkv(rng, (), 130, 130, 2)
+    stream = stream_of(*shape)
+    for at in range(130):
+        stream.push(*(x[at : at + 1] for x in arrays))
+        assert stream.returned == complete_rows(at + 1, *shape)
+        assert stream.waiting == stream.pushed - stream.returned <= stream.latency
+    assert stream.flush().shape == (130 - complete_rows(130, *shape), 2)
+    assert (stream.pushed, stream.returned, stream.waiting) == (130, 130, 0)
+
+
+@pytest.mark.parametrize("right", [0, 1, 7])
+def test_number_of_rows(rng, right):
+    arrays = qkv(rng, (2,), 20, 20, 4, 3)
+    stream = StreamingAttention(5, right)
+    assert stream.latency == right
+    assert stream.push(*(x[:, :4] for x in arrays)).shape == (2, max(0, 4 - right), 3)
+    assert stream.push(*(x[:, 4:] for x in arrays)).shape == (2, 20 - right - max(0, 4 - right), 3)
+    assert stream.flush().shape == (2, right, 3)
+
+
+def test_latency():
+    assert StreamingAttention(5, 3).latency == 3
+    assert StreamingAttention(None, None, chunk_size=16).latency == 15
+    assert StreamingAttention(None, 4, chunk_size=16).latency == 4
+    assert StreamingAttention(None, 40, chunk_size=16).latency == 15
+
+
+def test_no_frames(rng):
+    query, key, value = qkv(rng, (2,), 6, 6, 4, 3, dtype=np.float64)
+    nothing = query[:, :0], key[:, :0], value[:, :0]
+    stream = StreamingAttention(5, 2)
+    first = stream.push(*nothing)
+    assert first.shape == (2, 0, 3) and first.dtype == np.float64
+    assert stream.push(query, key, value).shape == (2, 4, 3)
+    assert stream.push(*nothing).shape == (2, 0, 3)
+    assert stream.flush().shape == (2, 2, 3)
+
+
+def test_a_stream_of_nothing(rng):
+    stream = StreamingAttention(5, 2)
+    stream.push(*(x[:0] for x in qkv(rng, (), 1, 1, 4, 3)))
+    assert stream.flush().shape == (0, 3)
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_no_batch(rng, batch):
+    arrays = qkv(rng, batch, 600, 600, 4, 3)
+    assert run(StreamingAttention(5, 2), arrays, [50, 1]).shape == (*batch, 600, 3)
+
+
+def test_one_frame_and_less_than_the_look_ahead(rng):
+    arrays = qkv(rng, (), 1, 1, 4)
+    stream = StreamingAttention(100, 100)
+    assert stream.push(*arrays).shape == (0, 4)
+    np.testing.assert_array_equal(stream.flush(), arrays[2])
+
+
+def test_flush_and_reset(rng):
+    arrays = qkv(rng, (2,), 50, 50, 4)
+    stream = StreamingAttention(9, 4)
+    rows = run(stream, arrays, [7])
+    with pytest.raises(ValueError, match=r"push after flush.*reset\(\)"):
+        stream.push(*arrays)
+    assert stream.flush().shape == (2, 0, 4)
+    stream.reset()
+    assert (stream.pushed, stream.returned, stream.waiting, stream.nbytes) == (0, 0, 0, 0)
+    assert bits(run(stream, arrays, [5])) == bits(rows)
+    stream.reset()  # and then something else
+    other = qkv(rng, (), 50, 50, 3, 2, dtype=np.float64)
+    assert bits(run(stream, other, [5])) == bits(offline(other, 9, 4))
+
+
+def test_flush_before_any_push():
+    stream = StreamingAttention(9, 4)
+    with pytest.raises(ValueError, match="flush before any push"):
+        stream.flush()
+    stream.push(np.ones((1, 2)), np.ones((1, 2)), np.ones((1, 2)))
+
+
+def test_arguments_are_copied(rng):
+    arrays = qkv(rng, (3,), 60, 60, 4)
+    arguments = {"alibi_slopes": np.array([0.1, 0.2, 0.3]), "sinks": np.zeros(3), "relative_bias": np.ones((3, 1, 12))}
+    whole = offline(arrays, 9, 2, **arguments)
+    stream = StreamingAttention(9, 2, **arguments)
+    for x in arguments.values():
+        x[...] = np.nan
+    assert bits(run(stream, arrays, [5])) == bits(whole)
+
+
+# ------------------------------------------------------------------------------------------ not finite
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(20, 3), (None, None, 16, 1), (None, None, 50, 1), (400, 0)], ids=str)
+def test_what_is_not_finite(rng, shape, bad):
+    """A bad frame spoils the rows that see it, and after them the stream is as good as before."""
+    arrays = qkv(rng, (2,), 2500, 2500, 4)
+    spoiled = [x.copy() for x in arrays]
+    for x in spoiled[1:]:
+        x[:, 2040] = bad
+    good, rows = run(stream_of(*shape), arrays, [1, 90]), run(stream_of(*shape), spoiled, [1, 90])
+    sees = np.array([sees_key(row, 2040, *shape) for row in range(2500)])
+    assert sees.any() and not sees.all()
+    assert bits(rows[:, ~sees]) == bits(good[:, ~sees])
+    assert not np.isfinite(rows[:, sees]).any()
+
+
+def test_what_the_tapes_have_in_front_is_never_seen(rng, monkeypatch):
+    """Memory that was never written may hold anything."""
+    arrays = qkv(rng, (2,), 2600, 2600, 4)
+    empty = np.empty
+
+    def poisoned(shape, dtype=float):
+        array = empty(shape, dtype)
+        if array.dtype == np.uint8:
+            array.view(np.uint8)[...] = 255  # all ones: NaN
+        return array
+
+    monkeypatch.setattr(streaming.np, "empty", poisoned)
+    for shape in ((20, 3), (2100, 0), (None, None, 16, 1), (None, None, 50, 3)):
+        rows = run(stream_of(*shape), arrays, [1, 90])
+        assert bits(rows) == bits(offline(arrays, *shape))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("pieces", [[10], [3, 50], [5000]], ids=str)
+@pytest.mark.parametrize("shape", [(100, 4), (None, None, 100, 2), (None, None, 3, 5)], ids=str)
+def test_memory_is_constant(rng, shape, pieces):
+    """20000 frames need no more than the first 10000."""
+    frames = rng.standard_normal((5000, 2)).astype(np.float32)
+    stream = stream_of(*shape)
+    largest = []
+    tracemalloc.start()
+    try:
+        for _ in range(8):
+            tracemalloc.reset_peak()
+            at, turn = 0, 0
+            while at < 2500:
+                x = frames[: pieces[turn % len(pieces)]]
+                stream.push(x, x, x)
+                at, turn = at + len(x), turn + 1
+            largest.append((stream.nbytes, tracemalloc.get_traced_memory()[1]))
+    finally:
+        tracemalloc.stop()
+    nbytes, peaks = zip(*largest, strict=True)
+    assert max(nbytes[4:]) < 1.1 * max(nbytes[:4])
+    assert max(peaks[4:]) < 1.1 * max(peaks[:4]) + 10_000
+
+
+def test_memory_beside_the_frames_that_are_needed():
+    """The room in front of the tapes is there once, not for each head."""
+    stream, frames = StreamingAttention(100), np.zeros((16, 10, 32), np.float32)
+    for _ in range(300):
+        stream.push(frames, frames, frames)
+    frame = 16 * 32 * 4
+    assert stream.nbytes <= 3 * 256 * frame + 2 * 2048 * frame / 16
+
+
+def test_copies_are_few(rng, monkeypatch):
+    """Moves of a tape, in a stream of single frames: each copies no more than have come since the last."""
+    moved = []
+    blank = streaming._Tape.blank
+
+    def counted(batch, channels, dtype, room, capacity, first):
+        if capacity:
+            moved.append(capacity)
+        return blank(batch, channels, dtype, room, capacity, first)
+
+    monkeypatch.setattr(streaming._Tape, "blank", counted)
+    stream, frames = StreamingAttention(1000, 10), np.zeros((1, 1), np.float32)
+    for _ in range(6_000):
+        stream.push(frames, frames, frames)
+    assert sum(moved) / 2 <= 3 * 6_000  # half of a tape is copied, and there are three
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def refuse(error, message, *arguments, **named):
+    with pytest.raises(error, match=message):
+        StreamingAttention(*arguments, **named)
+
+
+def test_bad_arguments():
+    refuse(ValueError, "left must be an integer of at least 0", -2)
+    refuse(TypeError, "left must be", 2.5)
+    refuse(TypeError, "left must be", True)
+    refuse(ValueError, "right must be", 2, -3)
+    refuse(TypeError, "right must be", 2, "3")
+    refuse(ValueError, "right=None.*needs chunk_size", 2, None)
+    refuse(ValueError, "right=None.*needs chunk_size", 2, -1)
+    refuse(ValueError, "chunk_size must be", None, None, chunk_size=0)
+    refuse(TypeError, "chunk_size must be", None, None, chunk_size=2.0)
+    refuse(ValueError, "left_chunks=2 needs chunk_size", 5, 0, left_chunks=2)
+    refuse(ValueError, "left_chunks must be", None, None, chunk_size=4, left_chunks=-2)
+    refuse(TypeError, "scale must be", 5, scale="1")
+    refuse(ValueError, "softcap must be", 5, softcap=0.0)
+    refuse(ValueError, "activation must be", 5, activation="tanh")
+    refuse(ValueError, "sinks needs activation='softmax'", 5, activation="relu", sinks=1.0)
+    refuse(TypeError, "enable_gqa must be", 5, enable_gqa=1)
+    refuse(ValueError, "num_threads", 5, num_threads=0)
+    refuse(TypeError, "alibi_slopes", 5, alibi_slopes="steep")
+    refuse(TypeError, "sinks is a masked array", 5, sinks=np.ma.masked_array([1.0], [True]))
+    refuse(TypeError, "relative_bias must be floating", 5, relative_bias=np.ones(6, int))
+    refuse(ValueError, r"relative_bias has shape \(5,\)", 5, relative_bias=np.ones(5))
+    refuse(ValueError, "its axis -2 must be 1", 5, relative_bias=np.ones((3, 6)))
+    refuse(ValueError, "relative_bias needs window_size", None, relative_bias=np.ones(5))
+    refuse(ValueError, "alibi_slopes .* sinks .* do not broadcast", 5, alibi_slopes=np.ones(2), sinks=np.ones(3))
+
+
+def test_minus_one_is_unbounded(rng):
+    arrays = qkv(rng, (), 100, 100, 4)
+    stream = StreamingAttention(-1, -1, chunk_size=16, left_chunks=-1)
+    assert bits(run(stream, arrays, [7])) == bits(offline(arrays, None, None, 16))
+
+
+def spoil(**changes):
+    """Query, key and value of 3 frames for the stream below, some of them changed."""
+    frames = dict(zip(("query", "key", "value"), qkv(np.random.default_rng(1), (2,), 3, 3, 4, 5), strict=True))
+    return {name: changes.get(name, lambda x: x)(x) for name, x in frames.items()}
+
+
+BAD_FRAMES = {
+    "dtype": (TypeError, "key has dtype float64; the stream began with float32", {"key": lambda x: x.astype(float)}),
+    "object": (TypeError, "value has dtype object", {"value": lambda x: x.astype(object)}),
+    "masked": (TypeError, "query is a masked array", {"query": np.ma.masked_array}),
+    "batch": (
+        ValueError,
+        r"value has shape \(1, 3, 5\); the stream began with \(2, n, 5\)",
+        {"value": lambda x: x[:1]},
+    ),
+    "channels": (ValueError, r"key has shape \(2, 3, 3\)", {"key": lambda x: x[..., :3]}),
+    "frames": (ValueError, "have 3, 2 and 3 frames", {"key": lambda x: x[:, :2]}),
+    "one axis": (ValueError, r"query has shape \(3,\); it needs at least two axes", {"query": lambda x: x[0, :, 0]}),
+    "ragged": (TypeError, "query cannot be made into an array", {"query": lambda x: [[1.0], [1.0, 2.0]]}),
+}
+
+
+@pytest.mark.parametrize("error, message, changes", BAD_FRAMES.values(), ids=BAD_FRAMES)
+def test_errors_leave_the_stream_alone(rng, error, message, changes):
+    arrays = qkv(rng, (2,), 60, 60, 4, 5)
+    stream, rows = StreamingAttention(9, 2), []
+    for at in range(0, 60, 4):
+        rows.append(stream.push(*(x[:, at : at + 4] for x in arrays)))
+        before = stream.pushed, stream.returned
+        with pytest.raises(error, match=message):
+            stream.push(**spoil(**changes))
+        assert (stream.pushed, stream.returned) == before
+    rows.append(stream.flush())
+    assert bits(np.concatenate(rows, axis=-2)) == bits(offline(arrays, 9, 2))
+
+
+def test_errors_of_the_first_push(rng):
+    """What fits is only known then; afterwards anything may still begin the stream."""
+    arrays = qkv(rng, (2,), 8, 8, 4)
+    stream = StreamingAttention(9, 2, alibi_slopes=np.ones(2, np.float32))
+    for error, message, bad in (
+        (ValueError, "alibi_slopes has shape", qkv(rng, (3,), 8, 8, 4)),
+        (ValueError, "key has head_dim 3", (arrays[0], arrays[1][..., :3], arrays[2])),
+        (TypeError, "value has dtype complex128", (*arrays[:2], arrays[2].astype(complex))),
+        (TypeError, "byte order", [x.astype(">f4") for x in arrays]),
+        (ValueError, "do not broadcast", (arrays[0], *qkv(rng, (3,), 8, 8, 4)[1:])),
+    ):
+        with pytest.raises(error, match=message):
+            stream.push(*bad)
+        assert stream.pushed == stream.nbytes == 0
+    assert bits(run(stream, arrays, [3])) == bits(offline(arrays, 9, 2, alibi_slopes=np.ones(2, np.float32)))
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_interrupted_pushes(rng, monkeypatch, fails_at):
+    """A push of many pieces that ends in the middle can be made again, although tapes had moved."""
+    arrays = qkv(rng, (2,), 9000, 9000, 2)
+    stream = StreamingAttention(300, 20)
+    rows = [stream.push(*(x[:, :700] for x in arrays))]
+    before = stream.pushed, stream.returned, stream.nbytes
+    call, calls = streaming._dot_product_attention, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) > fails_at:
+            raise KeyboardInterrupt
+        return call(*arguments)
+
+    monkeypatch.setattr(streaming, "_dot_product_attention", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.push(*(x[:, 700:] * 2 for x in arrays))
+    monkeypatch.undo()
+    assert (stream.pushed, stream.returned, stream.nbytes) == before
+    rows += [stream.push(*(x[:, 700:] for x in arrays)), stream.flush()]
+    assert bits(np.concatenate(rows, axis=-2)) == bits(offline(arrays, 300, 20))
+
+
+def test_streams_in_threads(rng):
+    """Each thread its own stream."""
+    arrays = qkv(rng, (2,), 1500, 1500, 8)
+    whole, found = bits(offline(arrays, 90, 5)), {}
+
+    def work(n):
+        found[n] = bits(run(StreamingAttention(90, 5), arrays, [n]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (5, 17, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(found.values()) == [whole] * 3
