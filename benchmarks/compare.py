@@ -10,6 +10,7 @@ hardware's own limits among it (hardware.py). Then come goals.py, report.py and 
 
 import argparse
 import fnmatch
+import functools
 import json
 import os
 import statistics
@@ -59,7 +60,9 @@ def parse_arguments():
     parser.add_argument("--threads", metavar="N,N", help="thread counts (default: 1 and, given the CPUs, 2)")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default 9)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw it, and windows into truncated.png beside it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -94,11 +97,18 @@ QUICK = {
     "softmax-1024x1024",
     "softmax-100000x64",
     "additive-1x8x512x512x64",
+    "truncated-1x1x4096x64-64x64",
+    "lengths-truncated-64x64",
+    "decode-1x8x8x1x8192x64",
     "memory-attention-1x1x16384x16384x64",
     "import",
 }
 # What all libraries are compared on.
-TABLES = (*cases.ATTENTION, *cases.SOFTMAX, *cases.ADDITIVE)
+TABLES = (*cases.ATTENTION, *cases.SOFTMAX, *cases.ADDITIVE, *cases.TRUNCATED, *cases.DECODE)
+# One window at several lengths.
+WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
+# These take every round; the others measure once.
+IN_ROUNDS = ("libraries", "lengths", "isa", "scaling")
 # Where another instruction set is compared with its own limit.
 FORCED_ISA = [
     *(case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)),
@@ -116,6 +126,7 @@ def plans(options):
     tables = [case.name for case in TABLES]
     for threads in options.threads:
         yield {**common, "job": "libraries", "threads": threads, "cases": chosen(tables)}
+        yield {**common, "job": "lengths", "threads": threads, "cases": chosen(WINDOWS)}
     if not common["isa"] and hardware.best_isa() == "avx512" and 1 in options.threads:
         names = chosen(f"avx2-{name}" for name in FORCED_ISA)
         yield {**common, "job": "isa", "threads": 1, "isa": "avx2", "cases": names}
@@ -132,6 +143,7 @@ def plans(options):
 def case_names():
     return [
         *(case.name for case in TABLES),
+        *WINDOWS,
         *(f"avx2-{name}" for name in FORCED_ISA),
         *(f"threads-{case.name}" for case in cases.SCALING),
         *(f"memory-{case.name}" for case in cases.MEMORY),
@@ -191,12 +203,13 @@ def work(plan):
 
     jobs = {
         "libraries": compare_libraries,
+        "lengths": compare_lengths,
         "isa": compare_with_own_peak,
         "scaling": compare_thread_counts,
         "memory": measure_memory,
         "import": measure_import,
     }
-    rounds = plan["rounds"] if plan["job"] in ("libraries", "isa", "scaling") else 1
+    rounds = plan["rounds"] if plan["job"] in IN_ROUNDS else 1
     progress = Progress(plan, rounds)
     records, meanwhile = [], Disturbance()
     for name in plan["cases"]:
@@ -242,7 +255,7 @@ def compare_libraries(plan, name, progress, only=None):
     # In units of this case's work, so that ratios of times are shares of the limit.
     limits = [measure.Candidate(name, probe.call, probe.work / work)] if probe else []
     samples = measure.interleave([*limits, *found], plan["rounds"], progress)
-    return {
+    record = {
         "kind": case.kind,
         "label": case.label,
         "dtype": case.dtype,
@@ -250,6 +263,11 @@ def compare_libraries(plan, name, progress, only=None):
         "seconds": samples,
         "notes": notes,
     }
+    if case.kind == "truncated":
+        record |= {"rows": case.rows, "seqlen": case.seqlen, "window": case.window}
+    if case.kind == "decode":
+        record["seqlen_q"] = case.seqlen_q
+    return record
 
 
 def limit_of(case, plan):
@@ -257,10 +275,44 @@ def limit_of(case, plan):
     threads = plan["threads"]
     if case.kind == "softmax":
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
-    if case.kind == "attention":
+    if case.kind == "decode":
+        return "read", case.nbytes, hardware.read(case.nbytes, threads)
+    if case.kind in ("attention", "truncated"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
     return "five instructions", case.triples, probe
+
+
+def compare_lengths(plan, name, progress):
+    """Seconds that fastattn takes for a row of one window at each length, in the same rounds, beside the limits.
+
+    Those are the FMA peak, in seconds an operation, and, in seconds a row, the memory at the longest length: reading as
+    much as a row of two arrays, and copying a row of one.
+    """
+    import measure
+    import peers
+
+    threads, notes = plan["threads"], {}
+    of_all = [cases.in_window(seqlen, WINDOWS[name]) for seqlen in cases.LENGTHS]
+    longest = of_all[-1]
+    row = longest.nbytes / longest.rows
+    fma = hardware.fma(longest.dtype, plan["isa"], threads)
+    read, copy = hardware.read(4 * longest.nbytes, threads), hardware.copy(2 * longest.nbytes, threads)
+    candidates = [
+        measure.Candidate("FMA peak", fma.call, fma.work),
+        measure.Candidate("read", read.call, read.work / (2 * row)),
+        measure.Candidate("copy", copy.call, copy.work / row),
+    ]
+    for case in of_all:
+        for found in peers.candidates(case, threads, ["fastattn"], notes):
+            candidates.append(measure.Candidate(f"fastattn, {case.seqlen}", found.call, case.rows))
+    return {
+        "label": str(longest.window),
+        "seqlens": [case.seqlen for case in of_all],
+        "flops": [case.flops / case.rows for case in of_all],
+        "seconds": measure.interleave(candidates, plan["rounds"], progress),
+        "notes": notes,
+    }
 
 
 def compare_with_own_peak(plan, name, progress):
@@ -295,9 +347,11 @@ def measure_memory(plan, name, progress):
     case = case_of(name, cases.MEMORY)
     arrays = case.inputs()
     library = {"fastattn": fastattn, "NumPy": baselines}[plan["library"]]
-    extra = memory.extra_memory(
-        lambda: library.dot_product_attention(*arrays, is_causal=case.is_causal), arrays[0].nbytes
-    )
+    if case.kind == "truncated":
+        call = functools.partial(library.truncated_attention, *arrays, *case.window)
+    else:
+        call = functools.partial(library.dot_product_attention, *arrays, is_causal=case.is_causal)
+    extra = memory.extra_memory(call, arrays[0].nbytes)
     progress()
     return {"label": case.label, "library": plan["library"], "bytes": extra}
 

@@ -25,6 +25,15 @@ SHARE_OF_COPY = 0.3
 ADDITIVE_CASE = "additive-1x8x512x512x64"
 ADDITIVE_SHARE = 0.8
 
+# In a window: of the FMA peak, by useful operations, at the widest; a row at the longest length costs at most so much
+# more than at the shortest.
+WINDOW_SHARES = {"256x256": 0.70}
+FLATNESS = 1.25
+WINDOW_RATIOS = {"truncated-1x1x4096x64-64x64": {"NumPy, best band": 2.5, "PyTorch, masked": 15.0}}
+
+# One query over a cache: of the speed at which as many bytes as key and value have can be read.
+DECODE_SHARE = 0.85
+
 BEST_PEER = "best peer"
 BEST_COMPILED = "best compiled"
 RATIOS = {BEST_PEER: 1.15, "PyTorch": 2.0}
@@ -37,6 +46,9 @@ ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 # Of what the same threads gain in the FMA probe.
 SHARE_OF_GAIN = 0.97
+# The best peer, by the size of the cache: larger ones are the memory's business.
+SMALL_CACHE_BYTES = 40e6
+DECODE_RATIOS = {True: {BEST_PEER: 1.3}, False: {BEST_PEER: 1.0}}
 EXTRA_BYTES = 64 * 2**20
 IMPORT_SECONDS = 0.020
 
@@ -46,6 +58,12 @@ def share(record):
     if record["kind"] == "softmax":
         return measure.ratio(record["seconds"], "copy", "fastattn out="), SHARE_OF_COPY
     goal = None
+    if record["kind"] == "decode":
+        goal = DECODE_SHARE if record["seqlen_q"] == 1 else None
+        return measure.ratio(record["seconds"], "read", "fastattn"), goal
+    if record["kind"] == "truncated":
+        goal = _window_share(record)
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
     if record["kind"] == "additive":
         if record["threads"] == 1 and record["case"].endswith(ADDITIVE_CASE):
             goal = ADDITIVE_SHARE - (OTHER_KIND if record.get("isa") else 0)
@@ -88,9 +106,47 @@ def missed(record):
 def _ratios(record):
     if record["kind"] == "softmax":
         return SOFTMAX_RATIOS
+    if record["kind"] == "truncated":
+        return WINDOW_RATIOS.get(record["case"], {}) if record["threads"] == 1 else {}
+    if record["kind"] == "decode":
+        return DECODE_RATIOS[record["work"] <= SMALL_CACHE_BYTES]
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)
+
+
+def _window_share(record):
+    return WINDOW_SHARES.get(record["case"].rpartition("-")[2]) if record["threads"] == 1 else None
+
+
+def flatness(record):
+    """How many times as much a row costs at the longest length as at the shortest."""
+    names = (f"fastattn, {seqlen}" for seqlen in (record["seqlens"][-1], record["seqlens"][0]))
+    return measure.ratio(record["seconds"], *names)
+
+
+def length_shares(record):
+    """The share of the FMA peak at each length, and the goal; None where there is none."""
+    peak = record["seconds"]["FMA peak"]
+    shares = []
+    for seqlen, flops in zip(record["seqlens"], record["flops"], strict=True):
+        samples = {"peak": [flops * second for second in peak]}
+        samples |= {name: times for name, times in record["seconds"].items() if name == f"fastattn, {seqlen}"}
+        shares.append(measure.ratio(samples, "peak", f"fastattn, {seqlen}"))
+    return shares, _window_share(record)
+
+
+def missed_lengths(record):
+    """In words, what a record of one window at several lengths does not reach; None if it has no goal."""
+    shares, goal = length_shares(record)
+    reached = flatness(record)
+    if reached is None:
+        return ["failed"]
+    if record["threads"] > 1:
+        return None
+    words = [f"{reached:.2f}x > {FLATNESS:g}x"] if reached > FLATNESS else []
+    words += [f"{share:.0%} < {goal:.0%}" for share in shares[-1:] if goal and share < goal]
+    return words
 
 
 def gains(record):

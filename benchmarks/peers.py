@@ -19,7 +19,8 @@ from suite import baselines
 # Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
 # need, and far below what bfloat16 arithmetic in disguise would give.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
-# Where the formula of additive attention makes an array of (L, S, hidden), it is left out above this size.
+# Where the formula of additive attention makes an array of (L, S, hidden), or what masks a window one of (L, S), it is
+# left out above this size.
 LARGEST_ARRAY = 2**30
 
 
@@ -58,54 +59,17 @@ def _torch(threads):
 
 
 def _onnx_attention(case, threads):
-    import onnxruntime
-    from onnx import TensorProto, helper
+    from onnx import helper
 
-    batch, heads, seqlen_q, _, head_dim = case.shape
+    heads, head_dim = case.heads, case.head_dim
     query, key, value = case.inputs()
-    kind = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}[case.dtype]
-
-    def variant(name, nodes, arrays, output_shape, read=np.asarray, constants=(), opset=23):
-        inputs = [
-            helper.make_tensor_value_info(letter, kind, array.shape)
-            for letter, array in zip("qkv", arrays, strict=True)
-        ]
-        output = helper.make_tensor_value_info("o", kind, output_shape)
-        graph = helper.make_graph(nodes, "attention", inputs, [output], list(constants))
-        domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        if case.dtype == "float64":
-            # The optimiser folds the scale into a matrix product that keeps it in float32.
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        # Bound once: no look-up of names and no new output in each call.
-        binding = session.io_binding()
-        for letter, array in zip("qkv", arrays, strict=True):
-            binding.bind_ortvalue_input(letter, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_output("o")
-        session.run_with_iobinding(binding)
-        result = binding.get_outputs()[0]
-        binding.bind_ortvalue_output("o", result)
-        run = session.run_with_iobinding
-
-        def call():
-            run(binding)
-            return result
-
-        return Variant(name, call, lambda value: read(value.numpy()))
+    variant = functools.partial(_onnx_variant, threads)
 
     def attention():
         node = helper.make_node("Attention", list("qkv"), ["o"], is_causal=int(case.is_causal))
-        return variant("Attention", [node], (query, key, value), query.shape)
+        return variant("Attention", [node], {"q": query, "k": key, "v": value}, query.shape)
 
     def multi_head_attention():
-        # Heads packed into the last axis: (batch, seqlen, heads * head_dim).
-        packed = (np.ascontiguousarray(array.swapaxes(1, 2)) for array in case.inputs())
-        arrays = [array.reshape(batch, -1, heads * head_dim) for array in packed]
         node = helper.make_node(
             "MultiHeadAttention",
             list("qkv"),
@@ -114,16 +78,14 @@ def _onnx_attention(case, threads):
             num_heads=heads,
             unidirectional=int(case.is_causal),
         )
-
-        def read(output):
-            return output.reshape(batch, seqlen_q, heads, head_dim).swapaxes(1, 2)
-
-        return variant("MultiHeadAttention", [node], arrays, arrays[0].shape, read)
+        arrays = {letter: _packed(array) for letter, array in zip("qkv", case.inputs(), strict=True)}
+        read = functools.partial(_unpacked, heads=heads)
+        return variant("MultiHeadAttention", [node], arrays, arrays["q"].shape, read)
 
     def matmul_softmax():
         if case.is_causal:
             raise NotImplementedError("the written-out graph would add an L x S constant")
-        scale = helper.make_tensor("scale", kind, [1], [head_dim**-0.5])
+        scale = helper.make_tensor("scale", helper.np_dtype_to_tensor_dtype(query.dtype), [1], [head_dim**-0.5])
         nodes = [
             helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
             helper.make_node("Mul", ["q", "scale"], ["qs"]),
@@ -131,9 +93,64 @@ def _onnx_attention(case, threads):
             helper.make_node("Softmax", ["s"], ["p"], axis=-1),
             helper.make_node("MatMul", ["p", "v"], ["o"]),
         ]
-        return variant("MatMul-Softmax-MatMul", nodes, (query, key, value), query.shape, constants=[scale], opset=17)
+        arrays = {"q": query, "k": key, "v": value}
+        return variant("MatMul-Softmax-MatMul", nodes, arrays, query.shape, constants=[scale], opset=17)
 
     yield from _those_that_work(attention, multi_head_attention, matmul_softmax)
+
+
+def _onnx_variant(threads, name, nodes, arrays, shape, read=np.asarray, constants=(), opset=23, updated=None):
+    """A graph with these inputs, by name, and output "o"; `updated` are outputs that overwrite an input."""
+    import onnxruntime
+    from onnx import helper
+
+    updated = updated or {}
+
+    def described(name, shape, dtype):
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
+
+    dtype = arrays["q"].dtype
+    inputs = [described(letter, array.shape, array.dtype) for letter, array in arrays.items()]
+    outputs = [described("o", shape, dtype)]
+    outputs += [described(letter, arrays[source].shape, dtype) for letter, source in updated.items()]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs, list(constants))
+    domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if dtype == np.float64:
+        # The optimiser folds the scale into a matrix product that keeps it in float32.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    # Bound once: no look-up of names and no new output in each call.
+    binding = session.io_binding()
+    values = {letter: onnxruntime.OrtValue.ortvalue_from_numpy(array) for letter, array in arrays.items()}
+    for letter, ort_value in values.items():
+        binding.bind_ortvalue_input(letter, ort_value)
+    binding.bind_output("o")
+    for letter, source in updated.items():
+        binding.bind_ortvalue_output(letter, values[source])
+    session.run_with_iobinding(binding)
+    result = binding.get_outputs()[0]
+    binding.bind_ortvalue_output("o", result)
+    run = session.run_with_iobinding
+
+    def call():
+        run(binding)
+        return result
+
+    return Variant(name, call, lambda value: read(value.numpy()))
+
+
+def _packed(array):
+    """Heads packed into the last axis: (batch, seqlen, heads * head_dim)."""
+    return np.ascontiguousarray(array.swapaxes(1, 2)).reshape(array.shape[0], array.shape[2], -1)
+
+
+def _unpacked(array, heads):
+    return array.reshape(*array.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def _openvino_attention(case, threads):
@@ -170,15 +187,7 @@ def _openvino_attention(case, threads):
 def _jax_attention(case, threads):
     import jax
 
-    jax.config.update("jax_enable_x64", True)
-    # JAX's own layout: (batch, seqlen, heads, head_dim).
-    arrays = [jax.device_put(np.ascontiguousarray(x.swapaxes(1, 2))) for x in case.inputs()]
-
-    def read(output):
-        return np.asarray(output).swapaxes(1, 2)
-
-    def library(query, key, value):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=case.is_causal)
+    library = functools.partial(jax.nn.dot_product_attention, is_causal=case.is_causal)
 
     def einsums(query, key, value):
         jnp = jax.numpy
@@ -187,10 +196,185 @@ def _jax_attention(case, threads):
             scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
         return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores), value)
 
-    for function in (library, einsums):
-        compiled = jax.jit(function).lower(*arrays).compile()
-        name = "dot_product_attention" if function is library else "einsums"
-        yield Variant(name, lambda compiled=compiled: compiled(*arrays).block_until_ready(), read)
+    yield _jax_variant("dot_product_attention", library, case)
+    yield _jax_variant("einsums", einsums, case)
+
+
+def _jax_variant(name, function, case):
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    # JAX's own layout: (batch, seqlen, heads, head_dim).
+    arrays = [jax.device_put(np.ascontiguousarray(x.swapaxes(1, 2))) for x in case.inputs()]
+    compiled = jax.jit(function).lower(*arrays).compile()
+
+    def read(output):
+        return np.asarray(output).swapaxes(1, 2)
+
+    return Variant(name, lambda: compiled(*arrays).block_until_ready(), read)
+
+
+def _fastattn_truncated(case, threads):
+    yield Variant("", functools.partial(fastattn.truncated_attention, *case.inputs(), *case.window))
+
+
+def _numpy_truncated(case, threads):
+    arguments = *case.inputs(), *case.window
+    for rows in (8, 16, 32, 64, 128, 256):
+        yield Variant(f"blocks of {rows}", functools.partial(baselines.truncated_attention, *arguments, rows=rows))
+    if sum(case.window) <= 32:  # wider they are far behind
+        yield Variant("a window a row, einsum", functools.partial(baselines.truncated_by_row, *arguments))
+        yield Variant("a sum a distance", functools.partial(baselines.truncated_by_distance, *arguments))
+
+
+def _torch_masked_truncated(case, threads):
+    _refuse_large(case, case.seqlen**2)
+    torch = _torch(threads)
+    query, key, value = map(torch.from_numpy, case.inputs())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    visible = torch.ones(case.seqlen, case.seqlen, dtype=torch.bool).tril(case.right).triu(-case.left)
+    yield Variant("boolean mask", lambda: attend(query, key, value, attn_mask=visible))
+    bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+    yield Variant("float mask", lambda: attend(query, key, value, attn_mask=bias))
+
+
+def _torch_flex_truncated(case, threads):
+    """torch.compile's attention that skips blocks of hidden scores."""
+    torch = _torch(threads)
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    query, key, value = map(torch.from_numpy, case.inputs())
+    # It compiles anew for each window and length.
+    torch._dynamo.config.recompile_limit = 256
+    left, right = case.window
+
+    def visible(batch, head, row, column):
+        return (row - column <= left) & (column - row <= right)
+
+    # Smaller blocks hide less and cost more calls; each size takes up to ten seconds to compile.
+    for size in (16, 32) if left + right < 64 else (32, 64):
+        # What create_block_mask finds out with an array of L x S: which blocks are seen in part, and which wholly.
+        count = -(-case.seqlen // size)
+        apart = torch.arange(count) - torch.arange(count)[:, None]
+        nearest = (apart.abs() - 1).clamp(min=0) * size + (apart != 0)
+        seen = nearest <= torch.where(apart < 0, left, right)
+        whole = (apart * size + size - 1 <= right) & (size - 1 - apart * size <= left)
+        whole[:, -1] &= case.seqlen % size == 0
+        lists = [_ordered(blocks[None, None]) for blocks in (seen & ~whole, whole)]
+        mask = BlockMask.from_kv_blocks(
+            *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(case.seqlen, case.seqlen)
+        )
+        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        yield Variant(f"blocks of {size}", functools.partial(attend, query, key, value, block_mask=mask))
+
+
+def _ordered(blocks):
+    """How many are set in each row, and which: those that are set come first."""
+    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _onnx_truncated(case, threads):
+    from onnx import helper
+
+    if case.right:
+        raise NotImplementedError("its only window, GroupQueryAttention's, does not look ahead")
+    _refuse_large(case, case.seqlen**2)
+    arrays = {letter: _packed(array) for letter, array in zip("qkv", case.inputs(), strict=True)}
+    node = helper.make_node(
+        "GroupQueryAttention",
+        ["q", "k", "v", "", "", "last", "total"],
+        ["o"],
+        domain="com.microsoft",
+        num_heads=case.heads,
+        kv_num_heads=case.heads,
+        local_window_size=case.left + 1,
+    )
+    lengths = {"last": np.full(case.batch, case.seqlen - 1, np.int32), "total": np.array(case.seqlen, np.int32)}
+    read = functools.partial(_unpacked, heads=case.heads)
+    yield _onnx_variant(threads, "GroupQueryAttention", [node], arrays | lengths, arrays["q"].shape, read)
+
+
+def _jax_truncated(case, threads):
+    import jax
+
+    _refuse_large(case, case.seqlen**2)
+    attend = functools.partial(jax.nn.dot_product_attention, local_window_size=case.window)
+    yield _jax_variant("dot_product_attention", attend, case)
+
+
+def _fastattn_decode(case, threads):
+    call = functools.partial(fastattn.dot_product_attention, *case.inputs(), enable_gqa=case.is_grouped)
+    yield Variant("", call)
+
+
+def _numpy_decode(case, threads):
+    yield Variant("query @ key.T", functools.partial(baselines.grouped_attention, *case.inputs()))
+    yield Variant("key @ query.T", functools.partial(baselines.grouped_attention_keys_first, *case.inputs()))
+
+
+def _torch_decode(case, threads):
+    torch = _torch(threads)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    query, key, value = map(torch.from_numpy, case.inputs())
+    rows = torch.from_numpy(case.as_rows.inputs()[0])
+    scale = case.head_dim**-0.5
+    yield Variant(
+        "enable_gqa" if case.is_grouped else "", lambda: attend(query, key, value, enable_gqa=case.is_grouped)
+    )
+    if case.is_grouped:
+        yield Variant("groups as rows", lambda: attend(rows, key, value))
+    yield Variant("matrix products", lambda: torch.softmax((rows * scale) @ key.mT, -1) @ value)
+
+
+def _onnx_decode(case, threads):
+    from onnx import helper
+
+    batch, kv_heads = case.batch, case.kv_heads
+    query, key, value = case.inputs()
+    variant = functools.partial(_onnx_variant, threads)
+
+    def attention():
+        node = helper.make_node("Attention", list("qkv"), ["o"])
+        return variant("Attention, grouped", [node], {"q": query, "k": key, "v": value}, query.shape)
+
+    def group_query_attention():
+        # Its cache holds all keys but the last one, which it puts there itself, in place. Rows that share a key head
+        # are as good as heads: all of them see all keys.
+        heads = kv_heads * case.as_rows.seqlen_q
+        node = helper.make_node(
+            "GroupQueryAttention",
+            ["q", "k", "v", "keys", "values", "last", "total"],
+            ["o", "new_keys", "new_values"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+        )
+        arrays = {
+            "q": query.reshape(batch, 1, heads * case.head_dim),
+            "k": _packed(key[:, :, -1:]),
+            "v": _packed(value[:, :, -1:]),
+            "keys": key.copy(),
+            "values": value.copy(),
+            "last": np.full(batch, case.seqlen_k - 1, np.int32),
+            "total": np.array(case.seqlen_k, np.int32),
+        }
+        updated = {"new_keys": "keys", "new_values": "values"}
+        return variant("GroupQueryAttention", [node], arrays, arrays["q"].shape, updated=updated)
+
+    yield from _onnx_attention(case.as_rows, threads)
+    yield from _those_that_work(*[attention] * case.is_grouped, group_query_attention)
+
+
+def _openvino_decode(case, threads):
+    return _openvino_attention(case.as_rows, threads)
+
+
+def _jax_decode(case, threads):
+    import jax
+
+    if case.is_grouped:
+        yield _jax_variant("dot_product_attention, grouped", jax.nn.dot_product_attention, case)
+    yield from _jax_attention(case.as_rows, threads)
 
 
 def _fastattn_additive(case, threads):
@@ -335,28 +519,46 @@ def _those_that_work(*makers):
 LIBRARIES = {
     "fastattn": (
         "fastattn",
-        {"attention": _fastattn_attention, "softmax": _fastattn_softmax, "additive": _fastattn_additive},
+        {
+            "attention": _fastattn_attention,
+            "softmax": _fastattn_softmax,
+            "additive": _fastattn_additive,
+            "truncated": _fastattn_truncated,
+            "decode": _fastattn_decode,
+        },
     ),
     "fastattn out=": ("fastattn", {"softmax": _fastattn_softmax_out}),
-    "NumPy": ("numpy", {"attention": _numpy_attention, "softmax": _numpy_softmax}),
+    "NumPy": ("numpy", {"attention": _numpy_attention, "softmax": _numpy_softmax, "decode": _numpy_decode}),
     "NumPy, textbook": ("numpy", {"additive": _numpy_textbook_additive}),
     "NumPy, best": ("numpy", {"additive": _numpy_best_additive}),
+    "NumPy, best band": ("numpy", {"truncated": _numpy_truncated}),
     "SciPy": ("scipy", {"softmax": _scipy_softmax}),
     "PyTorch": (
         "torch",
-        {"attention": _torch_attention, "softmax": _torch_softmax, "additive": _torch_eager_additive},
+        {
+            "attention": _torch_attention,
+            "softmax": _torch_softmax,
+            "additive": _torch_eager_additive,
+            "decode": _torch_decode,
+        },
     ),
+    "PyTorch, masked": ("torch", {"truncated": _torch_masked_truncated}),
+    "PyTorch, flex": ("torch", {"truncated": _torch_flex_truncated}),
     "PyTorch, Keras form": ("torch", {"additive": _torch_keras_additive}),
     "PyTorch compiled": ("torch", {"additive": _torch_compiled_additive}),
     "PyTorch compiled, exp": ("torch", {"additive": _torch_compiled_exp_additive}),
-    "ONNX Runtime": ("onnxruntime", {"attention": _onnx_attention}),
-    "OpenVINO": ("openvino", {"attention": _openvino_attention}),
-    "JAX": ("jax", {"attention": _jax_attention}),
+    "ONNX Runtime": (
+        "onnxruntime",
+        {"attention": _onnx_attention, "truncated": _onnx_truncated, "decode": _onnx_decode},
+    ),
+    "OpenVINO": ("openvino", {"attention": _openvino_attention, "decode": _openvino_decode}),
+    "JAX": ("jax", {"attention": _jax_attention, "truncated": _jax_truncated, "decode": _jax_decode}),
 }
 # Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
 PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
 # Those who write additive attention out.
 COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
+TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
 ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
 
 
@@ -418,6 +620,10 @@ def _expected(case):
         return baselines.expected_attention(*case.inputs(), case.is_causal)
     if case.kind == "additive":
         return baselines.expected_additive_attention(*case.inputs(), **case.projections())
+    if case.kind == "truncated":
+        return baselines.expected_truncated_attention(*case.inputs(), *case.window)
+    if case.kind == "decode":
+        return baselines.expected_attention(*case.as_rows.inputs())
     return baselines.softmax(case.inputs()[0].astype(np.float64))
 
 
@@ -427,6 +633,8 @@ def _check(variant, expected, case, name, notes):
     except Exception as error:
         notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
         return False
+    if case.kind == "decode":  # groups stand as rows in what is expected, and in some libraries' answers
+        got = got.reshape(expected.shape)
     error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
     if error <= TOLERANCE[case.dtype]:
         return True

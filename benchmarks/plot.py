@@ -1,4 +1,6 @@
-"""The plot of what compare.py measured: shares of the machine's limits, library by library."""
+"""The plots of what compare.py measured: shares of the machine's limits, library by library, and windows' cost."""
+
+import statistics
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,6 +13,9 @@ COLOURS = {
     "NumPy": "#c9cdd3",
     "SciPy": "#9aa1ab",
     "PyTorch": "#eab676",
+    "NumPy, best band": "#9aa1ab",
+    "PyTorch, masked": "#eab676",
+    "PyTorch, flex": "#c98a3c",
     "ONNX Runtime": "#6c9bc4",
     "OpenVINO": "#86b98e",
     "JAX": "#b39ac6",
@@ -20,7 +25,12 @@ LEAST_FLOPS_IN_PLOT = 1e6
 
 
 def draw(everything, path):
-    """Writes the plot to `path`, in the format of its suffix."""
+    """Writes the shares to `path`, and what windows cost to truncated.* beside it, in the format of its suffix."""
+    _draw_shares(everything, path)
+    _draw_windows(everything, path.with_stem("truncated"))
+
+
+def _draw_shares(everything, path):
     panels = [panel for panel in _panels(everything["records"]) if panel[2]]
     if not panels:
         return
@@ -54,6 +64,8 @@ def _panels(records):
             yield f"Attention, {dtype}, {words}: share of the FMA peak", "FMA peak", chosen
         chosen = records_of(everything, "libraries", kind="softmax", threads=threads)
         yield f"Softmax, {words}: share of the speed of a copy", "copy", chosen
+        chosen = records_of(everything, "libraries", kind="decode", threads=threads)
+        yield f"Few queries over a cache, float32, {words}: share of the speed of reading it", "read", chosen
 
 
 def _bars(axis, title, limit, records):
@@ -72,23 +84,106 @@ def _bars(axis, title, limit, records):
             if name == "fastattn":
                 above = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
                 axis.annotate(f"{percent:.0f}", (x, percent), **above, color=COLOURS[name], weight="bold")
-    axis.set_title(title, loc="left", fontsize=11, pad=10)
+    _frame(axis, title)
     axis.set_xticks(range(len(records)), [_tick(record) for record in records], fontsize=8.5)
     axis.set_xlim(-0.6, len(records) - 0.4)
-    axis.set_ylim(0, max(100, 1.1 * top) if limit == "FMA peak" else 1.15 * top)
+    axis.set_ylim(0, 1.15 * top if limit == "copy" else max(100, 1.1 * top))
     axis.locator_params(axis="y", nbins=5, integer=True)
     axis.yaxis.set_major_formatter("{x:.0f} %")
+    return shown
+
+
+def _frame(axis, title):
+    axis.set_title(title, loc="left", fontsize=11, pad=10)
     axis.tick_params(axis="y", labelsize=9, labelcolor="#555555")
     axis.grid(axis="y", color="#e6e8eb", zorder=0)
-    axis.tick_params(length=0)
+    axis.tick_params(which="both", length=0)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
+
+
+def _draw_windows(everything, path):
+    """The cost of a row against the length, of the window that was measured at most lengths, and against the window."""
+    records = records_of(everything["records"], "libraries", kind="truncated")
+    records = [record for record in records if record["threads"] == min(r["threads"] for r in records)]
+    by_window, by_length = _largest_group(records, "window"), _largest_group(records, "seqlen")
+    if len(by_window) < 2 or len(by_length) < 2:
+        return
+    figure = Figure(figsize=(11.0, 5.2))
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    window, seqlen = tuple(by_window[0]["window"]), by_length[0]["seqlen"]
+    shown = _lines(left, {record["seqlen"]: [record] for record in by_window})
+    _frame(left, f"Nanoseconds a row against the length, window {window}")
+    left.set_xticks(sorted(record["seqlen"] for record in by_window))
+    left.set_xticklabels(f"{tick:.0f}" for tick in left.get_xticks())
+    left.set_xlabel("queries and keys", fontsize=9, color="#555555")
+    sizes = {}
+    for record in by_length:
+        sizes.setdefault(sum(record["window"]) + 1, []).append(record)
+    shown |= _lines(right, sizes)
+    _frame(right, f"Nanoseconds a row against the window, {seqlen} queries and keys")
+    ticks = {size: "\n".join(str(tuple(record["window"])) for record in same) for size, same in sizes.items()}
+    right.set_xticks(list(ticks), list(ticks.values()))
+    right.set_xlabel("keys seen before and behind (left, right)", fontsize=9, color="#555555")
+    for axis in (left, right):
+        axis.tick_params(axis="x", labelsize=8.5)
+        axis.margins(x=0.08, y=0.1)
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    names = [name for name in COLOURS if name in shown]
+    figure.tight_layout(rect=(0, 0, 1, 0.91), w_pad=2.5)
+    style = {"ncols": len(names), "frameon": False, "fontsize": 10, "handlelength": 1.4, "columnspacing": 1.5}
+    place = (left.get_position().x0, 0.95)
+    figure.legend([shown[name] for name in names], names, loc="center left", bbox_to_anchor=place, **style)
+    where = f"{everything['machine']['cpu']}, {threads_in_words(records[0]['threads'])}"
+    figure.text(0.99, 0.95, where, ha="right", va="center", fontsize=9, color="#777777")
+    figure.savefig(path, dpi=150)
+
+
+def _largest_group(records, key):
+    """Those of the records with the most frequent value of `key`."""
+    groups = {}
+    for record in records:
+        groups.setdefault(str(record[key]), []).append(record)
+    return max(groups.values(), key=len, default=[])
+
+
+def _lines(axis, groups):
+    """Nanoseconds a row of each library over the keys of `groups`, both axes logarithmic; returns a line of each.
+
+    Where a group has several records, each has its dot, and the line passes between them.
+    """
+    shown = {}
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    for name in COLOURS:
+        dots = [
+            (place, 1e9 * measure.median(record["seconds"], name) / record["rows"])
+            for place, same in sorted(groups.items())
+            for record in same
+            if name in record["seconds"]
+        ]
+        if not dots:
+            continue
+        is_ours = name == "fastattn"
+        middle = {place: statistics.geometric_mean(y for x, y in dots if x == place) for place, _ in dots}
+        style = {"color": COLOURS[name], "zorder": 4 if is_ours else 3}
+        (shown[name],) = axis.plot(*zip(*middle.items(), strict=True), linewidth=2.6 if is_ours else 1.8, **style)
+        axis.plot(*zip(*dots, strict=True), "o", markersize=6 if is_ours else 4.5, **style)
+        if is_ours:
+            for place, number in middle.items():
+                below = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(f"{number:.0f}", (place, number), **below, color=COLOURS[name], weight="bold")
     return shown
 
 
 def _tick(record):
     if record["kind"] == "softmax":
         return record["label"].replace(", ", " x ") + ("\nfloat64" if record["dtype"] == "float64" else "")
+    if record["kind"] == "decode":
+        batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim = record["label"].split(", ")
+        grouped = "" if heads == kv_heads else f" on {kv_heads}"
+        return f"{batch} x {heads} heads{grouped}\n{seqlen_q} x {seqlen_k}\nD {head_dim}"
     label = record["label"].removesuffix(" causal")
     batch, heads, seqlen_q, seqlen_k, head_dim = label.split(", ")
     causal = ", causal" if label != record["label"] else ""

@@ -2,11 +2,13 @@
 
 import goals
 import measure
-from peers import ADDITIVE_PEERS, PEERS
+from peers import ADDITIVE_PEERS, PEERS, TRUNCATED_PEERS
 
 COLUMNS = ("NumPy", "SciPy", *PEERS)
 SHAPE = "B, H, L, S, D"
 ADDITIVE_SHAPE = "B, H, L, S, hidden"
+WINDOW_SHAPE = "B, H, L, D (left, right)"
+DECODE_SHAPE = "B, H, key heads, L, S, D"
 
 
 def markdown(everything):
@@ -16,6 +18,9 @@ def markdown(everything):
         *_attention(records_of(records, "libraries", kind="attention")),
         *_softmax(records_of(records, "libraries", kind="softmax")),
         *_additive(records_of(records, "libraries", kind="additive")),
+        *_truncated(records_of(records, "libraries", kind="truncated")),
+        *_lengths(records_of(records, "lengths")),
+        *_decode(records_of(records, "libraries", kind="decode")),
         _other_isa(records_of(records, "isa", kind="attention")),
         _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
@@ -104,6 +109,58 @@ def _additive_numbers(record):
     return [_time(time), speed, _percent(share), _percent(goal)]
 
 
+def _truncated(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen, TRUNCATED_PEERS)
+        heads = [WINDOW_SHAPE, "fastattn", "ns a row", "of FMA peak", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            time, (share, goal) = measure.median(record["seconds"], "fastattn"), goals.share(record)
+            numbers = [_time(time), _nanoseconds(time, record["rows"]), _percent(share), _percent(goal)]
+            others = [_beside(record["seconds"], name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        yield _table(f"Attention in a window, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _lengths(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        seqlens = chosen[0]["seqlens"]
+        rows = []
+        for record in chosen:
+            samples, (shares, goal) = record["seconds"], goals.length_shares(record)
+            numbers = [
+                f"{_nanoseconds(measure.median(samples, f'fastattn, {seqlen}'))} ({_percent(share)})"
+                for seqlen, share in zip(seqlens, shares, strict=True)
+            ]
+            # What one row of query, key and value takes to read, and a row of the result to write.
+            memory = [sum(parts) for parts in zip(samples["read"], samples["copy"], strict=True)]
+            flatness = goals.flatness(record)
+            numbers += [_nanoseconds(measure.median({"": memory}, "")), f"{flatness:.2f}x" if flatness else "-"]
+            wanted = f"<= {goals.FLATNESS:g}x" + (f", {_percent(goal)}" if goal else "")
+            rows.append([record["label"], *numbers, wanted, _outcome(goals.missed_lengths(record))])
+        heads = ["(left, right)", *(f"L = {seqlen}" for seqlen in seqlens)]
+        heads += ["memory alone, the longest", "longest : shortest", "goal", "outcome"]
+        title = f"Nanoseconds a row in a window (share of the FMA peak), 1 head, D = 64, {threads_in_words(threads)}"
+        yield _table(title, heads, rows)
+
+
+def _decode(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [DECODE_SHAPE, "key and value", "fastattn", "GB/s", "of reading them", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            time, (share, goal) = measure.median(record["seconds"], "fastattn"), goals.share(record)
+            speed = f"{record['work'] / time / 1e9:.1f}" if time else "-"
+            numbers = [f"{record['work'] / 1e6:.0f} MB", _time(time), speed, _percent(share), _percent(goal)]
+            others = [_beside(record["seconds"], name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        yield _table(f"Few queries over a cache, float32, {threads_in_words(threads)}", heads, rows)
+
+
 def _additive_other_isa(records):
     rows = [
         [record["label"], record["isa"], *_additive_numbers(record), _outcome(goals.missed(record))]
@@ -186,6 +243,10 @@ def _time(seconds):
     unit, size = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("µs", 1e-6))
     value = seconds / size
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def _nanoseconds(seconds, rows=1):
+    return "-" if seconds is None else f"{1e9 * seconds / rows:.{0 if 1e9 * seconds >= 100 * rows else 1}f}"
 
 
 def _percent(share):

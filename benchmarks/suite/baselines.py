@@ -34,6 +34,136 @@ def _add_up(scores, value):
     return output
 
 
+# Queries of a block in a band, a compromise between wide windows and narrow ones.
+BAND_ROWS = 64
+
+
+def truncated_attention(query, key, value, left, right=0, rows=BAND_ROWS):
+    """A head at a time, blocks of queries over the keys of their windows, several blocks in one call of NumPy.
+
+    Of a block's scores the hidden ones are computed too, and get a bias of minus infinity: all blocks share it.
+    """
+    seqlen, head_dim = query.shape[-2:]
+    query = query * query.dtype.type(head_dim**-0.5)
+    output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
+    width = left + rows + right
+    # Blocks whose windows lie within the keys: those from `first` up to `last`.
+    first = -(-left // rows)
+    last = max(first, (seqlen - right) // rows)
+    offsets = np.arange(width) - left - np.arange(rows)[:, None]
+    band = np.where((-left <= offsets) & (offsets <= right), 0, -np.inf).astype(query.dtype)
+    step = _rows_of_a_block(band, BLOCK_BYTES)
+    scores = _workspace((step, rows, width), query.dtype)
+    for head in np.ndindex(query.shape[:-2]):
+        blocks, results = (_blocks(array[head], rows) for array in (query, output))
+        keys, values = (_windows_of_blocks(array[head], rows, width) for array in (key, value))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            part = scores[: stop - start]
+            # The window of block i begins at key i * rows - left.
+            there = slice(start * rows - left, (stop - 1) * rows - left + 1, rows)
+            np.matmul(blocks[start:stop], keys[there].swapaxes(-1, -2), out=part)
+            part += band
+            results[start:stop] = _add_up(part, values[there])
+        edges = (range(0, min(first * rows, seqlen), rows), range(last * rows, seqlen, rows))
+        for start in (*edges[0], *edges[1]):
+            _edge(query[head], key[head], value[head], output[head], start, min(start + rows, seqlen), left, right)
+    return output
+
+
+def _edge(query, key, value, output, start, stop, left, right):
+    """Rows of a band whose windows reach past the keys."""
+    keys = slice(max(0, start - left), min(len(key), stop + right))
+    scores = query[start:stop] @ key[keys].T
+    offsets = np.arange(keys.start, keys.stop) - np.arange(start, stop)[:, None]
+    np.copyto(scores, -np.inf, where=(offsets < -left) | (offsets > right))
+    output[start:stop] = _add_up(scores, value[keys])
+
+
+def _blocks(array, rows):
+    """(n, head_dim) in whole blocks: (n // rows, rows, head_dim)."""
+    return array[: len(array) // rows * rows].reshape(-1, rows, array.shape[-1])
+
+
+def _windows_of_blocks(array, rows, width):
+    """A view (n - width + 1, width, head_dim) of (n, head_dim): entry i begins at row i."""
+    if len(array) < width:
+        return array[:0, None]
+    return np.lib.stride_tricks.sliding_window_view(array, width, axis=0).swapaxes(-1, -2)
+
+
+def truncated_by_row(query, key, value, left, right=0):
+    """The same with a window for each query, and products over them that einsum adds up: for narrow windows."""
+    return _by_row(query, key, value, left, right, _einsum_scores, _einsum_values)
+
+
+def truncated_by_distance(query, key, value, left, right=0):
+    """The same with a sum over all queries for each distance between query and key: for the narrowest windows."""
+    return _by_row(query, key, value, left, right, _shifted_scores, _shifted_values)
+
+
+def _by_row(query, key, value, left, right, make_scores, add_up):
+    seqlen, head_dim = query.shape[-2:]
+    query = query * query.dtype.type(head_dim**-0.5)
+    output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
+    width = left + 1 + right
+    first, last = min(left, seqlen), max(min(left, seqlen), seqlen - right)
+    step = max(1, BLOCK_BYTES // (query.itemsize * max(head_dim, width)))
+    for head in np.ndindex(query.shape[:-2]):
+        q, k, v, result = query[head], key[head], value[head], output[head]
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            keys = slice(start - left, stop + right)
+            weights = make_scores(q[start:stop], k[keys], width)
+            weights -= weights.max(axis=-1, keepdims=True)
+            np.exp(weights, out=weights)
+            weights /= weights.sum(axis=-1, keepdims=True)
+            add_up(weights, v[keys], result[start:stop])
+        for start, stop in ((0, first), (last, seqlen)):
+            if start < stop:
+                _edge(q, k, v, result, start, stop, left, right)
+    return output
+
+
+def _windows(array, width):
+    return np.lib.stride_tricks.sliding_window_view(array, width, axis=0)
+
+
+def _einsum_scores(query, key, width):
+    return np.einsum("ld,ldw->lw", query, _windows(key, width))
+
+
+def _einsum_values(weights, value, output):
+    np.einsum("lw,ldw->ld", weights, _windows(value, weights.shape[-1]), out=output)
+
+
+def _shifted_scores(query, key, width):
+    scores = np.empty((len(query), width), query.dtype)
+    for distance in range(width):
+        np.einsum("ld,ld->l", query, key[distance : distance + len(query)], out=scores[:, distance])
+    return scores
+
+
+def _shifted_values(weights, value, output):
+    np.multiply(weights[:, :1], value[: len(output)], out=output)
+    for distance in range(1, weights.shape[-1]):
+        output += weights[:, distance, None] * value[distance : distance + len(output)]
+
+
+def grouped_attention(query, key, value):
+    """Queries that share a key head become rows of one head: keys and values are read once for all of them."""
+    rows = query.reshape(*key.shape[:-2], -1, query.shape[-1])
+    return dot_product_attention(rows, key, value).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def grouped_attention_keys_first(query, key, value):
+    """The same with the scores as key @ query.T."""
+    rows = query.reshape(*key.shape[:-2], -1, query.shape[-1]) * query.dtype.type(query.shape[-1] ** -0.5)
+    scores = key @ np.ascontiguousarray(rows.swapaxes(-1, -2))
+    scores = np.ascontiguousarray(scores.swapaxes(-1, -2))
+    return _add_up(scores, value).reshape(*query.shape[:-1], value.shape[-1])
+
+
 def bilinear_attention(query, key, value, w_query, w_key):
     """Dot products of what two matrices make of the queries and the keys, at scale 1."""
     return dot_product_attention(query @ w_query, key @ w_key, value, scale=1.0)
@@ -149,4 +279,15 @@ def expected_attention(query, key, value, is_causal=False):
     for head in np.ndindex(query.shape[:-2]):
         rows = (array[head].astype(np.float64) for array in (query, key, value))
         output[head] = dot_product_attention(*rows, is_causal)
+    return output
+
+
+def expected_truncated_attention(query, key, value, left, right):
+    """The same in a window: a row at a time, with nothing but its window."""
+    query, key, value = (array.astype(np.float64) for array in (query, key, value))
+    output = np.empty((*query.shape[:-1], value.shape[-1]))
+    for *head, row in np.ndindex(query.shape[:-1]):
+        seen = (*head, slice(max(0, row - left), row + right + 1))
+        scores = key[seen] @ query[(*head, row)] * query.shape[-1] ** -0.5
+        output[(*head, row)] = _add_up(scores, value[seen])
     return output

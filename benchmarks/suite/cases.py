@@ -147,8 +147,110 @@ class Bilinear:
         return *_attention_inputs(self.shape, self.dtype), *_square_matrices(self.head_dim, self.dtype)
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """Dot-product attention of (batch, heads, seqlen, head_dim) in a window: `left` keys before and `right` behind."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    head_dim: int
+    left: int
+    right: int
+    dtype: str = "float32"
+    kind = "truncated"
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.seqlen, self.head_dim
+
+    @property
+    def window(self):
+        return self.left, self.right
+
+    @property
+    def name(self):
+        words = ["truncated", "x".join(map(str, self.shape)), "x".join(map(str, self.window))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        words = [", ".join(map(str, self.shape)), str(self.window)]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join(words)
+
+    @property
+    def rows(self):
+        return self.batch * self.heads * self.seqlen
+
+    @property
+    def flops(self):
+        """Operations of the two matrix products on pairs of a query and a key that it sees."""
+        sides = (min(side, self.seqlen - 1) for side in self.window)
+        pairs = self.seqlen + sum(side * self.seqlen - side * (side + 1) // 2 for side in sides)
+        return 4 * self.batch * self.heads * pairs * self.head_dim
+
+    @property
+    def nbytes(self):
+        """Of each of query, key, value and result."""
+        return self.rows * self.head_dim * np.dtype(self.dtype).itemsize
+
+    def inputs(self):
+        return _attention_inputs((self.batch, self.heads, self.seqlen, self.seqlen, self.head_dim), self.dtype)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A few queries over a cache: (batch, heads, seqlen_q, head_dim), (batch, kv_heads, seqlen_k, head_dim)."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: str = "float32"
+    kind = "decode"
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_k, self.head_dim
+
+    @property
+    def name(self):
+        words = ["decode", "x".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        words = [", ".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join(words)
+
+    @property
+    def is_grouped(self):
+        return self.heads != self.kv_heads
+
+    @property
+    def nbytes(self):
+        """Of key and value, which must be read once."""
+        return 2 * self.batch * self.kv_heads * self.seqlen_k * self.head_dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def as_rows(self):
+        """The same as ordinary attention: the queries that share a key head are rows of one head."""
+        rows = self.heads // self.kv_heads * self.seqlen_q
+        return Attention(self.batch, self.kv_heads, rows, self.seqlen_k, self.head_dim, self.dtype)
+
+    def inputs(self):
+        query, key, value = self.as_rows.inputs()
+        return query.reshape(self.batch, self.heads, self.seqlen_q, self.head_dim), key, value
+
+
 # Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
-# kept: the largest is 64 MB.
+# kept: the largest is 134 MB.
 @functools.lru_cache(maxsize=2)
 def _attention_inputs(shape, dtype):
     batch, heads, seqlen_q, seqlen_k, head_dim = shape
@@ -244,4 +346,37 @@ SCALING = (
     Attention(1, 12, 128, 128, 64),
 )
 
-MEMORY = (Attention(1, 1, 16384, 16384, 64), Attention(1, 1, 16384, 16384, 64, is_causal=True))
+# Neighbours, a few frames back, both sides, a long memory, wide. The last length no longer fits in a core's caches.
+WINDOWS = ((1, 1), (15, 0), (64, 64), (128, 0), (256, 256))
+LENGTHS = (1024, 4096, 16384, 65536)
+
+
+def in_window(seqlen, window):
+    """One head, so that the longest stays small; its rows are shared out among the threads all the same."""
+    return Truncated(1, 1, seqlen, 64, *window)
+
+
+# All windows at one length, and one window at all lengths.
+TRUNCATED = (
+    *(in_window(4096, window) for window in WINDOWS),
+    *(in_window(seqlen, (64, 64)) for seqlen in LENGTHS if seqlen != 4096),
+)
+
+# One query and a few: over 34, 134 and 67 MB of keys and values (the last with grouped heads), one head alone, a batch.
+DECODE = tuple(
+    Decode(batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim)
+    for batch, heads, kv_heads, seqlen_k, head_dim in (
+        (1, 8, 8, 8192, 64),
+        (1, 8, 8, 32768, 64),
+        (1, 32, 8, 8192, 128),
+        (1, 1, 1, 65536, 64),
+        (8, 12, 12, 1024, 64),
+    )
+    for seqlen_q in (1, 4)
+)
+
+MEMORY = (
+    Attention(1, 1, 16384, 16384, 64),
+    Attention(1, 1, 16384, 16384, 64, is_causal=True),
+    in_window(65536, (64, 64)),
+)

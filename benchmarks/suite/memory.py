@@ -1,5 +1,6 @@
 """asv: how much memory a call takes beyond its inputs and output, and in all."""
 
+import ctypes
 import functools
 import resource
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import fastattn
 
 from . import baselines
-from .cases import Additive, Attention, Bilinear
+from .cases import Additive, Attention, Bilinear, in_window
 
 
 def _resident():
@@ -23,11 +24,19 @@ def _resident():
     return now, peak
 
 
+def _give_back():
+    """Returns what the C library keeps of freed memory: a result placed there would not raise the peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
+
+
 def extra_memory(call, result_bytes=0):
     """Bytes by which `call()` raises the peak of this process's memory, its result not counted.
 
     The first call is taken, with whatever it allocates to keep: a workspace that stays is no less memory.
     """
+    _give_back()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # starts the peak anew from what is resident now
@@ -82,5 +91,25 @@ class OtherKindsMemory:
 
     def track_extra_memory(self, kind, seqlen, implementation):
         return extra_memory(*_other_call(kind, seqlen, implementation))
+
+    track_extra_memory.unit = "bytes"
+
+
+def _window_call(seqlen, implementation):
+    case = in_window(seqlen, (64, 64))
+    module = {"fastattn": fastattn, "numpy": baselines}[implementation]
+    return functools.partial(module.truncated_attention, *case.inputs(), *case.window), case.nbytes
+
+
+class WindowMemory:
+    params = [[1024, 65536], list(IMPLEMENTATIONS)]
+    param_names = Memory.param_names
+
+    def peakmem_attention(self, seqlen, implementation):
+        call, _ = _window_call(seqlen, implementation)
+        call()
+
+    def track_extra_memory(self, seqlen, implementation):
+        return extra_memory(*_window_call(seqlen, implementation))
 
     track_extra_memory.unit = "bytes"
