@@ -2,7 +2,8 @@
 """Every check of every argument, once; the result is one plain description of the problem, for the drivers.
 
 Messages say which argument, what came, and what is allowed. Nothing here computes attention, and nothing is written to
-`out`. It is compiled because a small call's time is mostly spent here.
+`out`; projections are NumPy's, and their results are what the description then speaks of. It is compiled because a
+small call's time is mostly spent here.
 """
 import math
 import numbers
