@@ -72,27 +72,22 @@ static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64
     tile->spans++;
 }
 
-/* A row of the requested weights: where that of key 0 would lie, and the keys [*first, *last) that have a place. */
-static ALWAYS_INLINE real *NAME(weights_row)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
-                                             int64_t *last)
+/* Where the weight of key j lies, which has a place. */
+static ALWAYS_INLINE real *NAME(weight)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t j)
 {
-    uintptr_t row = (uintptr_t)(head->weights.data + i * head->weights.row);
-    *first = 0, *last = head->keys;
-    if (problem->band) {
-        *first = head->offset + (head->one_position ? 0 : i) - problem->left;
-        *last = *first + problem->left + problem->right + 1;
-        row -= (uintptr_t)*first * sizeof(real);
-    }
-    return (real *)row;
+    int64_t first, last;
+    weights_range(problem, head, i, &first, &last);
+    return (real *)(head->weights.data + i * head->weights.row + (j - first) * (int64_t)sizeof(real));
 }
 
-/* The keys of a block that a row sees by position and length; their places in the requested weights. */
+/* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
 static ALWAYS_INLINE real *NAME(weights_block)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
                                                int *begin, int *end)
 {
-    int64_t first, last;
     rows_range(problem, head, i, 1, block, begin, end);
-    return NAME(weights_row)(problem, head, i, &first, &last) + block;
+    if (*begin >= *end)
+        return NULL;
+    return NAME(weight)(problem, head, i, block + *begin);
 }
 
 /* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
@@ -102,7 +97,7 @@ static void NAME(hide_weights)(const fa_problem *problem, const fa_head *head, i
         int begin, end;
         real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
         for (int j = begin; j < end; j++)
-            w[j] = -(real)INFINITY;
+            w[j - begin] = -(real)INFINITY;
     }
 }
 
@@ -114,7 +109,7 @@ static void NAME(keep_weights)(const fa_problem *problem, const fa_head *head, i
         int begin, end;
         real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
         for (int j = begin; j < end; j++)
-            w[j] = s[r * FA_BLOCK + j];
+            w[j - begin] = s[r * FA_BLOCK + j];
     }
 }
 
@@ -339,12 +334,14 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         if (head->weights.data) {
             /* The scores that visit_block left there, now that the row's maximum and sum are known. */
             int64_t first, last, begin, end;
-            real *w = NAME(weights_row)(problem, head, i, &first, &last);
+            weights_range(problem, head, i, &first, &last);
+            real *w = NAME(weight)(problem, head, i, first); /* keys count from `first` on here */
             fa_visible_keys(problem, head, i, 1, &begin, &end);
             if (begin >= end)
                 begin = end = first;
+            begin -= first, end -= first, last -= first;
             const real most = m[r] == -(real)INFINITY ? 0 : m[r];
-            memset(w + first, 0, (size_t)(begin - first) * sizeof(real));
+            memset(w, 0, (size_t)begin * sizeof(real));
             memset(w + end, 0, (size_t)(last - end) * sizeof(real));
             for (int64_t j = begin; j < end; j += LANES) {
                 real some[LANES];

@@ -100,6 +100,17 @@ static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *h
     *end = lo < hi ? (int)hi : 0;
 }
 
+/* The keys [*first, *last) that have a place in row i of the requested weights. */
+static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
+                                        int64_t *last)
+{
+    *first = 0, *last = head->keys;
+    if (problem->band) {
+        *first = head->offset + (head->one_position ? 0 : i) - problem->left;
+        *last = *first + problem->left + problem->right + 1;
+    }
+}
+
 /* What the rows [i, i + rows) of a group see of a block. */
 typedef struct {
     int lo, hi; /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
