@@ -58,6 +58,7 @@ cdef class Problem:
     cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil
 
 
+cdef tuple checked_sides(object left, object right)
 cdef Problem read_dot_product(
     object query, object key, object value, object is_causal, object window_size, object chunk_size,
     object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,

@@ -194,6 +194,15 @@ cdef int read_window(Problem p, object window_size, bint is_causal) except -1:
     return 0
 
 
+cdef tuple checked_sides(object left, object right):
+    """A window_size of truncated_attention's two arguments, which a message is to call by their own names."""
+    for name, x in (("left", left), ("right", right)):
+        allowed = "an integer of at least 0, or -1 or None for all keys"
+        if x is not None and integer(x, name, allowed) < -1:
+            raise ValueError(f"{name} must be {allowed}, not {x}")
+    return left, right
+
+
 cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1:
     p.shared.chunk = 0
     p.shared.left_chunks = INT64_MAX

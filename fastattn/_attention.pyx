@@ -9,7 +9,8 @@ import numpy as np
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport INT64_MAX, int64_t
 
-from fastattn._arguments cimport Problem, read_additive, read_bilinear, read_dot_product, read_varlen
+from fastattn._arguments cimport (Problem, checked_sides, read_additive, read_bilinear, read_dot_product,
+                                  read_varlen)
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
                                 fa_visible_keys, give_workspace, interrupted, kernels_for, raise_pending,
                                 take_workspace)
@@ -276,6 +277,16 @@ def dot_product_attention(
         return_lse, out, num_threads)
     p.shared.few = p.shared.few and few_in_place
     return attend(p)
+
+
+def truncated_attention(
+    query, key, value, left, right, is_causal, query_offset, key_lengths, query_lengths, mask, bias, relative_bias,
+    alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads,
+):
+    return attend(read_dot_product(
+        query, key, value, is_causal, checked_sides(left, right), None, None, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads))
 
 
 def varlen_attention(

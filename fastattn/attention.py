@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn._attention import additive_attention as _additive_attention
 from fastattn._attention import bilinear_attention as _bilinear_attention
 from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._attention import truncated_attention as _truncated_attention
 from fastattn._attention import varlen_attention as _varlen_attention
 from fastattn._softmax import merge_attention as _merge_attention
 
@@ -522,20 +523,13 @@ def truncated_attention(
            [0.33, 0.33, 0.33],
            [0.5 , 0.5 , 0.  ]])
     """
-    for name, side in (("left", left), ("right", right)):
-        allowed = f"{name} must be an integer of at least 0, or -1 or None for all keys, not {side!r}"
-        if side is not None and (isinstance(side, bool) or not hasattr(side, "__index__")):
-            raise TypeError(allowed)
-        if side is not None and side < -1:
-            raise ValueError(allowed)
-    return _dot_product_attention(
+    return _truncated_attention(
         query,
         key,
         value,
+        left,
+        right,
         is_causal,
-        (left, right),
-        None,
-        None,
         query_offset,
         key_lengths,
         query_lengths,
