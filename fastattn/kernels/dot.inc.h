@@ -1,5 +1,5 @@
-/* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows; for a
- * few queries, scores against keys where they lie, FEW_ROWS rows at a time. */
+/* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows; for
+ * a few queries, scores against keys where they lie, FEW_ROWS rows at a time. */
 
 /* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
 static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
