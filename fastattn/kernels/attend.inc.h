@@ -207,7 +207,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
         if (partial && !finite)
             NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, sum);
-        else if (problem->few && value_row > NAME(PANEL))
+        else if (problem->few)
             NAME(streamed_sum)(s, group, value, term_lo, term_hi, value_row, sum, tile->chunk);
         else
             NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, sum);

@@ -7,11 +7,20 @@ TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
 #define ISA avx2
 #define VECTOR_BYTES 32
 #define ROWS 6
-#define FEW_ROWS 1
+#define FEW_ROWS 2
 #define STEPS 1
 #define CHUNK 32
 #define VECS 2
 
+#define HAS_LOAD_SOME
+static ALWAYS_INLINE __m256 load_some_f32(const void *p, int n)
+{
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+static ALWAYS_INLINE __m256d load_some_f64(const void *p, int n)
+{
+    return _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
+}
 #define HAS_FMA
 static ALWAYS_INLINE __m256 fma_f32(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 static ALWAYS_INLINE __m256d fma_f64(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }

@@ -9,10 +9,19 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define VECTOR_BYTES 64
 #define ROWS 6
 #define VECS 4
-#define FEW_ROWS 3
+#define FEW_ROWS 4
 #define STEPS 4
 #define CHUNK 64
 
+#define HAS_LOAD_SOME
+static ALWAYS_INLINE __m512 load_some_f32(const void *p, int n)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+}
+static ALWAYS_INLINE __m512d load_some_f64(const void *p, int n)
+{
+    return _mm512_maskz_loadu_pd((__mmask8)((1 << n) - 1), p);
+}
 #define HAS_FMA
 static ALWAYS_INLINE __m512 fma_f32(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 static ALWAYS_INLINE __m512d fma_f64(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }

@@ -24,8 +24,10 @@
 /* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
 #ifdef __clang__
 #define UNROLL(n) _Pragma("clang loop unroll(full)")
+#define NOT_UNROLLED _Pragma("clang loop unroll(disable)")
 #else
 #define UNROLL(n) _Pragma(STRING(GCC unroll n))
+#define NOT_UNROLLED _Pragma("GCC unroll 1")
 #endif
 
 /* Lanes of a and b taken in turns, from their lower or their upper halves. */

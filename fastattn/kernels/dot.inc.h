@@ -80,80 +80,129 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
     } while (c < channels);
 }
 
-/* Scores of `rows` rows against four keys, lanes along the channel. Sums are nested like those of the product: a strip
- * of channels, then the strips. last: the channels that do not fill a vector. */
-static ALWAYS_INLINE void NAME(four_scores)(const real *q, const vec *q_last, const real *const *k, const vec *k_last,
-                                            int64_t whole, real *s, const int rows)
+/* Products of a strip of n channels of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors, padded
+ * with zeros; keys are not. */
+static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t n,
+                                               vec (*sum)[4], const int rows, const int count)
 {
-    vec sum[FEW_ROWS][4];
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
-        for (int i = 0; i < 4; i++)
-            sum[r][i] = q_last[r] * k_last[i];
+        for (int i = 0; i < count; i++)
+            sum[r][i] = (vec){0};
     }
-    for (int64_t c = 0; c < whole; q += STRIP * ROWS) {
-        const int64_t stop = whole - c < STRIP ? whole : c + STRIP;
+    for (int64_t c = 0; c < n; c += LANES) {
+        const int64_t left = n - c;
+        UNROLL(4)
+        for (int i = 0; i < count; i++) {
+            const char *k = keys + i * key_row + c * (int64_t)sizeof(real);
+            vec k_i;
+            if (left >= LANES)
+                k_i = NAME(load)(k);
+            else
+                k_i = NAME(load_some)(k, (int)left);
+            UNROLL(8)
+            for (int r = 0; r < rows; r++)
+                sum[r][i] = NAME(fma)(NAME(load)(q + r * STRIP + c), k_i, sum[r][i]);
+        }
+    }
+}
+
+/* The same over all channels. Sums are nested like those of the product: a strip, then the strips. */
+static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                             vec (*sum)[4], const int rows, const int count)
+{
+    if (channels == STRIP) { /* known to the compiler, this is a third faster */
+        NAME(strip_products)(q, keys, key_row, STRIP, sum, rows, count);
+        return;
+    }
+    NAME(strip_products)(q, keys, key_row, channels < STRIP ? channels : STRIP, sum, rows, count);
+    for (int64_t c = STRIP; c < channels; c += STRIP) {
         vec part[FEW_ROWS][4];
+        const int64_t n = channels - c < STRIP ? channels - c : STRIP;
+        NAME(strip_products)
+        (q + c * ROWS, keys + c * (int64_t)sizeof(real), key_row, n, part, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
-            for (int i = 0; i < 4; i++)
-                part[r][i] = (vec){0};
-        }
-        for (const real *q_c = q; c < stop; c += LANES, q_c += LANES) {
-            UNROLL(4)
-            for (int i = 0; i < 4; i++) {
-                const vec k_i = NAME(load)(k[i] + c);
-                UNROLL(8)
-                for (int r = 0; r < rows; r++)
-                    part[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_i, part[r][i]);
-            }
-        }
-        UNROLL(8)
-        for (int r = 0; r < rows; r++) {
-            UNROLL(4)
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < count; i++)
                 sum[r][i] += part[r][i];
         }
+    }
+}
+
+/* Scores of `rows` rows against four keys, lanes along the channel. One key after the other, in a loop that is not
+ * unrolled: where keys come from memory, it sees one stream then, and its prefetchers few instructions with short
+ * strides; they do better alone than with instructions to fetch. */
+static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                            real *s, const int rows)
+{
+    vec sum[FEW_ROWS][4], one[FEW_ROWS][4];
+    NOT_UNROLLED
+    for (int i = 0; i < 4; i++, keys += key_row) {
+        NAME(key_products)(q, keys, 0, channels, one, rows, 1);
+        UNROLL(8)
+        for (int r = 0; r < rows; r++)
+            sum[r][i] = one[r][0];
     }
     UNROLL(8)
     for (int r = 0; r < rows; r++)
         NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
+#if FEW_ROWS > 2
+/* The same bits for more rows: arithmetic counts now, so the keys are read together, which memory likes less. */
+static ALWAYS_INLINE void NAME(four_scores_at_once)(const real *q, const char *keys, ptrdiff_t key_row,
+                                                    int64_t channels, real *s, const int rows)
+{
+    vec sum[FEW_ROWS][4];
+    NAME(key_products)(q, keys, key_row, channels, sum, rows, 4);
+    UNROLL(8)
+    for (int r = 0; r < rows; r++)
+        NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+#endif
+
 /* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
  * goes into reading the keys, and packing them would double it. Keys up to the next whole vector get scores too, which
- * mean nothing. Row and key alone decide the order of the additions. */
+ * mean nothing. Row and key alone decide the order of the additions. scratch: room for four keys. */
 static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
                              int begin, int end, real *scratch, real *s)
 {
-    const int64_t all = problem->head_dim, whole = all / LANES * LANES;
-    const int64_t q_whole = whole / STRIP * STRIP * ROWS + whole % STRIP;
+    const int64_t channels = problem->head_dim;
     const int in_place = NAME(readable)(problem->score_dtype, key);
-    vec q_last[ROWS] = {{0}};
-    if (whole < all)
-        for (int r = 0; r < rows; r++)
-            memcpy(&q_last[r], q + r * STRIP + q_whole, (size_t)(all - whole) * sizeof(real));
+    const ptrdiff_t ahead = NAME(rows_ahead)(channels) * key->row;
+    const int fetched = NAME(needs_fetching)(rows, channels, key->row);
     for (int j = begin / 4 * 4; j < (end + LANES - 1) / LANES * LANES; j += 4) {
-        const real *k[4];
-        vec k_last[4] = {{0}};
-        for (int i = 0; i < 4; i++) {
-            const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
-            k[i] = (const real *)(keys + seen * key->row);
-            for (int64_t at = 0; at < all * (int64_t)sizeof(real); at += 64)
-                __builtin_prefetch((const char *)k[i] + FETCH_ROWS * key->row + at, 0, 2);
-            if (!in_place) {
-                NAME(gather)(scratch + i * all, keys + seen * key->row, key->col, all, problem->score_dtype);
-                k[i] = scratch + i * all;
+        const char *k = keys + j * key->row;
+        ptrdiff_t k_row = key->row;
+        if (fetched)
+            for (int i = 0; i < 4; i++)
+                NAME(fetch)(k + i * key->row + ahead, channels);
+        if (!in_place || j < begin || j + 4 > end) {
+            for (int i = 0; i < 4; i++) {
+                const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
+                real *to = scratch + i * channels;
+                NAME(gather)(to, keys + seen * key->row, key->col, channels, problem->score_dtype);
             }
-            if (whole < all)
-                memcpy(&k_last[i], k[i] + whole, (size_t)(all - whole) * sizeof(real));
+            k = (const char *)scratch;
+            k_row = channels * (ptrdiff_t)sizeof(real);
         }
-        int r = 0;
-        for (; r + FEW_ROWS <= rows; r += FEW_ROWS)
-            NAME(four_scores)(q + r * STRIP, q_last + r, k, k_last, whole, s + r * FA_BLOCK + j, FEW_ROWS);
-        for (; r < rows; r++)
-            NAME(four_scores)(q + r * STRIP, q_last + r, k, k_last, whole, s + r * FA_BLOCK + j, 1);
+        for (int r = 0, n; r < rows; r += n) {
+            const real *q_r = q + r * STRIP;
+            real *s_r = s + r * FA_BLOCK + j;
+            n = NAME(rows_together)(rows - r);
+#if FEW_ROWS > 2
+            if (n == 4)
+                NAME(four_scores_at_once)(q_r, k, k_row, channels, s_r, 4);
+            else if (n == 3)
+                NAME(four_scores_at_once)(q_r, k, k_row, channels, s_r, 3);
+            else
+#endif
+                if (n == 2)
+                NAME(four_scores)(q_r, k, k_row, channels, s_r, 2);
+            else
+                NAME(four_scores)(q_r, k, k_row, channels, s_r, 1);
+        }
     }
 }

@@ -9,9 +9,10 @@
 #include "visible.inc.h"
 
 enum {
-    FETCH_ROWS = 64, /* so far ahead rows are asked for where few queries wait for memory */
-    STRIP = 64,      /* channels of a query that lie together (product.inc.h) */
-    SHARE = 4        /* channels that share a division (additive.inc.h) */
+    FETCH_BYTES = 16384, /* so far ahead keys and values are asked for where few rows share them */
+    LINKS = 4,           /* values for one load and store of a sum there; a multiple of STEPS */
+    STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
+    SHARE = 4            /* channels that share a division (additive.inc.h) */
 };
 
 #define BITS 32

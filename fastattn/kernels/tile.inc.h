@@ -13,7 +13,7 @@ typedef struct {
 typedef struct {
     int64_t spans;     /* spans of keys already folded into the totals */
     int64_t open_span; /* the span that the state belongs to, or -1 */
-    int64_t channels;  /* head_dim rounded up to whole terms of a score; zeros */
+    int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (few); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
@@ -45,12 +45,37 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
     return (channels + STRIP - 1) / STRIP * STRIP * ROWS;
 }
 
+/* How many of the few rows that are left go through keys and values together. */
+static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
+
+/* Whether keys or values of n numbers, `row` bytes apart, have to be fetched where queries are few: one stream of rows
+ * without gaps the hardware follows by itself, and better. */
+static ALWAYS_INLINE int NAME(needs_fetching)(int rows, int64_t n, ptrdiff_t row)
+{
+    return rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+}
+
+/* How many rows of n numbers are FETCH_BYTES. */
+static ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(int64_t n)
+{
+    const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
+    return (FETCH_BYTES + bytes - 1) / bytes;
+}
+
+/* Asks for n numbers to come into the second cache. */
+static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
+{
+    for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
+        __builtin_prefetch(row + at, 0, 2);
+}
+
 /* Lays a tile out from `base` on; returns its size. */
 static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
 {
     char *at = base + (sizeof(NAME(tile)) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
-    const int additive = problem->score == FA_ADDITIVE, whole = additive && STEPS < SHARE ? SHARE : STEPS;
+    const int additive = problem->score == FA_ADDITIVE;
+    const int whole = problem->few ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);

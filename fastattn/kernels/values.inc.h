@@ -41,52 +41,115 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
                            value_row, 0);
 }
 
-/* The same where few rows wait for the values to come from memory: row after row of them, whole, so that memory sees
- * one stream (in panels, wide rows came at half its speed). chunk: [rows][value_row] numbers. */
+/* `keys` more links of the chains of `rows` x `vecs` sums: a term, where STEPS > 1. One value after the other, in a
+ * loop that is not unrolled (dot.inc.h, four_scores). */
+static ALWAYS_INLINE void NAME(add_columns)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
+                                            int64_t sum_row, const int rows, const int vecs)
+{
+    vec link[2][8];
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int c = 0; c < vecs; c++)
+            link[r][c] = STEPS > 1 ? (vec){0} : NAME(load)(sum + r * sum_row + c * LANES);
+    }
+    NOT_UNROLLED
+    for (int k = 0; k < keys; k++, v += v_row) {
+        UNROLL(8)
+        for (int c = 0; c < vecs; c++) {
+            const vec v_k = NAME(load)(v + c * VECTOR_BYTES);
+            UNROLL(8)
+            for (int r = 0; r < rows; r++)
+                link[r][c] = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + k]), v_k, link[r][c]);
+        }
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int c = 0; c < vecs; c++) {
+            real *to = sum + r * sum_row + c * LANES;
+            NAME(store)(to, STEPS > 1 ? NAME(load)(to) + link[r][c] : link[r][c]);
+        }
+    }
+}
+
+/* The same over whole values. */
+static ALWAYS_INLINE void NAME(add_values)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
+                                           int64_t value_row, const int rows)
+{
+    int64_t c = 0;
+    for (; (rows == 1 || FEW_ROWS > 2) && c + 8 * LANES <= value_row; c += 8 * LANES, v += 8 * VECTOR_BYTES)
+        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 8); /* with 16 registers, of one row only */
+    for (; c + 4 * LANES <= value_row; c += 4 * LANES, v += 4 * VECTOR_BYTES)
+        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 4);
+    for (; c < value_row; c += LANES, v += VECTOR_BYTES)
+        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 1);
+}
+
+#if FEW_ROWS > 2
+/* The same for more rows: values are read together, and the weights stay in registers. */
+static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
+                                                   int64_t value_row, const int rows)
+{
+    vec w[FEW_ROWS][LINKS];
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int k = 0; k < LINKS; k++)
+            w[r][k] = k < keys ? NAME(fill)(p[r * FA_BLOCK + k]) : (vec){0};
+    }
+    for (int64_t c = 0; c < value_row; c += LANES) {
+        vec v_k[LINKS];
+        UNROLL(8)
+        for (int k = 0; k < LINKS; k++)
+            v_k[k] = k < keys ? NAME(load)(v + k * v_row + c * (int64_t)sizeof(real)) : (vec){0};
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            real *to = sum + r * value_row + c;
+            vec link = STEPS > 1 ? (vec){0} : NAME(load)(to);
+            UNROLL(8)
+            for (int k = 0; k < LINKS; k++)
+                link = NAME(fma)(w[r][k], v_k[k], link);
+            NAME(store)(to, STEPS > 1 ? NAME(load)(to) + link : link);
+        }
+    }
+}
+#endif
+
+/* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
+ * bits. chunk: [rows][value_row] numbers. */
 static NEVER_INLINE void NAME(streamed_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end,
                                             int64_t value_row, real *part, real *chunk)
 {
-    enum { KEYS = STEPS > 1 ? STEPS : 4 }; /* as many chain links as fit one load and store of a sum */
+    const ptrdiff_t ahead = NAME(rows_ahead)(value_row) * value.row;
+    const int fetched = NAME(needs_fetching)(rows, value_row, value.row);
     for (int t = begin; t < end;) {
         const int stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         const int first = t == begin;
         for (int64_t c = 0; c < rows * value_row; c += LANES)
             NAME(store)(chunk + c, (vec){0});
-        while (t < stop) {
-            const char *v_t = value.data + t * value.row;
-            const int keys = stop - t < KEYS ? stop - t : KEYS;
-            for (int k = 0; k < keys; k++)
-                for (int64_t at = 0; at < value_row * (int64_t)sizeof(real); at += 64)
-                    __builtin_prefetch(v_t + (FETCH_ROWS + k) * value.row + at, 0, 2);
-            for (int64_t c = 0; c < value_row && keys == KEYS; c += LANES) {
-                vec v[KEYS];
-                UNROLL(8)
-                for (int k = 0; k < KEYS; k++)
-                    v[k] = NAME(load)(v_t + k * value.row + c * (int64_t)sizeof(real));
-                for (int r = 0; r < rows; r++) {
-                    const real *p_r = p + r * FA_BLOCK + t;
-                    real *sum = chunk + r * value_row + c;
-#if STEPS > 1
-                    vec term = NAME(fill)(p_r[0]) * v[0];
-#else
-                    vec term = NAME(fma)(NAME(fill)(p_r[0]), v[0], NAME(load)(sum));
+        for (int keys; t < stop; t += keys) {
+            const char *v = value.data + t * value.row;
+            keys = stop - t < LINKS ? stop - t : LINKS;
+            if (fetched)
+                for (int k = 0; k < keys; k++)
+                    NAME(fetch)(v + k * value.row + ahead, value_row);
+            for (int r = 0, n; r < rows; r += n) {
+                const real *p_r = p + r * FA_BLOCK + t;
+                real *to = chunk + r * value_row;
+                n = NAME(rows_together)(rows - r);
+#if FEW_ROWS > 2
+                if (n == 4)
+                    NAME(add_values_at_once)(p_r, v, value.row, keys, to, value_row, 4);
+                else if (n == 3)
+                    NAME(add_values_at_once)(p_r, v, value.row, keys, to, value_row, 3);
+                else
 #endif
-                    UNROLL(8)
-                    for (int k = 1; k < KEYS; k++)
-                        term = NAME(fma)(NAME(fill)(p_r[k]), v[k], term);
-#if STEPS > 1
-                    term += NAME(load)(sum);
-#endif
-                    NAME(store)(sum, term);
-                }
+                    if (n == 2)
+                    NAME(add_values)(p_r, v, value.row, keys, to, value_row, 2);
+                else
+                    NAME(add_values)(p_r, v, value.row, keys, to, value_row, 1);
             }
-            for (int k = 0; k < keys && keys < KEYS; k++) /* STEPS is 1 then */
-                for (int64_t c = 0; c < rows * value_row; c += LANES) {
-                    const vec v_k = NAME(load)(v_t + k * value.row + c % value_row * (int64_t)sizeof(real));
-                    NAME(store)
-                    (chunk + c, NAME(fma)(NAME(fill)(p[c / value_row * FA_BLOCK + t + k]), v_k, NAME(load)(chunk + c)));
-                }
-            t += keys;
         }
         for (int64_t c = 0; c < rows * value_row; c += LANES)
             NAME(store)(part + c, first ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));

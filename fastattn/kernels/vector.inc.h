@@ -30,6 +30,15 @@ typedef int64_t NAME(ivec) __attribute__((vector_size(VECTOR_BYTES)));
 static ALWAYS_INLINE vec NAME(load)(const void *p) { return *(const NAME(uvec) *)p; }
 static ALWAYS_INLINE void NAME(store)(void *p, vec v) { *(NAME(uvec) *)p = v; }
 static ALWAYS_INLINE vec NAME(fill)(real x) { return x - (vec){0}; }
+/* n numbers, fewer than a vector has, and zeros; bytes behind them are not touched. */
+#ifndef HAS_LOAD_SOME
+static ALWAYS_INLINE vec NAME(load_some)(const void *p, int n)
+{
+    vec v = {0};
+    memcpy(&v, p, (size_t)n * sizeof(real));
+    return v;
+}
+#endif
 /* Contracted to one instruction where the target has it (-ffp-contract=fast). */
 #ifndef HAS_FMA
 static ALWAYS_INLINE vec NAME(fma)(vec a, vec b, vec c) { return a * b + c; }
