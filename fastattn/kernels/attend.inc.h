@@ -121,6 +121,15 @@ static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t beg
             __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
 }
 
+/* The most rows of a tile that see a block. */
+static ALWAYS_INLINE int64_t NAME(rows_touching)(const fa_problem *problem, int64_t rows)
+{
+    if (problem->left >= rows || problem->right >= rows)
+        return rows;
+    const int64_t most = FA_BLOCK + problem->left + problem->right;
+    return most > 0 && most < rows ? most : rows;
+}
+
 /* One block, of which the tile sees the keys [begin, end). */
 static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
                               int begin, int end, int64_t tile_end, NAME(tile) * tile)
@@ -130,8 +139,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     const int rules = NAME(ruled)(problem, head);
     const char *keys = head->key.data + block * head->key.row;
     NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
-    /* While the groups pass over this block, the next one comes from memory, a few rows with each group. */
-    const int64_t next = block + FA_BLOCK, groups = (rows + ROWS - 1) / ROWS;
+    /* While groups pass over this block, the next one comes from memory, a few rows with each group. */
+    const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
     const int64_t per_group = next < tile_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
     int64_t ahead = next;
     int packed = 0, finite = -1;
@@ -162,6 +171,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
         NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
         ahead = ahead_end;
+        if (!problem->few && tile->fresh[first / ROWS]) { /* as do the output, and the next tile's queries */
+            const int64_t next_row = row + rows + first;
+            NAME(prefetch_rows)
+            (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
+             problem->head_dim * (int64_t)sizeof(real));
+            NAME(prefetch_rows)
+            (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
+        }
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
