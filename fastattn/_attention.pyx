@@ -59,6 +59,8 @@ cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
     cdef double work_of_row = keys_of_row(p) * work_of_pair(p) + 1
     rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / TILES)
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
+    # In a narrow window little is gained by more, and what a tile reads and writes should stay in the second cache.
+    rows = <Py_ssize_t> min(<double> rows, 2 * LEAST_ROWS + 2 * keys_of_row(p))
     rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
     if longest <= rows:
         return max(longest, 1)

@@ -121,6 +121,25 @@ static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t beg
             __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
 }
 
+/* Where the scores of a block are. */
+static ALWAYS_INLINE real *NAME(scores_of)(const NAME(tile) * tile, const fa_problem *problem, int64_t rows,
+                                           int64_t block)
+{
+    return tile->s + (NAME(scores_first)(problem, rows) ? block % FA_SPAN * ROWS : 0);
+}
+
+/* Only the scores of one block, of a tile that is one group. */
+static void NAME(score_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
+                              NAME(tile) * tile)
+{
+    key_bits seen[ROWS];
+    const group_range range = see_block(problem, head, row, (int)rows, block, seen);
+    if (range.lo < range.hi && !range.masked)
+        NAME(row_scores)
+    (problem, tile->q, (int)rows, head->key.data + block * head->key.row, &head->key, range.lo, range.hi, tile->k,
+     NAME(scores_of)(tile, problem, rows, block));
+}
+
 /* The most rows of a tile that see a block. */
 static ALWAYS_INLINE int64_t NAME(rows_touching)(const fa_problem *problem, int64_t rows)
 {
@@ -181,13 +200,13 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         }
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
-        real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
+        real *s = NAME(scores_of)(tile, problem, rows, block), *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
-        else if (problem->few)
+        else if (problem->few && !NAME(scores_first)(problem, rows))
             NAME(row_scores)(problem, q, group, keys, &head->key, lo, hi, tile->k, s);
-        else
+        else if (!problem->few)
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
         int partial = 0;
@@ -248,6 +267,9 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
         NAME(open_span)(problem, rows, tile);
     }
     tile->open_span = span;
+    if (NAME(scores_first)(problem, rows))
+        for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK)
+            NAME(score_block)(problem, head, row, rows, block, tile);
     for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
         const int begin = key_begin > block ? (int)(key_begin - block) : 0;
         const int end = key_end < block + FA_BLOCK ? (int)(key_end - block) : FA_BLOCK;

@@ -19,7 +19,7 @@ typedef struct {
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block */
+    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block (or of a span: scores_first) */
     real *part;      /* [ROWS][value_row] their weighted sum */
     real *chunk;     /* [ROWS][value_row] a part of that, where queries are few */
     real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
@@ -31,6 +31,13 @@ typedef struct {
 } NAME(tile);
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
+
+/* Whether the scores of all blocks of a span are taken before the rest: memory likes long runs of keys, and then long
+ * runs of values. More rows are held up by arithmetic, and gain nothing. */
+static ALWAYS_INLINE int NAME(scores_first)(const fa_problem *problem, int64_t rows)
+{
+    return problem->few && rows <= 2;
+}
 
 static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
 {
@@ -78,6 +85,7 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     const int whole = problem->few ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
+    int64_t blocks = keys < FA_SPAN ? (keys + FA_BLOCK - 1) / FA_BLOCK : FA_SPAN / FA_BLOCK;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
     tile->spans = 0;
     tile->open_span = -1;
@@ -88,7 +96,7 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->q = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
     tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
-    tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK);
+    tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK * (NAME(scores_first)(problem, rows) ? blocks : 1));
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->chunk = (real *)NAME(take)(&at, problem->few ? ROWS * value_row : 0);
     tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
