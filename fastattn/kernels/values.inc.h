@@ -87,8 +87,9 @@ static ALWAYS_INLINE void NAME(add_values)(const real *p, const char *v, ptrdiff
 }
 
 #if FEW_ROWS > 2
-/* The same for more rows: values are read together, and the weights stay in registers. */
-static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
+/* The same for more rows and LINKS keys: values are read together, and the weights stay in registers. */
+_Static_assert(STEPS % LINKS == 0, "blocks are padded to whole terms, so there are no fewer keys");
+static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, real *sum,
                                                    int64_t value_row, const int rows)
 {
     vec w[FEW_ROWS][LINKS];
@@ -96,13 +97,13 @@ static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v,
     for (int r = 0; r < rows; r++) {
         UNROLL(8)
         for (int k = 0; k < LINKS; k++)
-            w[r][k] = k < keys ? NAME(fill)(p[r * FA_BLOCK + k]) : (vec){0};
+            w[r][k] = NAME(fill)(p[r * FA_BLOCK + k]);
     }
     for (int64_t c = 0; c < value_row; c += LANES) {
         vec v_k[LINKS];
         UNROLL(8)
         for (int k = 0; k < LINKS; k++)
-            v_k[k] = k < keys ? NAME(load)(v + k * v_row + c * (int64_t)sizeof(real)) : (vec){0};
+            v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             real *to = sum + r * value_row + c;
@@ -140,9 +141,9 @@ static NEVER_INLINE void NAME(streamed_sum)(const real *p, int rows, NAME(value_
                 n = NAME(rows_together)(rows - r);
 #if FEW_ROWS > 2
                 if (n == 4)
-                    NAME(add_values_at_once)(p_r, v, value.row, keys, to, value_row, 4);
+                    NAME(add_values_at_once)(p_r, v, value.row, to, value_row, 4);
                 else if (n == 3)
-                    NAME(add_values_at_once)(p_r, v, value.row, keys, to, value_row, 3);
+                    NAME(add_values_at_once)(p_r, v, value.row, to, value_row, 3);
                 else
 #endif
                     if (n == 2)
