@@ -100,11 +100,21 @@ QUICK = {
     "truncated-1x1x4096x64-64x64",
     "lengths-truncated-64x64",
     "decode-1x8x8x1x8192x64",
+    "multihead-1x128x768x12",
+    "rotary-1x12x512x64",
     "memory-attention-1x1x16384x16384x64",
     "import",
 }
 # What all libraries are compared on.
-TABLES = (*cases.ATTENTION, *cases.SOFTMAX, *cases.ADDITIVE, *cases.TRUNCATED, *cases.DECODE)
+TABLES = (
+    *cases.ATTENTION,
+    *cases.SOFTMAX,
+    *cases.ADDITIVE,
+    *cases.TRUNCATED,
+    *cases.DECODE,
+    *cases.MULTI_HEAD,
+    *cases.ROTARY,
+)
 # One window at several lengths.
 WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
 # These take every round; the others measure once.
@@ -273,11 +283,11 @@ def compare_libraries(plan, name, progress, only=None):
 def limit_of(case, plan):
     """The hardware's limit for a case: its name, the case's work in its terms, and a probe, or None for that."""
     threads = plan["threads"]
-    if case.kind == "softmax":
+    if case.kind in ("softmax", "rotary"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read(case.nbytes, threads)
-    if case.kind in ("attention", "truncated"):
+    if case.kind in ("attention", "truncated", "multihead"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
     return "five instructions", case.triples, probe

@@ -5,7 +5,7 @@ ratios say how many times faster fastattn is. Both are medians over the rounds o
 """
 
 import measure
-from peers import COMPILED, PEERS
+from peers import COMPILED, PEERS, PRODUCTS_AND_ATTENTION
 
 # By shape and dtype, on one thread. float64, and another instruction set than the best, may lose OTHER_KIND.
 SHARES = {
@@ -34,6 +34,10 @@ WINDOW_RATIOS = {"truncated-1x1x4096x64-64x64": {"NumPy, best band": 2.5, "PyTor
 # One query over a cache: of the speed at which as many bytes as key and value have can be read.
 DECODE_SHARE = 0.85
 
+# A layer, on one thread: how many times as long it may take as its matrix products and its attention alone.
+MULTI_HEAD_CASES = ("multihead-1x128x768x12", "multihead-1x512x768x12")
+OVERHEAD = 1.05
+
 BEST_PEER = "best peer"
 BEST_COMPILED = "best compiled"
 RATIOS = {BEST_PEER: 1.15, "PyTorch": 2.0}
@@ -43,6 +47,8 @@ SMALL_CALLS = {
 }
 SOFTMAX_RATIOS = {"SciPy": 4.0, "PyTorch": 1.5}
 ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
+
+MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
 # Of what the same threads gain in the FMA probe.
 SHARE_OF_GAIN = 0.97
@@ -57,6 +63,10 @@ def share(record):
     """The share of the limit that fastattn reached, and the goal; None where there is none."""
     if record["kind"] == "softmax":
         return measure.ratio(record["seconds"], "copy", "fastattn out="), SHARE_OF_COPY
+    if record["kind"] == "rotary":
+        return measure.ratio(record["seconds"], "copy", "fastattn out="), None
+    if record["kind"] == "multihead":
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
     goal = None
     if record["kind"] == "decode":
         goal = DECODE_SHARE if record["seqlen_q"] == 1 else None
@@ -76,6 +86,16 @@ def share(record):
     return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
 
 
+def overhead(record):
+    """How many times as long a layer takes as its products and attention alone, and the goal, or None."""
+    goal = OVERHEAD if _is_goal_layer(record) else None
+    return measure.ratio(record["seconds"], "fastattn", PRODUCTS_AND_ATTENTION), goal
+
+
+def _is_goal_layer(record):
+    return record["threads"] == 1 and record["case"] in MULTI_HEAD_CASES
+
+
 def best_peer(samples, peers=PEERS):
     """How many times faster fastattn is than the fastest peer, and which one that is; or None."""
     ratios = {name: measure.ratio(samples, name, "fastattn") for name in peers}
@@ -91,6 +111,11 @@ def missed(record):
     checked = bool(reached and goal)
     if checked and reached < goal:
         words["share"] = f"{reached:.0%} < {goal:.0%}"
+    times, most = overhead(record)
+    if times and most:
+        checked = True
+        if times > most:
+            words["overhead"] = f"{times:.2f}x > {most:g}x of {PRODUCTS_AND_ATTENTION}"
     for name, least in _ratios(record).items():
         if name in (BEST_PEER, BEST_COMPILED):
             ratio, name = best_peer(samples, COMPILED if name == BEST_COMPILED else PEERS) or (None, name)
@@ -110,6 +135,10 @@ def _ratios(record):
         return WINDOW_RATIOS.get(record["case"], {}) if record["threads"] == 1 else {}
     if record["kind"] == "decode":
         return DECODE_RATIOS[record["work"] <= SMALL_CACHE_BYTES]
+    if record["kind"] == "multihead":
+        return MULTI_HEAD_RATIOS if _is_goal_layer(record) else {}
+    if record["kind"] == "rotary":
+        return {}
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)

@@ -2,9 +2,11 @@
 
 Every library gets its inputs beforehand in its own format and favourite layout, and where it has several ways
 to write the same thing, all of them are tried on each case and the fastest right one counts. A `Variant` is
-such a way: `call` is timed, `read` turns what it returns into a (..., L, E) NumPy array.
+such a way: `call` is timed, `read` turns what it returns into a (..., L, E) NumPy array, and `expected` is the right
+answer where it is not the case's own.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -29,6 +31,7 @@ class Variant:
     name: str
     call: object
     read: object = np.asarray
+    expected: object = None
 
 
 def _fastattn_attention(case, threads):
@@ -48,13 +51,17 @@ def _torch_attention(case, threads):
     yield Variant("", lambda: attend(query, key, value, is_causal=case.is_causal))
 
 
+# Keeps what it has entered: PyTorch leaves inference mode when the object that entered it is collected.
+_for_good = contextlib.ExitStack()
+
+
 @functools.cache
 def _torch(threads):
     import torch
 
     torch.set_num_threads(threads)
     # Entered for good: as a `with` around each call it would cost a microsecond.
-    torch.inference_mode().__enter__()
+    _for_good.enter_context(torch.inference_mode())
     return torch
 
 
@@ -109,7 +116,7 @@ def _onnx_variant(threads, name, nodes, arrays, shape, read=np.asarray, constant
     def described(name, shape, dtype):
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
 
-    dtype = arrays["q"].dtype
+    dtype = next(iter(arrays.values())).dtype
     inputs = [described(letter, array.shape, array.dtype) for letter, array in arrays.items()]
     outputs = [described("o", shape, dtype)]
     outputs += [described(letter, arrays[source].shape, dtype) for letter, source in updated.items()]
@@ -154,12 +161,18 @@ def _unpacked(array, heads):
 
 
 def _openvino_attention(case, threads):
-    import openvino
     from openvino import opset13
 
     arrays = case.inputs()
     parameters = [opset13.parameter(array.shape, array.dtype) for array in arrays]
     node = opset13.scaled_dot_product_attention(*parameters, causal=case.is_causal)
+    return _openvino_variants(threads, node, parameters, arrays)
+
+
+def _openvino_variants(threads, node, parameters, arrays):
+    """A graph that ends in `node`, of these parameters and their arrays."""
+    import openvino
+
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -187,30 +200,34 @@ def _openvino_attention(case, threads):
 def _jax_attention(case, threads):
     import jax
 
-    library = functools.partial(jax.nn.dot_product_attention, is_causal=case.is_causal)
+    for name, attend in (("dot_product_attention", jax.nn.dot_product_attention), ("einsums", _jax_einsums)):
+        yield _jax_variant(name, functools.partial(attend, is_causal=case.is_causal), case)
 
-    def einsums(query, key, value):
-        jnp = jax.numpy
-        scores = jnp.einsum("blhd,bshd->bhls", query * case.head_dim**-0.5, key)
-        if case.is_causal:
-            scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
-        return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores), value)
 
-    yield _jax_variant("dot_product_attention", library, case)
-    yield _jax_variant("einsums", einsums, case)
+def _jax_einsums(query, key, value, is_causal=False):
+    import jax
+    from jax import numpy as jnp
+
+    scores = jnp.einsum("blhd,bshd->bhls", query * query.shape[-1] ** -0.5, key)
+    if is_causal:
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(scores), value)
 
 
 def _jax_variant(name, function, case):
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    # JAX's own layout: (batch, seqlen, heads, head_dim).
-    arrays = [jax.device_put(np.ascontiguousarray(x.swapaxes(1, 2))) for x in case.inputs()]
-    compiled = jax.jit(function).lower(*arrays).compile()
-
     def read(output):
         return np.asarray(output).swapaxes(1, 2)
 
+    # JAX's own layout: (batch, seqlen, heads, head_dim).
+    return _jax_compiled(name, function, [np.ascontiguousarray(x.swapaxes(1, 2)) for x in case.inputs()], read)
+
+
+def _jax_compiled(name, function, arrays, read=np.asarray):
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    arrays = [jax.device_put(array) for array in arrays]
+    compiled = jax.jit(function).lower(*arrays).compile()
     return Variant(name, lambda: compiled(*arrays).block_until_ready(), read)
 
 
@@ -377,6 +394,154 @@ def _jax_decode(case, threads):
     yield from _jax_attention(case.as_rows, threads)
 
 
+def _fastattn_multihead(case, threads):
+    x, *weights = case.inputs()
+    attend = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
+    yield Variant("", functools.partial(attend, x))
+
+
+def _products_and_attention(case, threads):
+    """What a layer cannot do without, into arrays that are there already and without biases."""
+    x, *weights, w_out = case.inputs()
+    w_qkv = case.packed()[0]
+    zeros = np.zeros(3 * case.d_model), np.zeros(case.d_model)
+    expected = baselines.expected_multi_head_attention(x, w_qkv, zeros[0], w_out, zeros[1], heads=case.heads)
+    rows = x.reshape(-1, case.d_model)
+    attended, output = np.empty_like(rows), np.empty_like(rows)
+
+    def variant(name, weights, projected, parts):
+        query, key, value, out = (
+            part.reshape(case.batch, case.seqlen, case.heads, -1).swapaxes(1, 2) for part in (*parts, attended)
+        )
+
+        def call():
+            for weight, result in zip(weights, projected, strict=True):
+                np.matmul(rows, weight, out=result)
+            fastattn.dot_product_attention(query, key, value, out=out)
+            np.matmul(attended, w_out, out=output)
+            return output
+
+        return Variant(name, call, lambda output: output.reshape(x.shape), expected)
+
+    parts = [np.empty_like(rows) for _ in weights]
+    yield variant("three products", weights, parts, parts)
+    whole = np.empty((len(rows), 3 * case.d_model), x.dtype)
+    yield variant("one product", [w_qkv], [whole], np.split(whole, 3, axis=1))
+
+
+def _numpy_multihead(case, threads):
+    x = case.inputs()[0]
+    yield Variant("", functools.partial(baselines.multi_head_attention, x, *case.packed(), case.heads))
+
+
+def _torch_multihead(case, threads):
+    torch = _torch(threads)
+    functional = torch.nn.functional
+    x = torch.from_numpy(case.inputs()[0])
+    w_qkv, b_qkv, w_out, b_out = map(torch.from_numpy, case.packed())
+    # Its weights multiply from the left.
+    w_qkv, w_out = w_qkv.T.contiguous(), w_out.T.contiguous()
+    layer = torch.nn.MultiheadAttention(case.d_model, case.heads, batch_first=True, dtype=x.dtype).eval()
+    names = "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"
+    layer.load_state_dict(dict(zip(names, (w_qkv, b_qkv, w_out, b_out), strict=True)))
+
+    def written_out():
+        projected = functional.linear(x, w_qkv, b_qkv).unflatten(-1, (3, case.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return functional.linear(attended.transpose(1, 2).flatten(2), w_out, b_out)
+
+    yield Variant("nn.MultiheadAttention", lambda: layer(x, x, x, need_weights=False)[0])
+    yield Variant("linear, scaled_dot_product_attention", written_out)
+
+
+def _onnx_multihead(case, threads):
+    from onnx import helper, numpy_helper
+
+    x, w_query, w_key, w_value, _ = case.inputs()
+    w_qkv, b_qkv, w_out, b_out = case.packed()
+
+    def variant(name, nodes, **weights):
+        behind = [helper.make_node("MatMul", ["a", "w_out"], ["p"]), helper.make_node("Add", ["p", "b_out"], ["o"])]
+        weights |= {"b_qkv": b_qkv, "w_out": w_out, "b_out": b_out}
+        # Constants, which it may pack for its matrix products beforehand.
+        constants = [numpy_helper.from_array(array, letter) for letter, array in weights.items()]
+        return _onnx_variant(threads, name, nodes + behind, {"x": x}, x.shape, constants=constants)
+
+    settings = {"domain": "com.microsoft", "num_heads": case.heads}
+
+    def attention():
+        node = helper.make_node("Attention", ["x", "w_qkv", "b_qkv"], ["a"], **settings)
+        return variant("Attention", [node], w_qkv=w_qkv)
+
+    def multi_head_attention():
+        weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value}
+        nodes = [helper.make_node("MatMul", ["x", w], [letter]) for w, letter in zip(weights, "qkv", strict=True)]
+        nodes += [helper.make_node("MultiHeadAttention", [*"qkv", "b_qkv"], ["a"], **settings)]
+        return variant("MatMul, MultiHeadAttention", nodes, **weights)
+
+    yield from _those_that_work(attention, multi_head_attention)
+
+
+def _openvino_multihead(case, threads):
+    from openvino import opset13
+
+    x = case.inputs()[0]
+    w_qkv, b_qkv, w_out, b_out = map(opset13.constant, case.packed())
+    parameter = opset13.parameter(x.shape, x.dtype)
+    projected = opset13.add(opset13.matmul(parameter, w_qkv, False, False), b_qkv)
+    heads = opset13.reshape(projected, [*x.shape[:2], 3, case.heads, -1], False)
+    heads = opset13.transpose(heads, [2, 0, 3, 1, 4])
+    parts = [opset13.gather(heads, opset13.constant(index), opset13.constant(0)) for index in range(3)]
+    attended = opset13.scaled_dot_product_attention(*parts)
+    rows = opset13.reshape(opset13.transpose(attended, [0, 2, 1, 3]), x.shape, False)
+    node = opset13.add(opset13.matmul(rows, w_out, False, False), b_out)
+    return _openvino_variants(threads, node, [parameter], [x])
+
+
+def _jax_multihead(case, threads):
+    import jax
+
+    arrays = case.inputs()[0], *case.packed()
+    for name, attend in (("dot_product_attention", jax.nn.dot_product_attention), ("einsums", _jax_einsums)):
+
+        def layer(x, w_qkv, b_qkv, w_out, b_out, attend=attend):
+            projected = (x @ w_qkv + b_qkv).reshape(*x.shape[:2], 3, case.heads, -1)
+            attended = attend(*(projected[:, :, index] for index in range(3)))
+            return attended.reshape(x.shape) @ w_out + b_out
+
+        yield _jax_compiled(name, layer, arrays)
+
+
+def _fastattn_rotary(case, threads):
+    yield Variant("", functools.partial(fastattn.apply_rotary, *case.inputs()))
+
+
+def _fastattn_rotary_out(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(fastattn.apply_rotary, x, out=np.empty_like(x)))
+
+
+def _numpy_rotary(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(baselines.apply_rotary, x, *baselines.rotary_tables(*x.shape[-2:], x.dtype)))
+
+
+def _torch_rotary(case, threads):
+    torch = _torch(threads)
+    (array,) = case.inputs()
+    x = torch.from_numpy(array)
+    # As wide as x, each half of the channels with the same angles.
+    tables = map(torch.from_numpy, baselines.rotary_tables(*array.shape[-2:], array.dtype))
+    cosines, sines = (torch.cat([table, table], -1) for table in tables)
+
+    def rotate_half(x):
+        first, second = x.chunk(2, -1)
+        return torch.cat([-second, first], -1)
+
+    yield Variant("", lambda: x * cosines + rotate_half(x) * sines)
+
+
 def _fastattn_additive(case, threads):
     yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
 
@@ -515,6 +680,9 @@ def _those_that_work(*makers):
         raise complaints[0]
 
 
+# fastattn's layer is measured against it too: it is no peer.
+PRODUCTS_AND_ATTENTION = "products and attention"
+
 # Name -> (distribution, how it does each kind of case).
 LIBRARIES = {
     "fastattn": (
@@ -525,10 +693,22 @@ LIBRARIES = {
             "additive": _fastattn_additive,
             "truncated": _fastattn_truncated,
             "decode": _fastattn_decode,
+            "multihead": _fastattn_multihead,
+            "rotary": _fastattn_rotary,
         },
     ),
-    "fastattn out=": ("fastattn", {"softmax": _fastattn_softmax_out}),
-    "NumPy": ("numpy", {"attention": _numpy_attention, "softmax": _numpy_softmax, "decode": _numpy_decode}),
+    "fastattn out=": ("fastattn", {"softmax": _fastattn_softmax_out, "rotary": _fastattn_rotary_out}),
+    PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": _products_and_attention}),
+    "NumPy": (
+        "numpy",
+        {
+            "attention": _numpy_attention,
+            "softmax": _numpy_softmax,
+            "decode": _numpy_decode,
+            "multihead": _numpy_multihead,
+            "rotary": _numpy_rotary,
+        },
+    ),
     "NumPy, textbook": ("numpy", {"additive": _numpy_textbook_additive}),
     "NumPy, best": ("numpy", {"additive": _numpy_best_additive}),
     "NumPy, best band": ("numpy", {"truncated": _numpy_truncated}),
@@ -540,6 +720,8 @@ LIBRARIES = {
             "softmax": _torch_softmax,
             "additive": _torch_eager_additive,
             "decode": _torch_decode,
+            "multihead": _torch_multihead,
+            "rotary": _torch_rotary,
         },
     ),
     "PyTorch, masked": ("torch", {"truncated": _torch_masked_truncated}),
@@ -549,10 +731,26 @@ LIBRARIES = {
     "PyTorch compiled, exp": ("torch", {"additive": _torch_compiled_exp_additive}),
     "ONNX Runtime": (
         "onnxruntime",
-        {"attention": _onnx_attention, "truncated": _onnx_truncated, "decode": _onnx_decode},
+        {
+            "attention": _onnx_attention,
+            "truncated": _onnx_truncated,
+            "decode": _onnx_decode,
+            "multihead": _onnx_multihead,
+        },
     ),
-    "OpenVINO": ("openvino", {"attention": _openvino_attention, "decode": _openvino_decode}),
-    "JAX": ("jax", {"attention": _jax_attention, "truncated": _jax_truncated, "decode": _jax_decode}),
+    "OpenVINO": (
+        "openvino",
+        {"attention": _openvino_attention, "decode": _openvino_decode, "multihead": _openvino_multihead},
+    ),
+    "JAX": (
+        "jax",
+        {
+            "attention": _jax_attention,
+            "truncated": _jax_truncated,
+            "decode": _jax_decode,
+            "multihead": _jax_multihead,
+        },
+    ),
 }
 # Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
 PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
@@ -624,10 +822,16 @@ def _expected(case):
         return baselines.expected_truncated_attention(*case.inputs(), *case.window)
     if case.kind == "decode":
         return baselines.expected_attention(*case.as_rows.inputs())
+    if case.kind == "multihead":
+        return baselines.expected_multi_head_attention(case.inputs()[0], *case.packed(), heads=case.heads)
+    if case.kind == "rotary":
+        return baselines.expected_rotary(*case.inputs())
     return baselines.softmax(case.inputs()[0].astype(np.float64))
 
 
 def _check(variant, expected, case, name, notes):
+    if variant.expected is not None:
+        expected = variant.expected
     try:
         got = variant.read(variant.call())
     except Exception as error:

@@ -2,13 +2,15 @@
 
 import goals
 import measure
-from peers import ADDITIVE_PEERS, PEERS, TRUNCATED_PEERS
+from peers import ADDITIVE_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
 
 COLUMNS = ("NumPy", "SciPy", *PEERS)
 SHAPE = "B, H, L, S, D"
 ADDITIVE_SHAPE = "B, H, L, S, hidden"
 WINDOW_SHAPE = "B, H, L, D (left, right)"
 DECODE_SHAPE = "B, H, key heads, L, S, D"
+MULTI_HEAD_SHAPE = "B, L, d_model, H"
+ROTARY_SHAPE = "B, H, L, D"
 
 
 def markdown(everything):
@@ -21,6 +23,8 @@ def markdown(everything):
         *_truncated(records_of(records, "libraries", kind="truncated")),
         *_lengths(records_of(records, "lengths")),
         *_decode(records_of(records, "libraries", kind="decode")),
+        *_multihead(records_of(records, "libraries", kind="multihead")),
+        *_rotary(records_of(records, "libraries", kind="rotary")),
         _other_isa(records_of(records, "isa", kind="attention")),
         _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
@@ -159,6 +163,37 @@ def _decode(records):
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
         yield _table(f"Few queries over a cache, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _multihead(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [MULTI_HEAD_SHAPE, "fastattn", "of FMA peak", PRODUCTS_AND_ATTENTION, "fastattn : these", "goal"]
+        rows = []
+        for record in chosen:
+            samples, (share, _), (times, goal) = record["seconds"], goals.share(record), goals.overhead(record)
+            alone = _time(measure.median(samples, PRODUCTS_AND_ATTENTION))
+            numbers = [_time(measure.median(samples, "fastattn")), _percent(share), alone]
+            numbers += [f"{times:.2f}x" if times else "-", f"<= {goal:g}x" if goal else ""]
+            others = [_beside(samples, name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        title = f"Multi-head attention with its projections, float32, {threads_in_words(threads)}"
+        yield _table(title, [*heads, *names, "outcome"], rows)
+
+
+def _rotary(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [ROTARY_SHAPE, "fastattn", "into `out=`", "of a copy's speed", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            samples, (share, _) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn out=")]
+            others = [_beside(samples, name) for name in names]
+            rows.append([record["label"], *numbers, _percent(share), *others, _outcome(goals.missed(record))])
+        yield _table(f"Rotary positions, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _additive_other_isa(records):

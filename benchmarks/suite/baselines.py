@@ -169,6 +169,37 @@ def bilinear_attention(query, key, value, w_query, w_key):
     return dot_product_attention(query @ w_query, key @ w_key, value, scale=1.0)
 
 
+def multi_head_attention(x, w_qkv, b_qkv, w_out, b_out, heads):
+    """One product for queries, keys and values, with weights put side by side beforehand, and the formula."""
+    batch, seqlen, d_model = x.shape
+    # Flat rows: over a stack of matrices NumPy would make a product for each.
+    projected = x.reshape(-1, d_model) @ w_qkv
+    projected += b_qkv
+    query, key, value = projected.reshape(batch, seqlen, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    rows = dot_product_attention(query, key, value).swapaxes(1, 2).reshape(-1, d_model)
+    output = rows @ w_out
+    output += b_out
+    return output.reshape(x.shape)
+
+
+def rotary_tables(seqlen, head_dim, dtype, base=10000.0):
+    """Cosines and sines of the angles, (seqlen, head_dim / 2)."""
+    angles = np.arange(seqlen)[:, None] * base ** (-2 * np.arange(head_dim // 2) / head_dim)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def apply_rotary(x, cosines, sines):
+    """Turns each pair of channels i and i + head_dim / 2 by the angles of the tables."""
+    first, second = np.split(x, 2, axis=-1)
+    output = np.empty_like(x)
+    new_first, new_second = np.split(output, 2, axis=-1)
+    np.multiply(first, cosines, out=new_first)
+    new_first -= second * sines
+    np.multiply(second, cosines, out=new_second)
+    new_second += first * sines
+    return output
+
+
 # What a block of (queries, channels, keys) may take: the passes over it then find it in a core's cache, and few
 # enough calls are made that their own cost does not show. Found by trying.
 BLOCK_BYTES = 2**19
@@ -280,6 +311,16 @@ def expected_attention(query, key, value, is_causal=False):
         rows = (array[head].astype(np.float64) for array in (query, key, value))
         output[head] = dot_product_attention(*rows, is_causal)
     return output
+
+
+def expected_multi_head_attention(*arrays, heads):
+    """The same formula in float64."""
+    return multi_head_attention(*(array.astype(np.float64) for array in arrays), heads)
+
+
+def expected_rotary(x):
+    """The same formula in float64."""
+    return apply_rotary(x.astype(np.float64), *rotary_tables(*x.shape[-2:], np.float64))
 
 
 def expected_truncated_attention(query, key, value, left, right):

@@ -249,6 +249,89 @@ class Decode:
         return query.reshape(self.batch, self.heads, self.seqlen_q, self.head_dim), key, value
 
 
+@dataclass(frozen=True)
+class MultiHead:
+    """Self-attention of (batch, seqlen, d_model): matrix products before and behind it, with biases."""
+
+    batch: int
+    seqlen: int
+    d_model: int
+    heads: int
+    dtype: str = "float32"
+    kind = "multihead"
+
+    @property
+    def shape(self):
+        return self.batch, self.seqlen, self.d_model, self.heads
+
+    @property
+    def name(self):
+        words = ["multihead", "x".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        words = [", ".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join(words)
+
+    @property
+    def flops(self):
+        """Operations of the four matrix products with weights, and of the two of the attention."""
+        return self.batch * self.seqlen * self.d_model * (8 * self.d_model + 4 * self.seqlen)
+
+    def inputs(self):
+        """x, w_query, w_key, w_value, w_out"""
+        return _multihead_inputs(self.batch, self.seqlen, self.d_model, self.dtype)[:5]
+
+    def biases(self):
+        """b_query, b_key, b_value and b_out"""
+        biases = _multihead_inputs(self.batch, self.seqlen, self.d_model, self.dtype)[5:]
+        return dict(zip(("b_query", "b_key", "b_value", "b_out"), biases, strict=True))
+
+    def packed(self):
+        """w_qkv and b_qkv, which make queries, keys and values in one product, w_out and b_out."""
+        _, *weights, w_out = self.inputs()
+        *biases, b_out = self.biases().values()
+        return np.concatenate(weights, axis=1), np.concatenate(biases), w_out, b_out
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of (batch, heads, seqlen, head_dim), channel i turned together with i + head_dim / 2."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    head_dim: int
+    dtype: str = "float32"
+    kind = "rotary"
+
+    @property
+    def shape(self):
+        return self.batch, self.heads, self.seqlen, self.head_dim
+
+    @property
+    def name(self):
+        words = ["rotary", "x".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return "-".join(words)
+
+    @property
+    def label(self):
+        words = [", ".join(map(str, self.shape))]
+        words += [self.dtype] if self.dtype != "float32" else []
+        return " ".join(words)
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def inputs(self):
+        return (_normal(self.shape, self.dtype),)
+
+
 # Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
 # kept: the largest is 134 MB.
 @functools.lru_cache(maxsize=2)
@@ -281,6 +364,18 @@ def _square_matrices(head_dim, dtype):
     generator = np.random.default_rng(8)
     matrices = generator.standard_normal((2, head_dim, head_dim), dtype=np.float32) * np.float32(head_dim**-0.75)
     return tuple(matrices.astype(dtype))
+
+
+@functools.lru_cache(maxsize=2)
+def _multihead_inputs(batch, seqlen, d_model, dtype):
+    """x, four matrices and four biases, of sizes that make queries, keys and values, and so the scores, of size 1."""
+    generator = np.random.default_rng(7)
+
+    def normal(*shape, size=1.0):
+        return (np.float32(size) * generator.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+    matrices = (normal(d_model, d_model, size=d_model**-0.5) for _ in range(4))
+    return normal(batch, seqlen, d_model), *matrices, *(normal(d_model, size=0.3) for _ in range(4))
 
 
 @functools.lru_cache(maxsize=2)
@@ -374,6 +469,14 @@ DECODE = tuple(
     )
     for seqlen_q in (1, 4)
 )
+
+# A sentence and a page in an encoder, a batch for a small one, one token.
+MULTI_HEAD_SHAPES = ((1, 128, 768, 12), (1, 512, 768, 12), (8, 64, 384, 12), (1, 1, 768, 12))
+MULTI_HEAD = tuple(MultiHead(*shape) for shape in MULTI_HEAD_SHAPES)
+
+# The queries of a page, of one token in a large model, of a batch.
+ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))
+ROTARY = tuple(Rotary(*shape) for shape in ROTARY_SHAPES)
 
 MEMORY = (
     Attention(1, 1, 16384, 16384, 64),

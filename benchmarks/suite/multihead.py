@@ -1,0 +1,31 @@
+"""asv: a layer of multi-head attention by shapes, dtypes and threads, beside its NumPy baseline."""
+
+import functools
+
+from threadpoolctl import threadpool_limits
+
+import fastattn
+
+from . import baselines
+from .cases import MULTI_HEAD_SHAPES, MultiHead
+
+
+# Cached rather than an asv `setup` hook: see attention.py.
+@functools.cache
+def _call(shape, dtype, threads, implementation):
+    case = MultiHead(*shape, dtype)
+    x, *weights = case.inputs()
+    # For both: the matrix products are NumPy's.
+    threadpool_limits(threads)
+    if implementation == "numpy":
+        return functools.partial(baselines.multi_head_attention, x, *case.packed(), case.heads)
+    attend = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
+    return functools.partial(attend, x, num_threads=threads)
+
+
+class MultiHeadAttention:
+    params = [list(MULTI_HEAD_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
+    param_names = ["shape", "dtype", "threads", "implementation"]
+
+    def time_attention(self, shape, dtype, threads, implementation):
+        _call(shape, dtype, threads, implementation)()
