@@ -19,11 +19,15 @@ import numpy as np
 
 __all__ = [
     "additive_attention",
+    "alibi_slopes",
+    "apply_rotary",
     "bilinear_attention",
     "dot_product_attention",
     "log_softmax",
     "logsumexp",
     "merge_attention",
+    "relative_position_buckets",
+    "sinusoidal_encoding",
     "softmax",
     "truncated_attention",
     "varlen_attention",
@@ -860,3 +864,131 @@ def merge_attention(outs, lses):
         weights, lse = normalise(lses, lses != -np.inf, axis=0)
         parts = np.where(lses[..., None] == -np.inf, 0.0, weights[..., None] * outs)
         return np.sum(parts, axis=0), lse[0]
+
+
+def rotation_angles(length, dim, base, offset):
+    """``(offset + i) * base ** (-2 * pair / dim)``, in radians: ``(..., length, pairs)``."""
+    position = np.asarray(offset, dtype=np.float64)[..., None, None] + np.arange(length)[:, None]
+    return position * float(base) ** (-np.arange(0, dim, 2) / max(dim, 1))
+
+
+def sinusoidal_encoding(length, dim, *, base=10000.0, layout="interleaved", offset=0, dtype=np.float64):
+    """Sines and cosines of the position, to be added to embeddings (Vaswani et al. 2017, section 3.5).
+
+    Parameters
+    ----------
+    length, dim : int
+        Rows and channels.
+    base : float, default: 10000
+        Channels 2 i and 2 i + 1 hold sine and cosine of ``position / base ** (2 * i / dim)``.
+    layout : {"interleaved", "split"}
+        Sines and cosines in turns, or all sines and then all cosines.
+    offset : int, default: 0
+        The position of row 0.
+    dtype : dtype_like
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (length, dim)
+        With an odd `dim` the last cosine is left out.
+    """
+    angle = rotation_angles(length, dim, base, offset)
+    sines, cosines = np.sin(angle), np.cos(angle)[:, : dim // 2]
+    if layout == "split":
+        return np.concatenate([sines, cosines], axis=-1)
+    table = np.empty((length, dim))
+    table[:, 0::2], table[:, 1::2] = sines, cosines
+    return table
+
+
+def apply_rotary(x, *, offset=0, base=10000.0, interleaved=False, rotary_dim=None, out=None, num_threads=None):
+    """Rotate pairs of channels by angles in proportion to the position (Su et al. 2021, "RoFormer", section 3.2.2).
+
+    As complex numbers, pair i of a row is multiplied by ``exp(1j * position * base ** (-2 * i / rotary_dim))``.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., L, D)
+    offset : int or array of int over the batch axes, default: 0
+        Row i has position ``offset + i``.
+    base : float, default: 10000
+    interleaved : bool, default: False
+        A pair is channels 2 i and 2 i + 1 (GPT-J), not i and ``i + rotary_dim / 2`` (GPT-NeoX).
+    rotary_dim : int, optional
+        Only the first so many channels turn. Default all.
+    out : ndarray, optional
+        Receives the result and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (..., L, D)
+    """
+    x = np.asarray(x, dtype=np.float64)
+    dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    angle = rotation_angles(x.shape[-2], dim, base, offset)
+    if interleaved:
+        first, second = slice(0, dim, 2), slice(1, dim, 2)
+    else:
+        first, second = slice(0, dim // 2), slice(dim // 2, dim)
+    real, imaginary = x[..., first], x[..., second]
+    result = x.copy()
+    with np.errstate(all="ignore"):
+        result[..., first] = real * np.cos(angle) - imaginary * np.sin(angle)
+        result[..., second] = imaginary * np.cos(angle) + real * np.sin(angle)
+    return _into(out, result)
+
+
+def alibi_slopes(num_heads):
+    """One slope a head for ALiBi (Press, Smith and Lewis 2022, section 3, and their program for other numbers).
+
+    Parameters
+    ----------
+    num_heads : int
+        For a power of two the slopes are the powers of ``2 ** (-8 / num_heads)``, from the first on. Else those of
+        the power of two below, followed by every other slope of the power of two above.
+
+    Returns
+    -------
+    ndarray (num_heads,)
+    """
+    below = 2 ** int(np.log2(num_heads))
+    slopes = (2.0 ** (-8 / below)) ** np.arange(1, below + 1)
+    return slopes if below == num_heads else np.append(slopes, alibi_slopes(2 * below)[0::2][: num_heads - below])
+
+
+def relative_position_buckets(
+    query_length, key_length, *, num_buckets=32, max_distance=128, bidirectional=True, query_offset=None
+):
+    """The bucket of each query and key by their distance: a row of T5's table of biases (Raffel et al. 2020).
+
+    Parameters
+    ----------
+    query_length, key_length : int
+    num_buckets : int, default: 32
+    max_distance : int, default: 128
+        From here on all distances share a bucket.
+    bidirectional : bool, default: True
+        Half of the buckets are for keys behind the query's position; else those are all in bucket 0.
+    query_offset : int, optional
+        Position of query 0 on the key axis. Default: the last query stands on the last key.
+
+    Returns
+    -------
+    ndarray of int (L, S)
+    """
+    position = query_positions(query_length, key_length, query_offset, None, None)
+    distance = np.arange(key_length) - position
+    first = np.zeros(distance.shape)
+    if bidirectional:
+        num_buckets //= 2
+        first = np.where(distance > 0, num_buckets, 0)
+        distance = -abs(distance)
+    distance = np.maximum(-distance, 0)
+    # Up to here a bucket holds one distance; the others hold shares of the logarithm of what is left.
+    exact = num_buckets // 2
+    share = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
+    logarithmic = np.minimum(exact + np.floor(share * (num_buckets - exact)), num_buckets - 1)
+    return (first + np.where(distance < exact, distance, logarithmic)).astype(np.int64)

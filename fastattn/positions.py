@@ -1,0 +1,373 @@
+"""Where a token stands: encodings that are added, rotations, slopes and buckets. fastattn.reference says it in NumPy.
+
+A learned table of absolute positions needs no function; it is an array, and is added: ``x + table[: x.shape[-2]]``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+_FARTHEST = 1 << 53  # float64 tells all whole numbers up to here apart
+
+
+def _integer(x: Any, name: str, least: int, most: int = _FARTHEST) -> int:
+    allowed = f"an integer from {least} to {most}"
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
+        raise TypeError(f"{name} must be {allowed}, not {x!r}")
+    n: int = x.__index__()
+    if not least <= n <= most:
+        raise ValueError(f"{name} must be {allowed}, not {n}")
+    return n
+
+
+def _positive(x: Any, name: str) -> float:
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a positive finite number, not {x!r}")
+    if not 0 < x < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, not {x}")
+    return float(x)
+
+
+def sinusoidal_encoding(
+    length: int,
+    dim: int,
+    *,
+    base: float = 10000.0,
+    layout: str = "interleaved",
+    offset: int = 0,
+    dtype: DTypeLike = np.float64,
+) -> NDArray[Any]:
+    """
+    Sines and cosines of the position, which are added to the embeddings of tokens.
+
+    Pair i of channels turns by ``base ** (-2 * i / dim)`` radians a position (Vaswani et al. 2017, "Attention is all
+    you need", section 3.5).
+
+    Parameters
+    ----------
+    length : int
+        Number of positions L, at least 0.
+    dim : int
+        Number of channels, at least 0. If it is odd, the last cosine is left out.
+    base : float, default 10000
+        Positive. The slowest pair takes a little less than ``2 * pi * base`` positions for a turn.
+    layout : {"interleaved", "split"}
+        "interleaved", as in the paper: sines in channels 0, 2, 4, ..., cosines in channels 1, 3, 5, ...; "split", as in
+        tensor2tensor: all sines, then all cosines. The angles are the same.
+    offset : int, default 0
+        Position of row 0; may be negative.
+    dtype : dtype_like, default float64
+        float64, float32, float16 or ml_dtypes.bfloat16; computed in float64 and rounded once.
+
+    Returns
+    -------
+    ndarray, shape (length, dim)
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it.
+
+    See Also
+    --------
+    apply_rotary
+
+    Notes
+    -----
+    tensor2tensor's own function spaces its angles a little differently, with ``dim / 2 - 1`` where the paper has
+    ``dim / 2``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn.positions import sinusoidal_encoding
+    >>> sinusoidal_encoding(3, 4).round(4)
+    array([[ 0.    ,  1.    ,  0.    ,  1.    ],
+           [ 0.8415,  0.5403,  0.01  ,  1.    ],
+           [ 0.9093, -0.4161,  0.02  ,  0.9998]])
+    >>> sinusoidal_encoding(3, 4, layout="split").round(4)
+    array([[ 0.    ,  0.    ,  1.    ,  1.    ],
+           [ 0.8415,  0.01  ,  0.5403,  1.    ],
+           [ 0.9093,  0.02  , -0.4161,  0.9998]])
+
+    Both this and a learned table are added to embeddings (..., L, dim):
+
+    >>> embeddings = np.ones((2, 3, 4))
+    >>> (embeddings + sinusoidal_encoding(3, 4)).shape
+    (2, 3, 4)
+    >>> learned = np.zeros((512, 4))
+    >>> (embeddings + learned[:3]).shape
+    (2, 3, 4)
+    """
+    length, dim = _integer(length, "length", 0), _integer(dim, "dim", 0)
+    base, offset = _positive(base, "base"), _integer(offset, "offset", -_FARTHEST)
+    if layout not in ("interleaved", "split"):
+        raise ValueError(f"layout must be 'interleaved' or 'split', not {layout!r}")
+    to = np.dtype(dtype)
+    if to.name not in ("float32", "float64", "float16", "bfloat16") or not to.isnative:
+        raise TypeError(f"dtype must be float64, float32, float16 or ml_dtypes.bfloat16, not {to}")
+    try:
+        table = np.empty((length, dim), to)
+    except ValueError as error:  # sizes beyond the address space
+        raise MemoryError(f"no memory for a table of shape {(length, dim)}") from error
+    sines = (dim + 1) // 2
+    speed = np.array([base ** (-2 * i / dim) for i in range(sines)])
+    angle = np.arange(offset, offset + length, dtype=np.float64)[:, None] * speed
+    if layout == "interleaved":
+        table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle[:, : dim // 2])
+    else:
+        table[:, :sines], table[:, sines:] = np.sin(angle), np.cos(angle[:, : dim // 2])
+    return table
+
+
+def apply_rotary(
+    x: ArrayLike,
+    *,
+    offset: int | ArrayLike = 0,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Rotate pairs of channels by their position, so that dot products depend on distances (rotary encoding, RoPE).
+
+    Pair i of a row at position p turns by the angle ``p * base ** (-2 * i / rotary_dim)``: (a, b) becomes
+    ``(a * cos - b * sin, b * cos + a * sin)`` (Su et al. 2021, "RoFormer", equation 34). Queries and keys are rotated,
+    values are not.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., L, D)
+        float32, float64, float16 or bfloat16; integers and bools become float64. Any strides.
+    offset : int or array_like of int, default 0
+        Position of row 0; row i has position ``offset + i``. May be negative. An array has exactly as many axes as x
+        has batch axes, each of its size or 1: for x (B, H, L, D) and one offset a sequence, ``offset[:, None]``.
+    base : float, default 10000
+        Positive.
+    interleaved : bool, default False
+        False: channel i is paired with channel ``i + rotary_dim / 2`` (GPT-NeoX, and LLaMA as in Hugging Face); True:
+        channel 2 i with channel 2 i + 1 (RoFormer, GPT-J, and LLaMA as published).
+    rotary_dim : int, optional
+        Only the first so many channels turn, the others are copied; even, at most D. Default D.
+    out : ndarray, optional
+        Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
+    num_threads : int, optional
+        At most so many threads; default `get_num_threads`.
+
+    Returns
+    -------
+    ndarray
+        x's shape and dtype (float64 for integers and bools).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; `out` is untouched then.
+
+    See Also
+    --------
+    sinusoidal_encoding
+
+    Examples
+    --------
+    One radian a position, for the only pair of channels:
+
+    >>> import numpy as np
+    >>> from fastattn.positions import apply_rotary
+    >>> apply_rotary([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]).round(4)
+    array([[ 1.    ,  0.    ],
+           [ 0.5403,  0.8415],
+           [-0.4161,  0.9093]])
+
+    Only the distance of two positions counts:
+
+    >>> rng = np.random.default_rng(0)
+    >>> query, key = rng.normal(size=(2, 1, 8))
+    >>> near = apply_rotary(query, offset=7) @ apply_rotary(key, offset=4).T
+    >>> far = apply_rotary(query, offset=107) @ apply_rotary(key, offset=104).T
+    >>> bool(np.isclose(near, far)[0, 0])
+    True
+
+    In place, for a batch of 2 sequences with 4 heads, of which the second goes on at position 12:
+
+    >>> x = rng.normal(size=(2, 4, 3, 8)).astype(np.float32)
+    >>> apply_rotary(x, offset=[[0], [12]], out=x) is x
+    True
+    """
+    a = np.asarray(x)
+    if a.dtype.kind in "biu":
+        a = a.astype(np.float64)
+    if a.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+        raise TypeError(f"x has dtype {a.dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16")
+    if a.ndim < 2:
+        raise ValueError(f"x has shape {a.shape}; it needs at least two axes, (..., L, D)")
+    dim = a.shape[-1] if rotary_dim is None else _integer(rotary_dim, "rotary_dim", 0, a.shape[-1])
+    if dim % 2:
+        raise ValueError(f"rotary_dim must be even, not {dim}")
+    base = _positive(base, "base")
+    speed = np.array([base ** (-2 * i / dim) for i in range(dim // 2)])
+    position = np.asarray(offset)[..., None] + np.arange(a.shape[-2])
+    angle = position[..., None].astype(np.float64) * speed
+    real = np.float64 if a.dtype == np.float64 else np.float32
+    cos, sin = np.cos(angle).astype(real), np.sin(angle).astype(real)
+    first, second = (slice(0, dim, 2), slice(1, dim, 2)) if interleaved else (slice(dim // 2), slice(dim // 2, dim))
+    u, v = a[..., first].astype(real), a[..., second].astype(real)
+    to = np.empty(a.shape, a.dtype) if out is None else out
+    to[..., dim:] = a[..., dim:]
+    to[..., first], to[..., second] = u * cos - v * sin, v * cos + u * sin
+    return to
+
+
+def alibi_slopes(num_heads: int) -> NDArray[np.float64]:
+    """
+    Slopes of ALiBi, one a head, for ``alibi_slopes=`` of the attention functions.
+
+    For a power of two H the slope of head h = 0, 1, ... is ``2 ** (-8 * (h + 1) / H)``. For other numbers: the slopes
+    of the largest power of two below, then every other one of twice that power, from the first on (Press, Smith and
+    Lewis 2022, "Train short, test long", section 3, and the authors' program).
+
+    Parameters
+    ----------
+    num_heads : int
+        At least 1.
+
+    Returns
+    -------
+    ndarray of float64, shape (num_heads,)
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `num_heads` is not an integer of at least 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> from fastattn.positions import alibi_slopes
+    >>> 1 / alibi_slopes(8)
+    array([  2.,   4.,   8.,  16.,  32.,  64., 128., 256.])
+    >>> alibi_slopes(3)
+    array([0.0625    , 0.00390625, 0.25      ])
+    >>> query, key, value = np.random.default_rng(0).normal(size=(3, 8, 10, 16))
+    >>> fastattn.dot_product_attention(query, key, value, is_causal=True, alibi_slopes=alibi_slopes(8)).shape
+    (8, 10, 16)
+    """
+    count = _integer(num_heads, "num_heads", 1, 1 << 30)
+    whole = 1 << count.bit_length() - 1
+    slopes = 2.0 ** (-8.0 * np.arange(1, whole + 1) / whole)
+    if whole == count:
+        return slopes
+    others = 2.0 ** (-4.0 * np.arange(1, 2 * (count - whole), 2) / whole)
+    return np.concatenate([slopes, others])
+
+
+def relative_position_buckets(
+    query_length: int,
+    key_length: int,
+    *,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = True,
+    query_offset: int | None = None,
+) -> NDArray[np.int64]:
+    """
+    Buckets of the distance from query to key, which a learned table turns into a bias (T5).
+
+    Half of the buckets hold one distance each, from 0 on; the others hold distances up to `max_distance` in parts
+    whose size grows in proportion, and the last one all beyond (Raffel et al. 2020, "Exploring the limits of transfer
+    learning with a unified text-to-text transformer", section 2.1).
+
+    Parameters
+    ----------
+    query_length, key_length : int
+        Numbers of queries L and of keys S, at least 0.
+    num_buckets : int, default 32
+        Rows of the table; at least 4, or 2 where `bidirectional` is False.
+    max_distance : int, default 128
+        Larger than the number of distances that have a bucket of their own: a quarter of `num_buckets`, or half of it
+        where `bidirectional` is False.
+    bidirectional : bool, default True
+        True (encoders): keys behind the query's position have the second half of the buckets. False (decoders): they
+        are in bucket 0.
+    query_offset : int, optional
+        Position of query 0 on the key axis. Default: the last query lines up with the last key, ``S - L``.
+
+    Returns
+    -------
+    ndarray of int64, shape (L, S)
+        Numbers from 0 to ``num_buckets - 1``, the same as in T5 and Hugging Face.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> from fastattn.positions import relative_position_buckets
+    >>> relative_position_buckets(3, 3)
+    array([[ 0, 17, 18],
+           [ 1,  0, 17],
+           [ 2,  1,  0]])
+
+    A learned table has a row for each bucket and a column for each head:
+
+    >>> rng = np.random.default_rng(0)
+    >>> table = rng.normal(size=(32, 4))
+    >>> query, key, value = rng.normal(size=(3, 4, 20, 8))
+    >>> bias = np.moveaxis(table[relative_position_buckets(20, 20)], -1, 0)
+    >>> bias.shape
+    (4, 20, 20)
+    >>> out = fastattn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
+
+    In a window the buckets of the distances in it are enough, and no array of L x S numbers is needed: those of one
+    query, with `left` keys before it and `right` behind.
+
+    >>> left, right = 15, 4
+    >>> buckets = relative_position_buckets(1, left + right + 1, query_offset=left)
+    >>> relative_bias = np.moveaxis(table[buckets], -1, 0)
+    >>> relative_bias.shape
+    (4, 1, 20)
+    >>> near = fastattn.dot_product_attention(
+    ...     query, key, value, window_size=(left, right), relative_bias=relative_bias, scale=1.0
+    ... )
+    >>> same = fastattn.dot_product_attention(query, key, value, window_size=(left, right), bias=bias, scale=1.0)
+    >>> np.allclose(near, same)
+    True
+    """
+    rows, cols = _integer(query_length, "query_length", 0), _integer(key_length, "key_length", 0)
+    if not isinstance(bidirectional, (bool, np.bool_)):
+        raise TypeError(f"bidirectional must be True or False, not {bidirectional!r}")
+    buckets = _integer(num_buckets, "num_buckets", 4 if bidirectional else 2, 1 << 30)
+    side = buckets // 2 if bidirectional else buckets
+    exact = side // 2
+    most = _integer(max_distance, "max_distance", exact + 1)
+    first = cols - rows if query_offset is None else _integer(query_offset, "query_offset", -_FARTHEST)
+    try:
+        result = np.empty((rows, cols), np.int64)
+    except ValueError as error:  # sizes beyond the address space
+        raise MemoryError(f"no memory for buckets of shape {(rows, cols)}") from error
+    # One bucket for each distance, key position - query position, from that of the last query and the first key on.
+    distance = np.arange(rows + cols) - (first + rows - 1)
+    size = abs(distance) if bidirectional else np.maximum(-distance, 0)
+    # In float32, as in T5: at the edge of a bucket the rounding decides.
+    share = np.log(np.maximum(size, exact) / np.float32(exact), dtype=np.float32) / np.float32(math.log(most / exact))
+    large = np.minimum(exact + (share * np.float32(side - exact)).astype(np.int64), side - 1)
+    bucket = np.where(size < exact, size, large)
+    if bidirectional:
+        bucket += side * (distance > 0)
+    for i in range(rows):
+        result[i] = bucket[rows - 1 - i : rows - 1 - i + cols]
+    return result
