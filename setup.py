@@ -76,6 +76,7 @@ setup(
             extension("_arguments"),
             extension("_attention"),
             extension("_softmax"),
+            extension("_positions"),
             # Plain Python, compiled because a small call spends a fifth of its time on the defaults of its arguments.
             extension("attention", suffix="py"),
         ],

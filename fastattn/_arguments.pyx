@@ -26,6 +26,9 @@ cnp.import_array()
 # Positions and windows beyond this mean "far away" as well as any larger number, and sums of three stay in 64 bits.
 cdef int64_t FAR = <int64_t> 1 << 60
 
+# float64 tells all whole numbers up to here apart: where a position is multiplied, and not compared.
+cdef int64_t FARTHEST = <int64_t> 1 << 53
+
 cdef object float16 = np.dtype(np.float16)
 cdef object float32 = np.dtype(np.float32)
 cdef object float64 = np.dtype(np.float64)
@@ -422,9 +425,9 @@ cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, 
     return 0
 
 
-cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, object least, object most,
-                       int64_t *scalar) except -1:
-    """Lengths or offsets: an integer, which goes to `scalar`, or an array with exactly the batch axes."""
+cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object most, int64_t *scalar):
+    """Lengths or offsets: None of an integer, which goes to `scalar`, or a new int64 array with exactly the batch axes.
+    """
     cdef cnp.ndarray a
     allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis"
     if type(x) is int or not hasattr(x, "__len__") and getattr(x, "ndim", 0) == 0 and not isinstance(x, np.ndarray):
@@ -432,7 +435,7 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
         if least is not None and not least <= n <= most:
             raise ValueError(f"{name} must lie between {least} and {most}, not {n}")
         scalar[0] = clipped(n)
-        return 0
+        return None
     a = as_array(x, name)
     if a.size == 0 and a is not x:  # an empty list says nothing of its dtype
         a = a.astype(np.int64)
@@ -456,10 +459,16 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
             a = np.asarray(np.minimum(a, np.uint64(FAR)).astype(np.int64))
         else:
             a = np.asarray(np.clip(a.astype(np.int64), -FAR, FAR))
-    a = a.astype(np.int64)
-    p.kept.append(a)
-    place(p, operand, a, 0)
-    p.uneven = True
+    return a.astype(np.int64, order="C")
+
+
+cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, object least, object most,
+                       int64_t *scalar) except -1:
+    cdef cnp.ndarray a = integers(x, name, batch, least, most, scalar)
+    if a is not None:
+        p.kept.append(a)
+        place(p, operand, a, 0)
+        p.uneven = True
     return 0
 
 
@@ -516,11 +525,11 @@ cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple 
         raise ValueError("out is read-only; it must be writeable")
     if out.size == 0:
         return out
-    if overlaps_itself(out):
+    if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
         raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
     for i in range(len(inputs)):
         a = inputs[i]
-        if same_allowed and i == 0 and a.ctypes.data == out.ctypes.data and a.strides == out.strides:
+        if same_allowed and i == 0 and (a is out or a.ctypes.data == out.ctypes.data and a.strides == out.strides):
             continue
         refuse_overlap(out, (a,), (names[i],))
     return out
@@ -1129,6 +1138,81 @@ cdef Rows read_rows(object x, object axis, object mask, object out, object num_t
         to.count += 1
     join_axes(&p.row)
     join_axes(&p.batch)
+    return p
+
+
+# Pairs that turn
+
+cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t out_stride) noexcept:
+    axes.shape[axes.count] = size
+    axes.strides[<int> ROW_X][axes.count] = x_stride
+    axes.strides[<int> ROW_OUT][axes.count] = out_stride
+    axes.strides[<int> ROW_MASK][axes.count] = 0
+    axes.count += 1
+
+
+cdef Rotation read_rotation(object x, object offset, object base, object interleaved, object rotary_dim, object out,
+                            object num_threads):
+    cdef Rotation p = Rotation.__new__(Rotation)
+    cdef cnp.ndarray a = floating(x, "x"), o, offsets
+    cdef int ndim = cnp.PyArray_NDIM(a), i
+    cdef Py_ssize_t n
+    if ndim < 2:
+        raise too_few_axes("x", a, "(..., L, D)")
+    p.dtype = storage_of(a, "x")
+    p.length = cnp.PyArray_DIM(a, ndim - 2)
+    p.channels = cnp.PyArray_DIM(a, ndim - 1)
+    if rotary_dim is None:
+        if p.channels % 2:
+            raise ValueError(f"x has an odd number of channels (its last axis), {p.channels}: rotary_dim, even, says "
+                             f"how many of them turn")
+        p.pairs = p.channels // 2
+    else:
+        dim = integer(rotary_dim, "rotary_dim", "an even integer or None")
+        if not 0 <= dim <= p.channels or dim % 2:
+            raise ValueError(f"rotary_dim must be even and lie between 0 and {p.channels}, the number of x's channels "
+                             f"(its last axis), not {dim}")
+        p.pairs = dim // 2
+    p.base = real_scalar(base, "base", "a positive finite number")
+    if p.base <= 0:
+        raise ValueError(f"base must be a positive finite number, not {base}")
+    p.interleaved = flag(interleaved, "interleaved")
+    if num_threads is not None:
+        checked_threads(num_threads)
+    p.num_threads = num_threads
+    offsets = None
+    if type(offset) is int and -FARTHEST <= offset <= FARTHEST:
+        p.offset = offset
+    else:
+        offsets = integers(offset, "offset", shape_of(a)[:ndim - 2], -FARTHEST, FARTHEST, &p.offset)
+
+    if out is None and p.dtype != FA_BF16 and <double> cnp.PyArray_SIZE(a) < 1e15:
+        o = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(a), cnp.PyArray_TYPE(a), 0)
+    else:
+        o = checked_out(out, shape_of(a), a.dtype, [a], ("x",), True)
+        refuse_overlap(out, (x if a.dtype != getattr(x, "dtype", None) else None, offset), ("x", "offset"))
+    p.answer = o
+    p.kept = [a, o, offsets]
+    p.offsets = &p.offset if offsets is None else <int64_t *> cnp.PyArray_DATA(offsets)
+    p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
+    p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
+    # A stride along an axis of one element means nothing.
+    p.row[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 2) if p.length > 1 else 0
+    p.row[<int> ROW_OUT] = cnp.PyArray_STRIDE(o, ndim - 2) if p.length > 1 else 0
+    p.col[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 1) if p.channels > 1 else cnp.PyArray_ITEMSIZE(a)
+    p.col[<int> ROW_OUT] = cnp.PyArray_STRIDE(o, ndim - 1) if p.channels > 1 else cnp.PyArray_ITEMSIZE(o)
+    p.cells.count = p.members.count = 0
+    p.cell_count = p.member_count = 1
+    for i in range(ndim - 2):
+        n = cnp.PyArray_DIM(a, i)
+        if offsets is not None and cnp.PyArray_DIM(offsets, i) > 1:
+            add_axis(&p.cells, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
+            p.cell_count *= n
+        else:
+            add_axis(&p.members, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
+            p.member_count *= n
+    join_axes(&p.cells)
+    join_axes(&p.members)
     return p
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastattn import _positions
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -30,9 +32,13 @@ def _integer(x: Any, name: str, least: int, most: int = _FARTHEST) -> int:
 def _positive(x: Any, name: str) -> float:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
         raise TypeError(f"{name} must be a positive finite number, not {x!r}")
-    if not 0 < x < math.inf:
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive finite number, not {x}")
-    return float(x)
+    return number
 
 
 def sinusoidal_encoding(
@@ -203,28 +209,7 @@ def apply_rotary(
     >>> apply_rotary(x, offset=[[0], [12]], out=x) is x
     True
     """
-    a = np.asarray(x)
-    if a.dtype.kind in "biu":
-        a = a.astype(np.float64)
-    if a.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
-        raise TypeError(f"x has dtype {a.dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16")
-    if a.ndim < 2:
-        raise ValueError(f"x has shape {a.shape}; it needs at least two axes, (..., L, D)")
-    dim = a.shape[-1] if rotary_dim is None else _integer(rotary_dim, "rotary_dim", 0, a.shape[-1])
-    if dim % 2:
-        raise ValueError(f"rotary_dim must be even, not {dim}")
-    base = _positive(base, "base")
-    speed = np.array([base ** (-2 * i / dim) for i in range(dim // 2)])
-    position = np.asarray(offset)[..., None] + np.arange(a.shape[-2])
-    angle = position[..., None].astype(np.float64) * speed
-    real = np.float64 if a.dtype == np.float64 else np.float32
-    cos, sin = np.cos(angle).astype(real), np.sin(angle).astype(real)
-    first, second = (slice(0, dim, 2), slice(1, dim, 2)) if interleaved else (slice(dim // 2), slice(dim // 2, dim))
-    u, v = a[..., first].astype(real), a[..., second].astype(real)
-    to = np.empty(a.shape, a.dtype) if out is None else out
-    to[..., dim:] = a[..., dim:]
-    to[..., first], to[..., second] = u * cos - v * sin, v * cos + u * sin
-    return to
+    return _positions.apply_rotary(x, offset, base, interleaved, rotary_dim, out, num_threads)
 
 
 def alibi_slopes(num_heads: int) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fastattn
+from fastattn.positions import apply_rotary
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect through ctypes")
 
@@ -243,6 +244,14 @@ def walk(dtype, at_end):
         cuts = guarded(np.array([0, length // 3, length]), at_end)
         fastattn.varlen_attention(query, query, value, cuts, out=normal(3, length, 7), return_lse=True)
         fastattn.merge_attention([normal(length, 7), normal(length, 7)], [normal(length), normal(length)])
+        for rotary_dim in {length // 2 * 2, length // 4 * 2}:
+            for interleaved in (False, True):
+                options = {"rotary_dim": rotary_dim, "interleaved": interleaved}
+                check(apply_rotary(x, out=out, **options))
+                check(apply_rotary(x, out=x, offset=guarded(np.full(1, 3), at_end)[0], **options))
+                for layout in (guarded_rows, guarded_columns):
+                    check(apply_rotary(layout(x, at_end), out=layout(out, at_end), **options))
+                check(apply_rotary(normal(2, 3, length), offset=guarded(np.array([3, 9]), at_end), **options))
 
 
 @pytest.mark.parametrize("at_end", [True, False])

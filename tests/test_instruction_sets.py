@@ -14,7 +14,7 @@ import fastattn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SUITE = ("softmax", "dot_product", "truncated", "decode", "additive", "combinations", "hostile", "same_bits",
-         "merge_varlen", "guard_pages")  # fmt: skip
+         "merge_varlen", "positions", "guard_pages")  # fmt: skip
 
 info = fastattn.cpu_info()
 

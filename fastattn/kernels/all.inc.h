@@ -9,9 +9,12 @@
 
 #include "rows.inc.h"
 
+#include "rotary.inc.h"
+
 static const fa_kernels NAME(table) = {
-    KERNELS,         NAME(tile_workspace), NAME(open_tile), NAME(visit_keys), NAME(span_size), NAME(save_span),
-    NAME(join_span), NAME(close_tile),     NAME(rows),      NAME(gather),     NAME(scatter),   NAME(merge),
+    KERNELS,         NAME(tile_workspace), NAME(open_tile),  NAME(visit_keys), NAME(span_size),
+    NAME(save_span), NAME(join_span),      NAME(close_tile), NAME(rows),       NAME(gather),
+    NAME(scatter),   NAME(merge),          NAME(turns),      NAME(rotate),
 };
 
 #undef BITS

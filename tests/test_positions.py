@@ -1,0 +1,668 @@
+"""Encodings of positions: against the reference, against published values, and what must not matter to the bits."""
+
+import math
+import threading
+
+import fresh_process
+import numpy as np
+import pytest
+from problems import AWKWARD, DTYPES, HEAD_DIMS, bits, layouts, sixteen_bits
+
+import fastattn
+from fastattn import reference
+from fastattn.positions import alibi_slopes, apply_rotary, relative_position_buckets, sinusoidal_encoding
+
+ALL_DTYPES = (*DTYPES, *sixteen_bits())
+
+
+def eps_of(dtype):
+    """Half the distance from 1 to the next number: the relative error of one rounding."""
+    return {"float64": 2**-53, "float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}[np.dtype(dtype).name]
+
+
+def assert_rotary(x, result=None, *, offset=0, rotary_dim=None, reference=reference, **options):
+    """Each number within what the roundings allow.
+
+    The angle is a product of two roundings, of the speed (two of them, with another power function than ours) and of
+    the product, times its size; cosine, sine, the two products and the sum are rounded once each in the arithmetic's
+    dtype, and the result in its own.
+    """
+    x = np.asarray(x)
+    if result is None:
+        result = apply_rotary(x, offset=offset, rotary_dim=rotary_dim, **options)
+    expected = reference.apply_rotary(x, offset=offset, rotary_dim=rotary_dim, **options)
+    storage = x.dtype if x.dtype.kind == "f" or x.dtype.name == "bfloat16" else np.dtype(np.float64)
+    assert result.dtype == storage
+    assert result.shape == x.shape
+    if x.size == 0:
+        return
+    real = np.float64 if storage == np.float64 else np.float32
+    farthest = np.max(np.abs(np.asarray(offset, dtype=np.float64))) + x.shape[-2]
+    angle_error = 4 * eps_of(np.float64) * farthest
+    dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    size = np.abs(x.astype(np.float64))
+    first, second = (
+        (slice(0, dim, 2), slice(1, dim, 2)) if options.get("interleaved") else (slice(dim // 2), slice(dim // 2, dim))
+    )
+    pair = size[..., first] + size[..., second]
+    allowed = np.zeros(x.shape)
+    allowed[..., first] = allowed[..., second] = pair * (3 * eps_of(real) + angle_error)
+    if storage.itemsize == 2:
+        smallest = 2**-25 if storage == np.float16 else 0
+        allowed[..., :dim] += np.abs(expected[..., :dim]) * eps_of(storage) + smallest
+    error = np.abs(result.astype(np.float64) - expected)
+    assert (error <= allowed).all(), (np.max(error), np.max(error - allowed))
+
+
+# Sinusoidal encoding
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (1, 1), (5, 2), (5, 7), (200, 64), (33, 513)])
+def test_sinusoidal_against_reference(shape, layout):
+    for offset in (0, 3, -50, 10**6):
+        ours = sinusoidal_encoding(*shape, layout=layout, offset=offset)
+        theirs = reference.sinusoidal_encoding(*shape, layout=layout, offset=offset)
+        assert ours.shape == shape
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-52 * (abs(offset) + shape[0] + 2))
+
+
+def test_sinusoidal_values():
+    """The table that tutorials print for 4 positions and base 100, and the paper's formula written out."""
+    expected = [
+        [0.0, 1.0, 0.0, 1.0],
+        [0.84147098, 0.54030231, 0.09983342, 0.99500417],
+        [0.90929743, -0.41614684, 0.19866933, 0.98006658],
+        [0.14112001, -0.9899925, 0.29552021, 0.95533649],
+    ]
+    np.testing.assert_allclose(sinusoidal_encoding(4, 4, base=100), expected, atol=6e-9)
+    table = sinusoidal_encoding(60, 512)
+    for position, i in [(1, 0), (1, 255), (59, 3), (17, 100)]:
+        angle = position / 10000 ** (2 * i / 512)
+        assert abs(table[position, 2 * i] - math.sin(angle)) < 1e-13
+        assert abs(table[position, 2 * i + 1] - math.cos(angle)) < 1e-13
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6, 7, 64, 65])
+def test_sinusoidal_layouts_hold_the_same_numbers(dim):
+    turns, split = sinusoidal_encoding(9, dim), sinusoidal_encoding(9, dim, layout="split")
+    sines = (dim + 1) // 2
+    np.testing.assert_array_equal(split[:, :sines], turns[:, 0::2])
+    np.testing.assert_array_equal(split[:, sines:], turns[:, 1::2])
+    # The speeds of an odd dim are its own: an even table of one channel more has others.
+    if dim % 2:
+        angle = np.arange(9)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+        np.testing.assert_allclose(turns[:, 0::2], np.sin(angle), atol=1e-14)
+
+
+def test_sinusoidal_offset_is_a_later_part():
+    whole = sinusoidal_encoding(40, 10)
+    np.testing.assert_array_equal(sinusoidal_encoding(5, 10, offset=20), whole[20:25])
+    np.testing.assert_array_equal(sinusoidal_encoding(3, 10, offset=-1)[1:], whole[:2])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_sinusoidal_dtypes(dtype):
+    table = sinusoidal_encoding(30, 20, dtype=dtype)
+    assert table.dtype == dtype
+    np.testing.assert_array_equal(table, sinusoidal_encoding(30, 20).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"length": -1}, ValueError, "length"),
+        ({"length": 2.0}, TypeError, "length"),
+        ({"length": True}, TypeError, "length"),
+        ({"dim": -2}, ValueError, "dim"),
+        ({"dim": "4"}, TypeError, "dim"),
+        ({"base": 0}, ValueError, "base"),
+        ({"base": -10.0}, ValueError, "base"),
+        ({"base": math.nan}, ValueError, "base"),
+        ({"base": math.inf}, ValueError, "base"),
+        ({"base": 10**400}, ValueError, "base"),
+        ({"base": "10000"}, TypeError, "base"),
+        ({"base": 1j}, TypeError, "base"),
+        ({"layout": "both"}, ValueError, "interleaved.*split"),
+        ({"layout": None}, ValueError, "layout"),
+        ({"offset": 0.5}, TypeError, "offset"),
+        ({"offset": 2**53 + 1}, ValueError, "offset"),
+        ({"dtype": np.int64}, TypeError, "dtype"),
+        ({"dtype": np.dtype(">f4") if np.little_endian else np.dtype("<f4")}, TypeError, "dtype"),
+        ({"dtype": complex}, TypeError, "dtype"),
+        ({"length": 2**50, "dim": 2**50}, MemoryError, "memory"),
+    ],
+)
+def test_sinusoidal_errors(options, error, words):
+    with pytest.raises(error, match=words):
+        sinusoidal_encoding(**{"length": 3, "dim": 4, **options})
+
+
+# Rotary encoding
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("channels", HEAD_DIMS)
+def test_rotary_channels(rng, channels, interleaved, dtype):
+    x = (3 * rng.standard_normal((2, 5, channels))).astype(dtype)
+    even = channels // 2 * 2
+    for rotary_dim in {0, even, even // 4 * 2}:
+        assert_rotary(x, rotary_dim=rotary_dim, interleaved=interleaved, offset=7)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("length", [*AWKWARD, 300])
+def test_rotary_lengths(rng, length, dtype):
+    x = rng.standard_normal((2, 3, length, 24)).astype(dtype)
+    for offset in (0, 11, -length, -(10**6)):
+        assert_rotary(x, offset=offset)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3), (2, 0), (1, 1, 1, 5), (2, 1, 2, 1, 2)])
+def test_rotary_batches_and_offsets(rng, batch):
+    x = rng.standard_normal((*batch, 7, 12)).astype(np.float32)
+    assert_rotary(x)
+    for keep in range(2 ** len(batch)):
+        shape = tuple(n if keep >> axis & 1 else 1 for axis, n in enumerate(batch))
+        offset = rng.integers(-1000, 1000, shape)
+        assert_rotary(x, offset=offset)
+        assert_rotary(x, offset=offset.astype(np.int16, order="F"))
+        if 0 not in shape:
+            assert_rotary(x, offset=offset.tolist())
+
+
+def test_rotary_offsets_of_all_integer_types():
+    x = np.ones((2, 3, 4))
+    expected = apply_rotary(x, offset=5)
+    for dtype in (np.int8, np.uint8, np.int32, np.uint64):
+        np.testing.assert_array_equal(apply_rotary(x, offset=dtype(5)), expected)
+        np.testing.assert_array_equal(apply_rotary(x, offset=np.full(2, 5, dtype)), expected)
+
+
+def test_rotary_values():
+    """One radian a position for the first pair; a hundredth for the second of two."""
+    c, s = math.cos(1), math.sin(1)
+    np.testing.assert_allclose(apply_rotary([[1.0, 0.0]], offset=1), [[c, s]], rtol=1e-15)
+    np.testing.assert_allclose(apply_rotary([[0.0, 1.0]], offset=1), [[-s, c]], rtol=1e-15)
+    slow_c, slow_s = math.cos(0.01), math.sin(0.01)
+    x = [[1.0, 2.0, 3.0, 4.0]]
+    half = [[c - 3 * s, 2 * slow_c - 4 * slow_s, 3 * c + s, 4 * slow_c + 2 * slow_s]]
+    pairs = [[c - 2 * s, 2 * c + s, 3 * slow_c - 4 * slow_s, 4 * slow_c + 3 * slow_s]]
+    np.testing.assert_allclose(apply_rotary(x, offset=1), half, rtol=1e-14)
+    np.testing.assert_allclose(apply_rotary(x, offset=1, interleaved=True), pairs, rtol=1e-14)
+    np.testing.assert_array_equal(apply_rotary([[1, 2, 3, 4]]), x)
+
+
+def rotate_half(x, offset, base=10000.0):
+    """As Hugging Face writes it: x * cos + rotate_half(x) * sin, with each angle twice."""
+    half = x.shape[-1] // 2
+    angle = (offset + np.arange(x.shape[-2]))[:, None] / base ** (np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    angle = np.concatenate([angle, angle], axis=-1)
+    return x * np.cos(angle) + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * np.sin(angle)
+
+
+def as_complex(x, offset, base=10000.0):
+    """As LLaMA was published: pairs as complex numbers, times exp(1j * angle)."""
+    angle = (offset + np.arange(x.shape[-2]))[:, None] / base ** (np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    return (x.view(np.complex128) * np.exp(1j * angle)).view(np.float64)
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000, 2.5, 1.0])
+def test_rotary_as_others_write_it(rng, base):
+    x = rng.standard_normal((2, 3, 50, 64))
+    np.testing.assert_allclose(apply_rotary(x, offset=9, base=base), rotate_half(x, 9, base), atol=1e-12)
+    np.testing.assert_allclose(
+        apply_rotary(x, offset=9, base=base, interleaved=True), as_complex(x, 9, base), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 6, 32, 70, 128])
+def test_the_layouts_are_permutations_of_each_other(rng, channels):
+    x = rng.standard_normal((20, channels))
+    to_pairs = np.arange(channels).reshape(2, -1).T.ravel()
+    expected = apply_rotary(x)[:, to_pairs]
+    np.testing.assert_allclose(apply_rotary(x[:, to_pairs], interleaved=True), expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_only_distances_count(rng, interleaved):
+    query, key = rng.standard_normal((2, 1, 64))
+    for distance in (0, 1, 17, -5):
+        scores = [
+            (
+                apply_rotary(query, offset=at + distance, interleaved=interleaved)
+                @ apply_rotary(key, offset=at, interleaved=interleaved).T
+            ).item()
+            for at in (0, 1, 100, -3, 12345)
+        ]
+        np.testing.assert_allclose(scores, scores[0], atol=1e-10)
+
+
+def test_lengths_stay(rng):
+    x = rng.standard_normal((30, 40))
+    np.testing.assert_allclose(np.linalg.norm(apply_rotary(x, offset=99), axis=-1), np.linalg.norm(x, axis=-1))
+    back = apply_rotary(apply_rotary(x, offset=5)[:1], offset=-5)
+    np.testing.assert_allclose(back, x[:1], atol=1e-14)
+
+
+def test_rotary_partial_is_a_smaller_rotary_and_a_copy(rng):
+    x = rng.standard_normal((2, 9, 40)).astype(np.float32)
+    for interleaved in (False, True):
+        result = apply_rotary(x, rotary_dim=14, interleaved=interleaved)
+        np.testing.assert_array_equal(result[..., 14:], x[..., 14:])
+        alone = apply_rotary(np.ascontiguousarray(x[..., :14]), interleaved=interleaved)
+        np.testing.assert_array_equal(result[..., :14], alone)
+
+
+def test_far_positions_are_right():
+    """Float32 angles are off by a tenth of a turn at a million; these are exact to float32."""
+    x = np.array([[1.0, 0.0]], dtype=np.float32)
+    for offset in (10**6, -(10**6), 10**9, 2**31, 2**53 - 1):
+        result = apply_rotary(x, offset=offset)
+        np.testing.assert_allclose(result, [[math.cos(offset), math.sin(offset)]], rtol=0, atol=2**-24)
+    assert_rotary(np.ones((3, 20, 64), np.float32), offset=10**9)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.int64])
+def test_rotary_integers_become_float64(rng, dtype):
+    assert_rotary(rng.integers(0, 2, (3, 5, 8)).astype(dtype), offset=3)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_rotary_layouts(rng, dtype, interleaved):
+    x = rng.standard_normal((3, 4, 19, 46)).astype(dtype)
+    options = {"interleaved": interleaved, "rotary_dim": 42, "offset": rng.integers(0, 99, (3, 1))}
+    expected = bits(apply_rotary(x, **options))
+    assert_rotary(x, **options)
+    for layout, other in layouts(x):
+        assert bits(apply_rotary(other, **options)) == expected, layout
+    for layout, out in layouts(np.zeros_like(x)):
+        if out.flags.writeable:
+            assert apply_rotary(x, out=out, **options) is out
+            assert bits(out) == expected, layout
+    for layout, both in layouts(x):
+        if both.flags.writeable:
+            assert apply_rotary(both, out=both, **options) is both
+            assert bits(both) == expected, f"in place, {layout}"
+
+
+def test_rotary_of_a_broadcast_view(rng):
+    x = np.broadcast_to(rng.standard_normal((1, 6, 10)), (5, 6, 10))
+    assert_rotary(x, offset=np.arange(5))
+
+
+def test_rotary_leaves_its_input_alone(rng):
+    x = rng.standard_normal((2, 9, 16)).astype(np.float32)
+    offset = np.array([3, 5])
+    before = x.copy(), offset.copy()
+    apply_rotary(x, offset=offset)
+    np.testing.assert_array_equal(x, before[0])
+    np.testing.assert_array_equal(offset, before[1])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_bits_of_a_row_depend_on_itself_and_its_position(rng, interleaved, dtype):
+    """Not on threads, the rest of the batch, the rows about it, or how its position is told."""
+    x = rng.standard_normal((3, 8, 300, 70)).astype(dtype)
+    whole = apply_rotary(x, offset=40, interleaved=interleaved, num_threads=1)
+    for num_threads in (2, 3, 7):
+        assert bits(apply_rotary(x, offset=40, interleaved=interleaved, num_threads=num_threads)) == bits(whole)
+    one = apply_rotary(x[1, 2, 123:124], offset=163, interleaved=interleaved)
+    assert bits(one) == bits(whole[1, 2, 123:124])
+    offsets = np.full((3, 8), 40)
+    offsets[1, 2] = -7
+    mixed = apply_rotary(x, offset=offsets, interleaved=interleaved)
+    assert bits(mixed[0]) == bits(whole[0])
+    assert bits(mixed[1, 3:]) == bits(whole[1, 3:])
+    assert bits(mixed[1, 2]) == bits(apply_rotary(x[1, 2], offset=-7, interleaved=interleaved))
+
+
+def test_kept_tables_change_no_bit(rng):
+    """Calls in any order, with tables found whole, in part, or made anew."""
+    x = rng.standard_normal((4, 50, 32)).astype(np.float32)
+    calls = [
+        {"offset": offset, "base": base, "rotary_dim": dim}
+        for offset in (0, 10, 35, np.array([0, 10, 35, 0]), np.array([0, 10, 35, 1]))
+        for base in (10000.0, 9999.0)
+        for dim in (32, 16)
+    ]
+    first = [bits(apply_rotary(x, **options)) for options in calls]
+    assert len(set(first)) == len(first)
+    for i in rng.integers(0, len(calls), 200):
+        length = rng.integers(1, 51)
+        expected = np.frombuffer(first[i], np.float32).reshape(x.shape)[:, :length]
+        assert bits(apply_rotary(x[:, :length], **calls[i])) == bits(expected)
+    # The same numbers in the other precision are another table.
+    assert_rotary(x.astype(np.float64), offset=10)
+    assert_rotary(x, offset=10)
+
+
+def test_tables_too_long_to_keep(rng):
+    """Each run of rows makes its part of the table: the same bits as from a table that is kept."""
+    x = rng.standard_normal((2, 17000, 130)).astype(np.float32)
+    long = apply_rotary(x, num_threads=2)
+    assert bits(long) == bits(apply_rotary(x, num_threads=1))
+    assert bits(apply_rotary(x[:, 16000:], offset=16000)) == bits(long[:, 16000:])
+    assert_rotary(x[:, 16900:], long[:, 16900:], offset=16900)
+
+
+def test_memory_stays_flat():
+    code = """
+    import resource
+    import numpy as np
+    from fastattn.positions import apply_rotary
+    x = np.ones((2000, 64), np.float32)
+    for warm in (20, 400):
+        for i in range(warm):
+            apply_rotary(x, offset=i * 5000)
+            apply_rotary(x[None, :7], offset=[i], base=2.0 + i)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    before, after = map(int, fresh_process.run(code).split())
+    assert after - before < 8192, "kilobytes"
+
+
+def test_concurrent_calls(rng):
+    x = rng.standard_normal((4, 200, 64)).astype(np.float32)
+    expected = [bits(apply_rotary(x, offset=37 * i, num_threads=1)) for i in range(8)]
+    wrong = []
+
+    def work(seed):
+        for i in np.random.default_rng(seed).integers(0, 8, 60):
+            if bits(apply_rotary(x, offset=37 * i)) != expected[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_nan_and_infinity_stay_in_their_pair(rng, interleaved, dtype):
+    x = rng.standard_normal((3, 9, 44)).astype(dtype)
+    clean = apply_rotary(x, offset=2, rotary_dim=40, interleaved=interleaved)
+    bad = x.copy()
+    bad[0, 3, 4], bad[1, 8, 39], bad[2, 0, 42] = np.nan, np.inf, np.nan
+    result = apply_rotary(bad, offset=2, rotary_dim=40, interleaved=interleaved)
+    touched = np.zeros(x.shape, bool)
+    for index, channel in (((0, 3), 4), ((1, 8), 39)):
+        partner = channel ^ 1 if interleaved else (channel + 20) % 40
+        touched[index][[channel, partner]] = True
+    assert not np.isfinite(result[touched].astype(np.float32)).any()
+    touched[2, 0, 42] = True
+    assert np.isnan(result[2, 0, 42])
+    np.testing.assert_array_equal(result[~touched], clean[~touched])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_and_smallest_numbers(dtype):
+    info = np.finfo(dtype)
+    for number in (info.max, info.tiny, info.smallest_subnormal):
+        x = np.array([[number, 0.0], [0.0, number]], dtype=dtype)
+        np.testing.assert_array_equal(apply_rotary(x)[0], x[0])
+        assert np.isfinite(apply_rotary(x)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (2, 0, 3, 8), (0, 4, 8), (2, 3, 0, 8)])
+def test_rotary_empty(shape):
+    for offset in (0, 10**9):
+        assert apply_rotary(np.empty(shape, np.float32), offset=offset).shape == shape
+    x = np.empty(shape, np.float32)
+    assert apply_rotary(x, out=x) is x
+
+
+def test_rotary_of_no_channels_copies(rng):
+    x = rng.standard_normal((5, 7, 9)).astype(np.float32)
+    np.testing.assert_array_equal(apply_rotary(x, rotary_dim=0), x)
+    assert apply_rotary(x, rotary_dim=0) is not x
+
+
+def masked():
+    return np.ma.masked_array(np.ones((3, 4)), mask=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"x": np.ones(4)}, ValueError, r"x.*\(4,\).*two axes"),
+        ({"x": 1.0}, ValueError, "x"),
+        ({"x": np.ones((3, 5))}, ValueError, "odd.*5.*rotary_dim"),
+        ({"x": np.ones((3, 4), complex)}, TypeError, "x.*complex"),
+        ({"x": np.ones((3, 4), np.longdouble)}, TypeError, "x"),
+        ({"x": np.ones((3, 4), ">f4" if np.little_endian else "<f4")}, TypeError, "x.*byte order"),
+        ({"x": [["a", "b"]]}, TypeError, "x"),
+        ({"x": masked()}, TypeError, "x.*masked"),
+        ({"x": [[1.0, 2.0], [3.0]]}, TypeError, "x"),
+        ({"rotary_dim": 3}, ValueError, "rotary_dim.*even"),
+        ({"rotary_dim": 6}, ValueError, "rotary_dim.*4.*6"),
+        ({"rotary_dim": -2}, ValueError, "rotary_dim"),
+        ({"rotary_dim": 2.0}, TypeError, "rotary_dim"),
+        ({"rotary_dim": True}, TypeError, "rotary_dim"),
+        ({"base": 0.0}, ValueError, "base"),
+        ({"base": -1}, ValueError, "base"),
+        ({"base": math.nan}, ValueError, "base"),
+        ({"base": None}, TypeError, "base"),
+        ({"interleaved": 1}, TypeError, "interleaved"),
+        ({"interleaved": None}, TypeError, "interleaved"),
+        ({"offset": 1.0}, TypeError, "offset"),
+        ({"offset": True}, TypeError, "offset"),
+        ({"offset": None}, TypeError, "offset"),
+        ({"offset": 2**53 + 1}, ValueError, "offset.*9007199254740992"),
+        ({"offset": -(2**70)}, ValueError, "offset"),
+        ({"offset": [1, 2]}, ValueError, "offset"),
+        ({"offset": np.zeros((2, 3)), "x": np.ones((2, 3, 5, 4))}, TypeError, "offset"),
+        ({"offset": np.zeros(2, int), "x": np.ones((2, 3, 5, 4))}, ValueError, r"offset\[:, None\]"),
+        ({"offset": np.zeros((2, 2), int), "x": np.ones((2, 3, 5, 4))}, ValueError, r"\(2, 3\)"),
+        ({"offset": [2**60], "x": np.ones((1, 5, 4))}, ValueError, "offset"),
+        ({"num_threads": 0}, ValueError, "num_threads"),
+        ({"num_threads": 1.5}, TypeError, "num_threads"),
+        ({"out": np.zeros((4, 3))}, ValueError, "out"),
+        ({"out": np.zeros((3, 4), np.float32)}, TypeError, "out"),
+        ({"out": [[0.0]]}, TypeError, "out"),
+        ({"out": np.broadcast_to(np.zeros(4), (3, 4))}, ValueError, "read-only"),
+        ({"out": np.lib.stride_tricks.as_strided(np.zeros(6), (3, 4), (8, 8))}, ValueError, "overlaps itself"),
+    ],
+)
+def test_rotary_errors(options, error, words):
+    with pytest.raises(error, match=words):
+        apply_rotary(options.pop("x", np.ones((3, 4))), **options)
+
+
+def test_rotary_out_must_not_overlap(rng):
+    memory = rng.standard_normal(200)
+    before = memory.copy()
+    x = memory[:80].reshape(10, 8)
+    for out in (memory[8:88].reshape(10, 8), memory[4:84].reshape(10, 8), x[::-1], x[:, ::-1]):
+        with pytest.raises(ValueError, match="out overlaps x"):
+            apply_rotary(x, out=out)
+    whole = np.zeros((10, 2), np.int64)
+    with pytest.raises(ValueError, match="out overlaps x"):
+        apply_rotary(whole, out=whole.view(np.float64))
+    offset = np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="out overlaps offset"):
+        apply_rotary(np.ones((1, 1, 2), np.float32), offset=offset, out=offset.view(np.float32).reshape(1, 1, 2))
+    np.testing.assert_array_equal(memory, before)
+    assert apply_rotary(x, out=memory[80:160].reshape(10, 8)).base is not None
+    assert bits(apply_rotary(x, out=x[:])) == bits(memory[80:160])
+
+
+def test_rotary_of_a_memory_map_in_place(rng, tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(5, 8))
+    x[...] = rng.standard_normal(x.shape)
+    expected = apply_rotary(x, offset=4)
+    assert apply_rotary(x, offset=4, out=x) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_nothing_outside_is_written(rng):
+    for shape in ((7, 30), (1, 2), (5, 34), (3, 126)):
+        for dtype in ALL_DTYPES:
+            frame = np.full((shape[0] + 2, shape[1] + 8), 7, dtype)
+            inner = frame[1:-1, 4:-4]
+            for interleaved in (False, True):
+                apply_rotary(rng.standard_normal(shape).astype(dtype), out=inner, interleaved=interleaved)
+            inner[...] = 7
+            assert (frame == 7).all()
+
+
+def test_rotary_and_attention_of_a_decoding_step(rng):
+    """A query that is rotated on its own, at its position, attends as it does within the whole sequence."""
+    query, key, value = rng.standard_normal((3, 2, 4, 12, 16))
+    whole = fastattn.dot_product_attention(apply_rotary(query), apply_rotary(key), value, is_causal=True)
+    last = apply_rotary(query[..., 11:, :], offset=np.full((2, 1), 11))
+    step = fastattn.dot_product_attention(last, apply_rotary(key), value, is_causal=True)
+    np.testing.assert_allclose(step, whole[..., 11:, :], rtol=0, atol=1e-13)
+
+
+def test_the_check_can_fail(rng):
+    class Swapped:
+        @staticmethod
+        def apply_rotary(x, offset=0, **options):
+            return reference.apply_rotary(x, offset=-np.asarray(offset), **options)
+
+    class Slow:
+        @staticmethod
+        def apply_rotary(x, base=10000.0, **options):
+            return reference.apply_rotary(x, base=base * (1 + 1e-4), **options)
+
+    x = rng.standard_normal((4, 30, 16)).astype(np.float32)
+    for wrong in (Swapped, Slow):
+        with pytest.raises(AssertionError):
+            assert_rotary(x, offset=3, reference=wrong)
+
+
+# ALiBi slopes
+
+
+def test_slopes_of_powers_of_two():
+    np.testing.assert_array_equal(alibi_slopes(8), [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256])
+    np.testing.assert_array_equal(alibi_slopes(1), [1 / 256])
+    np.testing.assert_array_equal(alibi_slopes(2), [1 / 16, 1 / 256])
+    np.testing.assert_array_equal(alibi_slopes(4), [1 / 4, 1 / 16, 1 / 64, 1 / 256])
+    np.testing.assert_allclose(alibi_slopes(16), 2 ** (-np.arange(1, 17) / 2), rtol=2**-52)
+    assert alibi_slopes(16)[0] == pytest.approx(1 / math.sqrt(2))
+
+
+def test_slopes_of_other_numbers():
+    """What the authors' program gives for 12 heads: those of 8, and four of those of 16."""
+    expected = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
+    expected += [0.7071067811865476, 0.35355339059327384, 0.17677669529663692, 0.08838834764831849]
+    np.testing.assert_allclose(alibi_slopes(12), expected, rtol=1e-14)
+    np.testing.assert_array_equal(alibi_slopes(3), [1 / 16, 1 / 256, 1 / 4])
+    np.testing.assert_array_equal(alibi_slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+
+
+def test_slopes_against_reference():
+    for num_heads in (*range(1, 140), 1000, 1024, 1025):
+        slopes = alibi_slopes(num_heads)
+        assert slopes.shape == (num_heads,)
+        assert slopes.dtype == np.float64
+        assert len(set(slopes)) == num_heads
+        np.testing.assert_allclose(slopes, reference.alibi_slopes(num_heads), rtol=1e-11)
+    assert (alibi_slopes(np.int32(5)) == alibi_slopes(5)).all()
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "error"), [(0, ValueError), (-8, ValueError), (8.0, TypeError), (True, TypeError), ("8", TypeError)]
+)
+def test_slopes_errors(num_heads, error):
+    with pytest.raises(error, match="num_heads"):
+        alibi_slopes(num_heads)
+
+
+# Relative buckets
+
+
+def test_buckets_as_published():
+    """What Hugging Face's T5 gives for distances about the edges of its buckets."""
+    distances = [0, 1, 7, 8, 9, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 128, 1000]
+    encoder = [0, 1, 7, 8, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 15, 15]
+    row = relative_position_buckets(1, 2001, query_offset=1000)[0]
+    np.testing.assert_array_equal(row[[1000 - d for d in distances]], encoder)
+    np.testing.assert_array_equal(row[[1000 + d for d in distances[1:]]], np.add(encoder[1:], 16))
+    decoder = [0, 1, 7, 8, 9, 11, 12, 15, 16, 18, 18, 21, 21, 23, 24, 26, 26, 29, 29, 31, 31, 31]
+    row = relative_position_buckets(1, 2001, query_offset=1000, bidirectional=False)[0]
+    np.testing.assert_array_equal(row[[1000 - d for d in distances]], decoder)
+    assert (row[1000:] == 0).all()
+
+
+def test_buckets_of_a_small_matrix():
+    expected = [[0, 17, 18, 19], [1, 0, 17, 18], [2, 1, 0, 17], [3, 2, 1, 0]]
+    np.testing.assert_array_equal(relative_position_buckets(4, 4), expected)
+    np.testing.assert_array_equal(relative_position_buckets(2, 4), expected[2:])
+    np.testing.assert_array_equal(relative_position_buckets(4, 4, bidirectional=False), np.tril(expected))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("num_buckets", [4, 7, 16, 32, 33, 64, 320])
+@pytest.mark.parametrize("max_distance", [165, 128, 256, 800, 1000])
+def test_buckets_against_reference(num_buckets, max_distance, bidirectional):
+    options = {"num_buckets": num_buckets, "max_distance": max_distance, "bidirectional": bidirectional}
+    if max_distance <= num_buckets // (4 if bidirectional else 2):
+        return
+    for length, keys, offset in ((1, 2500, 1250), (30, 20, None), (20, 300, -100), (7, 9, 10**6)):
+        ours = relative_position_buckets(length, keys, query_offset=offset, **options)
+        theirs = reference.relative_position_buckets(length, keys, query_offset=offset, **options)
+        assert ours.shape == (length, keys)
+        assert ours.dtype == np.int64
+        assert ours.flags.writeable
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.min() >= 0
+        assert ours.max() < num_buckets
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
+def test_buckets_empty(shape):
+    assert relative_position_buckets(*shape).shape == shape
+
+
+def test_buckets_in_a_window(rng):
+    """The buckets of one query's window are the bias of all, as the docstring says."""
+    table = rng.standard_normal((32, 3))
+    query, key, value = rng.standard_normal((3, 3, 40, 8))
+    for left, right in ((0, 0), (9, 0), (12, 30), (100, 100)):
+        bias = np.moveaxis(table[relative_position_buckets(40, 40)], -1, 0)
+        narrow = np.moveaxis(table[relative_position_buckets(1, left + right + 1, query_offset=left)], -1, 0)
+        window = {"window_size": (left, right)}
+        np.testing.assert_allclose(
+            fastattn.dot_product_attention(query, key, value, relative_bias=narrow, **window),
+            fastattn.dot_product_attention(query, key, value, bias=bias, **window),
+            rtol=1e-12,
+            atol=1e-14,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"query_length": -1}, ValueError, "query_length"),
+        ({"key_length": 1.0}, TypeError, "key_length"),
+        ({"num_buckets": 3}, ValueError, "num_buckets"),
+        ({"num_buckets": 1, "bidirectional": False}, ValueError, "num_buckets"),
+        ({"num_buckets": 32.0}, TypeError, "num_buckets"),
+        ({"max_distance": 8}, ValueError, "max_distance"),
+        ({"max_distance": 16, "bidirectional": False}, ValueError, "max_distance"),
+        ({"max_distance": None}, TypeError, "max_distance"),
+        ({"bidirectional": 1}, TypeError, "bidirectional"),
+        ({"query_offset": 0.0}, TypeError, "query_offset"),
+        ({"query_offset": 2**54}, ValueError, "query_offset"),
+        ({"query_length": 2**50, "key_length": 2**50}, MemoryError, "memory"),
+    ],
+)
+def test_buckets_errors(options, error, words):
+    with pytest.raises(error, match=words):
+        relative_position_buckets(**{"query_length": 3, "key_length": 3, **options})
+
+
+def test_a_learned_table_is_a_plain_array(rng):
+    """Absolute positions that are learned need no function: rows of the table are added."""
+    table, x = rng.standard_normal((100, 8)), rng.standard_normal((2, 5, 8))
+    np.testing.assert_array_equal((x + table[10:15])[1, 3], x[1, 3] + table[13])
