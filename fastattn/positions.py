@@ -183,6 +183,12 @@ def apply_rotary(
     --------
     sinusoidal_encoding
 
+    Notes
+    -----
+    Angles are taken in float64, so that those of far positions are right, and cosines and sines are then rounded to
+    float32, or float64 for float64, in which the rotation is done. The tables of the last few calls are kept for the
+    next, at most 16 MiB in all; no bit of a result depends on that.
+
     Examples
     --------
     One radian a position, for the only pair of channels:
