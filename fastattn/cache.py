@@ -252,18 +252,13 @@ class KVCache:
             raise ValueError(f"value has {value.shape[-2]} tokens (axis -2) and key {n}: each token brings both")
         came = self._counts(lengths, n)
         there = self._lengths.ravel()
-        full = there + came > self._capacity
-        if self._window is None and full.any():
-            raise self._no_room(there, came, full)
-        # Of more than there is room for the last ones; of the old ones then as many as may be asked for.
-        new = np.minimum(came, self._capacity)
-        kept = there
-        if self._window is not None and full.any():
+        kept, new = self._plan(came)
+        moved = np.flatnonzero(kept < there)
+        if moved.size:
             # What came might be views of what is about to move.
             own = self._key, self._value
             key, value = (x.copy() if any(np.may_share_memory(x, y) for y in own) else x for x in (key, value))
-            kept = np.where(full, np.minimum(there, np.minimum(self._window, self._capacity - new)), there)
-            for s in np.flatnonzero(full):
+            for s in moved:
                 for flat in self._flat:
                     flat[s, :, : kept[s]] = flat[s, :, there[s] - kept[s] : there[s]]
         first = came - new
@@ -278,6 +273,23 @@ class KVCache:
                 flat[b, :, kept[b] + i - first[b]] = x[b, :, i]
         shape = self._lengths.shape
         self._settle((kept + new).reshape(shape), self._dropped + (there - kept + first).reshape(shape))
+
+    def _plan(self, came: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many of the tokens that are there stay in each sequence, and how many of those that come go in."""
+        there = self._lengths.ravel()
+        full = there + came > self._capacity
+        if not full.any():
+            return there, came
+        if self._window is None:
+            raise self._no_room(there, came, full)
+        # Of more than there is room for the last ones; of the old ones then as many as may be asked for.
+        new = np.minimum(came, self._capacity)
+        return np.where(full, np.minimum(there, np.minimum(self._window, self._capacity - new)), there), new
+
+    def _longest_after(self, n: int, lengths: ArrayLike | None) -> int:
+        """Tokens of the longest sequence, were n tokens appended, of which `lengths` count; errors as in `append`."""
+        kept, new = self._plan(self._counts(lengths, n))
+        return int((kept + new).max(initial=0))
 
     def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
         self._lengths, self._dropped = _read_only(lengths), _read_only(dropped)

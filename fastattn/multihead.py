@@ -1,0 +1,1154 @@
+"""Attention with its projections: from tokens to queries, keys and values, and from the heads back to tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastattn import _weights
+from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn.cache import KVCache
+from fastattn.positions import apply_rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from os import PathLike
+    from typing import Self
+
+    from numpy.typing import ArrayLike, NDArray
+
+    State = Mapping[str, Any] | str | PathLike[str]
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+# Checks
+
+
+def _floating(x: Any, name: str) -> NDArray[Any]:
+    """An array of a dtype that attention takes; integers and bools as float64."""
+    if type(x) is np.ndarray and x.dtype == _FLOAT32:
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
+    try:
+        a = np.asarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} cannot be made into an array: {error}") from error
+    if a.dtype.kind in "fcbiu" and not a.dtype.isnative:
+        raise TypeError(
+            f"{name} has the byte order of another machine ({a.dtype.str}): "
+            f"convert it with {name}.astype({name}.dtype.newbyteorder('='))"
+        )
+    if a.dtype.kind in "biu":
+        return a.astype(_FLOAT64)
+    if a.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+        raise TypeError(
+            f"{name} has dtype {a.dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16, "
+            f"and integers and bools, which become float64"
+        )
+    return a
+
+
+def _common_dtype(**dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """What the arrays of these names promote to."""
+    names = {dtype.name for dtype in dtypes.values()}
+    if {"float16", "bfloat16"} <= names:
+        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"float16 and bfloat16 have no common dtype ({got}): convert one of them")
+    return np.result_type(*dtypes.values())
+
+
+def _accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
+
+
+def _matrix(w: Any, name: str, rows: int | None, why: str) -> NDArray[Any]:
+    a = _floating(w, name)
+    if a.ndim != 2 or (rows is not None and a.shape[0] != rows):
+        raise ValueError(f"{name} has shape {a.shape}; it must be ({'channels' if rows is None else rows}, n){why}")
+    return a
+
+
+def _split(columns: int, name: str, heads: int, of: str) -> int:
+    """Columns of a head."""
+    if columns % heads:
+        raise ValueError(f"{name} has {columns} columns, which {of}={heads} does not divide")
+    return columns // heads
+
+
+def _vector(b: Any, name: str, size: int, of: str) -> NDArray[np.float64]:
+    """A bias, zeros where there is none."""
+    if b is None:
+        return np.zeros(size)
+    a = _floating(b, name)
+    if a.shape != (size,):
+        raise ValueError(f"{name} has shape {a.shape}; it must be ({size},), one for each column of {of}")
+    return a.astype(_FLOAT64)
+
+
+def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any]:
+    a = _floating(x, name)
+    if a.ndim < 2 or a.shape[-1] != rows:
+        raise ValueError(f"{name} has shape {a.shape}; it must be (..., {axes}, {rows}): {weight} has {rows} rows")
+    return a
+
+
+def _heads(x: Any, name: str) -> int:
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
+        raise TypeError(f"{name} must be an integer of at least 1, not {x!r}")
+    n: int = x.__index__()
+    if n < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {n}")
+    return n
+
+
+def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = None) -> Any:
+    """Lengths (0 to most) or offsets of sequences, arrays with one more axis, for the heads."""
+    if x is None:
+        return None
+    allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis of x"
+    try:
+        a = np.asarray(x)
+    except ValueError as error:
+        raise TypeError(f"{name} must be {allowed}: {error}") from error
+    if type(x) is int:
+        a = np.asarray(x, object)  # of any size
+    elif a.size == 0 and a is not x:  # an empty list says nothing of its dtype
+        a = a.astype(np.int64)
+    elif a.dtype.kind not in "iu" or not a.dtype.isnative or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be {allowed}, not {'masked' if a.dtype.kind in 'iu' else f'of dtype {a.dtype}'}")
+    if a.ndim and (
+        a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True))
+    ):
+        raise ValueError(
+            f"{name} has shape {a.shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}. "
+            f"The heads have no axis here"
+        )
+    if most is not None and a.size and not (0 <= a.min() and a.max() <= most):
+        raise ValueError(f"{name} must lie between 0 and {most}, not {a.min() if a.min() < 0 else a.max()}")
+    return a[..., None] if a.ndim else a.item()
+
+
+def _overlaps_itself(a: NDArray[Any]) -> bool:
+    """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
+    reach = a.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Any) -> None:
+    """Whether the result can go there; `inputs` are what it must not overlap."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it must have the output's, {dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; it must be writeable")
+    if out.size and _overlaps_itself(out):
+        raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
+    for name, x in inputs.items():
+        if isinstance(x, np.ndarray) and _overlap(out, x):
+            raise ValueError(f"out overlaps {name}; it needs memory of its own")
+
+
+# Products
+
+
+def _rows(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """x as (tokens, channels), as BLAS takes it: a copy only of what has another dtype or gaps between its channels."""
+    channels = x.shape[-1]
+    rows = x.reshape(math.prod(x.shape[:-1]), channels)
+    if rows.dtype != dtype:
+        return rows.astype(dtype, order="C")
+    if rows.flags.c_contiguous:
+        return rows
+    row, channel = rows.strides
+    return rows if channel == rows.itemsize and row >= channels * channel else np.ascontiguousarray(rows)
+
+
+def _project(
+    x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """x @ w + b, in one product over all tokens and one pass over its result."""
+    try:
+        y = np.matmul(x, w, out=out)
+    except ValueError as error:  # the shapes fit: what is left is a size beyond the address space
+        raise MemoryError(f"no memory for the product of arrays of shapes {x.shape} and {w.shape}") from error
+    return y if b is None else np.add(y, b, out=y)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as error:
+        raise MemoryError(f"no memory for a result of shape {shape} and dtype {dtype}") from error
+
+
+class _Weights(NamedTuple):
+    """
+    The weights in one dtype, in C order, and side by side where they read the same input.
+
+    Columns of a wider matrix are no obstacle to BLAS, so the parts are views where there is a whole.
+    """
+
+    query: NDArray[Any]
+    context: NDArray[Any]  # of key and value
+    every: NDArray[Any] | None  # of query, key and value; None where x and context differ in their channels
+    out: NDArray[Any] | None
+    b_query: NDArray[Any] | None
+    b_context: NDArray[Any] | None
+    b_every: NDArray[Any] | None
+    b_out: NDArray[Any] | None
+
+    @classmethod
+    def of(
+        cls,
+        query: NDArray[Any],
+        context: Sequence[NDArray[Any]],
+        out: NDArray[Any] | None,
+        b_every: NDArray[Any] | None,
+        b_out: NDArray[Any] | None,
+        dtype: np.dtype[Any],
+    ) -> _Weights:
+        def one(*parts: NDArray[Any]) -> NDArray[Any]:
+            whole = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype)
+            np.concatenate(parts, axis=1, out=whole, casting="same_kind")
+            whole.flags.writeable = False
+            return whole
+
+        n = query.shape[1]
+        with np.errstate(all="ignore"):
+            every = one(query, *context) if len(query) == len(context[0]) else None
+            own = one(query) if every is None else every[:, :n]
+            other = one(*context) if every is None else every[:, n:]
+            b_every, b_out = (None if b is None else b.astype(dtype) for b in (b_every, b_out))
+            b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
+            return cls(own, other, every, None if out is None else one(out), b_own, b_other, b_every, b_out)
+
+
+def self_attention(
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    w_value: ArrayLike,
+    *,
+    is_causal: bool = False,
+    window_size: int | tuple[int | None, int | None] | None = None,
+    chunk_size: int | None = None,
+    left_chunks: int | None = None,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    return_weights: bool | str = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Self-attention in its textbook form: ``softmax(Q K^T / sqrt(d_k)) V``, where Q, K and V are x times a matrix each.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., L, d_model)
+        A sequence of L tokens, or a batch of them: float32, float64, float16 or bfloat16; integers and bools become
+        float64.
+    w_query, w_key : array_like, shape (d_model, d_k)
+    w_value : array_like, shape (d_model, d_v)
+        The matrices W^Q, W^K and W^V, on the right of x; they promote together with x as `numpy.result_type` says.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+        As for `dot_product_attention`: which keys a query sees. Both L and S are the length of x here.
+    bias, relative_bias, alibi_slopes
+        As for `dot_product_attention`: what is added to the scores.
+    scale, softcap, sinks, activation
+        As for `dot_product_attention`: from scores to weights. `scale` is by default ``1 / sqrt(d_k)``.
+    return_weights, return_lse, out, num_threads
+        As for `dot_product_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L, d_v)
+        Of the dtype to which x and the matrices promote.
+    weights : ndarray, shape (..., L, L) or (..., L, left + right + 1)
+        Only with `return_weights`; float64 for float64, else float32.
+    lse : ndarray, shape (..., L)
+        Only with `return_lse`; float64 for float64, else float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the result, the projected arrays or the workspace.
+
+    See Also
+    --------
+    MultiHeadAttention : with heads, biases and an output projection, and for weights that are used again and again.
+
+    Notes
+    -----
+    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
+    promised that the bits of a row do not depend on threads, batch and padding. 16-bit arrays are projected, and
+    attended to, in float32; only the output is rounded.
+
+    The matrices are multiplied one after the other: side by side, as `MultiHeadAttention` holds them, they would have
+    to be copied in each call.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", 2017, section 3.2.1, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # three tokens
+    >>> w_query, w_key = np.array([[4.0], [0.0]]), np.array([[0.0], [1.0]])
+    >>> out, weights = fastattn.self_attention(x, w_query, w_key, np.eye(2), return_weights=True)
+    >>> weights.round(3)
+    array([[0.009, 0.495, 0.495],
+           [0.333, 0.333, 0.333],
+           [0.009, 0.495, 0.495]])
+    >>> out.round(3)
+    array([[0.505, 0.991],
+           [0.667, 0.667],
+           [0.505, 0.991]])
+    """
+    names = "w_query", "w_key", "w_value"
+    tokens = _floating(x, "x")
+    if tokens.ndim < 2:
+        raise ValueError(f"x has shape {tokens.shape}; it needs at least two axes, (..., L, d_model)")
+    rows = tokens.shape[-1]
+    matrices = [
+        _matrix(w, name, rows, f": {rows} is x's last axis")
+        for w, name in zip((w_query, w_key, w_value), names, strict=True)
+    ]
+    if matrices[0].shape[1] != matrices[1].shape[1]:
+        raise ValueError(
+            f"w_key has {matrices[1].shape[1]} columns and w_query {matrices[0].shape[1]}: for dot products they must "
+            f"be equal"
+        )
+    dtype = _common_dtype(x=tokens.dtype, **{name: w.dtype for name, w in zip(names, matrices, strict=True)})
+    accumulation = _accumulation(dtype)
+    if out is not None:
+        _check_out(
+            out,
+            (*tokens.shape[:-1], matrices[2].shape[1]),
+            dtype,
+            x=x,
+            w_query=w_query,
+            w_key=w_key,
+            w_value=w_value,
+            mask=mask,
+            bias=bias,
+            relative_bias=relative_bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            query_offset=query_offset,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+        )
+    flat = _rows(tokens, accumulation)
+    with np.errstate(all="ignore"):
+        query, key, value = (
+            _project(flat, w.astype(accumulation, copy=False)).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices
+        )
+    answer: NDArray[Any] | tuple[NDArray[Any], ...] = _dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal,
+        window_size,
+        chunk_size,
+        left_chunks,
+        query_offset,
+        key_lengths,
+        query_lengths,
+        mask,
+        bias,
+        relative_bias,
+        alibi_slopes,
+        scale,
+        softcap,
+        sinks,
+        activation,
+        False,
+        return_weights,
+        return_lse,
+        out if dtype == accumulation else None,
+        num_threads,
+    )
+    if dtype == accumulation:
+        return answer
+    if isinstance(answer, tuple):
+        return (_rounded(answer[0], dtype, out), *answer[1:])
+    return _rounded(answer, dtype, out)
+
+
+def _rounded(x: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """x in that dtype, in `out` if there is one."""
+    with np.errstate(all="ignore"):
+        if out is None:
+            return x.astype(dtype)
+        out[...] = x
+        return out
+
+
+class MultiHeadAttention:
+    """
+    Multi-head attention with its projections: self-attention, cross-attention, and steps that extend a cache.
+
+    ``layer(x)`` is ``concat(head_1, ..., head_h) @ w_out + b_out`` with ``head_i = attention(x @ W_i^Q, c @ W_i^K,
+    c @ W_i^V)``, where c is `context`, or x again [1]_. The weights people have come in through `from_torch`,
+    `from_linear`, `from_bert`, `from_llama` and `from_keras`.
+
+    Parameters
+    ----------
+    w_query : array_like, shape (d_model, num_heads * head_dim)
+    w_key : array_like, shape (d_context, num_kv_heads * head_dim)
+    w_value : array_like, shape (d_context, num_kv_heads * value_dim)
+        Projections; they stand on the right, ``x @ w_query``, and a head's columns lie side by side. float32, float64,
+        float16 or bfloat16; integers and bools become float64. They are copied. Self-attention needs ``d_context ==
+        d_model``.
+    w_out : array_like, shape (num_heads * value_dim, d_out), optional
+        Output projection. Without it the heads come back side by side.
+    num_heads : int
+    num_kv_heads : int, optional
+        Heads of key and value, default `num_heads`. If there are fewer of them, query head h reads key head
+        ``h // (num_heads // num_kv_heads)`` (grouped-query attention [2]_).
+    b_query, b_key, b_value, b_out : array_like, optional
+        Added to the projections, one number for each of their columns; taken in the accumulation dtype.
+    rotary_base : float, optional
+        With it query and key are rotated by their positions, as `apply_rotary` does it with this base.
+    rotary_interleaved : bool, default False
+    rotary_dim : int, optional
+        As `interleaved` and `rotary_dim` of `apply_rotary`. Default: all of `head_dim`.
+
+    Attributes
+    ----------
+    w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out : ndarray or None
+        The layer's own copies, in the dtype in which they are multiplied; read-only.
+    num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
+    dtype : numpy.dtype
+        What the weight matrices promote to.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it.
+    MemoryError
+        If there is no memory for the copies.
+
+    See Also
+    --------
+    self_attention : one head, the textbook form.
+    dot_product_attention : attention alone, and what every rule means.
+    KVCache
+
+    Notes
+    -----
+    Weights that see the same input lie side by side in memory, so that query, key and value come from one matrix
+    product. The heads are views of its result, attention writes its output where the last product reads it: nothing is
+    moved in between.
+
+    Weights in 16 bits are held in float32, and those that x promotes to another dtype are converted in each call: give
+    them the dtype of x.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", 2017, section 3.2.2.
+    .. [2] J. Ainslie et al., "GQA: Training generalized multi-query transformer models from multi-head checkpoints",
+           2023, section 2.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> w_query, w_key, w_value, w_out = rng.normal(size=(4, 32, 32)).astype(np.float32)
+    >>> layer = fastattn.MultiHeadAttention(w_query, w_key, w_value, w_out, num_heads=4)
+    >>> x = rng.normal(size=(2, 10, 32)).astype(np.float32)
+    >>> layer(x).shape
+    (2, 10, 32)
+    >>> context = rng.normal(size=(2, 50, 32)).astype(np.float32)
+    >>> out, weights = layer(x, context, key_lengths=[50, 31], return_weights=True)
+    >>> weights.shape
+    (2, 4, 10, 50)
+
+    A prompt of 9 tokens and a step of one, with a cache: the last row of what they give together.
+
+    >>> cache = fastattn.KVCache(2, 4, 100, 8)
+    >>> _ = layer(x[:, :9], cache=cache, is_causal=True)
+    >>> step = layer(x[:, 9:], cache=cache)
+    >>> bool(np.allclose(step, layer(x, is_causal=True)[:, 9:], atol=1e-4))
+    True
+    """
+
+    def __init__(
+        self,
+        w_query: ArrayLike,
+        w_key: ArrayLike,
+        w_value: ArrayLike,
+        w_out: ArrayLike | None = None,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        b_query: ArrayLike | None = None,
+        b_key: ArrayLike | None = None,
+        b_value: ArrayLike | None = None,
+        b_out: ArrayLike | None = None,
+        rotary_base: float | None = None,
+        rotary_interleaved: bool = False,
+        rotary_dim: int | None = None,
+    ) -> None:
+        self.num_heads = _heads(num_heads, "num_heads")
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else _heads(num_kv_heads, "num_kv_heads")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a whole multiple of num_kv_heads={self.num_kv_heads}")
+        query = _matrix(w_query, "w_query", None, "")
+        key = _matrix(w_key, "w_key", None, "")
+        value = _matrix(w_value, "w_value", len(key), f": {len(key)} rows as w_key has, since both project the same")
+        self.d_model, self.d_context = len(query), len(key)
+        of = "num_heads" if num_kv_heads is None else "num_kv_heads"
+        self.head_dim = _split(query.shape[1], "w_query", self.num_heads, "num_heads")
+        self.value_dim = _split(value.shape[1], "w_value", self.num_kv_heads, of)
+        if key.shape[1] != self.num_kv_heads * self.head_dim:
+            text = (
+                f"w_key has {key.shape[1]} columns; it must have {self.num_kv_heads * self.head_dim}, {of}="
+                f"{self.num_kv_heads} heads of {self.head_dim} channels as w_query has them"
+            )
+            if num_kv_heads is None:
+                text += ". Fewer heads of key and value are given as num_kv_heads"
+            raise ValueError(text)
+        matrices = {"w_query": query, "w_key": key, "w_value": value}
+        if w_out is not None:
+            width = self.num_heads * self.value_dim
+            why = f": {width} is num_heads={self.num_heads} times the {self.value_dim} channels of a value head"
+            matrices["w_out"] = _matrix(w_out, "w_out", width, why)
+        elif b_out is not None:
+            raise ValueError("b_out is added to the output projection: it needs w_out")
+        self.dtype = _common_dtype(**{name: w.dtype for name, w in matrices.items()})
+        out = matrices.get("w_out")
+        self.d_out = self.num_heads * self.value_dim if out is None else out.shape[1]
+
+        biases = [
+            _vector(b, name, w.shape[1], f"w{name[1:]}")
+            for b, name, w in ((b_query, "b_query", query), (b_key, "b_key", key), (b_value, "b_value", value))
+        ]
+        # As they were given: for a call in float64 those of the accumulation dtype would have lost digits.
+        self._b_every = None if b_query is b_key is b_value is None else np.concatenate(biases)
+        self._b_out = None if out is None or b_out is None else _vector(b_out, "b_out", out.shape[1], "w_out")
+        self._has_bias = b_query is not None, b_key is not None, b_value is not None
+        self._accumulation = _accumulation(self.dtype)
+        self._weights = _Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
+
+        self.rotary_base = _rotary_base(rotary_base)
+        self.rotary_dim = _rotary_dim(rotary_dim, self.head_dim, rotary_base)
+        if not isinstance(rotary_interleaved, (bool, np.bool_)):
+            raise TypeError(f"rotary_interleaved must be True or False, not {rotary_interleaved!r}")
+        self.rotary_interleaved = bool(rotary_interleaved)
+
+    @classmethod
+    def from_torch(cls, state: State, *, num_heads: int, prefix: str = "") -> Self:
+        """
+        From the state dict of PyTorch's ``nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path of a .safetensors file
+            Arrays or torch tensors: ``in_proj_weight`` or, where `kdim` and `vdim` were given, ``q_proj_weight``,
+            ``k_proj_weight`` and ``v_proj_weight``; ``out_proj.weight``; the biases ``in_proj_bias`` and
+            ``out_proj.bias`` if there are any. A file needs the package safetensors, and only these are read.
+        num_heads : int
+        prefix : str, default ""
+            What stands before the names, as ``"layers.0.self_attn."``.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError
+            If names are missing (the message lists what was looked for and what is there), if shapes do not fit, if
+            `kdim` and `vdim` differ, or if there is a ``bias_k`` (add_bias_kv), for which there is no place here.
+        ImportError
+            If the package is missing that reads the file.
+
+        Notes
+        -----
+        There a boolean mask is True where a query may *not* attend, `is_causal` aligns the first query with the first
+        key, and weights are averaged over the heads.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> state = {"in_proj_weight": rng.normal(size=(24, 8)), "out_proj.weight": rng.normal(size=(8, 8))}
+        >>> fastattn.MultiHeadAttention.from_torch(state, num_heads=2)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, float64>
+        """
+        return cls(num_heads=num_heads, **_weights.from_torch(state, prefix))
+
+    @classmethod
+    def from_linear(
+        cls,
+        state: State,
+        query: str,
+        key: str,
+        value: str,
+        out: str | None = None,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        rotary_base: float | None = None,
+        rotary_interleaved: bool = False,
+        rotary_dim: int | None = None,
+    ) -> Self:
+        """
+        From the state dict of a model whose projections are PyTorch's ``nn.Linear``.
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path of a .safetensors file
+            As for `from_torch`.
+        query, key, value, out : str
+            Names of the layers, without ``.weight``: that must be there, ``.bias`` may be.
+        num_heads, num_kv_heads, rotary_base, rotary_interleaved, rotary_dim : optional
+            As for `MultiHeadAttention`.
+        prefix : str, default ""
+            What stands before all names.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_torch`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> state = {f"attn.{name}.weight": np.eye(6) for name in ("q", "k", "v", "out")}
+        >>> fastattn.MultiHeadAttention.from_linear(state, "q", "k", "v", "out", num_heads=3, prefix="attn.")
+        <MultiHeadAttention: 6 -> 3 heads of 2 -> 6, num_kv_heads=3, value_dim=2, float64>
+        """
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            rotary_base=rotary_base,
+            rotary_interleaved=rotary_interleaved,
+            rotary_dim=rotary_dim,
+            **_weights.from_linear(state, query, key, value, out, prefix),
+        )
+
+    @classmethod
+    def from_bert(cls, state: State, layer: int, *, num_heads: int, prefix: str = "") -> Self:
+        """
+        From the weights of a layer of BERT as Hugging Face names them (also RoBERTa and MiniLM).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path of a .safetensors file
+            As for `from_torch`. Looked for are ``encoder.layer.{layer}.attention.self.query.weight``, ``key`` and
+            ``value`` alike, ``encoder.layer.{layer}.attention.output.dense.weight``, and their biases. The norm behind
+            attention is not part of the layer.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``num_attention_heads`` of the model's config.json.
+        prefix : str, default ""
+            What stands before the names. If it is not given, and the names stand behind one other prefix only (as
+            ``"bert."``), that is taken.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_torch`; also if there are other weights of attention (as ``distance_embedding``), without which
+            the results would be wrong.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, parts = "bert.encoder.layer.0.attention", ("self.query", "self.key", "self.value", "output.dense")
+        >>> state = {f"{at}.{part}.weight": np.eye(8, dtype=np.float32) for part in parts}
+        >>> fastattn.MultiHeadAttention.from_bert(state, 0, num_heads=2)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, float32>
+        """
+        return cls(num_heads=num_heads, **_weights.from_bert(state, layer, prefix))
+
+    @classmethod
+    def from_llama(
+        cls,
+        state: State,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        rotary_base: float = 10000.0,
+        prefix: str = "model.",
+    ) -> Self:
+        """
+        From the weights of a layer of LLaMA as Hugging Face names them (also Mistral and Qwen2).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path of a .safetensors file
+            As for `from_torch`. Looked for are ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
+            ``o_proj`` alike, and their biases if there are any.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``num_attention_heads`` of the model's config.json.
+        num_kv_heads : int, optional
+            ``num_key_value_heads``. Default: as many as ``k_proj`` has room for.
+        rotary_base : float, default 10000
+            ``rope_theta``. Halves of a head are paired, as Hugging Face has it. (A ``rope_scaling`` is not supported.)
+        prefix : str, default "model."
+            What stands before the names. If it is not given, and the names stand behind one other prefix only, that is
+            taken.
+
+        Returns
+        -------
+        MultiHeadAttention
+            To be called with ``is_causal=True``.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_torch`; also if there are other weights of attention (as ``q_norm``, or of quantization),
+            without which the results would be wrong.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, rows = "model.layers.0.self_attn", {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8}
+        >>> state = {f"{at}.{name}.weight": np.ones((n, 8), np.float32) for name, n in rows.items()}
+        >>> fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4)
+        <MultiHeadAttention: 8 -> 4 heads of 2 -> 8, num_kv_heads=2, value_dim=2, rotary_base=10000, float32>
+        """
+        return cls(
+            num_heads=num_heads,
+            rotary_base=rotary_base,
+            **_weights.from_llama(state, layer, num_heads, num_kv_heads, prefix),
+        )
+
+    @classmethod
+    def from_keras(cls, weights: Sequence[Any] | Mapping[str, Any], *, prefix: str = "") -> Self:
+        """
+        From the weights of Keras' ``MultiHeadAttention`` or ``GroupQueryAttention``.
+
+        Parameters
+        ----------
+        weights : list of arrays, or mapping from names to arrays
+            What ``layer.get_weights()`` returns: kernels of query, key, value (d_model, heads, channels) and output
+            (heads, channels, d_out), each with its bias behind it, or without. Or the same by the names
+            ``query/kernel``, ``query/bias``, ``key/kernel``, ..., ``attention_output/bias``.
+        prefix : str, default ""
+            What stands before the names. If it is not given, and the names stand behind one other prefix only, that is
+            taken.
+
+        Returns
+        -------
+        MultiHeadAttention
+            The heads are told by the shapes.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If names are missing, or shapes do not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = [np.ones((8, 2, 4)), np.ones((8, 2, 4)), np.ones((8, 2, 3)), np.ones((2, 3, 8))]
+        >>> fastattn.MultiHeadAttention.from_keras(weights)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=3, float64>
+        """
+        return cls(**_weights.from_keras(weights, prefix))
+
+    def __repr__(self) -> str:
+        rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
+        return (
+            f"<MultiHeadAttention: {self.d_model} -> {self.num_heads} heads of {self.head_dim} -> {self.d_out}, "
+            f"num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}{rotary}, {self.dtype}>"
+        )
+
+    @property
+    def w_query(self) -> NDArray[Any]:
+        """Of shape (d_model, num_heads * head_dim)."""
+        return self._weights.query
+
+    @property
+    def w_key(self) -> NDArray[Any]:
+        """Of shape (d_context, num_kv_heads * head_dim)."""
+        return self._weights.context[:, : self.num_kv_heads * self.head_dim]
+
+    @property
+    def w_value(self) -> NDArray[Any]:
+        """Of shape (d_context, num_kv_heads * value_dim)."""
+        return self._weights.context[:, self.num_kv_heads * self.head_dim :]
+
+    @property
+    def w_out(self) -> NDArray[Any] | None:
+        """Of shape (num_heads * value_dim, d_out)."""
+        return self._weights.out
+
+    @property
+    def b_query(self) -> NDArray[Any] | None:
+        """Of shape (num_heads * head_dim,)."""
+        return self._bias(0)
+
+    @property
+    def b_key(self) -> NDArray[Any] | None:
+        """Of shape (num_kv_heads * head_dim,)."""
+        return self._bias(1)
+
+    @property
+    def b_value(self) -> NDArray[Any] | None:
+        """Of shape (num_kv_heads * value_dim,)."""
+        return self._bias(2)
+
+    @property
+    def b_out(self) -> NDArray[Any] | None:
+        """Of shape (d_out,)."""
+        return self._weights.b_out
+
+    def _bias(self, which: int) -> NDArray[Any] | None:
+        if not self._has_bias[which] or self._weights.b_every is None:
+            return None
+        n = self.num_heads * self.head_dim
+        ends = 0, n, n + self.num_kv_heads * self.head_dim, None
+        return self._weights.b_every[ends[which] : ends[which + 1]]
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        *,
+        cache: KVCache | None = None,
+        is_causal: bool = False,
+        window_size: int | tuple[int | None, int | None] | None = None,
+        chunk_size: int | None = None,
+        left_chunks: int | None = None,
+        query_offset: ArrayLike | None = None,
+        key_lengths: ArrayLike | None = None,
+        query_lengths: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        relative_bias: ArrayLike | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: ArrayLike | None = None,
+        activation: str = "softmax",
+        return_weights: bool | str = False,
+        return_lse: bool = False,
+        out: NDArray[Any] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+        """
+        Attend from x to itself, to `context`, or to what is in the cache.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, d_model)
+            What asks: a sequence of L tokens, or a batch of them.
+        context : array_like, shape (..., S, d_context), optional
+            What is asked (cross-attention); its batch axes and those of x broadcast. Default: x.
+        cache : KVCache, optional
+            Keys and values of x are appended to it, and x attends to all that are there then. Its batch_shape is the
+            batch axes of x; `query_lengths` says how many rows of x count in each sequence. Neither `context` nor
+            `key_lengths` nor `query_offset` go with it: the cache knows them.
+        is_causal, window_size, chunk_size, left_chunks : optional
+            As for `dot_product_attention`.
+        query_offset, key_lengths, query_lengths : int or array of int, optional
+            As for `dot_product_attention`, but with the batch axes of x, without one for the heads: ``(B,)`` for x
+            (B, L, d_model). By default the last valid query lines up with the last valid key also where x attends to
+            itself: for padded sequences and a causal rule or a window give both lengths, or ``query_offset=0``.
+        mask, bias, relative_bias : array_like, optional
+            As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), the last one to
+            (..., num_heads, L, left + right + 1). S is the length of x, of `context`, or of ``cache.key`` after
+            the call. A mask for each sequence, not for each head, is ``mask[:, None]``.
+        alibi_slopes, sinks : array_like, optional
+            As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
+        scale, softcap, activation, num_threads : optional
+            As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not bind
+            the matrix products, which are NumPy's.
+        return_weights, return_lse : optional
+            As for `dot_product_attention`, for each head.
+        out : ndarray, shape (..., L, d_out), optional
+            Receives the output, of the output's dtype; must not overlap an input.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, d_out)
+            Of the dtype to which x, `context` and the weight matrices promote.
+        weights : ndarray, shape (..., num_heads, L, S) or (..., num_heads, L, left + right + 1)
+            Only with `return_weights`; float64 where attention is in float64, else float32.
+        lse : ndarray, shape (..., num_heads, L)
+            Only with `return_lse`; of the same dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not as above; the message names it, `out` is untouched and nothing is appended.
+        MemoryError
+            If there is no memory for the result, the projected arrays or the workspace. (Then, and when Ctrl-C ends
+            a call, tokens may have been appended.)
+
+        Notes
+        -----
+        A row of x that sees no key gives `b_out`, or 0 without it.
+
+        Rotary encoding puts key j at position j and query i at ``query_offset + i``; with a cache, row i of x at
+        ``cache.dropped + cache.lengths + i``, with the lengths before the call.
+
+        16-bit arrays are projected, and attended to, in float32; only the output is rounded. With a cache attention is
+        in the cache's dtype: query, key and value are rounded to it, and the output of the heads comes in it. All
+        else is in the accumulation dtype, float64 for float64 and else float32.
+
+        The projections use the threads of NumPy's BLAS, and only from their results on is it promised that the bits of
+        a row do not depend on threads, batch and padding.
+        """
+        # What came, and what it must be.
+        tokens = _tokens(x, "x", "L", "w_query", self.d_model)
+        other = tokens
+        batch, length = tokens.shape[:-2], tokens.shape[-2]
+        num_keys = length
+        if context is not None:
+            if self.rotary_base is not None:
+                raise ValueError(
+                    "context and rotary_base do not go together: positions in x and in context have no common origin"
+                )
+            if cache is not None:
+                raise ValueError("context and cache do not go together: a cache grows by the keys of x itself")
+            other = _tokens(context, "context", "S", "w_key", self.d_context)
+            num_keys = other.shape[-2]
+            if other.shape[:-2] != batch:
+                try:
+                    batch = np.broadcast_shapes(batch, other.shape[:-2])
+                except ValueError as error:
+                    raise ValueError(
+                        f"context has shape {other.shape} and x {tokens.shape}: their batch axes do not broadcast"
+                    ) from error
+        elif self.d_model != self.d_context:
+            raise ValueError(
+                f"w_query has {self.d_model} rows and w_key {self.d_context}: this layer needs a context, "
+                f"(..., S, {self.d_context})"
+            )
+        dtype = self.dtype
+        if not (tokens.dtype == dtype == other.dtype):
+            dtype = _common_dtype(x=tokens.dtype, context=other.dtype, weights=dtype)
+        accumulation = _accumulation(dtype)
+        if cache is not None and key_lengths is not None:
+            raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
+        if cache is not None and query_offset is not None:
+            raise ValueError("query_offset and cache do not go together: the rows of x follow what is in the cache")
+        rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
+        keys_valid = _per_sequence(key_lengths, "key_lengths", batch, num_keys)
+        offset = _per_sequence(query_offset, "query_offset", batch)
+        if out is not None:
+            _check_out(
+                out,
+                (*batch, length, self.d_out),
+                dtype,
+                x=x,
+                context=context,
+                query_offset=query_offset,
+                key_lengths=key_lengths,
+                query_lengths=query_lengths,
+                mask=mask,
+                bias=bias,
+                relative_bias=relative_bias,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+            )
+        weights = self._weights
+        if accumulation != self._accumulation:
+            parts = self.w_query, (self.w_key, self.w_value), self.w_out
+            weights = _Weights.of(*parts, self._b_every, self._b_out, accumulation)
+        grouped = self.num_heads != self.num_kv_heads
+        rules_before_lengths = is_causal, window_size, chunk_size, left_chunks
+        rules_behind_lengths = mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, grouped
+        counts: Any = None
+        if cache is not None:
+            counts = self._counts(cache, batch, length, rows_valid)
+            # Nothing may be appended if a rule is wrong. Without channels and with all keys hidden this call is little
+            # more than its checks.
+            _dot_product_attention(
+                np.empty((*batch, self.num_heads, length, 0), np.float32),
+                *2 * [np.empty((*batch, self.num_kv_heads, cache._longest_after(length, counts), 0), np.float32)],
+                *rules_before_lengths,
+                None,
+                0,
+                rows_valid,
+                *rules_behind_lengths,
+                return_weights,
+                return_lse,
+                None,
+                num_threads,
+            )
+
+        with np.errstate(all="ignore"):
+            # From tokens to heads.
+            n = self.num_heads * self.head_dim
+            if context is None and weights.every is not None:
+                projected = _project(_rows(tokens, accumulation), weights.every, weights.b_every)
+                of_query, of_context = projected[:, :n], projected[:, n:]
+            else:
+                of_query = _project(_rows(tokens, accumulation), weights.query, weights.b_query)
+                of_context = _project(_rows(other, accumulation), weights.context, weights.b_context)
+            axes, other_axes = tokens.shape[:-1], other.shape[:-1]
+            n = self.num_kv_heads * self.head_dim
+            query = of_query.reshape(*axes, self.num_heads, self.head_dim).swapaxes(-2, -3)
+            key = of_context[:, :n].reshape(*other_axes, self.num_kv_heads, self.head_dim).swapaxes(-2, -3)
+            value = of_context[:, n:].reshape(*other_axes, self.num_kv_heads, self.value_dim).swapaxes(-2, -3)
+            if self.rotary_base is not None:
+                first = offset
+                if cache is not None:
+                    first = cache.dropped + cache.lengths
+                elif first is None:
+                    first = num_keys if keys_valid is None else keys_valid
+                    first = first - (length if rows_valid is None else rows_valid)
+                if cache is not None or (type(first) is int and first == 0):
+                    both = projected[:, : (self.num_heads + self.num_kv_heads) * self.head_dim]
+                    both = both.reshape(*axes, self.num_heads + self.num_kv_heads, self.head_dim).swapaxes(-2, -3)
+                    self._rotate(both, first, num_threads)
+                else:
+                    self._rotate(query, first, num_threads)
+                    self._rotate(key, 0, num_threads)
+            if cache is not None:
+                cache.append(key, value, counts)
+                query = query.astype(cache.dtype, copy=False)
+                key, value, keys_valid = cache.key, cache.value, cache.lengths
+
+            # Attention, into memory with the heads side by side.
+            direct = weights.out is None and query.dtype == dtype
+            if direct and out is not None:
+                heads = out
+            else:
+                heads = _empty((*batch, length, self.num_heads * self.value_dim), query.dtype)
+            answer = _dot_product_attention(
+                query,
+                key,
+                value,
+                *rules_before_lengths,
+                offset,
+                keys_valid,
+                rows_valid,
+                *rules_behind_lengths,
+                return_weights,
+                return_lse,
+                heads.reshape(*batch, length, self.num_heads, self.value_dim).swapaxes(-2, -3),
+                num_threads,
+            )
+            rest = answer[1:] if isinstance(answer, tuple) else ()
+
+            # From heads to tokens.
+            if weights.out is None:
+                result = heads if direct else _rounded(heads, dtype, out)
+            else:
+                flat = _rows(heads, accumulation)
+                if dtype == accumulation and (out is None or out.flags.c_contiguous):
+                    result = _empty((*batch, length, self.d_out), dtype) if out is None else out
+                    _project(flat, weights.out, weights.b_out, result.reshape(len(flat), self.d_out))
+                else:
+                    product = _project(flat, weights.out, weights.b_out).reshape(*batch, length, self.d_out)
+                    result = _rounded(product, dtype, out)
+        return (result, *rest) if rest else result
+
+    def _rotate(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
+        """Turn queries or keys by their positions, where they are."""
+        assert self.rotary_base is not None
+        apply_rotary(
+            heads,
+            offset=offset,
+            base=self.rotary_base,
+            interleaved=self.rotary_interleaved,
+            rotary_dim=self.rotary_dim,
+            out=heads,
+            num_threads=num_threads,
+        )
+
+    def _counts(self, cache: Any, batch: tuple[int, ...], length: int, query_lengths: Any) -> Any:
+        """How many rows of x count in each sequence, for a cache that fits."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a fastattn.KVCache, not {type(cache).__name__}")
+        sizes = self.num_kv_heads, self.head_dim, self.value_dim
+        have = cache.key.shape[:-2], cache.key.shape[-1], cache.value.shape[-1]
+        if have != ((*batch, sizes[0]), *sizes[1:]):
+            raise ValueError(
+                f"cache has batch_shape={have[0][:-1]}, num_kv_heads={have[0][-1]}, head_dim={have[1]} and "
+                f"value_dim={have[2]}; for this layer and the batch axes of x it must have batch_shape={batch}, "
+                f"num_kv_heads={sizes[0]}, head_dim={sizes[1]} and value_dim={sizes[2]}"
+            )
+        if query_lengths is None:
+            return length
+        return np.broadcast_to(query_lengths, (*batch, 1)) if isinstance(query_lengths, np.ndarray) else query_lengths
+
+
+def _rotary_base(x: Any) -> float | None:
+    if x is None:
+        return None
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.floating, np.integer)):
+        raise TypeError(f"rotary_base must be a positive finite number or None, not {x!r}")
+    if not 0 < x < math.inf:
+        raise ValueError(f"rotary_base must be a positive finite number or None, not {x}")
+    return float(x)
+
+
+def _rotary_dim(x: Any, head_dim: int, rotary_base: Any) -> int | None:
+    if rotary_base is None:
+        if x is not None:
+            raise ValueError("rotary_dim needs rotary_base: without it nothing is rotated")
+        return None
+    if x is None:
+        if head_dim % 2:
+            raise ValueError(f"rotary encoding turns pairs of channels: head_dim={head_dim} is odd, give rotary_dim")
+        return head_dim
+    allowed = f"an even integer from 0 to head_dim={head_dim}"
+    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
+        raise TypeError(f"rotary_dim must be {allowed}, not {x!r}")
+    n: int = x.__index__()
+    if n % 2 or not 0 <= n <= head_dim:
+        raise ValueError(f"rotary_dim must be {allowed}, not {n}")
+    return n
