@@ -78,7 +78,7 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
     raise bad_dtype(name, a.dtype)
 
 
-cdef cnp.ndarray floating(object x, str name):
+cpdef cnp.ndarray floating(object x, str name):
     """An array of a dtype that the kernels store; integers and bools as float64."""
     cdef cnp.ndarray a = as_array(x, name)
     if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
@@ -89,7 +89,7 @@ cdef cnp.ndarray floating(object x, str name):
     return a
 
 
-cdef object common_dtype(list arrays, tuple names):
+def common_dtype(list arrays, tuple names):
     """What query, key, value and weight matrices promote to."""
     dtypes = {a.dtype for a in arrays}
     if len(dtypes) == 1:
@@ -502,7 +502,7 @@ cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
     return 0
 
 
-cdef object empty(tuple shape, dtype):
+cpdef object empty(tuple shape, dtype):
     """numpy.empty, whose error for sizes beyond the address space names nothing."""
     try:
         return np.empty(shape, dtype)
@@ -510,7 +510,7 @@ cdef object empty(tuple shape, dtype):
         raise MemoryError(f"no memory for a result of shape {shape} and dtype {dtype}") from error
 
 
-cdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
+cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
     """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
     if out is None:
         return empty(shape, dtype)

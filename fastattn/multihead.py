@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
+from fastattn._arguments import checked_out, common_dtype, empty, floating
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
@@ -27,48 +28,12 @@ _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 # Checks
 
 
-def _floating(x: Any, name: str) -> NDArray[Any]:
-    """An array of a dtype that attention takes; integers and bools as float64."""
-    if type(x) is np.ndarray and x.dtype == _FLOAT32:
-        return x
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
-    try:
-        a = np.asarray(x)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise TypeError(f"{name} cannot be made into an array: {error}") from error
-    if a.dtype.kind in "fcbiu" and not a.dtype.isnative:
-        raise TypeError(
-            f"{name} has the byte order of another machine ({a.dtype.str}): "
-            f"convert it with {name}.astype({name}.dtype.newbyteorder('='))"
-        )
-    if a.dtype.kind in "biu":
-        return a.astype(_FLOAT64)
-    if a.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
-        raise TypeError(
-            f"{name} has dtype {a.dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16, "
-            f"and integers and bools, which become float64"
-        )
-    return a
-
-
-def _common_dtype(**dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """What the arrays of these names promote to."""
-    names = {dtype.name for dtype in dtypes.values()}
-    if {"float16", "bfloat16"} <= names:
-        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"float16 and bfloat16 have no common dtype ({got}): convert one of them")
-    return np.result_type(*dtypes.values())
-
-
 def _accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
 
 
 def _matrix(w: Any, name: str, rows: int | None, why: str) -> NDArray[Any]:
-    a = _floating(w, name)
+    a = floating(w, name)
     if a.ndim != 2 or (rows is not None and a.shape[0] != rows):
         raise ValueError(f"{name} has shape {a.shape}; it must be ({'channels' if rows is None else rows}, n){why}")
     return a
@@ -85,14 +50,14 @@ def _vector(b: Any, name: str, size: int, of: str) -> NDArray[np.float64]:
     """A bias, zeros where there is none."""
     if b is None:
         return np.zeros(size)
-    a = _floating(b, name)
+    a = floating(b, name)
     if a.shape != (size,):
         raise ValueError(f"{name} has shape {a.shape}; it must be ({size},), one for each column of {of}")
     return a.astype(_FLOAT64)
 
 
 def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any]:
-    a = _floating(x, name)
+    a = floating(x, name)
     if a.ndim < 2 or a.shape[-1] != rows:
         raise ValueError(f"{name} has shape {a.shape}; it must be (..., {axes}, {rows}): {weight} has {rows} rows")
     return a
@@ -134,40 +99,9 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
     return a[..., None] if a.ndim else a.item()
 
 
-def _overlaps_itself(a: NDArray[Any]) -> bool:
-    """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
-    reach = a.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += stride * (n - 1)
-    return False
-
-
-def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
 def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Any) -> None:
     """Whether the result can go there; `inputs` are what it must not overlap."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
-    if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; it must have the output's, {dtype}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only; it must be writeable")
-    if out.size and _overlaps_itself(out):
-        raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
-    for name, x in inputs.items():
-        if isinstance(x, np.ndarray) and _overlap(out, x):
-            raise ValueError(f"out overlaps {name}; it needs memory of its own")
+    checked_out(out, shape, dtype, list(inputs.values()), tuple(inputs))
 
 
 # Products
@@ -194,13 +128,6 @@ def _project(
     except ValueError as error:  # the shapes fit: what is left is a size beyond the address space
         raise MemoryError(f"no memory for the product of arrays of shapes {x.shape} and {w.shape}") from error
     return y if b is None else np.add(y, b, out=y)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    try:
-        return np.empty(shape, dtype)
-    except ValueError as error:
-        raise MemoryError(f"no memory for a result of shape {shape} and dtype {dtype}") from error
 
 
 class _Weights(NamedTuple):
@@ -341,7 +268,7 @@ def self_attention(
            [0.505, 0.991]])
     """
     names = "w_query", "w_key", "w_value"
-    tokens = _floating(x, "x")
+    tokens = floating(x, "x")
     if tokens.ndim < 2:
         raise ValueError(f"x has shape {tokens.shape}; it needs at least two axes, (..., L, d_model)")
     rows = tokens.shape[-1]
@@ -354,7 +281,7 @@ def self_attention(
             f"w_key has {matrices[1].shape[1]} columns and w_query {matrices[0].shape[1]}: for dot products they must "
             f"be equal"
         )
-    dtype = _common_dtype(x=tokens.dtype, **{name: w.dtype for name, w in zip(names, matrices, strict=True)})
+    dtype = common_dtype([tokens, *matrices], ("x", *names))
     accumulation = _accumulation(dtype)
     if out is not None:
         _check_out(
@@ -553,7 +480,7 @@ class MultiHeadAttention:
             matrices["w_out"] = _matrix(w_out, "w_out", width, why)
         elif b_out is not None:
             raise ValueError("b_out is added to the output projection: it needs w_out")
-        self.dtype = _common_dtype(**{name: w.dtype for name, w in matrices.items()})
+        self.dtype = common_dtype([*matrices.values()], tuple(matrices))
         out = matrices.get("w_out")
         self.d_out = self.num_heads * self.value_dim if out is None else out.shape[1]
 
@@ -977,7 +904,7 @@ class MultiHeadAttention:
             )
         dtype = self.dtype
         if not (tokens.dtype == dtype == other.dtype):
-            dtype = _common_dtype(x=tokens.dtype, context=other.dtype, weights=dtype)
+            dtype = common_dtype([tokens, other, np.empty(0, dtype)], ("x", "context", "the weights"))
         accumulation = _accumulation(dtype)
         if cache is not None and key_lengths is not None:
             raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
@@ -1066,7 +993,7 @@ class MultiHeadAttention:
             if direct and out is not None:
                 heads = out
             else:
-                heads = _empty((*batch, length, self.num_heads * self.value_dim), query.dtype)
+                heads = empty((*batch, length, self.num_heads * self.value_dim), query.dtype)
             answer = _dot_product_attention(
                 query,
                 key,
@@ -1089,7 +1016,7 @@ class MultiHeadAttention:
             else:
                 flat = _rows(heads, accumulation)
                 if dtype == accumulation and (out is None or out.flags.c_contiguous):
-                    result = _empty((*batch, length, self.d_out), dtype) if out is None else out
+                    result = empty((*batch, length, self.d_out), dtype) if out is None else out
                     _project(flat, weights.out, weights.b_out, result.reshape(len(flat), self.d_out))
                 else:
                     product = _project(flat, weights.out, weights.b_out).reshape(*batch, length, self.d_out)
