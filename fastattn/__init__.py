@@ -2,10 +2,12 @@
 
 The layers, from the top; each imports only what stands below it:
 
+    plot                            pictures of weights (needs matplotlib; not imported here)
+    multihead, _weights             layers with projections, and the weights that people have
     streaming, cache                attention over a stream; keys and values for decoding
-    attention, softmax, config      the public functions; a docstring is the specification
+    attention, softmax, positions, config     the public functions; a docstring is the specification
     _arguments                      every check of every argument, once -> one plain description of the problem
-    _attention, _softmax            the drivers: tiles and rows, threads, scratch memory
+    _attention, _softmax, _positions   the drivers: tiles and rows, threads, scratch memory
     _load, _runtime                 the kernels in force, number of threads, Ctrl-C, fork
     kernels/*.c, *.h                the mathematics, once; an instruction set and a dtype enter as definitions
 
@@ -24,6 +26,8 @@ from fastattn.attention import (
 )
 from fastattn.cache import KVCache
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
+from fastattn.multihead import MultiHeadAttention, self_attention
+from fastattn.positions import alibi_slopes, apply_rotary, relative_position_buckets, sinusoidal_encoding
 from fastattn.softmax import log_softmax, logsumexp, softmax
 from fastattn.streaming import StreamingAttention
 
@@ -31,8 +35,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "MultiHeadAttention",
     "StreamingAttention",
     "additive_attention",
+    "alibi_slopes",
+    "apply_rotary",
     "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
@@ -40,8 +47,11 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "merge_attention",
+    "relative_position_buckets",
+    "self_attention",
     "set_num_threads",
     "show_config",
+    "sinusoidal_encoding",
     "softmax",
     "truncated_attention",
     "varlen_attention",

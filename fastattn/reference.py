@@ -18,6 +18,7 @@ Query rows are i, keys are j. Arguments are not checked here beyond what the res
 import numpy as np
 
 __all__ = [
+    "MultiHeadAttention",
     "additive_attention",
     "alibi_slopes",
     "apply_rotary",
@@ -27,6 +28,7 @@ __all__ = [
     "logsumexp",
     "merge_attention",
     "relative_position_buckets",
+    "self_attention",
     "sinusoidal_encoding",
     "softmax",
     "truncated_attention",
@@ -992,3 +994,231 @@ def relative_position_buckets(
     share = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
     logarithmic = np.minimum(exact + np.floor(share * (num_buckets - exact)), num_buckets - 1)
     return (first + np.where(distance < exact, distance, logarithmic)).astype(np.int64)
+
+
+def self_attention(
+    x,
+    w_query,
+    w_key,
+    w_value,
+    *,
+    is_causal=False,
+    window_size=None,
+    chunk_size=None,
+    left_chunks=None,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    mask=None,
+    bias=None,
+    relative_bias=None,
+    alibi_slopes=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """``softmax(Q K^T / sqrt(d_k)) V`` with ``Q = x @ w_query``, ``K = x @ w_key``, ``V = x @ w_value``.
+
+    Vaswani et al. 2017, "Attention is all you need", equation 1.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., L, d_model)
+    w_query, w_key : array_like, shape (d_model, d_k)
+    w_value : array_like, shape (d_model, d_v)
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
+    relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
+        As in `dot_product_attention`.
+
+    Returns
+    -------
+    ndarray (..., L, d_v), or a tuple (out[, weights][, lse])
+    """
+    x = np.asarray(x, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        query, key, value = (project(x, w) for w in (w_query, w_key, w_value))
+    return dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        window_size=window_size,
+        chunk_size=chunk_size,
+        left_chunks=left_chunks,
+        query_offset=query_offset,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        mask=mask,
+        bias=bias,
+        relative_bias=relative_bias,
+        alibi_slopes=alibi_slopes,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        activation=activation,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        out=out,
+        num_threads=num_threads,
+    )
+
+
+class MultiHeadAttention:
+    """Several heads with projections before and behind them (Vaswani et al. 2017, section 3.2.2).
+
+    ``concat(head_1, ..., head_h) @ w_out + b_out`` with
+    ``head_i = attention(x @ W_i^Q + b_i^Q, context @ W_i^K + b_i^K, context @ W_i^V + b_i^V)``, where W_i are a head's
+    columns. With fewer heads of key and value, neighbouring query heads share one (Ainslie et al. 2023).
+
+    Parameters
+    ----------
+    w_query : array_like, shape (d_model, num_heads * head_dim)
+    w_key : array_like, shape (d_context, num_kv_heads * head_dim)
+    w_value : array_like, shape (d_context, num_kv_heads * value_dim)
+    w_out : array_like, shape (num_heads * value_dim, d_out), optional
+        Without it the heads are returned side by side.
+    num_heads : int
+    num_kv_heads : int, optional
+        Default `num_heads`.
+    b_query, b_key, b_value, b_out : array_like, optional
+        Added to the projections.
+    rotary_base, rotary_interleaved, rotary_dim : optional
+        Rotate queries and keys by their positions, as `apply_rotary` does; not without `rotary_base`.
+    """
+
+    def __init__(
+        self,
+        w_query,
+        w_key,
+        w_value,
+        w_out=None,
+        *,
+        num_heads,
+        num_kv_heads=None,
+        b_query=None,
+        b_key=None,
+        b_value=None,
+        b_out=None,
+        rotary_base=None,
+        rotary_interleaved=False,
+        rotary_dim=None,
+    ):
+        self.w_query, self.w_key, self.w_value, self.w_out = w_query, w_key, w_value, w_out
+        self.b_query, self.b_key, self.b_value, self.b_out = b_query, b_key, b_value, b_out
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.rotary_base = rotary_base
+        self.rotary_interleaved = rotary_interleaved
+        self.rotary_dim = rotary_dim
+
+    def __call__(
+        self,
+        x,
+        context=None,
+        *,
+        cache=None,
+        is_causal=False,
+        window_size=None,
+        chunk_size=None,
+        left_chunks=None,
+        query_offset=None,
+        key_lengths=None,
+        query_lengths=None,
+        mask=None,
+        bias=None,
+        relative_bias=None,
+        alibi_slopes=None,
+        scale=None,
+        softcap=None,
+        sinks=None,
+        activation="softmax",
+        return_weights=False,
+        return_lse=False,
+        out=None,
+        num_threads=None,
+    ):
+        """Attend from x to itself, to `context`, or to all that is in the cache once x is.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, d_model)
+        context : array_like, shape (..., S, d_context), optional
+        cache : KVCache, optional
+            Keys and values of x go in, `query_lengths` of them in each sequence.
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
+        relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
+            As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads.
+
+        Returns
+        -------
+        ndarray (..., L, d_out), or a tuple (out[, weights (..., heads, L, S)][, lse (..., heads, L)])
+        """
+        x = np.asarray(x, dtype=np.float64)
+        context = x if context is None else np.asarray(context, dtype=np.float64)
+        query_offset, key_lengths, query_lengths = (
+            n if n is None or np.ndim(n) == 0 else np.asarray(n)[..., None]
+            for n in (query_offset, key_lengths, query_lengths)
+        )
+        with np.errstate(all="ignore"):
+            query = split_heads(project(x, self.w_query, self.b_query), self.num_heads)
+            key = split_heads(project(context, self.w_key, self.b_key), self.num_kv_heads)
+            value = split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads)
+
+        if self.rotary_base is not None:
+            if cache is None:
+                key_offset = 0
+                query_offset_now = query_positions(
+                    query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths
+                )[..., 0, 0]
+            else:
+                key_offset = query_offset_now = cache.dropped + cache.lengths
+            how = {"base": self.rotary_base, "interleaved": self.rotary_interleaved, "rotary_dim": self.rotary_dim}
+            query = apply_rotary(query, offset=query_offset_now, **how)
+            key = apply_rotary(key, offset=key_offset, **how)
+        if cache is not None:
+            counts = x.shape[-2] if query_lengths is None else query_lengths
+            cache.append(key, value, np.broadcast_to(counts, cache.lengths.shape))
+            key, value, key_lengths = cache.key, cache.value, cache.lengths
+
+        results = dot_product_attention(
+            query,
+            key,
+            value,
+            enable_gqa=True,
+            is_causal=is_causal,
+            window_size=window_size,
+            chunk_size=chunk_size,
+            left_chunks=left_chunks,
+            query_offset=query_offset,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            mask=mask,
+            bias=bias,
+            relative_bias=relative_bias,
+            alibi_slopes=alibi_slopes,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            activation=activation,
+            return_weights=return_weights,
+            return_lse=return_lse,
+        )
+        heads, *rest = results if isinstance(results, tuple) else (results,)
+        with np.errstate(all="ignore"):
+            result = _into(out, project(join_heads(heads), self.w_out, self.b_out))
+        return (result, *rest) if rest else result
+
+
+def split_heads(x, num_heads):
+    """From ``(..., L, heads * D)`` to ``(..., heads, L, D)``."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-2, -3)
+
+
+def join_heads(x):
+    """From ``(..., heads, L, E)`` to ``(..., L, heads * E)``."""
+    return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])

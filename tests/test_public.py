@@ -15,8 +15,11 @@ from fastattn import reference
 
 NAMES = (
     "KVCache",
+    "MultiHeadAttention",
     "StreamingAttention",
     "additive_attention",
+    "alibi_slopes",
+    "apply_rotary",
     "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
@@ -24,8 +27,11 @@ NAMES = (
     "log_softmax",
     "logsumexp",
     "merge_attention",
+    "relative_position_buckets",
+    "self_attention",
     "set_num_threads",
     "show_config",
+    "sinusoidal_encoding",
     "softmax",
     "truncated_attention",
     "varlen_attention",
