@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import encoder
 import hardware
 import report
 from suite import cases
@@ -30,6 +31,7 @@ def main():
     if options.worker:
         return work(json.loads(options.worker))
     everything = {"rounds": options.rounds, "machine": machine(), "disturbance": 0.0, "records": []}
+    everything["missing"] = encoder.missing()
     for plan in plans(options):
         if plan["cases"]:
             result = run_worker(plan)
@@ -37,7 +39,8 @@ def main():
             everything["disturbance"] = max(everything["disturbance"], result["disturbance"])
             everything["records"] += result["records"]
     if not everything["records"]:
-        sys.exit(f"no case matches {options.only!r}; there are\n" + "\n".join(case_names()))
+        text = f"no case matches {options.only!r}; there are\n" + "\n".join(case_names())
+        sys.exit("\n\n".join([text, *report.left_out(everything["missing"])]))
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
     text = report.markdown(everything)
@@ -102,6 +105,7 @@ QUICK = {
     "decode-1x8x8x1x8192x64",
     "multihead-1x128x768x12",
     "rotary-1x12x512x64",
+    "minilm-1x24",
     "memory-attention-1x1x16384x16384x64",
     "import",
 }
@@ -114,6 +118,7 @@ TABLES = (
     *cases.DECODE,
     *cases.MULTI_HEAD,
     *cases.ROTARY,
+    *cases.MINILM,
 )
 # One window at several lengths.
 WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
@@ -133,7 +138,8 @@ def plans(options):
         return [name for name in names if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)]
 
     common = {"rounds": options.rounds, "isa": os.environ.get("FASTATTN_ISA")}
-    tables = [case.name for case in TABLES]
+    left_out = cases.MINILM if encoder.missing() else ()
+    tables = [case.name for case in TABLES if case not in left_out]
     for threads in options.threads:
         yield {**common, "job": "libraries", "threads": threads, "cases": chosen(tables)}
         yield {**common, "job": "lengths", "threads": threads, "cases": chosen(WINDOWS)}
@@ -281,7 +287,10 @@ def compare_libraries(plan, name, progress, only=None):
 
 
 def limit_of(case, plan):
-    """The hardware's limit for a case: its name, the case's work in its terms, and a probe, or None for that."""
+    """The hardware's limit for a case: its name, the case's work in its terms, and a probe, or None for that.
+
+    The work of an encoder is sentences, for which there is none.
+    """
     threads = plan["threads"]
     if case.kind in ("softmax", "rotary"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
@@ -289,6 +298,8 @@ def limit_of(case, plan):
         return "read", case.nbytes, hardware.read(case.nbytes, threads)
     if case.kind in ("attention", "truncated", "multihead"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
+    if case.kind == "minilm":
+        return "", case.batch, None
     probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
     return "five instructions", case.triples, probe
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import encoder
 import fastattn
 import measure
 from suite import baselines
@@ -21,6 +22,8 @@ from suite import baselines
 # Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
 # need, and far below what bfloat16 arithmetic in disguise would give.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+# Embeddings are of length 1, their numbers of a twentieth.
+EMBEDDING_TOLERANCE = 1e-5
 # Where the formula of additive attention makes an array of (L, S, hidden), or what masks a window one of (L, S), it is
 # left out above this size.
 LARGEST_ARRAY = 2**30
@@ -108,7 +111,6 @@ def _onnx_attention(case, threads):
 
 def _onnx_variant(threads, name, nodes, arrays, shape, read=np.asarray, constants=(), opset=23, updated=None):
     """A graph with these inputs, by name, and output "o"; `updated` are outputs that overwrite an input."""
-    import onnxruntime
     from onnx import helper
 
     updated = updated or {}
@@ -123,11 +125,19 @@ def _onnx_variant(threads, name, nodes, arrays, shape, read=np.asarray, constant
     graph = helper.make_graph(nodes, "attention", inputs, outputs, list(constants))
     domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    return _onnx_model_variant(threads, name, model, arrays, read, updated)
+
+
+def _onnx_model_variant(threads, name, model, arrays, read=np.asarray, updated=None):
+    """A model with these inputs and one output beside those that are `updated`."""
+    import onnxruntime
+
+    updated = updated or {}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    if dtype == np.float64:
+    if any(array.dtype == np.float64 for array in arrays.values()):
         # The optimiser folds the scale into a matrix product that keeps it in float32.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -136,12 +146,13 @@ def _onnx_variant(threads, name, nodes, arrays, shape, read=np.asarray, constant
     values = {letter: onnxruntime.OrtValue.ortvalue_from_numpy(array) for letter, array in arrays.items()}
     for letter, ort_value in values.items():
         binding.bind_ortvalue_input(letter, ort_value)
-    binding.bind_output("o")
+    output = model.graph.output[0].name
+    binding.bind_output(output)
     for letter, source in updated.items():
         binding.bind_ortvalue_output(letter, values[source])
     session.run_with_iobinding(binding)
     result = binding.get_outputs()[0]
-    binding.bind_ortvalue_output("o", result)
+    binding.bind_ortvalue_output(output, result)
     run = session.run_with_iobinding
 
     def call():
@@ -542,6 +553,54 @@ def _torch_rotary(case, threads):
     yield Variant("", lambda: x * cosines + rotate_half(x) * sines)
 
 
+def _fastattn_minilm(case, threads):
+    batch, *_ = _minilm_inputs(case)
+    yield Variant("", functools.partial(_minilm().encode_tokens, batch))
+
+
+def _numpy_minilm(case, threads):
+    batch, *_ = _minilm_inputs(case)
+    model = encoder.load_example().MiniLM(attention=encoder.load_example().numpy_attention)
+    yield Variant("", functools.partial(model.encode_tokens, batch))
+
+
+def _torch_minilm(case, threads):
+    torch = _torch(threads)
+    _, folder, *arrays = _minilm_inputs(case)
+    ids, lengths = map(torch.from_numpy, arrays)
+    for name, make in encoder.PYTORCH.items():
+        yield Variant(name, functools.partial(make(folder), ids, lengths))
+
+
+def _onnx_minilm(case, threads):
+    _, folder, ids, lengths = _minilm_inputs(case)
+    arrays = {"ids": ids, "lengths": lengths}
+
+    def variant(name, make):
+        return _onnx_model_variant(threads, name, make(folder, case.seqlen), arrays)
+
+    yield from _those_that_work(*(functools.partial(variant, name, make) for name, make in encoder.ONNX.items()))
+
+
+@functools.cache
+def _minilm():
+    return encoder.load_example().MiniLM()
+
+
+@functools.cache
+def _minilm_inputs(case):
+    """The case's sentences as lists of token numbers; the model's folder; the lists padded, and their lengths."""
+    minilm = encoder.load_example()
+    batch = _minilm().tokenize(encoder.SENTENCES[: case.batch])
+    return batch, minilm.find_model(), *minilm.pad(batch)
+
+
+def _expected_embeddings(case):
+    """All of it in float64."""
+    batch, *_ = _minilm_inputs(case)
+    return encoder.load_example().MiniLM(dtype=np.float64, attention=encoder.reference_attention).encode_tokens(batch)
+
+
 def _fastattn_additive(case, threads):
     yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
 
@@ -695,6 +754,7 @@ LIBRARIES = {
             "decode": _fastattn_decode,
             "multihead": _fastattn_multihead,
             "rotary": _fastattn_rotary,
+            "minilm": _fastattn_minilm,
         },
     ),
     "fastattn out=": ("fastattn", {"softmax": _fastattn_softmax_out, "rotary": _fastattn_rotary_out}),
@@ -707,6 +767,7 @@ LIBRARIES = {
             "decode": _numpy_decode,
             "multihead": _numpy_multihead,
             "rotary": _numpy_rotary,
+            "minilm": _numpy_minilm,
         },
     ),
     "NumPy, textbook": ("numpy", {"additive": _numpy_textbook_additive}),
@@ -722,6 +783,7 @@ LIBRARIES = {
             "decode": _torch_decode,
             "multihead": _torch_multihead,
             "rotary": _torch_rotary,
+            "minilm": _torch_minilm,
         },
     ),
     "PyTorch, masked": ("torch", {"truncated": _torch_masked_truncated}),
@@ -736,6 +798,7 @@ LIBRARIES = {
             "truncated": _onnx_truncated,
             "decode": _onnx_decode,
             "multihead": _onnx_multihead,
+            "minilm": _onnx_minilm,
         },
     ),
     "OpenVINO": (
@@ -826,6 +889,8 @@ def _expected(case):
         return baselines.expected_multi_head_attention(case.inputs()[0], *case.packed(), heads=case.heads)
     if case.kind == "rotary":
         return baselines.expected_rotary(*case.inputs())
+    if case.kind == "minilm":
+        return _expected_embeddings(case)
     return baselines.softmax(case.inputs()[0].astype(np.float64))
 
 
@@ -840,9 +905,10 @@ def _check(variant, expected, case, name, notes):
     if case.kind == "decode":  # groups stand as rows in what is expected, and in some libraries' answers
         got = got.reshape(expected.shape)
     error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
-    if error <= TOLERANCE[case.dtype]:
+    allowed = EMBEDDING_TOLERANCE if case.kind == "minilm" else TOLERANCE[case.dtype]
+    if error <= allowed:
         return True
-    notes[name] = f"{variant.name} left out: error {error:.1e}, allowed {TOLERANCE[case.dtype]:.0e}".strip()
+    notes[name] = f"{variant.name} left out: error {error:.1e}, allowed {allowed:.0e}".strip()
     return False
 
 

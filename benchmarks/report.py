@@ -11,6 +11,7 @@ WINDOW_SHAPE = "B, H, L, D (left, right)"
 DECODE_SHAPE = "B, H, key heads, L, S, D"
 MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
+MINILM_SHAPE = "sentences, tokens of the longest"
 
 
 def markdown(everything):
@@ -25,6 +26,8 @@ def markdown(everything):
         *_decode(records_of(records, "libraries", kind="decode")),
         *_multihead(records_of(records, "libraries", kind="multihead")),
         *_rotary(records_of(records, "libraries", kind="rotary")),
+        *_minilm(records_of(records, "libraries", kind="minilm")),
+        *left_out(everything["missing"]),
         _other_isa(records_of(records, "isa", kind="attention")),
         _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
@@ -194,6 +197,32 @@ def _rotary(records):
             others = [_beside(samples, name) for name in names]
             rows.append([record["label"], *numbers, _percent(share), *others, _outcome(goals.missed(record))])
         yield _table(f"Rotary positions, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _minilm(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        rows = [[record["label"], *(_sentences(record, name) for name in ("fastattn", *names))] for record in chosen]
+        titles = {"NumPy": "with attention in NumPy"}
+        heads = [MINILM_SHAPE, "fastattn", *(titles.get(name, name) for name in names)]
+        yield _table(f"Sentences a second through MiniLM, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _sentences(record, name):
+    """A second, and how many times as many are fastattn's."""
+    samples = record["seconds"]
+    if name not in samples:
+        return "-"
+    speed = f"{record['work'] / measure.median(samples, name):,.0f}"
+    ratio = None if name == "fastattn" else measure.ratio(samples, name, "fastattn")
+    return f"{speed} ({ratio:.2f}x)" if ratio else speed
+
+
+def left_out(missing):
+    """A note on the model, where packages are missing that it needs."""
+    if missing:
+        yield f'MiniLM is left out: {", ".join(missing)} not installed (README.md, "Try it", says how).'
 
 
 def _additive_other_isa(records):

