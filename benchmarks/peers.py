@@ -827,6 +827,8 @@ def thread_environment(threads):
     """What must be set before any library is imported, so that each uses exactly `threads` threads."""
     names = ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB_MAXIMUM", "NUMEXPR", "FASTATTN")
     settings = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    # What fastattn sets by itself where it is imported before NumPy, as it is not here (fastattn/_load.py).
+    settings["OPENBLAS_THREAD_TIMEOUT"] = "18"
     # XLA and TBB take one thread for each CPU they may run on: the affinity decides, and this only helps.
     settings["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
     settings["JAX_PLATFORMS"] = "cpu"

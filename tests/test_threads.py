@@ -376,3 +376,33 @@ def test_memory_stays_flat():
         """,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("first", ["fastattn", "numpy"])
+def test_import_leaves_the_environment_alone(first):
+    """The spins of thread pools are set for the moment in which their libraries are loaded."""
+    code = f"""
+    import os
+    before = dict(os.environ)
+    import {first}
+    import fastattn, numpy
+    assert dict(os.environ) == before
+    from fastattn import _load
+    print(sorted(_load.SPINS))
+    """
+    clean = dict.fromkeys(("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OPENBLAS_THREAD_TIMEOUT"))
+    returncode, stdout, stderr = fresh_process.finish(fresh_process.start(code, **clean))
+    assert returncode == 0, stderr
+    expected = ["GOMP_SPINCOUNT"] + ["OPENBLAS_THREAD_TIMEOUT"] * (first == "fastattn")
+    assert stdout.strip() == str(expected)
+
+
+def test_what_the_user_has_set_about_spinning_stands():
+    code = """
+    import fastattn._load
+    print(fastattn._load.SPINS)
+    """
+    process = fresh_process.start(code, OMP_WAIT_POLICY="passive", OPENBLAS_THREAD_TIMEOUT="20")
+    returncode, stdout, _ = fresh_process.finish(process)
+    assert returncode == 0
+    assert stdout.strip() == "{}"
