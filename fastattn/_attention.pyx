@@ -12,8 +12,8 @@ from libc.stdint cimport INT64_MAX, int64_t
 from fastattn._arguments cimport (Problem, checked_sides, read_additive, read_bilinear, read_dot_product,
                                   read_varlen)
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
-                                fa_visible_keys, give_workspace, interrupted, kernels_for, raise_pending,
-                                take_workspace)
+                                fa_visible_keys, fetching_helps, give_workspace, interrupted, kernels_for,
+                                raise_pending, take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -235,6 +235,7 @@ cdef object attend(Problem p):
     cdef Watch watch = Watch(0, 0)
     if p.heads == 0 or p.longest_query == 0:
         return p.result()
+    p.shared.fetch = fetching_helps
     if threads > 1:
         tiles = tiles_in_order(p, rows)
         if p.shared.few and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:

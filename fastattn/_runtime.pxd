@@ -40,7 +40,7 @@ cdef extern from "kernels/fastattn.h" nogil:
         fa_activation activation
         int has_slope, has_sink
         int64_t chunk, left_chunks
-        int band, few
+        int band, few, fetch
 
     ctypedef struct fa_head:
         fa_view query, key, value, mask, bias, relative_bias, out, weights, lse
@@ -73,12 +73,16 @@ cdef extern from "kernels/fastattn.h" nogil:
         const fa_kernels *f64
 
     int fa_runnable(const fa_instruction_set **sets, int room)
+    int fa_fetching_helps()
     void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                          int64_t *begin, int64_t *end)
 
 
 # The kernels in force for a storage dtype: those of its accumulation dtype.
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
+
+# fa_problem.fetch on this CPU.
+cdef int fetching_helps
 
 # How many threads a call with this num_threads argument may use, before the size of its work is looked at.
 cdef int allowed_threads(object num_threads) except -1

@@ -108,6 +108,7 @@ kernel_names = {
     "bfloat16": selected_set.f32.name.decode(),
 }
 openmp_version = fa_openmp_version()
+cdef int fetching_helps = fa_fetching_helps()
 fa_watch_fork()
 
 

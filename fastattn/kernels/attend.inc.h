@@ -244,7 +244,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         if (partial && !finite)
             NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, sum);
         else if (problem->few)
-            NAME(streamed_sum)(s, group, value, term_lo, term_hi, value_row, sum, tile->chunk);
+            NAME(streamed_sum)(problem, s, group, value, term_lo, term_hi, value_row, sum, tile->chunk);
         else
             NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, sum);
         for (int r = 0; r < group && sum != o; r++) {

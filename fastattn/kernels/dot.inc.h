@@ -112,10 +112,6 @@ static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, 
 static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                              vec (*sum)[4], const int rows, const int count)
 {
-    if (channels == STRIP) { /* known to the compiler, this is a third faster */
-        NAME(strip_products)(q, keys, key_row, STRIP, sum, rows, count);
-        return;
-    }
     NAME(strip_products)(q, keys, key_row, channels < STRIP ? channels : STRIP, sum, rows, count);
     for (int64_t c = STRIP; c < channels; c += STRIP) {
         vec part[FEW_ROWS][4];
@@ -131,37 +127,57 @@ static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, pt
     }
 }
 
-/* Scores of `rows` rows against four keys, lanes along the channel. One key after the other, in a loop that is not
+/* Scores of `rows` rows against four keys, lanes along the channel; `count` keys at a time, in a loop that is not
  * unrolled: where keys come from memory, it sees one stream then, and its prefetchers few instructions with short
- * strides; they do better alone than with instructions to fetch. */
+ * strides. */
 static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                            real *s, const int rows)
+                                            real *s, const int rows, const int count)
 {
-    vec sum[FEW_ROWS][4], one[FEW_ROWS][4];
+    vec sum[FEW_ROWS][4], some[FEW_ROWS][4];
     NOT_UNROLLED
-    for (int i = 0; i < 4; i++, keys += key_row) {
-        NAME(key_products)(q, keys, 0, channels, one, rows, 1);
+    for (int i = 0; i < 4; i += count, keys += count * key_row) {
+        NAME(key_products)(q, keys, key_row, channels, some, rows, count);
         UNROLL(8)
-        for (int r = 0; r < rows; r++)
-            sum[r][i] = one[r][0];
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int k = 0; k < count; k++)
+                sum[r][i + k] = some[r][k];
+        }
     }
     UNROLL(8)
     for (int r = 0; r < rows; r++)
         NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-#if FEW_ROWS > 2
-/* The same bits for more rows: arithmetic counts now, so the keys are read together, which memory likes less. */
-static ALWAYS_INLINE void NAME(four_scores_at_once)(const real *q, const char *keys, ptrdiff_t key_row,
-                                                    int64_t channels, real *s, const int rows)
+/* Scores against n keys, a multiple of four; those `ahead` bytes further on are asked for (0: none). More than two rows
+ * are arithmetic more than reading, so they share their loads. */
+static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                              int n, ptrdiff_t ahead, real *s, const int rows)
 {
-    vec sum[FEW_ROWS][4];
-    NAME(key_products)(q, keys, key_row, channels, sum, rows, 4);
-    UNROLL(8)
-    for (int r = 0; r < rows; r++)
-        NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    for (int j = 0; j < n; j += 4, keys += 4 * key_row) {
+        if (ahead)
+            for (int i = 0; i < 4; i++)
+                NAME(fetch)(keys + i * key_row + ahead, channels);
+        if (rows > 2)
+            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 4);
+        else if (channels <= FEW_VECS * LANES)
+            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 2);
+        else
+            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 1);
+    }
 }
-#endif
+
+/* The same, with the usual numbers of channels known to the compiler: up to three times as fast. */
+static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                               int n, ptrdiff_t ahead, real *s, const int rows)
+{
+    if (channels == STRIP)
+        NAME(run_of_scores)(q, keys, key_row, STRIP, n, ahead, s, rows);
+    else if (channels == 2 * STRIP)
+        NAME(run_of_scores)(q, keys, key_row, 2 * STRIP, n, ahead, s, rows);
+    else
+        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, rows);
+}
 
 /* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
  * goes into reading the keys, and packing them would double it. Keys up to the next whole vector get scores too, which
@@ -171,38 +187,41 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
 {
     const int64_t channels = problem->head_dim;
     const int in_place = NAME(readable)(problem->score_dtype, key);
-    const ptrdiff_t ahead = NAME(rows_ahead)(channels) * key->row;
-    const int fetched = NAME(needs_fetching)(rows, channels, key->row);
-    for (int j = begin / 4 * 4; j < (end + LANES - 1) / LANES * LANES; j += 4) {
+    const ptrdiff_t ahead =
+        NAME(needs_fetching)(problem, rows, channels, key->row) ? NAME(rows_ahead)(channels) * key->row : 0;
+    for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
-        ptrdiff_t k_row = key->row;
-        if (fetched)
-            for (int i = 0; i < 4; i++)
-                NAME(fetch)(k + i * key->row + ahead, channels);
-        if (!in_place || j < begin || j + 4 > end) {
+        ptrdiff_t k_row = key->row, ask = ahead;
+        n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
+        if (rows > FEW_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
+            n = 16;
+        if (n <= 0) {
+            n = 4;
             for (int i = 0; i < 4; i++) {
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
                 real *to = scratch + i * channels;
+                if (ahead)
+                    NAME(fetch)(k + i * key->row + ahead, channels);
                 NAME(gather)(to, keys + seen * key->row, key->col, channels, problem->score_dtype);
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
+            ask = 0;
         }
-        for (int r = 0, n; r < rows; r += n) {
+        for (int r = 0, together; r < rows; r += together, ask = 0) {
             const real *q_r = q + r * STRIP;
             real *s_r = s + r * FA_BLOCK + j;
-            n = NAME(rows_together)(rows - r);
+            together = NAME(rows_together)(rows - r);
+            if (together == 1)
+                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 1);
+            else if (together == 2)
+                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 2);
 #if FEW_ROWS > 2
-            if (n == 4)
-                NAME(four_scores_at_once)(q_r, k, k_row, channels, s_r, 4);
-            else if (n == 3)
-                NAME(four_scores_at_once)(q_r, k, k_row, channels, s_r, 3);
+            else if (together == 3)
+                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 3);
             else
+                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 4);
 #endif
-                if (n == 2)
-                NAME(four_scores)(q_r, k, k_row, channels, s_r, 2);
-            else
-                NAME(four_scores)(q_r, k, k_row, channels, s_r, 1);
         }
     }
 }

@@ -48,6 +48,7 @@ typedef struct {
     int64_t chunk, left_chunks; /* a query sees its own chunk of so many keys and some to the left; 0: no such rule */
     int band;                   /* of the weights only the window is wanted */
     int few;                    /* so few queries in a head that keys are read where they lie, a row at a time */
+    int fetch;                  /* few: ask for them before (fa_fetching_helps) */
 } fa_problem;
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */
@@ -102,6 +103,9 @@ typedef struct {
 
 /* The instruction sets in this build that this CPU can run, best first; returns how many. */
 int fa_runnable(const fa_instruction_set *sets[], int room);
+
+/* Whether keys that follow each other without gaps come faster from memory where instructions ask for them. */
+int fa_fetching_helps(void);
 
 /* The chunk in which a position lies. */
 static inline int64_t fa_chunk_of(int64_t position, int64_t size)

@@ -9,10 +9,11 @@
 #include "visible.inc.h"
 
 enum {
-    FETCH_BYTES = 16384, /* so far ahead keys and values are asked for where few rows share them */
-    LINKS = 4,           /* values for one load and store of a sum there; a multiple of STEPS */
-    STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
-    SHARE = 4            /* channels that share a division (additive.inc.h) */
+    FETCH_BYTES = 8192, /* so far ahead keys and values are asked for where few rows share them */
+    FEW_VECS = 4,       /* two rows of so many vectors are read at a time there, longer ones by themselves */
+    LINKS = 4,          /* values for one load and store of a sum there; a multiple of STEPS */
+    STRIP = 64,         /* channels of a query that lie together (product.inc.h) */
+    SHARE = 4           /* channels that share a division (additive.inc.h) */
 };
 
 #define BITS 32

@@ -1,4 +1,4 @@
-/* Which instruction sets this CPU, and this operating system, can run. Compiled for the plain target. */
+/* What this CPU, and this operating system, can run, and what suits it. Compiled for the plain target. */
 #include "fastattn.h"
 
 extern const fa_instruction_set fa_baseline;
@@ -20,4 +20,15 @@ int fa_runnable(const fa_instruction_set *sets[], int room)
     if (n < room)
         sets[n++] = &fa_baseline;
     return n;
+}
+
+/* Zen 3 and 4 are better left to their own prefetchers (docs/performance.md). */
+int fa_fetching_helps(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("amdfam19h");
+#else
+    return 1;
+#endif
 }

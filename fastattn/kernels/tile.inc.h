@@ -55,11 +55,11 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
 /* How many of the few rows that are left go through keys and values together. */
 static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
 
-/* Whether keys or values of n numbers, `row` bytes apart, have to be fetched where queries are few: one stream of rows
- * without gaps the hardware follows by itself, and better. */
-static ALWAYS_INLINE int NAME(needs_fetching)(int rows, int64_t n, ptrdiff_t row)
+/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few: one stream of
+ * rows without gaps some CPUs follow by themselves, and better. */
+static ALWAYS_INLINE int NAME(needs_fetching)(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
-    return rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
 }
 
 /* How many rows of n numbers are FETCH_BYTES. */
@@ -69,11 +69,11 @@ static ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(int64_t n)
     return (FETCH_BYTES + bytes - 1) / bytes;
 }
 
-/* Asks for n numbers to come into the second cache. */
+/* Asks for n numbers to come into the first cache. */
 static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
 {
     for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
-        __builtin_prefetch(row + at, 0, 2);
+        __builtin_prefetch(row + at, 0, 3);
 }
 
 /* Lays a tile out from `base` on; returns its size. */

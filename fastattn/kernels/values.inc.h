@@ -41,77 +41,103 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
                            value_row, 0);
 }
 
-/* `keys` more links of the chains of `rows` x `vecs` sums: a term, where STEPS > 1. One value after the other, in a
- * loop that is not unrolled (dot.inc.h, four_scores). */
-static ALWAYS_INLINE void NAME(add_columns)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
-                                            int64_t sum_row, const int rows, const int vecs)
+/* Columns of the sum over a chunk of n values, whole terms. One value after the other, in a loop that is not unrolled
+ * (dot.inc.h, four_scores); those `ahead` bytes further on are asked for (0: none). */
+static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
+                                            real *to, int64_t to_row, const int rows, const int vecs)
 {
-    vec link[2][8];
+    enum { TERMS = STEPS > 1 };
+    const int in_memory = TERMS && rows * vecs > 8; /* the sums, for terms need the registers */
+    vec sum[2][8], term[2][8];
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int c = 0; c < vecs; c++) {
+            sum[r][c] = term[r][c] = (vec){0};
+            if (in_memory)
+                NAME(store)(to + r * to_row + c * LANES, (vec){0});
+        }
+    }
+    for (int t = 0; t < n; t += STEPS) {
+        NOT_UNROLLED
+        for (int k = 0; k < STEPS; k++, v += v_row) {
+            if (ahead)
+                NAME(fetch)(v + ahead, vecs * LANES);
+            UNROLL(8)
+            for (int c = 0; c < vecs; c++) {
+                const vec v_k = NAME(load)(v + c * VECTOR_BYTES);
+                UNROLL(8)
+                for (int r = 0; r < rows; r++)
+                    term[r][c] = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + t + k]), v_k, term[r][c]);
+            }
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows && TERMS; r++) {
+            UNROLL(8)
+            for (int c = 0; c < vecs; c++) {
+                real *at = to + r * to_row + c * LANES;
+                if (in_memory)
+                    NAME(store)(at, NAME(load)(at) + term[r][c]);
+                else
+                    sum[r][c] += term[r][c];
+                term[r][c] = (vec){0};
+            }
+        }
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows && !in_memory; r++) {
         UNROLL(8)
         for (int c = 0; c < vecs; c++)
-            link[r][c] = STEPS > 1 ? (vec){0} : NAME(load)(sum + r * sum_row + c * LANES);
-    }
-    NOT_UNROLLED
-    for (int k = 0; k < keys; k++, v += v_row) {
-        UNROLL(8)
-        for (int c = 0; c < vecs; c++) {
-            const vec v_k = NAME(load)(v + c * VECTOR_BYTES);
-            UNROLL(8)
-            for (int r = 0; r < rows; r++)
-                link[r][c] = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + k]), v_k, link[r][c]);
-        }
-    }
-    UNROLL(8)
-    for (int r = 0; r < rows; r++) {
-        UNROLL(8)
-        for (int c = 0; c < vecs; c++) {
-            real *to = sum + r * sum_row + c * LANES;
-            NAME(store)(to, STEPS > 1 ? NAME(load)(to) + link[r][c] : link[r][c]);
-        }
+            NAME(store)(to + r * to_row + c * LANES, TERMS ? sum[r][c] : term[r][c]);
     }
 }
 
 /* The same over whole values. */
-static ALWAYS_INLINE void NAME(add_values)(const real *p, const char *v, ptrdiff_t v_row, int keys, real *sum,
-                                           int64_t value_row, const int rows)
+static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
+                                           real *to, int64_t value_row, const int rows)
 {
     int64_t c = 0;
     for (; (rows == 1 || FEW_ROWS > 2) && c + 8 * LANES <= value_row; c += 8 * LANES, v += 8 * VECTOR_BYTES)
-        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 8); /* with 16 registers, of one row only */
+        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 8); /* with 16 registers, of one row only */
     for (; c + 4 * LANES <= value_row; c += 4 * LANES, v += 4 * VECTOR_BYTES)
-        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 4);
+        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 4);
     for (; c < value_row; c += LANES, v += VECTOR_BYTES)
-        NAME(add_columns)(p, v, v_row, keys, sum + c, value_row, rows, 1);
+        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 1);
 }
 
 #if FEW_ROWS > 2
-/* The same for more rows and LINKS keys: values are read together, and the weights stay in registers. */
-_Static_assert(STEPS % LINKS == 0, "blocks are padded to whole terms, so there are no fewer keys");
-static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, real *sum,
-                                                   int64_t value_row, const int rows)
+/* The same for more rows: LINKS values are read together, and their weights stay in registers. */
+_Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
+static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, int n,
+                                                   ptrdiff_t ahead, real *to, int64_t value_row, const int rows)
 {
-    vec w[FEW_ROWS][LINKS];
-    UNROLL(8)
-    for (int r = 0; r < rows; r++) {
-        UNROLL(8)
-        for (int k = 0; k < LINKS; k++)
-            w[r][k] = NAME(fill)(p[r * FA_BLOCK + k]);
-    }
-    for (int64_t c = 0; c < value_row; c += LANES) {
-        vec v_k[LINKS];
-        UNROLL(8)
-        for (int k = 0; k < LINKS; k++)
-            v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
+    for (int64_t c = 0; c < rows * value_row; c += LANES)
+        NAME(store)(to + c, (vec){0});
+    for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
+        vec w[FEW_ROWS][LINKS];
+        if (ahead)
+            for (int k = 0; k < LINKS; k++)
+                NAME(fetch)(v + k * v_row + ahead, value_row);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
-            real *to = sum + r * value_row + c;
-            vec link = STEPS > 1 ? (vec){0} : NAME(load)(to);
             UNROLL(8)
             for (int k = 0; k < LINKS; k++)
-                link = NAME(fma)(w[r][k], v_k[k], link);
-            NAME(store)(to, STEPS > 1 ? NAME(load)(to) + link : link);
+                w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
+        }
+        for (int64_t c = 0; c < value_row; c += LANES) {
+            vec v_k[LINKS];
+            UNROLL(8)
+            for (int k = 0; k < LINKS; k++)
+                v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
+            UNROLL(8)
+            for (int r = 0; r < rows; r++) {
+                real *at = to + r * value_row + c;
+                vec term = {0};
+                UNROLL(8)
+                for (int k = 0; k < LINKS; k++)
+                    term = NAME(fma)(w[r][k], v_k[k], term);
+                NAME(store)(at, NAME(load)(at) + term);
+            }
         }
     }
 }
@@ -119,38 +145,30 @@ static ALWAYS_INLINE void NAME(add_values_at_once)(const real *p, const char *v,
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
  * bits. chunk: [rows][value_row] numbers. */
-static NEVER_INLINE void NAME(streamed_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end,
-                                            int64_t value_row, real *part, real *chunk)
+static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const real *p, int rows, NAME(value_rows) value,
+                                            int begin, int end, int64_t value_row, real *part, real *chunk)
 {
-    const ptrdiff_t ahead = NAME(rows_ahead)(value_row) * value.row;
-    const int fetched = NAME(needs_fetching)(rows, value_row, value.row);
-    for (int t = begin; t < end;) {
-        const int stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+    const ptrdiff_t ahead =
+        NAME(needs_fetching)(problem, rows, value_row, value.row) ? NAME(rows_ahead)(value_row) * value.row : 0;
+    for (int t = begin, stop; t < end; t = stop) {
+        const char *v = value.data + t * value.row;
         const int first = t == begin;
-        for (int64_t c = 0; c < rows * value_row; c += LANES)
-            NAME(store)(chunk + c, (vec){0});
-        for (int keys; t < stop; t += keys) {
-            const char *v = value.data + t * value.row;
-            keys = stop - t < LINKS ? stop - t : LINKS;
-            if (fetched)
-                for (int k = 0; k < keys; k++)
-                    NAME(fetch)(v + k * value.row + ahead, value_row);
-            for (int r = 0, n; r < rows; r += n) {
-                const real *p_r = p + r * FA_BLOCK + t;
-                real *to = chunk + r * value_row;
-                n = NAME(rows_together)(rows - r);
+        ptrdiff_t ask = ahead;
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        for (int r = 0, together; r < rows; r += together, ask = 0) {
+            const real *p_r = p + r * FA_BLOCK + t;
+            real *to = chunk + r * value_row;
+            together = NAME(rows_together)(rows - r);
+            if (together == 1)
+                NAME(sum_values)(p_r, v, value.row, stop - t, ask, to, value_row, 1);
+            else if (together == 2)
+                NAME(sum_values)(p_r, v, value.row, stop - t, ask, to, value_row, 2);
 #if FEW_ROWS > 2
-                if (n == 4)
-                    NAME(add_values_at_once)(p_r, v, value.row, to, value_row, 4);
-                else if (n == 3)
-                    NAME(add_values_at_once)(p_r, v, value.row, to, value_row, 3);
-                else
+            else if (together == 3)
+                NAME(sum_values_at_once)(p_r, v, value.row, stop - t, ask, to, value_row, 3);
+            else
+                NAME(sum_values_at_once)(p_r, v, value.row, stop - t, ask, to, value_row, 4);
 #endif
-                    if (n == 2)
-                    NAME(add_values)(p_r, v, value.row, keys, to, value_row, 2);
-                else
-                    NAME(add_values)(p_r, v, value.row, keys, to, value_row, 1);
-            }
         }
         for (int64_t c = 0; c < rows * value_row; c += LANES)
             NAME(store)(part + c, first ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));
