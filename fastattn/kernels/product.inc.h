@@ -3,9 +3,10 @@
  * weights, t: keys, b: values) are both made of it.
  *
  * The rounding errors of a chain of n equal additions add up to n / 8 eps, so sums are nested: STEPS products make a
- * term, terms are added up for CHUNK steps, and that is added to `out`. STEPS > 1 is for instruction sets whose
- * multiplications broadcast an operand from memory: each number of a is read where it is multiplied, and the additions
- * of terms run beside the multiplications. Ending chunks more often instead costs stores (docs/performance.md).
+ * term, terms are added up for CHUNK steps, and that is added to `out`. STEPS > 1 is for instruction sets with
+ * registers enough for terms beside the sums: additions run beside the multiplications. Two vectors of b share each
+ * number of a; more would take registers, and one would need a load for each multiplication. Ending chunks more often
+ * instead costs stores (docs/performance.md).
  *
  * Rows of a are at constant distances, FA_BLOCK numbers (weights) or STRIP (queries): with distances that are not known
  * to the compiler there are not enough registers for the addresses.
@@ -38,21 +39,34 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
         }
         for (const real *a_t = a + t; t < stop; t += STEPS, a_t += STEPS, b_t += STEPS * b_row) {
 #if STEPS > 1
-            const real *a_v = a_t;
             UNROLL(8)
-            for (int v = 0; v < vecs; v++) {
-                vec b_v[STEPS];
+            for (int v = 0; v < vecs; v += 2) {
+                const int n = vecs - v < 2 ? vecs - v : 2;
+                vec b_v[STEPS][2];
                 UNROLL(8)
-                for (int k = 0; k < STEPS; k++)
-                    b_v[k] = NAME(load)(b_t + k * b_row + v * VECTOR_BYTES);
-                FORGET(a_v); /* or the broadcasts would be kept for the next v, and not all fit */
+                for (int k = 0; k < STEPS; k++) {
+                    UNROLL(2)
+                    for (int i = 0; i < n; i++)
+                        b_v[k][i] = NAME(load)(b_t + k * b_row + (v + i) * VECTOR_BYTES);
+                }
+                FORGET(a_t); /* or the broadcasts would be kept for the next v, and not all fit */
                 UNROLL(8)
                 for (int r = 0; r < rows; r++) {
-                    vec term = NAME(fill)(a_v[r * a_row]) * b_v[0];
+                    vec term[2];
                     UNROLL(8)
-                    for (int k = 1; k < STEPS; k++)
-                        term = NAME(fma)(NAME(fill)(a_v[r * a_row + k]), b_v[k], term);
-                    sum[r][v] += term;
+                    for (int k = 0; k < STEPS; k++) {
+                        const vec a_rk = NAME(fill)(a_t[r * a_row + k]);
+                        UNROLL(2)
+                        for (int i = 0; i < n; i++) {
+                            if (k == 0)
+                                term[i] = a_rk * b_v[0][i];
+                            else
+                                term[i] = NAME(fma)(a_rk, b_v[k][i], term[i]);
+                        }
+                    }
+                    UNROLL(2)
+                    for (int i = 0; i < n; i++)
+                        sum[r][v + i] += term[i];
                 }
             }
 #else
