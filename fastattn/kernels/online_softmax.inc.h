@@ -108,10 +108,17 @@ static void NAME(exponentials)(real *s, int rows, int first, int last, const int
     vec most[ROWS], keep[ROWS];
     /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
     for (int r = 0; r < rows; r++) {
-        vec x = none;
-        for (int v = first; v < last; v++)
-            x = NAME(max)(NAME(load)(s + r * FA_BLOCK + v * LANES), x); /* a NaN score does not become the maximum */
-        most[r] = NAME(spread_max)(x);
+        const real *s_r = s + r * FA_BLOCK;
+        vec x[4] = {none, none, none, none}; /* a NaN score does not become the maximum */
+        int v = first;
+        for (; v + 4 <= last; v += 4) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                x[i] = NAME(max)(NAME(load)(s_r + (v + i) * LANES), x[i]);
+        }
+        for (; v < last; v++)
+            x[0] = NAME(max)(NAME(load)(s_r + v * LANES), x[0]);
+        most[r] = NAME(spread_max)(NAME(max)(NAME(max)(x[0], x[1]), NAME(max)(x[2], x[3])));
     }
     for (int r = 0; r < rows; r++) {
         const vec before = NAME(fill)(m[r]), now = NAME(max)(most[r], before);
