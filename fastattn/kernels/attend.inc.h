@@ -215,9 +215,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             const key_bits terms = bits_of_range(term_lo, term_hi);
             for (int r = 0; r < group; r++) {
                 const int64_t i = row + first + r;
-                if (rules || !bits_equal(&seen[r], &whole))
+                if (rules) {
                     NAME(apply_rules)
-                (problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
+                    (problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
+                } else {
+                    NAME(hide)(&whole, &seen[r], s + r * FA_BLOCK);
+                }
                 partial |= !bits_equal(&seen[r], &terms);
             }
         } /* otherwise whole vectors, all seen: nothing to hide */

@@ -31,8 +31,23 @@ static ALWAYS_INLINE int NAME(natural)(const fa_problem *problem, const fa_head 
     return problem->activation != FA_SOFTMAX || NAME(ruled)(problem, head);
 }
 
+/* Scores of the keys that are computed but not seen become -inf, also where they are NaN. */
+static ALWAYS_INLINE void NAME(hide)(const key_bits *computed, const key_bits *seen, real *s)
+{
+    for (int w = 0; w < WORDS; w++) {
+        uint64_t gone = computed->word[w] & ~seen->word[w];
+        while (gone) {
+            const int j = __builtin_ctzll(gone) / LANES * LANES;
+            real *s_v = s + w * 64 + j;
+            const unsigned bits = bits_at(seen, w * 64 + j, LANES);
+            NAME(store)(s_v, NAME(pick_bits)(bits, NAME(load)(s_v), NAME(fill)(-(real)INFINITY)));
+            gone &= ~(bits_below(LANES) << j);
+        }
+    }
+}
+
 /* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
- * and the activation. Hidden keys become -inf, also where the score or the bias is NaN. */
+ * and the activation, where that is more than to hide. Hidden keys become -inf, also where score or bias are NaN. */
 static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block,
                               int first, int last, key_bits *seen, real *s, real *extra, real *other)
 {
@@ -73,12 +88,9 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
             }
         }
     }
-    const int only_hide = !capped && !problem->has_slope && !biased && !late;
     for (int v = first; v < last; v++) {
         real *s_v = s + r * FA_BLOCK + v * LANES;
         unsigned bits = bits_at(seen, v * LANES, LANES);
-        if (only_hide && bits == (1u << LANES) - 1u)
-            continue;
         vec x = NAME(load)(s_v);
         if (late)
             x = x * root * scale;
