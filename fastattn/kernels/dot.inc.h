@@ -17,10 +17,11 @@ static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, 
                 NAME(gather)(group, q_i + c * query->col, query->col, live, problem->score_dtype);
                 from = group;
             }
-            for (int64_t k = 0; k < live; k++)
-                group[k] = from[k] * factor;
-            for (int64_t k = live; k < all; k++)
-                group[k] = 0;
+            int64_t k = 0;
+            for (; k + LANES <= live; k += LANES)
+                NAME(store)(group + k, NAME(load)(from + k) * factor);
+            for (; k < all; k++)
+                group[k] = k < live ? from[k] * factor : 0;
         }
     }
 }

@@ -204,12 +204,21 @@ static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, con
 
 static int NAME(all_finite)(NAME(value_rows) value, int begin, int end, int64_t value_row)
 {
-    vec sum = {0};
-    for (int j = begin; j < end; j++)
-        for (int64_t c = 0; c < value_row; c += LANES)
-            sum = NAME(fma)(NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real)), (vec){0}, sum);
+    vec sum[4] = {{0}}; /* one would be a chain of latencies */
+    for (int j = begin; j < end; j++) {
+        const real *v = (const real *)(value.data + j * value.row);
+        int64_t c = 0;
+        for (; c + 4 * LANES <= value_row; c += 4 * LANES) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                sum[i] = NAME(fma)(NAME(load)(v + c + i * LANES), (vec){0}, sum[i]);
+        }
+        for (; c < value_row; c += LANES)
+            sum[0] = NAME(fma)(NAME(load)(v + c), (vec){0}, sum[0]);
+    }
+    sum[0] += sum[1] + sum[2] + sum[3];
     for (int i = 0; i < LANES; i++)
-        if (sum[i] != 0)
+        if (sum[0][i] != 0)
             return 0;
     return 1;
 }
