@@ -18,7 +18,7 @@ from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_t
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
     # too few tiles to share out evenly.
-    LEAST_ROWS = 96
+    LEAST_ROWS = 128
     MOST_ROWS = 768
     TILES = 16          # wanted in a call, where that leaves tiles of LEAST_ROWS
     GROUP = 6           # a tile is a whole number of the kernels' row groups, where it can be
