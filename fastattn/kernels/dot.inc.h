@@ -82,9 +82,9 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
 }
 
 /* Products of a strip of n channels of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors, padded
- * with zeros; keys are not. */
+ * with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). */
 static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t n,
-                                               vec (*sum)[4], const int rows, const int count)
+                                               ptrdiff_t ahead, vec (*sum)[4], const int rows, const int count)
 {
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
@@ -98,6 +98,8 @@ static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, 
         for (int i = 0; i < count; i++) {
             const char *k = keys + i * key_row + c * (int64_t)sizeof(real);
             vec k_i;
+            if (ahead && c * (int64_t)sizeof(real) % 64 == 0)
+                __builtin_prefetch(k + ahead, 0, 3);
             if (left >= LANES)
                 k_i = NAME(load)(k);
             else
@@ -111,14 +113,14 @@ static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, 
 
 /* The same over all channels. Sums are nested like those of the product: a strip, then the strips. */
 static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                             vec (*sum)[4], const int rows, const int count)
+                                             ptrdiff_t ahead, vec (*sum)[4], const int rows, const int count)
 {
-    NAME(strip_products)(q, keys, key_row, channels < STRIP ? channels : STRIP, sum, rows, count);
+    NAME(strip_products)(q, keys, key_row, channels < STRIP ? channels : STRIP, ahead, sum, rows, count);
     for (int64_t c = STRIP; c < channels; c += STRIP) {
         vec part[FEW_ROWS][4];
         const int64_t n = channels - c < STRIP ? channels - c : STRIP;
         NAME(strip_products)
-        (q + c * ROWS, keys + c * (int64_t)sizeof(real), key_row, n, part, rows, count);
+        (q + c * ROWS, keys + c * (int64_t)sizeof(real), key_row, n, ahead, part, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -132,12 +134,12 @@ static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, pt
  * unrolled: where keys come from memory, it sees one stream then, and its prefetchers few instructions with short
  * strides. */
 static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                            real *s, const int rows, const int count)
+                                            ptrdiff_t ahead, real *s, const int rows, const int count)
 {
     vec sum[FEW_ROWS][4], some[FEW_ROWS][4];
     NOT_UNROLLED
     for (int i = 0; i < 4; i += count, keys += count * key_row) {
-        NAME(key_products)(q, keys, key_row, channels, some, rows, count);
+        NAME(key_products)(q, keys, key_row, channels, ahead, some, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -151,20 +153,21 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
 }
 
 /* Scores against n keys, a multiple of four; those `ahead` bytes further on are asked for (0: none). More than two rows
- * are arithmetic more than reading, so they share their loads. */
+ * are arithmetic more than reading, so they share their loads; where keys are long, asking is spread over it. */
 static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                               int n, ptrdiff_t ahead, real *s, const int rows)
 {
+    const int spread = rows > 2 && channels > FEW_VECS * LANES;
     for (int j = 0; j < n; j += 4, keys += 4 * key_row) {
-        if (ahead)
+        if (ahead && !spread)
             for (int i = 0; i < 4; i++)
                 NAME(fetch)(keys + i * key_row + ahead, channels);
         if (rows > 2)
-            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 4);
+            NAME(four_scores)(q, keys, key_row, channels, spread ? ahead : 0, s + j, rows, 4);
         else if (channels <= FEW_VECS * LANES)
-            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 2);
+            NAME(four_scores)(q, keys, key_row, channels, 0, s + j, rows, 2);
         else
-            NAME(four_scores)(q, keys, key_row, channels, s + j, rows, 1);
+            NAME(four_scores)(q, keys, key_row, channels, 0, s + j, rows, 1);
     }
 }
 

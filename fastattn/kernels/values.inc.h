@@ -113,9 +113,10 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
 {
     for (int64_t c = 0; c < rows * value_row; c += LANES)
         NAME(store)(to + c, (vec){0});
+    const int spread = ahead && value_row > FEW_VECS * LANES; /* asking, over the arithmetic */
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
         vec w[FEW_ROWS][LINKS];
-        if (ahead)
+        if (ahead && !spread)
             for (int k = 0; k < LINKS; k++)
                 NAME(fetch)(v + k * v_row + ahead, value_row);
         UNROLL(8)
@@ -125,10 +126,14 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
                 w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
         }
         for (int64_t c = 0; c < value_row; c += LANES) {
+            const char *v_c = v + c * (int64_t)sizeof(real);
             vec v_k[LINKS];
             UNROLL(8)
-            for (int k = 0; k < LINKS; k++)
-                v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
+            for (int k = 0; k < LINKS; k++) {
+                if (spread)
+                    __builtin_prefetch(v_c + k * v_row + ahead, 0, 3);
+                v_k[k] = NAME(load)(v_c + k * v_row);
+            }
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
                 real *at = to + r * value_row + c;
