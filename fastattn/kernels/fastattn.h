@@ -104,7 +104,7 @@ typedef struct {
 /* The instruction sets in this build that this CPU can run, best first; returns how many. */
 int fa_runnable(const fa_instruction_set *sets[], int room);
 
-/* Whether short keys that follow each other without gaps come faster from memory where instructions ask for them. */
+/* Whether keys that follow each other without gaps come faster from memory where instructions ask for them. */
 int fa_fetching_helps(void);
 
 /* The chunk in which a position lies. */

@@ -56,11 +56,10 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
 static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
 
 /* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few: one stream of
- * rows without gaps CPUs follow by themselves, some of them only where it is long rows that one query reads. */
+ * rows without gaps some CPUs follow by themselves, and better. */
 static ALWAYS_INLINE int NAME(needs_fetching)(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
-    const int hard = rows > 1 || n <= FEW_VECS * LANES;
-    return (problem->fetch && hard) || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
 }
 
 /* How many rows of n numbers are FETCH_BYTES. */
