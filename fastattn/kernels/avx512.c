@@ -55,6 +55,28 @@ static ALWAYS_INLINE __m512d scale_down_f64(__m512d p, __m512d x) { return _mm51
 #define HAS_TOTAL
 static ALWAYS_INLINE float total_f32(__m512 v) { return _mm512_reduce_add_ps(v); }
 static ALWAYS_INLINE double total_f64(__m512d v) { return _mm512_reduce_add_pd(v); }
+#define HAS_FOUR_TOTALS /* the same order of additions, by shuffles that need no indices and spoil no operand */
+#define HALVES(a, b) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee))
+static ALWAYS_INLINE void four_totals_f32(float *to, __m512 a, __m512 b, __m512 c, __m512 d)
+{
+    const __m512 ab = HALVES(a, b), cd = HALVES(c, d);
+    __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+    const __m512i first = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12)); /* of each quarter */
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
+}
+#undef HALVES
+#define HALVES(a, b) _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee))
+static ALWAYS_INLINE void four_totals_f64(double *to, __m512d a, __m512d b, __m512d c, __m512d d)
+{
+    const __m512d ab = HALVES(a, b), cd = HALVES(c, d);
+    __m512d x = _mm512_add_pd(_mm512_shuffle_f64x2(ab, cd, 0x88), _mm512_shuffle_f64x2(ab, cd, 0xdd));
+    x = _mm512_add_pd(x, _mm512_permute_pd(x, 0x55));
+    const __m512i first = _mm512_castsi256_si512(_mm256_setr_epi64x(0, 2, 4, 6));
+    _mm256_storeu_pd(to, _mm512_castpd512_pd256(_mm512_permutexvar_pd(first, x)));
+}
+#undef HALVES
 
 #define HAS_TRANSPOSE /* quarters of the rows go to their place as they are loaded; the rest stays within quarters */
 #define QUARTERS(r, step)                                                                                  \

@@ -21,6 +21,9 @@
 /* Makes the compiler read again what it has read through this pointer. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
+/* The same, and what is read before is read before what is read after: the compiler may not mix them. */
+#define IN_ORDER(pointer) __asm__ volatile("" : "+r"(pointer) : : "memory")
+
 /* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
 #ifdef __clang__
 #define UNROLL(n) _Pragma("clang loop unroll(full)")

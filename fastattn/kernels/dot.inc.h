@@ -152,6 +152,49 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
         NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
+/* Scores of up to two rows of whole strips, `vecs` vectors, against n keys, a multiple of four, with the queries in
+ * registers. Keys are read in order, and nothing but their loads waits for memory longer than it must: what the CPU can
+ * hold of instructions that wait is what bounds how far it sees ahead. */
+static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *keys, ptrdiff_t key_row, int n,
+                                                    ptrdiff_t ahead, real *s, const int rows, const int vecs)
+{
+    enum { STRIP_VECS = STRIP / LANES };
+    vec q_c[2][8];
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int c = 0; c < vecs; c++)
+            q_c[r][c] = NAME(load)(q + c / STRIP_VECS * ROWS * STRIP + r * STRIP + c % STRIP_VECS * LANES);
+    }
+    for (int j = 0; j < n; j += 4) {
+        vec sum[2][4];
+        UNROLL(4)
+        for (int i = 0; i < 4; i++, keys += key_row) {
+            vec part[2];
+            IN_ORDER(keys);
+            UNROLL(8)
+            for (int c = 0; c < vecs; c++) {
+                const char *k = keys + c * VECTOR_BYTES;
+                if (ahead && c * VECTOR_BYTES % 64 == 0)
+                    __builtin_prefetch(k + ahead, 0, 3);
+                const vec k_c = NAME(load)(k);
+                UNROLL(2)
+                for (int r = 0; r < rows; r++) {
+                    if (c % STRIP_VECS == 0)
+                        part[r] = q_c[r][c] * k_c;
+                    else
+                        part[r] = NAME(fma)(q_c[r][c], k_c, part[r]);
+                    if (c % STRIP_VECS == STRIP_VECS - 1)
+                        sum[r][i] = c < STRIP_VECS ? part[r] : (vec)(sum[r][i] + part[r]);
+                }
+            }
+        }
+        UNROLL(2)
+        for (int r = 0; r < rows; r++)
+            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
 /* Scores against n keys, a multiple of four; those `ahead` bytes further on are asked for (0: none). More than two rows
  * are arithmetic more than reading, so they share their loads; where keys are long, asking is spread over it. */
 static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
@@ -175,7 +218,12 @@ static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, p
 static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                                int n, ptrdiff_t ahead, real *s, const int rows)
 {
-    if (channels == STRIP)
+    enum { STRIP_VECS = STRIP / LANES, FIT = 8 / STRIP_VECS }; /* FIT: strips that stay in registers */
+    if (channels == STRIP && rows <= FIT)
+        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, STRIP_VECS);
+    else if (channels == 2 * STRIP && 2 * rows <= FIT)
+        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, 2 * STRIP_VECS);
+    else if (channels == STRIP)
         NAME(run_of_scores)(q, keys, key_row, STRIP, n, ahead, s, rows);
     else if (channels == 2 * STRIP)
         NAME(run_of_scores)(q, keys, key_row, 2 * STRIP, n, ahead, s, rows);

@@ -55,11 +55,14 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
 /* How many of the few rows that are left go through keys and values together. */
 static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
 
-/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few: one stream of
- * rows without gaps some CPUs follow by themselves, and better. */
+/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
+ * rows without gaps some CPUs follow by themselves, and all do where a loop is little more than its loads: the one for
+ * single rows of eight long vectors. */
 static ALWAYS_INLINE int NAME(needs_fetching)(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
-    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+    if (rows > 2 || row != n * (ptrdiff_t)sizeof(real))
+        return 1;
+    return problem->fetch && !(rows == 1 && n == 8 * LANES && VECTOR_BYTES == 64);
 }
 
 /* How many rows of n numbers are FETCH_BYTES. */

@@ -41,68 +41,102 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
                            value_row, 0);
 }
 
-/* Columns of the sum over a chunk of n values, whole terms. One value after the other, in a loop that is not unrolled
- * (dot.inc.h, four_scores); those `ahead` bytes further on are asked for (0: none). */
-static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
-                                            real *to, int64_t to_row, const int rows, const int vecs)
+/* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
+ * (0: nothing). */
+static ALWAYS_INLINE void NAME(add_value)(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[8],
+                                          const int rows, const int vecs)
 {
-    enum { TERMS = STEPS > 1 };
-    const int in_memory = TERMS && rows * vecs > 8; /* the sums, for terms need the registers */
-    vec sum[2][8], term[2][8];
     UNROLL(8)
-    for (int r = 0; r < rows; r++) {
-        UNROLL(8)
-        for (int c = 0; c < vecs; c++) {
-            sum[r][c] = term[r][c] = (vec){0};
-            if (in_memory)
-                NAME(store)(to + r * to_row + c * LANES, (vec){0});
+    for (int c = 0; c < vecs; c++) {
+        if (ahead && c * VECTOR_BYTES % 64 == 0)
+            __builtin_prefetch(v + c * VECTOR_BYTES + ahead, 0, 3);
+        const vec v_c = NAME(load)(v + c * VECTOR_BYTES);
+        UNROLL(2)
+        for (int r = 0; r < rows; r++) {
+            const vec p_r = NAME(fill)(p[r * FA_BLOCK]);
+            if (first)
+                term[r][c] = p_r * v_c;
+            else
+                term[r][c] = NAME(fma)(p_r, v_c, term[r][c]);
         }
-    }
-    for (int t = 0; t < n; t += STEPS) {
-        NOT_UNROLLED
-        for (int k = 0; k < STEPS; k++, v += v_row) {
-            if (ahead)
-                NAME(fetch)(v + ahead, vecs * LANES);
-            UNROLL(8)
-            for (int c = 0; c < vecs; c++) {
-                const vec v_k = NAME(load)(v + c * VECTOR_BYTES);
-                UNROLL(8)
-                for (int r = 0; r < rows; r++)
-                    term[r][c] = NAME(fma)(NAME(fill)(p[r * FA_BLOCK + t + k]), v_k, term[r][c]);
-            }
-        }
-        UNROLL(8)
-        for (int r = 0; r < rows && TERMS; r++) {
-            UNROLL(8)
-            for (int c = 0; c < vecs; c++) {
-                real *at = to + r * to_row + c * LANES;
-                if (in_memory)
-                    NAME(store)(at, NAME(load)(at) + term[r][c]);
-                else
-                    sum[r][c] += term[r][c];
-                term[r][c] = (vec){0};
-            }
-        }
-    }
-    UNROLL(8)
-    for (int r = 0; r < rows && !in_memory; r++) {
-        UNROLL(8)
-        for (int c = 0; c < vecs; c++)
-            NAME(store)(to + r * to_row + c * LANES, TERMS ? sum[r][c] : term[r][c]);
     }
 }
 
-/* The same over whole values. */
-static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
-                                           real *to, int64_t value_row, const int rows)
+/* Columns of the weighted sum over the values [begin, end) of up to two rows, whole terms, one value after the other:
+ * added to `part`, or in place of what it holds (first). */
+static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
+                                            int first, ptrdiff_t ahead, real *part, int64_t value_row, const int rows,
+                                            const int vecs)
 {
-    int64_t c = 0;
-    for (; (rows == 1 || FEW_ROWS > 2) && c + 8 * LANES <= value_row; c += 8 * LANES, v += 8 * VECTOR_BYTES)
-        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 8); /* with 16 registers, of one row only */
-    for (; c + 4 * LANES <= value_row; c += 4 * LANES, v += 4 * VECTOR_BYTES)
-        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 4);
-    for (; c < value_row; c += LANES, v += VECTOR_BYTES)
-        NAME(sum_columns)(p, v, v_row, n, ahead, to + c, value_row, rows, 1);
+    const int in_memory = STEPS > 1 && rows * vecs > 8; /* what a chunk sums up to: terms need the registers */
+    vec sum[2][8], term[2][8];
+    real chunk[2 * 8 * LANES];
+    for (int t = begin, stop; t < end;) {
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        UNROLL(8)
+        for (int i = 0; i < rows * vecs; i++) {
+            sum[i / vecs][i % vecs] = (vec){0};
+            if (in_memory)
+                NAME(store)(chunk + i * LANES, (vec){0});
+        }
+        for (; t < stop; t += STEPS) {
+            if (STEPS == 1) {
+                NAME(add_value)(p + t, v, ahead, 0, sum, rows, vecs);
+                v += v_row;
+            } else if (in_memory) {
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++)
+                    term[i / vecs][i % vecs] = (vec){0};
+                NOT_UNROLLED
+                for (int k = 0; k < STEPS; k++, v += v_row)
+                    NAME(add_value)(p + t + k, v, ahead, 0, term, rows, vecs);
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++) {
+                    real *at = chunk + i * LANES;
+                    NAME(store)(at, NAME(load)(at) + term[i / vecs][i % vecs]);
+                }
+            } else {
+                UNROLL(4)
+                for (int k = 0; k < STEPS; k++, v += v_row) {
+                    IN_ORDER(v);
+                    NAME(add_value)(p + t + k, v, ahead, k == 0, term, rows, vecs);
+                }
+                UNROLL(8)
+                for (int i = 0; i < rows * vecs; i++)
+                    sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
+            }
+        }
+        UNROLL(16)
+        for (int i = 0; i < rows * vecs; i++) {
+            real *at = part + i / vecs * value_row + i % vecs * LANES;
+            const vec s = in_memory ? NAME(load)(chunk + i * LANES) : sum[i / vecs][i % vecs];
+            NAME(store)(at, first ? s : NAME(load)(at) + s);
+        }
+        first = 0;
+    }
+}
+
+/* The same over whole values: those of 4 or 8 vectors in one go, others chunk by chunk, while it is in the cache. */
+static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
+                                           ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
+{
+    if (value_row == 4 * LANES) {
+        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, value_row, rows, 4);
+        return;
+    }
+    if (value_row == 8 * LANES) {
+        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, value_row, rows, 8);
+        return;
+    }
+    for (int t = begin, stop; t < end; v += (stop - t) * v_row, t = stop) {
+        const char *v_c = v;
+        int64_t c = 0;
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        for (; c + 4 * LANES <= value_row; c += 4 * LANES, v_c += 4 * VECTOR_BYTES)
+            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 4);
+        for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
+            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
+    }
 }
 
 #if FEW_ROWS > 2
@@ -155,24 +189,36 @@ static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const rea
 {
     const ptrdiff_t ahead =
         NAME(needs_fetching)(problem, rows, value_row, value.row) ? NAME(rows_ahead)(value_row) * value.row : 0;
+    if (rows <= 2) {
+        const char *v = value.data + begin * value.row;
+        if (rows == 1 && !ahead)
+            NAME(sum_values)(p, v, value.row, begin, end, 0, part, value_row, 1);
+        else if (rows == 1)
+            NAME(sum_values)(p, v, value.row, begin, end, ahead, part, value_row, 1);
+        else if (!ahead)
+            NAME(sum_values)(p, v, value.row, begin, end, 0, part, value_row, 2);
+        else
+            NAME(sum_values)(p, v, value.row, begin, end, ahead, part, value_row, 2);
+        return;
+    }
     for (int t = begin, stop; t < end; t = stop) {
         const char *v = value.data + t * value.row;
         const int first = t == begin;
         ptrdiff_t ask = ahead;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         for (int r = 0, together; r < rows; r += together, ask = 0) {
-            const real *p_r = p + r * FA_BLOCK + t;
+            const real *p_r = p + r * FA_BLOCK;
             real *to = chunk + r * value_row;
             together = NAME(rows_together)(rows - r);
             if (together == 1)
-                NAME(sum_values)(p_r, v, value.row, stop - t, ask, to, value_row, 1);
+                NAME(sum_values)(p_r, v, value.row, t, stop, ask, to, value_row, 1);
             else if (together == 2)
-                NAME(sum_values)(p_r, v, value.row, stop - t, ask, to, value_row, 2);
+                NAME(sum_values)(p_r, v, value.row, t, stop, ask, to, value_row, 2);
 #if FEW_ROWS > 2
             else if (together == 3)
-                NAME(sum_values_at_once)(p_r, v, value.row, stop - t, ask, to, value_row, 3);
+                NAME(sum_values_at_once)(p_r + t, v, value.row, stop - t, ask, to, value_row, 3);
             else
-                NAME(sum_values_at_once)(p_r, v, value.row, stop - t, ask, to, value_row, 4);
+                NAME(sum_values_at_once)(p_r + t, v, value.row, stop - t, ask, to, value_row, 4);
 #endif
         }
         for (int64_t c = 0; c < rows * value_row; c += LANES)

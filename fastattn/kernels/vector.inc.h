@@ -217,6 +217,7 @@ static ALWAYS_INLINE real NAME(total)(vec v)
 #endif
 
 /* The totals of four vectors, always in the same order. */
+#ifndef HAS_FOUR_TOTALS
 static ALWAYS_INLINE void NAME(four_totals)(real *to, vec a, vec b, vec c, vec d)
 {
 #if LANES >= 4
@@ -237,6 +238,7 @@ static ALWAYS_INLINE void NAME(four_totals)(real *to, vec a, vec b, vec c, vec d
     memcpy(to + 2, &cd, sizeof cd);
 #endif
 }
+#endif
 
 /* Rows of LANES numbers at `from`, a byte stride apart, become columns of `to`, whose rows are `to_stride` numbers
  * apart: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
