@@ -24,6 +24,15 @@
 /* The same, and what is read before is read before what is read after: the compiler may not mix them. */
 #define IN_ORDER(pointer) __asm__ volatile("" : "+r"(pointer) : : "memory")
 
+/* Makes the compiler hold a vector in a register, rather than load it again for each use. */
+#if defined(__x86_64__)
+#define HOLD(vector) __asm__("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define HOLD(vector) __asm__("" : "+w"(vector))
+#else
+#define HOLD(vector) (void)0
+#endif
+
 /* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
 #ifdef __clang__
 #define UNROLL(n) _Pragma("clang loop unroll(full)")

@@ -81,46 +81,59 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
     } while (c < channels);
 }
 
-/* Products of a strip of n channels of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors, padded
- * with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). */
-static ALWAYS_INLINE void NAME(strip_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t n,
-                                               ptrdiff_t ahead, vec (*sum)[4], const int rows, const int count)
+/* Where a few rows' queries have channel c: of the first row, the others STRIP numbers apart. */
+static ALWAYS_INLINE const real *NAME(query_at)(const real *q, int64_t c)
 {
+    return q + c / STRIP * (ROWS * STRIP) + c % STRIP;
+}
+
+/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
+ * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). */
+static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
+                                                  int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int rows,
+                                                  const int count)
+{
+    const int whole = key_row == end * (ptrdiff_t)sizeof(real);
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
         for (int i = 0; i < count; i++)
             sum[r][i] = (vec){0};
     }
-    for (int64_t c = 0; c < n; c += LANES) {
-        const int64_t left = n - c;
+    for (int64_t c = begin; c < end; c += LANES) {
+        const real *q_c = NAME(query_at)(q, c);
+        vec k_c[4];
         UNROLL(4)
         for (int i = 0; i < count; i++) {
             const char *k = keys + i * key_row + c * (int64_t)sizeof(real);
-            vec k_i;
-            if (ahead && c * (int64_t)sizeof(real) % 64 == 0)
-                __builtin_prefetch(k + ahead, 0, 3);
-            if (left >= LANES)
-                k_i = NAME(load)(k);
+            if (ahead)
+                NAME(ask)(keys + ahead, key_row, whole, c / LANES, i, count);
+            if (end - c >= LANES)
+                k_c[i] = NAME(load)(k);
             else
-                k_i = NAME(load_some)(k, (int)left);
-            UNROLL(8)
-            for (int r = 0; r < rows; r++)
-                sum[r][i] = NAME(fma)(NAME(load)(q + r * STRIP + c), k_i, sum[r][i]);
+                k_c[i] = NAME(load_some)(k, (int)(end - c));
+            if (rows > 2)
+                HOLD(k_c[i]);
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < count; i++)
+                sum[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_c[i], sum[r][i]);
         }
     }
 }
 
-/* The same over all channels. Sums are nested like those of the product: a strip, then the strips. */
+/* The same over all channels: chains of CHAIN vectors, then their sum. */
 static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                              ptrdiff_t ahead, vec (*sum)[4], const int rows, const int count)
 {
-    NAME(strip_products)(q, keys, key_row, channels < STRIP ? channels : STRIP, ahead, sum, rows, count);
-    for (int64_t c = STRIP; c < channels; c += STRIP) {
+    const int64_t chain = CHAIN * LANES;
+    NAME(chain_of_products)(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, rows, count);
+    for (int64_t c = chain; c < channels; c += chain) {
         vec part[FEW_ROWS][4];
-        const int64_t n = channels - c < STRIP ? channels - c : STRIP;
-        NAME(strip_products)
-        (q + c * ROWS, keys + c * (int64_t)sizeof(real), key_row, n, ahead, part, rows, count);
+        const int64_t end = channels - c < chain ? channels : c + chain;
+        NAME(chain_of_products)(q, keys, key_row, c, end, ahead, part, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -158,19 +171,17 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
 static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *keys, ptrdiff_t key_row, int n,
                                                     ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {
-    enum { STRIP_VECS = STRIP / LANES };
     vec q_c[2][8];
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(8)
         for (int c = 0; c < vecs; c++)
-            q_c[r][c] = NAME(load)(q + c / STRIP_VECS * ROWS * STRIP + r * STRIP + c % STRIP_VECS * LANES);
+            q_c[r][c] = NAME(load)(NAME(query_at)(q, c * LANES) + r * STRIP);
     }
     for (int j = 0; j < n; j += 4) {
         vec sum[2][4];
         UNROLL(4)
         for (int i = 0; i < 4; i++, keys += key_row) {
-            vec part[2];
             IN_ORDER(keys);
             UNROLL(8)
             for (int c = 0; c < vecs; c++) {
@@ -180,12 +191,10 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
                 const vec k_c = NAME(load)(k);
                 UNROLL(2)
                 for (int r = 0; r < rows; r++) {
-                    if (c % STRIP_VECS == 0)
-                        part[r] = q_c[r][c] * k_c;
+                    if (c == 0)
+                        sum[r][i] = q_c[r][c] * k_c;
                     else
-                        part[r] = NAME(fma)(q_c[r][c], k_c, part[r]);
-                    if (c % STRIP_VECS == STRIP_VECS - 1)
-                        sum[r][i] = c < STRIP_VECS ? part[r] : (vec)(sum[r][i] + part[r]);
+                        sum[r][i] = NAME(fma)(q_c[r][c], k_c, sum[r][i]);
                 }
             }
         }
@@ -196,34 +205,36 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
 }
 
 /* Scores against n keys, a multiple of four; those `ahead` bytes further on are asked for (0: none). More than two rows
- * are arithmetic more than reading, so they share their loads; where keys are long, asking is spread over it. */
+ * are arithmetic more than reading, so they share their loads. */
 static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                               int n, ptrdiff_t ahead, real *s, const int rows)
 {
-    const int spread = rows > 2 && channels > FEW_VECS * LANES;
     for (int j = 0; j < n; j += 4, keys += 4 * key_row) {
-        if (ahead && !spread)
-            for (int i = 0; i < 4; i++)
-                NAME(fetch)(keys + i * key_row + ahead, channels);
         if (rows > 2)
-            NAME(four_scores)(q, keys, key_row, channels, spread ? ahead : 0, s + j, rows, 4);
+            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 4);
         else if (channels <= FEW_VECS * LANES)
-            NAME(four_scores)(q, keys, key_row, channels, 0, s + j, rows, 2);
+            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 2);
         else
-            NAME(four_scores)(q, keys, key_row, channels, 0, s + j, rows, 1);
+            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 1);
     }
 }
 
-/* The same, with the usual numbers of channels known to the compiler: up to three times as fast. */
+/* The same, with the numbers of channels known to the compiler for which that is the faster: up to three times. */
 static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                                int n, ptrdiff_t ahead, real *s, const int rows)
 {
-    enum { STRIP_VECS = STRIP / LANES, FIT = 8 / STRIP_VECS }; /* FIT: strips that stay in registers */
-    if (channels == STRIP && rows <= FIT)
-        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, STRIP_VECS);
-    else if (channels == 2 * STRIP && 2 * rows <= FIT)
-        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, 2 * STRIP_VECS);
-    else if (channels == STRIP)
+    if (rows <= 2 && channels % LANES == 0)
+        switch (channels / LANES) {
+#define IN_REGISTERS(vecs)                                                    \
+    case vecs:                                                                \
+        if (vecs * rows > 8)                                                  \
+            break;                                                            \
+        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, vecs); \
+        return;
+            FOR_USUAL(IN_REGISTERS)
+#undef IN_REGISTERS
+        }
+    if (channels == STRIP)
         NAME(run_of_scores)(q, keys, key_row, STRIP, n, ahead, s, rows);
     else if (channels == 2 * STRIP)
         NAME(run_of_scores)(q, keys, key_row, 2 * STRIP, n, ahead, s, rows);

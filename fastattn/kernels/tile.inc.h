@@ -79,6 +79,15 @@ static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
         __builtin_prefetch(row + at, 0, 3);
 }
 
+/* The same for one vector of each of `count` rows that are read together: asks for as much while vector c of row i is
+ * read. Where rows have no gaps between them (whole) it asks in the order of memory, which it likes best. */
+static ALWAYS_INLINE void NAME(ask)(const char *rows, ptrdiff_t row, int whole, int64_t c, int i, const int count)
+{
+    const ptrdiff_t vectors = whole ? (c * count + i) * VECTOR_BYTES : c * VECTOR_BYTES;
+    if (VECTOR_BYTES % 64 == 0 || vectors % 64 == 0)
+        __builtin_prefetch(rows + vectors + (whole ? 0 : i * row), 0, 3);
+}
+
 /* Lays a tile out from `base` on; returns its size. */
 static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
 {

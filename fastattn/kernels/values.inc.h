@@ -116,27 +116,45 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
     }
 }
 
-/* The same over whole values: those of 4 or 8 vectors in one go, others chunk by chunk, while it is in the cache. */
+/* The same over whole values: usual ones in one go, others chunk by chunk, while it is in the cache. */
 static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
                                            ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
 {
-    if (value_row == 4 * LANES) {
-        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, value_row, rows, 4);
+    switch (value_row / LANES) {
+#define AT_ONCE(vecs)                                                                         \
+    case vecs:                                                                                \
+        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, vecs * LANES, rows, vecs); \
         return;
-    }
-    if (value_row == 8 * LANES) {
-        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, value_row, rows, 8);
-        return;
+        FOR_USUAL(AT_ONCE)
+#undef AT_ONCE
     }
     for (int t = begin, stop; t < end; v += (stop - t) * v_row, t = stop) {
         const char *v_c = v;
         int64_t c = 0;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
-        for (; c + 4 * LANES <= value_row; c += 4 * LANES, v_c += 4 * VECTOR_BYTES)
-            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 4);
+        for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * VECTOR_BYTES)
+            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 8);
         for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
             NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
     }
+}
+
+static NEVER_INLINE void NAME(sum_of_one)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
+                                          ptrdiff_t ahead, real *part, int64_t value_row)
+{
+    if (ahead)
+        NAME(sum_values)(p, v, v_row, begin, end, ahead, part, value_row, 1);
+    else
+        NAME(sum_values)(p, v, v_row, begin, end, 0, part, value_row, 1);
+}
+
+static NEVER_INLINE void NAME(sum_of_two)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
+                                          ptrdiff_t ahead, real *part, int64_t value_row)
+{
+    if (ahead)
+        NAME(sum_values)(p, v, v_row, begin, end, ahead, part, value_row, 2);
+    else
+        NAME(sum_values)(p, v, v_row, begin, end, 0, part, value_row, 2);
 }
 
 #if FEW_ROWS > 2
@@ -147,12 +165,9 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
 {
     for (int64_t c = 0; c < rows * value_row; c += LANES)
         NAME(store)(to + c, (vec){0});
-    const int spread = ahead && value_row > FEW_VECS * LANES; /* asking, over the arithmetic */
+    const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
         vec w[FEW_ROWS][LINKS];
-        if (ahead && !spread)
-            for (int k = 0; k < LINKS; k++)
-                NAME(fetch)(v + k * v_row + ahead, value_row);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(8)
@@ -160,13 +175,12 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
                 w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
         }
         for (int64_t c = 0; c < value_row; c += LANES) {
-            const char *v_c = v + c * (int64_t)sizeof(real);
             vec v_k[LINKS];
             UNROLL(8)
             for (int k = 0; k < LINKS; k++) {
-                if (spread)
-                    __builtin_prefetch(v_c + k * v_row + ahead, 0, 3);
-                v_k[k] = NAME(load)(v_c + k * v_row);
+                if (ahead)
+                    NAME(ask)(v + ahead, v_row, whole, c / LANES, k, LINKS);
+                v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
             }
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
@@ -189,16 +203,12 @@ static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const rea
 {
     const ptrdiff_t ahead =
         NAME(needs_fetching)(problem, rows, value_row, value.row) ? NAME(rows_ahead)(value_row) * value.row : 0;
-    if (rows <= 2) {
-        const char *v = value.data + begin * value.row;
-        if (rows == 1 && !ahead)
-            NAME(sum_values)(p, v, value.row, begin, end, 0, part, value_row, 1);
-        else if (rows == 1)
-            NAME(sum_values)(p, v, value.row, begin, end, ahead, part, value_row, 1);
-        else if (!ahead)
-            NAME(sum_values)(p, v, value.row, begin, end, 0, part, value_row, 2);
-        else
-            NAME(sum_values)(p, v, value.row, begin, end, ahead, part, value_row, 2);
+    if (rows == 1) {
+        NAME(sum_of_one)(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        return;
+    }
+    if (rows == 2) {
+        NAME(sum_of_two)(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
         return;
     }
     for (int t = begin, stop; t < end; t = stop) {
@@ -211,9 +221,9 @@ static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const rea
             real *to = chunk + r * value_row;
             together = NAME(rows_together)(rows - r);
             if (together == 1)
-                NAME(sum_values)(p_r, v, value.row, t, stop, ask, to, value_row, 1);
+                NAME(sum_of_one)(p_r, v, value.row, t, stop, ask, to, value_row);
             else if (together == 2)
-                NAME(sum_values)(p_r, v, value.row, t, stop, ask, to, value_row, 2);
+                NAME(sum_of_two)(p_r, v, value.row, t, stop, ask, to, value_row);
 #if FEW_ROWS > 2
             else if (together == 3)
                 NAME(sum_values_at_once)(p_r + t, v, value.row, stop - t, ask, to, value_row, 3);
