@@ -171,10 +171,10 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
 static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *keys, ptrdiff_t key_row, int n,
                                                     ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {
-    vec q_c[2][8];
-    UNROLL(8)
+    vec q_c[2][MOST_VECS];
+    UNROLL(16)
     for (int r = 0; r < rows; r++) {
-        UNROLL(8)
+        UNROLL(16)
         for (int c = 0; c < vecs; c++)
             q_c[r][c] = NAME(load)(NAME(query_at)(q, c * LANES) + r * STRIP);
     }
@@ -183,7 +183,7 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
         UNROLL(4)
         for (int i = 0; i < 4; i++, keys += key_row) {
             IN_ORDER(keys);
-            UNROLL(8)
+            UNROLL(16)
             for (int c = 0; c < vecs; c++) {
                 const char *k = keys + c * VECTOR_BYTES;
                 if (ahead && c * VECTOR_BYTES % 64 == 0)
@@ -227,7 +227,7 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         switch (channels / LANES) {
 #define IN_REGISTERS(vecs)                                                    \
     case vecs:                                                                \
-        if (vecs * rows > 8)                                                  \
+        if (vecs * rows > MOST_VECS)                                          \
             break;                                                            \
         NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, vecs); \
         return;

@@ -43,10 +43,10 @@ static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, 
 
 /* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
  * (0: nothing). */
-static ALWAYS_INLINE void NAME(add_value)(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[8],
-                                          const int rows, const int vecs)
+static ALWAYS_INLINE void NAME(add_value)(const real *p, const char *v, ptrdiff_t ahead, int first,
+                                          vec (*term)[MOST_VECS], const int rows, const int vecs)
 {
-    UNROLL(8)
+    UNROLL(16)
     for (int c = 0; c < vecs; c++) {
         if (ahead && c * VECTOR_BYTES % 64 == 0)
             __builtin_prefetch(v + c * VECTOR_BYTES + ahead, 0, 3);
@@ -69,11 +69,11 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
                                             const int vecs)
 {
     const int in_memory = STEPS > 1 && rows * vecs > 8; /* what a chunk sums up to: terms need the registers */
-    vec sum[2][8], term[2][8];
-    real chunk[2 * 8 * LANES];
+    vec sum[2][MOST_VECS], term[2][MOST_VECS];
+    real chunk[MOST_VECS * LANES];
     for (int t = begin, stop; t < end;) {
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
-        UNROLL(8)
+        UNROLL(16)
         for (int i = 0; i < rows * vecs; i++) {
             sum[i / vecs][i % vecs] = (vec){0};
             if (in_memory)
@@ -101,7 +101,7 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
                     IN_ORDER(v);
                     NAME(add_value)(p + t + k, v, ahead, k == 0, term, rows, vecs);
                 }
-                UNROLL(8)
+                UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++)
                     sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
             }
@@ -123,6 +123,8 @@ static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff
     switch (value_row / LANES) {
 #define AT_ONCE(vecs)                                                                         \
     case vecs:                                                                                \
+        if (vecs * rows > MOST_VECS)                                                          \
+            break;                                                                            \
         NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, vecs * LANES, rows, vecs); \
         return;
         FOR_USUAL(AT_ONCE)
