@@ -27,6 +27,7 @@ compile_args = [
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-wrapv",  # Python is built with -fwrapv, and hands it on
     "-Wno-psabi",
 ]
 link_args = []

@@ -17,10 +17,13 @@ from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_t
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
-    # too few tiles to share out evenly.
+    # too few tiles to share out evenly. In a window what a tile reads and writes should stay in the second cache: rows
+    # in a narrow one, and so many more for each of its keys.
     LEAST_ROWS = 128
     MOST_ROWS = 768
-    TILES = 16          # wanted in a call, where that leaves tiles of LEAST_ROWS
+    WINDOW_ROWS = 384
+    KEYS_A_ROW = 4
+    TILES = 8           # wanted for each thread, where that leaves tiles of LEAST_ROWS
     GROUP = 6           # a tile is a whole number of the kernels' row groups, where it can be
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
@@ -53,14 +56,12 @@ cdef double work_of_pair(Problem p) noexcept:
     return p.shared.head_dim * (ADDITIVE_WORK if p.shared.score == FA_ADDITIVE else 1.0) + p.shared.value_dim
 
 
-cdef Py_ssize_t rows_of_tiles(Problem p) noexcept:
-    """Depends on the shapes only."""
+cdef Py_ssize_t rows_of_tiles(Problem p, int threads) noexcept:
     cdef Py_ssize_t longest = p.longest_query, rows, tiles
     cdef double work_of_row = keys_of_row(p) * work_of_pair(p) + 1
-    rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / TILES)
+    rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / (<double> TILES * threads))
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
-    # In a narrow window little is gained by more, and what a tile reads and writes should stay in the second cache.
-    rows = <Py_ssize_t> min(<double> rows, 2 * LEAST_ROWS + 2 * keys_of_row(p))
+    rows = <Py_ssize_t> min(<double> rows, WINDOW_ROWS + keys_of_row(p) / KEYS_A_ROW)
     rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
     if longest <= rows:
         return max(longest, 1)
@@ -221,8 +222,8 @@ cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int thre
 cdef object attend(Problem p):
     """Carries the problem out."""
     cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
-    cdef int64_t rows = rows_of_tiles(p)
-    cdef size_t size = kernels.tile_workspace(&p.shared, rows, p.longest_key), span_size = 0
+    cdef int64_t rows = rows_of_tiles(p, 1)
+    cdef size_t size, span_size = 0
     cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
     cdef double work = <double> p.heads * p.sizes.queries * (keys_of_row(p) * work_of_pair(p) + ROW_WORK) + \
         TILE_WORK * tiles_of(p, rows)
@@ -237,6 +238,7 @@ cdef object attend(Problem p):
         return p.result()
     p.shared.fetch = fetching_helps
     if threads > 1:
+        rows = rows_of_tiles(p, threads)
         tiles = tiles_in_order(p, rows)
         if p.shared.few and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:
             spans, firsts = spans_in_order(p, tiles, rows)
@@ -244,6 +246,7 @@ cdef object attend(Problem p):
                 n = spans.shape[0]
                 span_size = kernels.span_size(&p.shared, rows)
         threads = min(threads, max(n, tiles.shape[0]))
+    size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
     # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
     workspaces = <char *> take_workspace(
         size * threads + span_size * n,

@@ -59,16 +59,20 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
 
 static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
 {
-    NAME(clear_fresh)(rows, tile);
+    const int64_t value_row = tile->value_row;
     if (tile->spans == 0) {
         NAME(reset_state)(problem, rows, tile->m_all, tile->l_all);
-        memset(tile->o_all, 0, (size_t)(rows * tile->value_row) * sizeof(real));
+        memset(tile->o_all, 0, (size_t)(rows * value_row) * sizeof(real));
         memset(tile->l_lost, 0, (size_t)(rows * LANES) * sizeof(real));
-        memset(tile->o_lost, 0, (size_t)(rows * tile->value_row) * sizeof(real));
+        memset(tile->o_lost, 0, (size_t)(rows * value_row) * sizeof(real));
     }
-    NAME(fold)
-    (tile->m_all, tile->l_all, tile->l_lost, tile->o_all, tile->o_lost, tile->m, tile->l, tile->o, rows,
-     tile->value_row, NAME(natural)(problem, head));
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        const int64_t group = rows - first < ROWS ? rows - first : ROWS, l = first * LANES, o = first * value_row;
+        if (!tile->fresh[first / ROWS]) /* a state that has seen nothing changes nothing */
+            NAME(fold)
+        (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
+         tile->l + l, tile->o + o, group, value_row, NAME(natural)(problem, head));
+    }
     tile->spans++;
 }
 
@@ -161,6 +165,9 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     /* While groups pass over this block, the next one comes from memory, a few rows with each group. */
     const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
     const int64_t per_group = next < tile_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
+    const int64_t sharing = problem->left < rows && problem->right < rows - problem->left
+                                ? problem->left + problem->right + 1
+                                : rows; /* that see the same key; fewer where positions are short of it */
     int64_t ahead = next;
     int packed = 0, finite = -1;
     for (int64_t first = 0; first < rows; first += ROWS) {
@@ -180,7 +187,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                 NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
             else if (!problem->few)
                 NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
-            if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value)) {
+            if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value, sharing)) {
                 NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
                 value = (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
             }

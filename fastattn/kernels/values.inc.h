@@ -5,11 +5,18 @@ typedef struct {
     ptrdiff_t row;
 } NAME(value_rows);
 
-static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value)
+/* rows: that share a value. */
+static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value, int64_t rows)
 {
-    return NAME(readable)(problem->dtype, value) && problem->value_dim % LANES == 0 &&
-           (problem->few ||
-            value->row % 1024 != 0); /* a group of rows would find such rows in a few sets of the cache */
+    if (!NAME(readable)(problem->dtype, value) || problem->value_dim % LANES != 0)
+        return 0;
+    if (problem->few)
+        return 1;
+    /* A group of rows would find such rows in a few sets of the cache. */
+    if (value->row % 1024 == 0)
+        return 0;
+    /* Vectors that lie across two lines of the cache take two loads. */
+    return rows < WORTH_COPYING || ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0;
 }
 
 /* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */
