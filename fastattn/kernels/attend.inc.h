@@ -162,9 +162,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     const int rules = NAME(ruled)(problem, head);
     const char *keys = head->key.data + block * head->key.row;
     NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
-    /* While groups pass over this block, the next one comes from memory, a few rows with each group. */
+    /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
+     * may be the next tile's. */
     const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
-    const int64_t per_group = next < tile_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
+    const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows : tile_end;
+    const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
+    const int64_t per_group = next < fetch_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
     const int64_t sharing = problem->left < rows && problem->right < rows - problem->left
                                 ? problem->left + problem->right + 1
                                 : rows; /* that see the same key; fewer where positions are short of it */
@@ -193,22 +196,13 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             }
             packed = 1;
         }
-        const int64_t ahead_end = ahead + per_group < tile_end ? ahead + per_group : tile_end;
-        NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
-        NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
-        ahead = ahead_end;
-        if (!problem->few && tile->fresh[first / ROWS]) { /* as do the output, and the next tile's queries */
-            const int64_t next_row = row + rows + first;
-            NAME(prefetch_rows)
-            (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
-             problem->head_dim * (int64_t)sizeof(real));
-            NAME(prefetch_rows)
-            (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
-        }
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
         real *s = NAME(scores_of)(tile, problem, rows, block), *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
+        /* What is fetched is spread over the work: a CPU waits when it is asked for too much at once. */
+        const int64_t ahead_end = ahead + per_group < fetch_end ? ahead + per_group : fetch_end;
+        NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
         else if (problem->few && !NAME(scores_first)(problem, rows))
@@ -216,6 +210,14 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         else if (!problem->few)
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
+        if (!problem->few && tile->fresh[first / ROWS]) { /* the output comes too, and the next tile's queries */
+            const int64_t next_row = row + rows + first;
+            NAME(prefetch_rows)
+            (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
+             problem->head_dim * (int64_t)sizeof(real));
+            NAME(prefetch_rows)
+            (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
+        }
         int partial = 0;
         if (!range.alike || rules || v_first * LANES != lo || v_last * LANES != hi) {
             const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES);
@@ -248,6 +250,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         if (head->weights.data && problem->activation != FA_SOFTMAX)
             NAME(keep_weights)(problem, head, row + first, group, block, s);
 
+        NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
+        ahead = ahead_end;
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */
         real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
