@@ -15,6 +15,9 @@ The layers, from the top; each imports only what stands below it:
 imports it.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from fastattn import _load  # noqa: F401  (first: it loads the OpenMP library)
 from fastattn.attention import (
     additive_attention,
@@ -24,12 +27,14 @@ from fastattn.attention import (
     truncated_attention,
     varlen_attention,
 )
-from fastattn.cache import KVCache
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
-from fastattn.multihead import MultiHeadAttention, self_attention
 from fastattn.positions import alibi_slopes, apply_rotary, relative_position_buckets, sinusoidal_encoding
 from fastattn.softmax import log_softmax, logsumexp, softmax
-from fastattn.streaming import StreamingAttention
+
+if _typing.TYPE_CHECKING:
+    from fastattn.cache import KVCache
+    from fastattn.multihead import MultiHeadAttention, self_attention
+    from fastattn.streaming import StreamingAttention
 
 __version__ = "0.1.0"
 
@@ -56,3 +61,24 @@ __all__ = [
     "truncated_attention",
     "varlen_attention",
 ]
+
+# Classes are loaded when they are first asked for: where there is no byte code, they are most of what an import reads.
+_LATER = {
+    "KVCache": "cache",
+    "MultiHeadAttention": "multihead",
+    "StreamingAttention": "streaming",
+    "self_attention": "multihead",
+}
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in _LATER:
+            globals()[name] = value = getattr(_importlib.import_module(f"fastattn.{_LATER[name]}"), name)
+            return value
+        if name in _LATER.values():
+            return _importlib.import_module(f"fastattn.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_LATER, *_LATER.values()})

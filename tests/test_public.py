@@ -57,6 +57,23 @@ def test_dir_holds_nothing_unexpected():
     modules = {name.rpartition(".")[2] for name in public_modules()}
     names = {name for name in vars(fastattn) if not name.startswith("_")}
     assert names <= set(fastattn.__all__) | modules
+    assert set(fastattn.__all__) <= set(dir(fastattn))
+
+
+def test_classes_are_loaded_when_asked_for():
+    """Reading them is most of an import where there is no byte code."""
+    fresh_process.run("""
+        import sys, fastattn
+        classes = {"cache": ["KVCache"], "streaming": ["StreamingAttention"],
+                   "multihead": ["self_attention", "MultiHeadAttention"]}
+        for module in classes:
+            assert f"fastattn.{module}" not in sys.modules, module
+        for module, names in classes.items():
+            for name in names:
+                assert getattr(fastattn, name) is getattr(getattr(fastattn, module), name)
+    """)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        fastattn.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", reference.__all__)
