@@ -17,8 +17,8 @@ from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_t
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
-    # too few tiles to share out evenly. In a window what a tile reads and writes should stay in the second cache: rows
-    # in a narrow one, and so many more for each of its keys.
+    # too few tiles to share out evenly. In a window what a tile reads and writes should stay in the second cache:
+    # WINDOW_ROWS, and one more for each KEYS_A_ROW keys that a row sees.
     LEAST_ROWS = 128
     MOST_ROWS = 768
     WINDOW_ROWS = 384

@@ -74,6 +74,17 @@ def test_threads(rng, shape, dtype, kind):
         assert_same_bits(results(*arrays, **arguments, num_threads=num_threads), expected, f"{num_threads} threads")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, (1, 1), (100, 50), (700, 0)])
+def test_tiles(rng, window, dtype):
+    """Their size depends on the number of threads; here some lie across the end of a span of keys."""
+    q, k, v = qkv(rng, (2,), 2500, 2500, 24, dtype=dtype)
+    expected = fastattn.dot_product_attention(q, k, v, window_size=window, return_lse=True, num_threads=1)
+    for threads in THREADS[1:]:
+        actual = fastattn.dot_product_attention(q, k, v, window_size=window, return_lse=True, num_threads=threads)
+        assert [bits(x) for x in actual] == [bits(x) for x in expected], threads
+
+
 @pytest.mark.parametrize("num_queries", [1, 2, 16])
 def test_threads_on_one_head_with_a_long_row(rng, num_queries):
     """Where there are fewer rows than threads, the keys are what can be split."""
@@ -212,6 +223,23 @@ def test_strides(rng, shape, dtype):
                 mixed[k] = arrays[k]
                 same = results(*mixed, bias=bias, mask=mask, is_causal=True)
                 assert_same_bits(same, expected, f"{x} {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 2, 4, 50, 300])
+def test_where_in_a_line_of_the_cache_arrays_begin(rng, num_queries, dtype):
+    arrays = qkv(rng, (2,), num_queries, 700, 64, dtype=dtype)
+    expected = None
+    for offset in (0, 8, 16, 32):
+        moved = []
+        for x in arrays:
+            room = np.empty(x.nbytes + 128, np.uint8)
+            begin = -room.ctypes.data % 64 + offset
+            moved.append(room[begin : begin + x.nbytes].view(dtype).reshape(x.shape))
+            moved[-1][...] = x
+        actual = results(*moved)
+        expected = expected or actual
+        assert_same_bits(actual, expected, f"arrays that begin {offset} bytes behind a line")
 
 
 def test_strides_of_small_arguments(rng):

@@ -68,8 +68,9 @@ static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64
     }
     for (int64_t first = 0; first < rows; first += ROWS) {
         const int64_t group = rows - first < ROWS ? rows - first : ROWS, l = first * LANES, o = first * value_row;
-        if (!tile->fresh[first / ROWS]) /* a state that has seen nothing changes nothing */
-            NAME(fold)
+        if (tile->fresh[first / ROWS])
+            continue; /* a state that has seen nothing changes nothing */
+        NAME(fold)
         (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
          tile->l + l, tile->o + o, group, value_row, NAME(natural)(problem, head));
     }
@@ -170,7 +171,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     const int64_t per_group = next < fetch_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
     const int64_t sharing = problem->left < rows && problem->right < rows - problem->left
                                 ? problem->left + problem->right + 1
-                                : rows; /* that see the same key; fewer where positions are short of it */
+                                : rows; /* rows that see the same key, at most */
     int64_t ahead = next;
     int packed = 0, finite = -1;
     for (int64_t first = 0; first < rows; first += ROWS) {

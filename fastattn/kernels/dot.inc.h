@@ -165,9 +165,9 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
         NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-/* Scores of up to two rows of whole strips, `vecs` vectors, against n keys, a multiple of four, with the queries in
- * registers. Keys are read in order, and nothing but their loads waits for memory longer than it must: what the CPU can
- * hold of instructions that wait is what bounds how far it sees ahead. */
+/* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
+ * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
+ * (docs/performance.md). */
 static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *keys, ptrdiff_t key_row, int n,
                                                     ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {
