@@ -227,7 +227,7 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         switch (channels / LANES) {
 #define IN_REGISTERS(vecs)                                                    \
     case vecs:                                                                \
-        if (vecs * rows > MOST_VECS)                                          \
+        if (rows > MOST_VECS / vecs)                                          \
             break;                                                            \
         NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, vecs); \
         return;
@@ -240,6 +240,18 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         NAME(run_of_scores)(q, keys, key_row, 2 * STRIP, n, ahead, s, rows);
     else
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, rows);
+}
+
+static NEVER_INLINE void NAME(scores_of_one)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                             int n, ptrdiff_t ahead, real *s)
+{
+    NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, 1);
+}
+
+static NEVER_INLINE void NAME(scores_of_two)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                             int n, ptrdiff_t ahead, real *s)
+{
+    NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, 2);
 }
 
 /* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
@@ -276,9 +288,9 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
             real *s_r = s + r * FA_BLOCK + j;
             together = NAME(rows_together)(rows - r);
             if (together == 1)
-                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 1);
+                NAME(scores_of_one)(q_r, k, k_row, channels, n, ask, s_r);
             else if (together == 2)
-                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 2);
+                NAME(scores_of_two)(q_r, k, k_row, channels, n, ask, s_r);
 #if FEW_ROWS > 2
             else if (together == 3)
                 NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 3);

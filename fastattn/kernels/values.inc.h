@@ -130,7 +130,7 @@ static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff
     switch (value_row / LANES) {
 #define AT_ONCE(vecs)                                                                         \
     case vecs:                                                                                \
-        if (vecs * rows > MOST_VECS)                                                          \
+        if (rows > MOST_VECS / vecs)                                                          \
             break;                                                                            \
         NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, vecs * LANES, rows, vecs); \
         return;
