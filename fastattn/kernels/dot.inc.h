@@ -242,6 +242,7 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, rows);
 }
 
+/* For one row and for two; not inlined, because clang does not unroll all loops of one large function. */
 static NEVER_INLINE void NAME(scores_of_one)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                              int n, ptrdiff_t ahead, real *s)
 {

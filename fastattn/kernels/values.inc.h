@@ -148,6 +148,7 @@ static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff
     }
 }
 
+/* For one row and for two, which the compiler must know, with and without asking; not inlined, to have them once. */
 static NEVER_INLINE void NAME(sum_of_one)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
                                           ptrdiff_t ahead, real *part, int64_t value_row)
 {
