@@ -295,7 +295,7 @@ def limit_of(case, plan):
     if case.kind in ("softmax", "rotary"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
-        return "read", case.nbytes, hardware.read(case.nbytes, threads)
+        return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
     if case.kind in ("attention", "truncated", "multihead"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":

@@ -17,6 +17,7 @@
 
 typedef REAL real_vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t word_vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t word_vector_anywhere __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 
 enum { LANES = VECTOR_BYTES / sizeof(REAL), STEPS = 4096, READERS = 8 };
 
@@ -101,8 +102,8 @@ int fractions_per_block(void) { return 0; }
 double add_fractions(int64_t blocks, double a, double b, double weight) { return blocks * weight / (1 + a * b); }
 #endif
 
-/* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. `vectors` is a multiple
- * of READERS. There are several ways because none is the fastest on every machine and for every size:
+/* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. The buffer need not be aligned:
+ * NumPy's begin 16 bytes behind a line of the cache. `vectors` is a multiple of READERS. There are several ways because none is the fastest on every machine and for every size:
  *     0   from the first to the last
  *     1   the same, and the lines AHEAD bytes further on are fetched
  *     2   READERS parts of the buffer side by side */
@@ -112,7 +113,7 @@ int ways_to_read(void) { return WAYS_TO_READ; }
 
 uint32_t read_words(const void *buffer, int64_t vectors, int64_t repeats, int way)
 {
-    const word_vector *words = buffer;
+    const word_vector_anywhere *words = buffer;
     const int64_t part = vectors / READERS;
     word_vector sums[READERS] = {{0}};
     for (int64_t repeat = 0; repeat < repeats; repeat++) {

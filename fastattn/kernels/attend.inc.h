@@ -126,23 +126,75 @@ static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t beg
             __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
 }
 
-/* Where the scores of a block are. */
-static ALWAYS_INLINE real *NAME(scores_of)(const NAME(tile) * tile, const fa_problem *problem, int64_t rows,
-                                           int64_t block)
+/* The scores of a group, which sees a block as `range` and `seen` say, after softcap, biases and what hides keys; also
+ * into the requested weights, which softmax finishes in close_tile. Whether terms of the sum have keys that are not
+ * seen. */
+static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
+                                           int64_t block, const group_range *range, key_bits *seen, NAME(tile) * tile,
+                                           real *s)
 {
-    return tile->s + (NAME(scores_first)(problem, rows) ? block % FA_SPAN * ROWS : 0);
+    const int rules = NAME(ruled)(problem, head);
+    const int v_first = range->lo / LANES, v_last = (range->hi + LANES - 1) / LANES;
+    int partial = 0;
+    if (!range->alike || rules || v_first * LANES != range->lo || v_last * LANES != range->hi) {
+        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES);
+        const key_bits terms = bits_of_range(NAME(term_begin)(range->lo), NAME(term_end)(range->hi));
+        for (int r = 0; r < group; r++) {
+            if (rules) {
+                NAME(apply_rules)
+                (problem, head, i + r, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
+            } else {
+                NAME(hide)(&whole, &seen[r], s + r * FA_BLOCK);
+            }
+            partial |= !bits_equal(&seen[r], &terms);
+        }
+    } /* otherwise whole vectors, all seen: nothing to hide */
+    if (head->weights.data && problem->activation == FA_SOFTMAX)
+        NAME(keep_weights)(problem, head, i, group, block, s);
+    return partial;
 }
 
-/* Only the scores of one block, of a tile that is one group. */
-static void NAME(score_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
-                              NAME(tile) * tile)
+/* Scores become weights where they are not softmax's. */
+static ALWAYS_INLINE void NAME(weigh_pointwise)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
+                                                int64_t block, const group_range *range, const key_bits *seen,
+                                                real *s, real *l)
 {
-    key_bits seen[ROWS];
-    const group_range range = see_block(problem, head, row, (int)rows, block, seen);
-    if (range.lo < range.hi && !range.masked)
-        NAME(row_scores)
-    (problem, tile->q, (int)rows, head->key.data + block * head->key.row, &head->key, range.lo, range.hi, tile->k,
-     NAME(scores_of)(tile, problem, rows, block));
+    NAME(pointwise)(problem, s, group, range->lo / LANES, (range->hi + LANES - 1) / LANES, seen, l);
+    if (head->weights.data)
+        NAME(keep_weights)(problem, head, i, group, block, s);
+}
+
+/* The values of the keys [begin, end) of a block, where a sum can read them; rows: that share one. */
+static ALWAYS_INLINE NAME(value_rows) NAME(values_of)(const fa_problem *problem, const fa_head *head, int64_t block,
+                                                      int begin, int end, int64_t rows, const NAME(tile) * tile)
+{
+    const char *values = head->value.data + block * head->value.row;
+    if (begin % STEPS == 0 && end % STEPS == 0 && NAME(values_in_place)(problem, &head->value, rows))
+        return (NAME(value_rows)){values, head->value.row};
+    NAME(copy_values)(problem, values, &head->value, begin, end, tile->v, tile->v_row, tile->value_row);
+    return (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+}
+
+/* The weighted sum of a block joins the output of a group, rows `first` and on, whose earlier output shrinks. */
+static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t first, int group, const real *s,
+                                          const key_bits *seen, NAME(value_rows) value, const group_range *range,
+                                          int only_seen, const real *shrink, NAME(tile) * tile)
+{
+    const int64_t value_row = tile->value_row;
+    const int begin = NAME(term_begin)(range->lo), end = NAME(term_end)(range->hi);
+    real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
+    if (only_seen)
+        NAME(weighted_sum_of_seen)(s, group, seen, value, range->lo, range->hi, value_row, sum);
+    else if (problem->few)
+        NAME(streamed_sum)(problem, s, group, value, begin, end, value_row, sum, tile->chunk);
+    else
+        NAME(weighted_sum)(s, group, value, begin, end, value_row, sum);
+    for (int r = 0; r < group && sum != o; r++) {
+        const vec keep = NAME(fill)(shrink[r]);
+        for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
+            NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
+    }
+    tile->fresh[first / ROWS] = 0;
 }
 
 /* The most rows of a tile that see a block. */
@@ -159,10 +211,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                               int begin, int end, int64_t tile_end, NAME(tile) * tile)
 {
     const int natural = NAME(natural)(problem, head);
-    const int64_t value_row = tile->value_row;
-    const int rules = NAME(ruled)(problem, head);
     const char *keys = head->key.data + block * head->key.row;
-    NAME(value_rows) value = {head->value.data + block * head->value.row, head->value.row};
+    NAME(value_rows) value = {NULL, 0};
     /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
      * may be the next tile's. */
     const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
@@ -191,24 +241,20 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                 NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
             else if (!problem->few)
                 NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
-            if (begin % STEPS || end % STEPS || !NAME(values_in_place)(problem, &head->value, sharing)) {
-                NAME(copy_values)(problem, value.data, &head->value, begin, end, tile->v, tile->v_row, value_row);
-                value = (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
-            }
+            value = NAME(values_of)(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
-        const int term_lo = lo / STEPS * STEPS, term_hi = (hi + STEPS - 1) / STEPS * STEPS;
-        real *s = NAME(scores_of)(tile, problem, rows, block), *m = tile->m + first, *l = tile->l + first * LANES;
+        real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
         /* What is fetched is spread over the work: a CPU waits when it is asked for too much at once. */
         const int64_t ahead_end = ahead + per_group < fetch_end ? ahead + per_group : fetch_end;
         NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
-        else if (problem->few && !NAME(scores_first)(problem, rows))
+        else if (problem->few)
             NAME(row_scores)(problem, q, group, keys, &head->key, lo, hi, tile->k, s);
-        else if (!problem->few)
+        else
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
         if (!problem->few && tile->fresh[first / ROWS]) { /* the output comes too, and the next tile's queries */
@@ -219,55 +265,84 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             NAME(prefetch_rows)
             (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
         }
-        int partial = 0;
-        if (!range.alike || rules || v_first * LANES != lo || v_last * LANES != hi) {
-            const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES);
-            const key_bits terms = bits_of_range(term_lo, term_hi);
-            for (int r = 0; r < group; r++) {
-                const int64_t i = row + first + r;
-                if (rules) {
-                    NAME(apply_rules)
-                    (problem, head, i, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
-                } else {
-                    NAME(hide)(&whole, &seen[r], s + r * FA_BLOCK);
-                }
-                partial |= !bits_equal(&seen[r], &terms);
-            }
-        } /* otherwise whole vectors, all seen: nothing to hide */
-        if (head->weights.data && problem->activation == FA_SOFTMAX)
-            NAME(keep_weights)(problem, head, row + first, group, block, s);
-
+        const int partial = NAME(rule_scores)(problem, head, row + first, group, block, &range, seen, tile, s);
         real shrink[ROWS];
-        if (problem->activation == FA_SOFTMAX) {
-            if (natural)
-                NAME(exponentials)(s, group, v_first, v_last, 1, m, l, shrink);
-            else
-                NAME(exponentials)(s, group, v_first, v_last, 0, m, l, shrink);
-        } else {
-            NAME(pointwise)(problem, s, group, v_first, v_last, seen, l);
+        if (problem->activation != FA_SOFTMAX) {
+            NAME(weigh_pointwise)(problem, head, row + first, group, block, &range, seen, s, l);
             for (int r = 0; r < group; r++)
                 shrink[r] = 1;
+        } else if (natural) {
+            NAME(exponentials)(s, group, v_first, v_last, 1, m, l, shrink);
+        } else {
+            NAME(exponentials)(s, group, v_first, v_last, 0, m, l, shrink);
         }
-        if (head->weights.data && problem->activation != FA_SOFTMAX)
-            NAME(keep_weights)(problem, head, row + first, group, block, s);
 
         NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
         ahead = ahead_end;
         if (partial && finite < 0)
-            finite = NAME(all_finite)(value, begin, end, value_row); /* what pads the terms is */
-        real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
-        if (partial && !finite)
-            NAME(weighted_sum_of_seen)(s, group, seen, value, lo, hi, value_row, sum);
-        else if (problem->few)
-            NAME(streamed_sum)(problem, s, group, value, term_lo, term_hi, value_row, sum, tile->chunk);
-        else
-            NAME(weighted_sum)(s, group, value, term_lo, term_hi, value_row, sum);
-        for (int r = 0; r < group && sum != o; r++) {
-            const vec keep = NAME(fill)(shrink[r]);
-            for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
-                NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
+            finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
+        NAME(sum_block)(problem, first, group, s, seen, value, &range, partial && !finite, shrink, tile);
+    }
+}
+
+/* A span of keys for a tile of FIRST_ROWS rows at most: all scores, then all weights, then all sums. What little there is
+ * to do between keys and values holds memory up, so it is done once in a span, and not once in a block. */
+static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
+                                           int64_t key_begin, int64_t key_end, NAME(tile) * tile, const int natural)
+{
+    enum { BLOCKS = FA_SPAN / FA_BLOCK };
+    const int softmax = problem->activation == FA_SOFTMAX;
+    const int64_t from = key_begin / FA_BLOCK * FA_BLOCK;
+    const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
+    key_bits seen[BLOCKS][NAME(FIRST_ROWS)];
+    group_range range[BLOCKS];
+    int partial[BLOCKS];
+    vec most[BLOCKS][NAME(FIRST_ROWS)];
+    real shrink[BLOCKS][NAME(FIRST_ROWS)];
+    for (int b = 0; b < blocks; b++) {
+        const int64_t block = from + b * FA_BLOCK;
+        real *s = tile->s + b * rows * FA_BLOCK;
+        range[b] = see_block(problem, head, row, rows, block, seen[b]);
+        if (range[b].masked) {
+            if (head->weights.data)
+                NAME(hide_weights)(problem, head, row, rows, block);
+            range[b].hi = range[b].lo;
         }
-        tile->fresh[first / ROWS] = 0;
+        const int lo = range[b].lo, hi = range[b].hi;
+        if (lo >= hi)
+            continue;
+        NAME(row_scores)
+        (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
+        partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &range[b], seen[b], tile, s);
+        for (int r = 0; r < rows; r++) {
+            shrink[b][r] = 1;
+            if (softmax) {
+                const vec none = NAME(fill)(-(real)INFINITY);
+                most[b][r] = NAME(spread_max)(
+                    NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES, none));
+                shrink[b][r] = NAME(raise_maximum)(tile->m + r, &most[b][r], natural)[0];
+            }
+        }
+    }
+    for (int b = 0; b < blocks && softmax; b++)
+        for (int r = 0; r < rows && range[b].lo < range[b].hi; r++) {
+            real *l = tile->l + r * LANES;
+            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, range[b].lo / LANES,
+                                              (range[b].hi + LANES - 1) / LANES, most[b][r], natural);
+            NAME(store)(l, NAME(fma)(NAME(load)(l), NAME(fill)(shrink[b][r]), sum));
+        }
+    for (int b = 0; b < blocks; b++) {
+        const int64_t block = from + b * FA_BLOCK;
+        real *s = tile->s + b * rows * FA_BLOCK;
+        if (range[b].lo >= range[b].hi)
+            continue;
+        if (!softmax)
+            NAME(weigh_pointwise)(problem, head, row, rows, block, &range[b], seen[b], s, tile->l);
+        const int begin = b ? 0 : (int)(key_begin - from);
+        const int end = b + 1 < blocks ? FA_BLOCK : (int)(key_end - block);
+        const NAME(value_rows) value = NAME(values_of)(problem, head, block, begin, end, rows, tile);
+        const int only_seen = partial[b] && !NAME(all_finite)(value, begin, end, tile->value_row);
+        NAME(sum_block)(problem, 0, rows, s, seen[b], value, &range[b], only_seen, shrink[b], tile);
     }
 }
 
@@ -282,9 +357,13 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
         NAME(open_span)(problem, rows, tile);
     }
     tile->open_span = span;
-    if (NAME(scores_first)(problem, rows))
-        for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK)
-            NAME(score_block)(problem, head, row, rows, block, tile);
+    if (NAME(by_spans)(problem, rows)) {
+        if (NAME(natural)(problem, head))
+            NAME(visit_span)(problem, head, row, (int)rows, key_begin, key_end, tile, 1);
+        else
+            NAME(visit_span)(problem, head, row, (int)rows, key_begin, key_end, tile, 0);
+        return;
+    }
     for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
         const int begin = key_begin > block ? (int)(key_begin - block) : 0;
         const int end = key_end < block + FA_BLOCK ? (int)(key_end - block) : FA_BLOCK;

@@ -165,6 +165,27 @@ static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptr
         NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
+/* Products with one key, the i-th of four, summed by lanes. */
+static ALWAYS_INLINE void NAME(products_in_registers)(vec (*q_c)[MOST_VECS], const char *key, ptrdiff_t ahead,
+                                                      vec (*sum)[4], int i, const int rows, const int vecs)
+{
+    IN_ORDER(key);
+    UNROLL(16)
+    for (int c = 0; c < vecs; c++) {
+        const char *k = key + c * VECTOR_BYTES;
+        if (ahead && c * VECTOR_BYTES % 64 == 0)
+            __builtin_prefetch(k + ahead, 0, 3);
+        const vec k_c = NAME(load)(k);
+        UNROLL(2)
+        for (int r = 0; r < rows; r++) {
+            if (c == 0)
+                sum[r][i] = q_c[r][c] * k_c;
+            else
+                sum[r][i] = NAME(fma)(q_c[r][c], k_c, sum[r][i]);
+        }
+    }
+}
+
 /* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
  * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
  * (docs/performance.md). */
@@ -180,23 +201,14 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
     }
     for (int j = 0; j < n; j += 4) {
         vec sum[2][4];
-        UNROLL(4)
-        for (int i = 0; i < 4; i++, keys += key_row) {
-            IN_ORDER(keys);
-            UNROLL(16)
-            for (int c = 0; c < vecs; c++) {
-                const char *k = keys + c * VECTOR_BYTES;
-                if (ahead && c * VECTOR_BYTES % 64 == 0)
-                    __builtin_prefetch(k + ahead, 0, 3);
-                const vec k_c = NAME(load)(k);
-                UNROLL(2)
-                for (int r = 0; r < rows; r++) {
-                    if (c == 0)
-                        sum[r][i] = q_c[r][c] * k_c;
-                    else
-                        sum[r][i] = NAME(fma)(q_c[r][c], k_c, sum[r][i]);
-                }
-            }
+        if (vecs < LONG_VECS) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++, keys += key_row)
+                NAME(products_in_registers)(q_c, keys, ahead, sum, i, rows, vecs);
+        } else {
+            NOT_UNROLLED
+            for (int i = 0; i < 4; i++, keys += key_row)
+                NAME(products_in_registers)(q_c, keys, ahead, sum, i, rows, vecs);
         }
         UNROLL(2)
         for (int r = 0; r < rows; r++)

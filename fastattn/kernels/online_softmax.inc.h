@@ -109,48 +109,67 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
     }
 }
 
+/* The vectors [first, last) of a row's scores, lane by lane the greatest of them and of `most`. */
+static ALWAYS_INLINE vec NAME(row_maximum)(const real *s, int first, int last, vec most)
+{
+    const vec none = NAME(fill)(-(real)INFINITY);
+    vec x[4] = {most, none, none, none}; /* a NaN score does not become the maximum */
+    int v = first;
+    for (; v + 4 <= last; v += 4) {
+        UNROLL(4)
+        for (int i = 0; i < 4; i++)
+            x[i] = NAME(max)(NAME(load)(s + (v + i) * LANES), x[i]);
+    }
+    for (; v < last; v++)
+        x[0] = NAME(max)(NAME(load)(s + v * LANES), x[0]);
+    return NAME(max)(NAME(max)(x[0], x[1]), NAME(max)(x[2], x[3]));
+}
+
+/* Scores with the maximum *most join a row whose running maximum is *m. What the row's weights are relative to from now
+ * on, in *most; returns what its earlier weights must be multiplied by. */
+static ALWAYS_INLINE vec NAME(raise_maximum)(real *m, vec *most, const int natural)
+{
+    const vec log2e = NAME(fill)((real)1.44269504088896340736);
+    const vec none = NAME(fill)(-(real)INFINITY);
+    const vec before = NAME(fill)(*m), now = NAME(max)(*most, before);
+    *m = now[0];
+    /* A row that has seen nothing yet: -inf - -inf would be NaN. */
+    *most = NAME(pick)(now == none, (vec){0}, now);
+    const vec x = before - *most;
+    return NAME(exp2)(natural ? x * log2e : x);
+}
+
+/* The vectors [first, last) of a row's scores become weights; returns their sum by lanes. */
+static ALWAYS_INLINE vec NAME(row_weights)(real *s, int first, int last, vec most, const int natural)
+{
+    const vec log2e = NAME(fill)((real)1.44269504088896340736);
+    vec sum = {0};
+    for (int v = first; v < last; v++) {
+        const vec x = NAME(load)(s + v * LANES) - most;
+        const vec p = NAME(exp2)(natural ? x * log2e : x);
+        NAME(store)(s + v * LANES, p);
+        sum += p;
+    }
+    return sum;
+}
+
 /* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r]
  * is what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. The maximum stays
  * in all lanes of a vector: a detour through memory would cost more than the exponentials of a vector. */
 static void NAME(exponentials)(real *s, int rows, int first, int last, const int natural, real *m, real *l,
                                real *shrink)
 {
-    const vec log2e = NAME(fill)((real)1.44269504088896340736);
     const vec none = NAME(fill)(-(real)INFINITY);
     vec most[ROWS], keep[ROWS];
     /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
+    for (int r = 0; r < rows; r++)
+        most[r] = NAME(spread_max)(NAME(row_maximum)(s + r * FA_BLOCK, first, last, none));
     for (int r = 0; r < rows; r++) {
-        const real *s_r = s + r * FA_BLOCK;
-        vec x[4] = {none, none, none, none}; /* a NaN score does not become the maximum */
-        int v = first;
-        for (; v + 4 <= last; v += 4) {
-            UNROLL(4)
-            for (int i = 0; i < 4; i++)
-                x[i] = NAME(max)(NAME(load)(s_r + (v + i) * LANES), x[i]);
-        }
-        for (; v < last; v++)
-            x[0] = NAME(max)(NAME(load)(s_r + v * LANES), x[0]);
-        most[r] = NAME(spread_max)(NAME(max)(NAME(max)(x[0], x[1]), NAME(max)(x[2], x[3])));
-    }
-    for (int r = 0; r < rows; r++) {
-        const vec before = NAME(fill)(m[r]), now = NAME(max)(most[r], before);
-        m[r] = now[0];
-        /* A row that has seen nothing yet: -inf - -inf would be NaN. */
-        most[r] = NAME(pick)(now == none, (vec){0}, now);
-        const vec x = before - most[r];
-        keep[r] = NAME(exp2)(natural ? x * log2e : x);
+        keep[r] = NAME(raise_maximum)(m + r, most + r, natural);
         shrink[r] = keep[r][0];
     }
     for (int r = 0; r < rows; r++) {
-        const vec most_r = most[r];
-        vec sum = {0};
-        for (int v = first; v < last; v++) {
-            real *s_v = s + r * FA_BLOCK + v * LANES;
-            const vec x = NAME(load)(s_v) - most_r;
-            const vec p = NAME(exp2)(natural ? x * log2e : x);
-            NAME(store)(s_v, p);
-            sum += p;
-        }
+        const vec sum = NAME(row_weights)(s + r * FA_BLOCK, first, last, most[r], natural);
         real *l_r = l + r * LANES;
         NAME(store)(l_r, NAME(fma)(NAME(load)(l_r), keep[r], sum));
     }

@@ -19,7 +19,7 @@ typedef struct {
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block (or of a span: scores_first) */
+    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
     real *part;      /* [ROWS][value_row] their weighted sum */
     real *chunk;     /* [ROWS][value_row] a part of that, where queries are few */
     real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
@@ -32,12 +32,17 @@ typedef struct {
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
 
-/* Whether the scores of all blocks of a span are taken before the rest: memory likes long runs of keys, and then long
- * runs of values. More rows are held up by arithmetic, and gain nothing. */
-static ALWAYS_INLINE int NAME(scores_first)(const fa_problem *problem, int64_t rows)
+/* Whether the scores of a whole span are taken before the rest: memory likes long runs of keys, and then long runs of
+ * values. More rows are held up by arithmetic, and gain nothing. */
+enum { NAME(FIRST_ROWS) = 2 };
+static ALWAYS_INLINE int NAME(by_spans)(const fa_problem *problem, int64_t rows)
 {
-    return problem->few && rows <= 2;
+    return problem->few && rows <= NAME(FIRST_ROWS);
 }
+
+/* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
+static ALWAYS_INLINE int NAME(term_begin)(int lo) { return lo / STEPS * STEPS; }
+static ALWAYS_INLINE int NAME(term_end)(int hi) { return (hi + STEPS - 1) / STEPS * STEPS; }
 
 static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
 {
@@ -56,13 +61,10 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
 static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
 
 /* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
- * rows without gaps some CPUs follow by themselves, and all do where a loop is little more than its loads: the one for
- * single rows of eight long vectors. */
+ * rows without gaps some CPUs follow by themselves. */
 static ALWAYS_INLINE int NAME(needs_fetching)(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
-    if (rows > 2 || row != n * (ptrdiff_t)sizeof(real))
-        return 1;
-    return problem->fetch && !(rows == 1 && n == 8 * LANES && VECTOR_BYTES == 64);
+    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
 }
 
 /* How many rows of n numbers are FETCH_BYTES. */
@@ -108,7 +110,7 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->q = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
     tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
-    tile->s = (real *)NAME(take)(&at, ROWS * FA_BLOCK * (NAME(scores_first)(problem, rows) ? blocks : 1));
+    tile->s = (real *)NAME(take)(&at, NAME(by_spans)(problem, rows) ? rows * blocks * FA_BLOCK : ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->chunk = (real *)NAME(take)(&at, problem->few ? ROWS * value_row : 0);
     tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);

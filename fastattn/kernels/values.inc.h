@@ -90,7 +90,16 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
             if (STEPS == 1) {
                 NAME(add_value)(p + t, v, ahead, 0, sum, rows, vecs);
                 v += v_row;
-            } else if (in_memory) {
+            } else if (vecs < LONG_VECS && !in_memory) {
+                UNROLL(4)
+                for (int k = 0; k < STEPS; k++, v += v_row) {
+                    IN_ORDER(v);
+                    NAME(add_value)(p + t + k, v, ahead, k == 0, term, rows, vecs);
+                }
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++)
+                    sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
+            } else {
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++)
                     term[i / vecs][i % vecs] = (vec){0};
@@ -100,17 +109,11 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++) {
                     real *at = chunk + i * LANES;
-                    NAME(store)(at, NAME(load)(at) + term[i / vecs][i % vecs]);
+                    if (in_memory)
+                        NAME(store)(at, NAME(load)(at) + term[i / vecs][i % vecs]);
+                    else
+                        sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
                 }
-            } else {
-                UNROLL(4)
-                for (int k = 0; k < STEPS; k++, v += v_row) {
-                    IN_ORDER(v);
-                    NAME(add_value)(p + t + k, v, ahead, k == 0, term, rows, vecs);
-                }
-                UNROLL(16)
-                for (int i = 0; i < rows * vecs; i++)
-                    sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
             }
         }
         UNROLL(16)
