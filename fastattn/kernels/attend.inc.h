@@ -285,7 +285,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     }
 }
 
-/* A span of keys for a tile of FIRST_ROWS rows at most: all scores, then all weights, then all sums. What little there is
+/* A span of keys for a tile of FEW_ROWS rows at most: all scores, then all weights, then all sums. What little there is
  * to do between keys and values holds memory up, so it is done once in a span, and not once in a block. */
 static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
                                            int64_t key_begin, int64_t key_end, NAME(tile) * tile, const int natural)
@@ -294,11 +294,11 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
     const int softmax = problem->activation == FA_SOFTMAX;
     const int64_t from = key_begin / FA_BLOCK * FA_BLOCK;
     const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
-    key_bits seen[BLOCKS][NAME(FIRST_ROWS)];
+    key_bits seen[BLOCKS][FEW_ROWS];
     group_range range[BLOCKS];
     int partial[BLOCKS];
-    vec most[BLOCKS][NAME(FIRST_ROWS)];
-    real shrink[BLOCKS][NAME(FIRST_ROWS)];
+    vec most[BLOCKS][FEW_ROWS];
+    real shrink[BLOCKS][FEW_ROWS];
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
         real *s = tile->s + b * rows * FA_BLOCK;

@@ -87,53 +87,74 @@ static ALWAYS_INLINE const real *NAME(query_at)(const real *q, int64_t c)
     return q + c / STRIP * (ROWS * STRIP) + c % STRIP;
 }
 
-/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
- * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). */
-static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
-                                                  int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int rows,
-                                                  const int count)
+/* Products of a vector of `rows` queries and one of `count` keys, added by lanes; the last may have fewer numbers. */
+static ALWAYS_INLINE void NAME(add_products)(const real *q_c, const char *k, ptrdiff_t key_row, int numbers,
+                                             vec (*sum)[4], const int rows, const int count)
 {
-    const int whole = key_row == end * (ptrdiff_t)sizeof(real);
+    vec k_c[4];
+    UNROLL(4)
+    for (int i = 0; i < count; i++) {
+        if (numbers == LANES)
+            k_c[i] = NAME(load)(k + i * key_row);
+        else
+            k_c[i] = NAME(load_some)(k + i * key_row, numbers);
+        if (rows > 2)
+            HOLD(k_c[i]);
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int i = 0; i < count; i++)
+            sum[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_c[i], sum[r][i]);
+    }
+}
+
+/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
+ * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no gaps
+ * between them. */
+static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
+                                                  int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
+                                                  const int rows, const int count)
+{
+    const char *k = keys + begin * (int64_t)sizeof(real);
+    const char *ask = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
         for (int i = 0; i < count; i++)
             sum[r][i] = (vec){0};
     }
-    for (int64_t c = begin; c < end; c += LANES) {
+    for (int64_t c = begin, stop; c < end; c = stop) {
         const real *q_c = NAME(query_at)(q, c);
-        vec k_c[4];
-        UNROLL(4)
-        for (int i = 0; i < count; i++) {
-            const char *k = keys + i * key_row + c * (int64_t)sizeof(real);
-            if (ahead)
-                NAME(ask)(keys + ahead, key_row, whole, c / LANES, i, count);
-            if (end - c >= LANES)
-                k_c[i] = NAME(load)(k);
-            else
-                k_c[i] = NAME(load_some)(k, (int)(end - c));
-            if (rows > 2)
-                HOLD(k_c[i]);
-        }
-        UNROLL(8)
-        for (int r = 0; r < rows; r++) {
-            UNROLL(4)
-            for (int i = 0; i < count; i++)
-                sum[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_c[i], sum[r][i]);
+        stop = end - c < STRIP ? end : c + STRIP;
+        for (; c < stop; c += LANES, q_c += LANES, k += VECTOR_BYTES) {
+            if (ahead) {
+                UNROLL(4)
+                for (int i = 0; i < count; i++)
+                    NAME(ask)(whole ? ask + i * VECTOR_BYTES : ask + i * key_row);
+                ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
+            }
+            if (stop - c < LANES) {
+                NAME(add_products)(q_c, k, key_row, (int)(stop - c), sum, rows, count);
+                break;
+            }
+            NAME(add_products)(q_c, k, key_row, LANES, sum, rows, count);
         }
     }
 }
 
 /* The same over all channels: chains of CHAIN vectors, then their sum. */
 static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                             ptrdiff_t ahead, vec (*sum)[4], const int rows, const int count)
+                                             ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows,
+                                             const int count)
 {
     const int64_t chain = CHAIN * LANES;
-    NAME(chain_of_products)(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, rows, count);
+    NAME(chain_of_products)
+    (q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
     for (int64_t c = chain; c < channels; c += chain) {
         vec part[FEW_ROWS][4];
         const int64_t end = channels - c < chain ? channels : c + chain;
-        NAME(chain_of_products)(q, keys, key_row, c, end, ahead, part, rows, count);
+        NAME(chain_of_products)(q, keys, key_row, c, end, ahead, part, whole, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -143,26 +164,29 @@ static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, pt
     }
 }
 
-/* Scores of `rows` rows against four keys, lanes along the channel; `count` keys at a time, in a loop that is not
- * unrolled: where keys come from memory, it sees one stream then, and its prefetchers few instructions with short
- * strides. */
-static ALWAYS_INLINE void NAME(four_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                            ptrdiff_t ahead, real *s, const int rows, const int count)
+/* Scores of `rows` rows against n keys, a multiple of four, lanes along the channel; those `ahead` bytes further on are
+ * asked for (0: none). `count` keys are read at a time, in a loop that is not unrolled: where keys come from memory, it
+ * sees one stream then, and its prefetchers few instructions with short strides. */
+static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                              int n, ptrdiff_t ahead, real *s, const int whole, const int rows,
+                                              const int count)
 {
-    vec sum[FEW_ROWS][4], some[FEW_ROWS][4];
-    NOT_UNROLLED
-    for (int i = 0; i < 4; i += count, keys += count * key_row) {
-        NAME(key_products)(q, keys, key_row, channels, ahead, some, rows, count);
-        UNROLL(8)
-        for (int r = 0; r < rows; r++) {
-            UNROLL(4)
-            for (int k = 0; k < count; k++)
-                sum[r][i + k] = some[r][k];
+    for (int j = 0; j < n; j += 4) {
+        vec sum[FEW_ROWS][4], some[FEW_ROWS][4];
+        NOT_UNROLLED
+        for (int i = 0; i < 4; i += count, keys += count * key_row) {
+            NAME(key_products)(q, keys, key_row, channels, ahead, some, whole, rows, count);
+            UNROLL(8)
+            for (int r = 0; r < rows; r++) {
+                UNROLL(4)
+                for (int k = 0; k < count; k++)
+                    sum[r][i + k] = some[r][k];
+            }
         }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++)
+            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
-    UNROLL(8)
-    for (int r = 0; r < rows; r++)
-        NAME(four_totals)(s + r * FA_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
 /* Products with one key, the i-th of four, summed by lanes. */
@@ -216,25 +240,12 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
     }
 }
 
-/* Scores against n keys, a multiple of four; those `ahead` bytes further on are asked for (0: none). More than two rows
- * are arithmetic more than reading, so they share their loads. */
-static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                              int n, ptrdiff_t ahead, real *s, const int rows)
-{
-    for (int j = 0; j < n; j += 4, keys += 4 * key_row) {
-        if (rows > 2)
-            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 4);
-        else if (channels <= FEW_VECS * LANES)
-            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 2);
-        else
-            NAME(four_scores)(q, keys, key_row, channels, ahead, s + j, rows, 1);
-    }
-}
-
-/* The same, with the numbers of channels known to the compiler for which that is the faster: up to three times. */
+/* Scores of `rows` rows against n keys. More than two rows are arithmetic more than reading, so they share their loads.
+ * Numbers of channels are known to the compiler where that is the faster: up to three times. */
 static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                                int n, ptrdiff_t ahead, real *s, const int rows)
 {
+    const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
     if (rows <= 2 && channels % LANES == 0)
         switch (channels / LANES) {
 #define IN_REGISTERS(vecs)                                                    \
@@ -246,26 +257,34 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
             FOR_USUAL(IN_REGISTERS)
 #undef IN_REGISTERS
         }
-    if (channels == STRIP)
-        NAME(run_of_scores)(q, keys, key_row, STRIP, n, ahead, s, rows);
-    else if (channels == 2 * STRIP)
-        NAME(run_of_scores)(q, keys, key_row, 2 * STRIP, n, ahead, s, rows);
+    if (rows <= 2 && channels <= FEW_VECS * LANES)
+        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
+    else if (rows <= 2)
+        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
+    else if (whole && channels == STRIP)
+        NAME(run_of_scores)(q, keys, STRIP * sizeof(real), STRIP, n, ahead, s, 1, rows, 4);
+    else if (whole && channels == 2 * STRIP)
+        NAME(run_of_scores)(q, keys, 2 * STRIP * sizeof(real), 2 * STRIP, n, ahead, s, 1, rows, 4);
+    else if (whole)
+        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
     else
-        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, rows);
+        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
 }
 
-/* For one row and for two; not inlined, because clang does not unroll all loops of one large function. */
-static NEVER_INLINE void NAME(scores_of_one)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                             int n, ptrdiff_t ahead, real *s)
-{
-    NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, 1);
-}
-
-static NEVER_INLINE void NAME(scores_of_two)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                             int n, ptrdiff_t ahead, real *s)
-{
-    NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, 2);
-}
+/* Not inlined: compilers run out of registers in one large function, and clang does not unroll all of its loops. */
+#define SCORES_OF(name, rows)                                                                                       \
+    static NEVER_INLINE void NAME(name)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
+                                        ptrdiff_t ahead, real *s)                                                   \
+    {                                                                                                               \
+        NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, rows);                                        \
+    }
+SCORES_OF(scores_of_one, 1)
+SCORES_OF(scores_of_two, 2)
+#if FEW_ROWS > 2
+SCORES_OF(scores_of_three, 3)
+SCORES_OF(scores_of_four, 4)
+#endif
+#undef SCORES_OF
 
 /* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
  * goes into reading the keys, and packing them would double it. Keys up to the next whole vector get scores too, which
@@ -306,9 +325,9 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
                 NAME(scores_of_two)(q_r, k, k_row, channels, n, ask, s_r);
 #if FEW_ROWS > 2
             else if (together == 3)
-                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 3);
+                NAME(scores_of_three)(q_r, k, k_row, channels, n, ask, s_r);
             else
-                NAME(scores_of_rows)(q_r, k, k_row, channels, n, ask, s_r, 4);
+                NAME(scores_of_four)(q_r, k, k_row, channels, n, ask, s_r);
 #endif
         }
     }

@@ -33,11 +33,10 @@ typedef struct {
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
 
 /* Whether the scores of a whole span are taken before the rest: memory likes long runs of keys, and then long runs of
- * values. More rows are held up by arithmetic, and gain nothing. */
-enum { NAME(FIRST_ROWS) = 2 };
+ * values. More rows are held up by arithmetic, and their scores would not stay in the first cache. */
 static ALWAYS_INLINE int NAME(by_spans)(const fa_problem *problem, int64_t rows)
 {
-    return problem->few && rows <= NAME(FIRST_ROWS);
+    return problem->few && rows <= FEW_ROWS;
 }
 
 /* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
@@ -81,13 +80,12 @@ static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
         __builtin_prefetch(row + at, 0, 3);
 }
 
-/* The same for one vector of each of `count` rows that are read together: asks for as much while vector c of row i is
- * read. Where rows have no gaps between them (whole) it asks in the order of memory, which it likes best. */
-static ALWAYS_INLINE void NAME(ask)(const char *rows, ptrdiff_t row, int whole, int64_t c, int i, const int count)
+/* Asks for the line that a vector begins in, unless the vector before it does. Where rows without gaps between them are
+ * read together (whole), memory likes best to be asked in its own order, rather than in that of the loads. */
+static ALWAYS_INLINE void NAME(ask)(const char *at)
 {
-    const ptrdiff_t vectors = whole ? (c * count + i) * VECTOR_BYTES : c * VECTOR_BYTES;
-    if (VECTOR_BYTES % 64 == 0 || vectors % 64 == 0)
-        __builtin_prefetch(rows + vectors + (whole ? 0 : i * row), 0, 3);
+    if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
+        __builtin_prefetch(at, 0, 3);
 }
 
 /* Lays a tile out from `base` on; returns its size. */

@@ -179,7 +179,9 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
     for (int64_t c = 0; c < rows * value_row; c += LANES)
         NAME(store)(to + c, (vec){0});
     const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);
+    const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = whole ? LINKS * VECTOR_BYTES : VECTOR_BYTES;
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
+        const char *v_c = v, *ask = v + ahead;
         vec w[FEW_ROWS][LINKS];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -187,20 +189,21 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
             for (int k = 0; k < LINKS; k++)
                 w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
         }
-        for (int64_t c = 0; c < value_row; c += LANES) {
+        for (int64_t c = 0; c < value_row; c += LANES, v_c += VECTOR_BYTES, ask += step) {
             vec v_k[LINKS];
             UNROLL(8)
             for (int k = 0; k < LINKS; k++) {
                 if (ahead)
-                    NAME(ask)(v + ahead, v_row, whole, c / LANES, k, LINKS);
-                v_k[k] = NAME(load)(v + k * v_row + c * (int64_t)sizeof(real));
+                    NAME(ask)(ask + k * apart);
+                v_k[k] = NAME(load)(v_c + k * v_row);
+                HOLD(v_k[k]);
             }
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
                 real *at = to + r * value_row + c;
-                vec term = {0};
+                vec term = w[r][0] * v_k[0];
                 UNROLL(8)
-                for (int k = 0; k < LINKS; k++)
+                for (int k = 1; k < LINKS; k++)
                     term = NAME(fma)(w[r][k], v_k[k], term);
                 NAME(store)(at, NAME(load)(at) + term);
             }
