@@ -156,8 +156,8 @@ static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_h
 
 /* Scores become weights where they are not softmax's. */
 static ALWAYS_INLINE void NAME(weigh_pointwise)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                                int64_t block, const group_range *range, const key_bits *seen,
-                                                real *s, real *l)
+                                                int64_t block, const group_range *range, const key_bits *seen, real *s,
+                                                real *l)
 {
     NAME(pointwise)(problem, s, group, range->lo / LANES, (range->hi + LANES - 1) / LANES, seen, l);
     if (head->weights.data)
@@ -318,8 +318,8 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
             shrink[b][r] = 1;
             if (softmax) {
                 const vec none = NAME(fill)(-(real)INFINITY);
-                most[b][r] = NAME(spread_max)(
-                    NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES, none));
+                most[b][r] =
+                    NAME(spread_max)(NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES, none));
                 shrink[b][r] = NAME(raise_maximum)(tile->m + r, &most[b][r], natural)[0];
             }
         }

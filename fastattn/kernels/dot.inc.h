@@ -110,12 +110,13 @@ static ALWAYS_INLINE void NAME(add_products)(const real *q_c, const char *k, ptr
 }
 
 /* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
- * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no gaps
- * between them. */
+ * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no
+ * gaps between them. */
 static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
                                                   int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
                                                   const int rows, const int count)
 {
+    const ptrdiff_t apart = whole ? VECTOR_BYTES : key_row;
     const char *k = keys + begin * (int64_t)sizeof(real);
     const char *ask = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
     UNROLL(8)
@@ -128,17 +129,15 @@ static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *key
         const real *q_c = NAME(query_at)(q, c);
         stop = end - c < STRIP ? end : c + STRIP;
         for (; c < stop; c += LANES, q_c += LANES, k += VECTOR_BYTES) {
-            if (ahead) {
-                UNROLL(4)
-                for (int i = 0; i < count; i++)
-                    NAME(ask)(whole ? ask + i * VECTOR_BYTES : ask + i * key_row);
-                ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
-            }
             if (stop - c < LANES) {
                 NAME(add_products)(q_c, k, key_row, (int)(stop - c), sum, rows, count);
                 break;
             }
             NAME(add_products)(q_c, k, key_row, LANES, sum, rows, count);
+            if (ahead) { /* after what is needed now */
+                NAME(ask_for)(ask, apart, count);
+                ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
+            }
         }
     }
 }
@@ -272,11 +271,11 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
 }
 
 /* Not inlined: compilers run out of registers in one large function, and clang does not unroll all of its loops. */
-#define SCORES_OF(name, rows)                                                                                       \
+#define SCORES_OF(name, rows)                                                                                        \
     static NEVER_INLINE void NAME(name)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
-                                        ptrdiff_t ahead, real *s)                                                   \
-    {                                                                                                               \
-        NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, rows);                                        \
+                                        ptrdiff_t ahead, real *s)                                                    \
+    {                                                                                                                \
+        NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, rows);                                         \
     }
 SCORES_OF(scores_of_one, 1)
 SCORES_OF(scores_of_two, 2)

@@ -19,11 +19,11 @@ typedef struct {
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
-    real *part;      /* [ROWS][value_row] their weighted sum */
-    real *chunk;     /* [ROWS][value_row] a part of that, where queries are few */
-    real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    char *fresh;     /* [groups] whether a group has seen no block of this span: its part of o is not set then */
+    real *s;     /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
+    real *part;  /* [ROWS][value_row] their weighted sum */
+    real *chunk; /* [ROWS][value_row] a part of that, where queries are few */
+    real *extra; /* [2][FA_BLOCK] the bias of one row, and a part of it */
+    char *fresh; /* [groups] whether a group has seen no block of this span: its part of o is not set then */
     real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
     real *m_all, *l_all, *l_lost, *o_all, *o_lost;
@@ -80,12 +80,15 @@ static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
         __builtin_prefetch(row + at, 0, 3);
 }
 
-/* Asks for the line that a vector begins in, unless the vector before it does. Where rows without gaps between them are
- * read together (whole), memory likes best to be asked in its own order, rather than in that of the loads. */
-static ALWAYS_INLINE void NAME(ask)(const char *at)
+/* Asks for the lines that `count` vectors so far apart begin in, unless a vector right before one of them does. Where
+ * rows without gaps between them are read together, memory likes best to be asked in its own order, rather than in that
+ * of the loads: the next few vectors then, rather than one of each row. */
+static ALWAYS_INLINE void NAME(ask_for)(const char *at, ptrdiff_t apart, const int count)
 {
-    if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
-        __builtin_prefetch(at, 0, 3);
+    UNROLL(8)
+    for (int i = 0; i < count; i++, at += apart)
+        if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
+            __builtin_prefetch(at, 0, 3);
 }
 
 /* Lays a tile out from `base` on; returns its size. */

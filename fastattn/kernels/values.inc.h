@@ -193,11 +193,11 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
             vec v_k[LINKS];
             UNROLL(8)
             for (int k = 0; k < LINKS; k++) {
-                if (ahead)
-                    NAME(ask)(ask + k * apart);
                 v_k[k] = NAME(load)(v_c + k * v_row);
                 HOLD(v_k[k]);
             }
+            if (ahead)
+                NAME(ask_for)(ask, apart, LINKS);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
                 real *at = to + r * value_row + c;
