@@ -9,7 +9,7 @@
 #include "visible.inc.h"
 
 enum {
-    FETCH_BYTES = 12288, /* so far ahead keys and values are asked for where few rows share them */
+    FETCH_BYTES = 10240, /* so far ahead keys and values are asked for where few rows share them */
     FEW_VECS = 4,        /* two rows of so many vectors are read at a time there, longer ones by themselves */
     MOST_VECS = 16,      /* vectors of all rows, where that is known to the compiler (FOR_USUAL) */
     LONG_VECS = 8, /* rows of so many are read one in a turn of a loop: a CPU sees few loads ahead that are many */
