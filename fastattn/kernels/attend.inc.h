@@ -126,27 +126,29 @@ static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t beg
             __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
 }
 
-/* The scores of a group, which sees a block as `range` and `seen` say, after softcap, biases and what hides keys; also
- * into the requested weights, which softmax finishes in close_tile. Whether terms of the sum have keys that are not
- * seen. */
+/* The scores of a group after softcap, biases and what hides keys; also into the requested weights, which softmax
+ * finishes in close_tile. Whether terms of the sum have keys that are not seen. */
 static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                           int64_t block, const group_range *range, key_bits *seen, NAME(tile) * tile,
-                                           real *s)
+                                           int64_t block, group_sight *sight, NAME(tile) * tile, real *s)
 {
     const int rules = NAME(ruled)(problem, head);
-    const int v_first = range->lo / LANES, v_last = (range->hi + LANES - 1) / LANES;
+    const int v_first = sight->lo / LANES, v_last = (sight->hi + LANES - 1) / LANES;
+    const int term_lo = NAME(term_begin)(sight->lo), term_hi = NAME(term_end)(sight->hi);
     int partial = 0;
-    if (!range->alike || rules || v_first * LANES != range->lo || v_last * LANES != range->hi) {
-        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES);
-        const key_bits terms = bits_of_range(NAME(term_begin)(range->lo), NAME(term_end)(range->hi));
+    if (rules || sight->has_bits) {
+        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), terms = bits_of_range(term_lo, term_hi);
+        take_bits(sight, group);
         for (int r = 0; r < group; r++) {
-            if (rules) {
+            if (rules)
                 NAME(apply_rules)
-                (problem, head, i + r, r, block, v_first, v_last, &seen[r], s, tile->extra, tile->extra + FA_BLOCK);
-            } else {
-                NAME(hide)(&whole, &seen[r], s + r * FA_BLOCK);
-            }
-            partial |= !bits_equal(&seen[r], &terms);
+            (problem, head, i + r, r, block, v_first, v_last, &sight->bits[r], s, tile->extra, tile->extra + FA_BLOCK);
+            else NAME(hide)(&whole, &sight->bits[r], s + r * FA_BLOCK);
+            partial |= !bits_equal(&sight->bits[r], &terms);
+        }
+    } else if (!sight->alike || v_first * LANES != sight->lo || v_last * LANES != sight->hi) {
+        for (int r = 0; r < group; r++) {
+            NAME(hide_outside)(v_first, v_last, sight->from[r], sight->to[r], s + r * FA_BLOCK);
+            partial |= sight->from[r] != term_lo || sight->to[r] != term_hi;
         }
     } /* otherwise whole vectors, all seen: nothing to hide */
     if (head->weights.data && problem->activation == FA_SOFTMAX)
@@ -156,10 +158,10 @@ static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_h
 
 /* Scores become weights where they are not softmax's. */
 static ALWAYS_INLINE void NAME(weigh_pointwise)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                                int64_t block, const group_range *range, const key_bits *seen, real *s,
-                                                real *l)
+                                                int64_t block, group_sight *sight, real *s, real *l)
 {
-    NAME(pointwise)(problem, s, group, range->lo / LANES, (range->hi + LANES - 1) / LANES, seen, l);
+    take_bits(sight, group);
+    NAME(pointwise)(problem, s, group, sight->lo / LANES, (sight->hi + LANES - 1) / LANES, sight->bits, l);
     if (head->weights.data)
         NAME(keep_weights)(problem, head, i, group, block, s);
 }
@@ -177,15 +179,16 @@ static ALWAYS_INLINE NAME(value_rows) NAME(values_of)(const fa_problem *problem,
 
 /* The weighted sum of a block joins the output of a group, rows `first` and on, whose earlier output shrinks. */
 static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t first, int group, const real *s,
-                                          const key_bits *seen, NAME(value_rows) value, const group_range *range,
-                                          int only_seen, const real *shrink, NAME(tile) * tile)
+                                          group_sight *sight, NAME(value_rows) value, int only_seen, const real *shrink,
+                                          NAME(tile) * tile)
 {
     const int64_t value_row = tile->value_row;
-    const int begin = NAME(term_begin)(range->lo), end = NAME(term_end)(range->hi);
+    const int begin = NAME(term_begin)(sight->lo), end = NAME(term_end)(sight->hi);
     real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
-    if (only_seen)
-        NAME(weighted_sum_of_seen)(s, group, seen, value, range->lo, range->hi, value_row, sum);
-    else if (problem->few)
+    if (only_seen) {
+        take_bits(sight, group);
+        NAME(weighted_sum_of_seen)(s, group, sight->bits, value, sight->lo, sight->hi, value_row, sum);
+    } else if (problem->few)
         NAME(streamed_sum)(problem, s, group, value, begin, end, value_row, sum, tile->chunk);
     else
         NAME(weighted_sum)(s, group, value, begin, end, value_row, sum);
@@ -226,12 +229,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     int packed = 0, finite = -1;
     for (int64_t first = 0; first < rows; first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
-        key_bits seen[ROWS];
-        const group_range range = see_block(problem, head, row + first, group, block, seen);
-        const int lo = range.lo, hi = range.hi;
+        group_sight sight;
+        see_block(problem, head, row + first, group, block, &sight);
+        const int lo = sight.lo, hi = sight.hi;
         if (lo >= hi)
             continue;
-        if (range.masked) {
+        if (sight.masked) {
             if (head->weights.data)
                 NAME(hide_weights)(problem, head, row + first, group, block);
             continue;
@@ -265,10 +268,10 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             NAME(prefetch_rows)
             (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
         }
-        const int partial = NAME(rule_scores)(problem, head, row + first, group, block, &range, seen, tile, s);
+        const int partial = NAME(rule_scores)(problem, head, row + first, group, block, &sight, tile, s);
         real shrink[ROWS];
         if (problem->activation != FA_SOFTMAX) {
-            NAME(weigh_pointwise)(problem, head, row + first, group, block, &range, seen, s, l);
+            NAME(weigh_pointwise)(problem, head, row + first, group, block, &sight, s, l);
             for (int r = 0; r < group; r++)
                 shrink[r] = 1;
         } else if (natural) {
@@ -281,7 +284,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         ahead = ahead_end;
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
-        NAME(sum_block)(problem, first, group, s, seen, value, &range, partial && !finite, shrink, tile);
+        NAME(sum_block)(problem, first, group, s, &sight, value, partial && !finite, shrink, tile);
     }
 }
 
@@ -294,26 +297,25 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
     const int softmax = problem->activation == FA_SOFTMAX;
     const int64_t from = key_begin / FA_BLOCK * FA_BLOCK;
     const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
-    key_bits seen[BLOCKS][FEW_ROWS];
-    group_range range[BLOCKS];
+    group_sight sight[BLOCKS];
     int partial[BLOCKS];
     vec most[BLOCKS][FEW_ROWS];
     real shrink[BLOCKS][FEW_ROWS];
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
         real *s = tile->s + b * rows * FA_BLOCK;
-        range[b] = see_block(problem, head, row, rows, block, seen[b]);
-        if (range[b].masked) {
+        see_block(problem, head, row, rows, block, &sight[b]);
+        if (sight[b].masked) {
             if (head->weights.data)
                 NAME(hide_weights)(problem, head, row, rows, block);
-            range[b].hi = range[b].lo;
+            sight[b].hi = sight[b].lo;
         }
-        const int lo = range[b].lo, hi = range[b].hi;
+        const int lo = sight[b].lo, hi = sight[b].hi;
         if (lo >= hi)
             continue;
         NAME(row_scores)
         (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
-        partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &range[b], seen[b], tile, s);
+        partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &sight[b], tile, s);
         for (int r = 0; r < rows; r++) {
             shrink[b][r] = 1;
             if (softmax) {
@@ -325,24 +327,24 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         }
     }
     for (int b = 0; b < blocks && softmax; b++)
-        for (int r = 0; r < rows && range[b].lo < range[b].hi; r++) {
+        for (int r = 0; r < rows && sight[b].lo < sight[b].hi; r++) {
             real *l = tile->l + r * LANES;
-            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, range[b].lo / LANES,
-                                              (range[b].hi + LANES - 1) / LANES, most[b][r], natural);
+            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, sight[b].lo / LANES,
+                                              (sight[b].hi + LANES - 1) / LANES, most[b][r], natural);
             NAME(store)(l, NAME(fma)(NAME(load)(l), NAME(fill)(shrink[b][r]), sum));
         }
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
         real *s = tile->s + b * rows * FA_BLOCK;
-        if (range[b].lo >= range[b].hi)
+        if (sight[b].lo >= sight[b].hi)
             continue;
         if (!softmax)
-            NAME(weigh_pointwise)(problem, head, row, rows, block, &range[b], seen[b], s, tile->l);
+            NAME(weigh_pointwise)(problem, head, row, rows, block, &sight[b], s, tile->l);
         const int begin = b ? 0 : (int)(key_begin - from);
         const int end = b + 1 < blocks ? FA_BLOCK : (int)(key_end - block);
         const NAME(value_rows) value = NAME(values_of)(problem, head, block, begin, end, rows, tile);
         const int only_seen = partial[b] && !NAME(all_finite)(value, begin, end, tile->value_row);
-        NAME(sum_block)(problem, 0, rows, s, seen[b], value, &range[b], only_seen, shrink[b], tile);
+        NAME(sum_block)(problem, 0, rows, s, &sight[b], value, only_seen, shrink[b], tile);
     }
 }
 

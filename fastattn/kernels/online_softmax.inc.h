@@ -46,6 +46,22 @@ static ALWAYS_INLINE void NAME(hide)(const key_bits *computed, const key_bits *s
     }
 }
 
+/* The same for a row that sees the keys [from, to), over the vectors [first, last). */
+static ALWAYS_INLINE void NAME(hide_outside)(int first, int last, int from, int to, real *s)
+{
+    const vec hidden = NAME(fill)(-(real)INFINITY);
+    const int before = from < last * LANES ? (from + LANES - 1) / LANES : last, behind = to / LANES;
+    for (int v = first; v < last; v++) {
+        if (v >= before && v < behind)
+            v = behind; /* all of those is seen */
+        if (v < last) {
+            const uint64_t seen = bits_below(to - v * LANES) & ~bits_below(from - v * LANES);
+            real *s_v = s + v * LANES;
+            NAME(store)(s_v, NAME(pick_bits)((unsigned)(seen & bits_below(LANES)), NAME(load)(s_v), hidden));
+        }
+    }
+}
+
 /* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
  * and the activation, where that is more than to hide. Hidden keys become -inf, also where score or bias are NaN. */
 static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block,

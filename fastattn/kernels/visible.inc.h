@@ -1,5 +1,5 @@
-/* Which keys of a block a row sees, as bits: bit j of row r stands for key `block + j`. Bounds, a dense mask and a bias
- * of -inf all end up here, so that the later steps know one form only. */
+/* Which keys of a block a row sees: by position and length a range, and with a dense mask or a bias of -inf, bits: bit
+ * j of a row stands for key `block + j`. */
 #ifndef FASTATTN_VISIBLE
 #define FASTATTN_VISIBLE
 
@@ -111,53 +111,60 @@ static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head
     }
 }
 
-/* What the rows [i, i + rows) of a group see of a block. */
+/* What the rows of a group see of a block. */
 typedef struct {
-    int lo, hi; /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
-    int alike;  /* by position and length all see all of it */
-    int masked; /* there is a mask, and it hides all of it */
-} group_range;
+    int lo, hi;               /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
+    int alike;                /* all see all of it */
+    int masked;               /* there is a mask, and it hides all of it */
+    int has_bits;             /* whether `bits` count, which may say less than the ranges */
+    int from[ROWS], to[ROWS]; /* what each row sees by position and length */
+    key_bits bits[ROWS];
+} group_sight;
 
-static inline group_range see_block(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
-                                    key_bits *seen)
+/* Lets the bits count, where they have not yet: most groups need none. */
+static ALWAYS_INLINE void take_bits(group_sight *sight, int rows)
 {
-    group_range range = {0, 0, 0, 0};
-    int lo_last, hi_last;
-    rows_range(problem, head, i, rows, block, &range.lo, &range.hi);
-    if (range.lo >= range.hi)
-        return range;
-    rows_range(problem, head, i, 1, block, &range.lo, &range.hi);
-    rows_range(problem, head, i + rows - 1, 1, block, &lo_last, &hi_last);
+    for (int r = 0; r < rows && !sight->has_bits; r++)
+        sight->bits[r] = bits_of_range(sight->from[r], sight->to[r]);
+    sight->has_bits = 1;
+}
+
+/* Of the rows [i, i + rows). */
+static inline void see_block(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                             group_sight *sight)
+{
+    sight->alike = sight->masked = sight->has_bits = 0;
+    rows_range(problem, head, i, rows, block, &sight->lo, &sight->hi);
+    if (sight->lo >= sight->hi)
+        return;
+    rows_range(problem, head, i, 1, block, &sight->from[0], &sight->to[0]);
+    rows_range(problem, head, i + rows - 1, 1, block, &sight->from[rows - 1], &sight->to[rows - 1]);
+    const int from = sight->from[0], to = sight->to[0];
     /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end. */
-    range.alike = range.lo < range.hi && range.lo == lo_last && range.hi == hi_last;
-    if (range.alike) {
-        const key_bits bits = bits_of_range(range.lo, range.hi);
-        for (int r = 0; r < rows; r++)
-            seen[r] = bits;
-    } else {
-        range.lo = FA_BLOCK, range.hi = 0;
-        for (int r = 0; r < rows; r++) {
-            int from, to;
-            rows_range(problem, head, i + r, 1, block, &from, &to);
-            seen[r] = bits_of_range(from, to);
-            if (from < to) {
-                range.lo = from < range.lo ? from : range.lo;
-                range.hi = to > range.hi ? to : range.hi;
-            }
+    sight->alike = from < to && from == sight->from[rows - 1] && to == sight->to[rows - 1];
+    sight->lo = FA_BLOCK, sight->hi = 0;
+    for (int r = 0; r < rows; r++) {
+        if (sight->alike)
+            sight->from[r] = from, sight->to[r] = to;
+        else if (r > 0 && r < rows - 1)
+            rows_range(problem, head, i + r, 1, block, &sight->from[r], &sight->to[r]);
+        if (sight->from[r] < sight->to[r]) {
+            sight->lo = sight->from[r] < sight->lo ? sight->from[r] : sight->lo;
+            sight->hi = sight->to[r] > sight->hi ? sight->to[r] : sight->hi;
         }
     }
-    if (head->mask.data && range.lo < range.hi) {
+    if (head->mask.data && sight->lo < sight->hi) {
         int any = 0;
+        take_bits(sight, rows);
         for (int r = 0; r < rows; r++) {
-            if (bits_any(&seen[r]))
-                bits_and_mask(&seen[r], head->mask.data + (i + r) * head->mask.row + block * head->mask.col,
-                              head->mask.col, range.lo, range.hi);
-            any |= bits_any(&seen[r]);
+            if (bits_any(&sight->bits[r]))
+                bits_and_mask(&sight->bits[r], head->mask.data + (i + r) * head->mask.row + block * head->mask.col,
+                              head->mask.col, sight->lo, sight->hi);
+            any |= bits_any(&sight->bits[r]);
         }
-        range.alike = 0;
-        range.masked = !any;
+        sight->alike = 0;
+        sight->masked = !any;
     }
-    return range;
 }
 
 #endif
