@@ -301,6 +301,16 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
     int partial[BLOCKS];
     vec most[BLOCKS][FEW_ROWS];
     real shrink[BLOCKS][FEW_ROWS];
+    const int at_once = rows == 1 && !head->mask.data; /* scores of one row lie together, and no block is left out */
+    if (at_once) {
+        int64_t lo, hi;
+        fa_visible_keys(problem, head, row, rows, &lo, &hi);
+        lo = lo > key_begin ? lo : key_begin, hi = hi < key_end ? hi : key_end;
+        if (lo < hi)
+            NAME(row_scores)
+        (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from), (int)(hi - from),
+         tile->k, tile->s);
+    }
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
         real *s = tile->s + b * rows * FA_BLOCK;
@@ -313,7 +323,8 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         const int lo = sight[b].lo, hi = sight[b].hi;
         if (lo >= hi)
             continue;
-        NAME(row_scores)
+        if (!at_once)
+            NAME(row_scores)
         (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
         partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &sight[b], tile, s);
         for (int r = 0; r < rows; r++) {

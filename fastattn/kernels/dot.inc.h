@@ -285,9 +285,10 @@ SCORES_OF(scores_of_four, 4)
 #endif
 #undef SCORES_OF
 
-/* Scores of a few rows against the keys [begin, end) of a block, which are read where they lie: with few rows the time
- * goes into reading the keys, and packing them would double it. Keys up to the next whole vector get scores too, which
- * mean nothing. Row and key alone decide the order of the additions. scratch: room for four keys. */
+/* Scores of a few rows against the keys [begin, end) of a block, and of a single row of several, which are read where
+ * they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the next
+ * whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. scratch: room
+ * for four keys. */
 static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
                              int begin, int end, real *scratch, real *s)
 {
