@@ -330,9 +330,7 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         for (int r = 0; r < rows; r++) {
             shrink[b][r] = 1;
             if (softmax) {
-                const vec none = NAME(fill)(-(real)INFINITY);
-                most[b][r] =
-                    NAME(spread_max)(NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES, none));
+                most[b][r] = NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES);
                 shrink[b][r] = NAME(raise_maximum)(tile->m + r, &most[b][r], natural)[0];
             }
         }

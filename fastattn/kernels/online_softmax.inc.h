@@ -125,11 +125,11 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
     }
 }
 
-/* The vectors [first, last) of a row's scores, lane by lane the greatest of them and of `most`. */
-static ALWAYS_INLINE vec NAME(row_maximum)(const real *s, int first, int last, vec most)
+/* The greatest of the vectors [first, last) of a row's scores, in all lanes. */
+static ALWAYS_INLINE vec NAME(row_maximum)(const real *s, int first, int last)
 {
     const vec none = NAME(fill)(-(real)INFINITY);
-    vec x[4] = {most, none, none, none}; /* a NaN score does not become the maximum */
+    vec x[4] = {none, none, none, none}; /* a NaN score does not become the maximum */
     int v = first;
     for (; v + 4 <= last; v += 4) {
         UNROLL(4)
@@ -138,7 +138,7 @@ static ALWAYS_INLINE vec NAME(row_maximum)(const real *s, int first, int last, v
     }
     for (; v < last; v++)
         x[0] = NAME(max)(NAME(load)(s + v * LANES), x[0]);
-    return NAME(max)(NAME(max)(x[0], x[1]), NAME(max)(x[2], x[3]));
+    return NAME(spread_max)(NAME(max)(NAME(max)(x[0], x[1]), NAME(max)(x[2], x[3])));
 }
 
 /* Scores with the maximum *most join a row whose running maximum is *m. What the row's weights are relative to from now
@@ -175,11 +175,10 @@ static ALWAYS_INLINE vec NAME(row_weights)(real *s, int first, int last, vec mos
 static void NAME(exponentials)(real *s, int rows, int first, int last, const int natural, real *m, real *l,
                                real *shrink)
 {
-    const vec none = NAME(fill)(-(real)INFINITY);
     vec most[ROWS], keep[ROWS];
     /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
     for (int r = 0; r < rows; r++)
-        most[r] = NAME(spread_max)(NAME(row_maximum)(s + r * FA_BLOCK, first, last, none));
+        most[r] = NAME(row_maximum)(s + r * FA_BLOCK, first, last);
     for (int r = 0; r < rows; r++) {
         keep[r] = NAME(raise_maximum)(m + r, most + r, natural);
         shrink[r] = keep[r][0];
