@@ -12,7 +12,7 @@ enum {
     FETCH_BYTES = 10240, /* so far ahead keys and values are asked for where few rows share them */
     FEW_VECS = 4,        /* two rows of so many vectors are read at a time there, longer ones by themselves */
     MOST_VECS = 16,      /* vectors of all rows, where that is known to the compiler (FOR_USUAL) */
-    LONG_VECS = 8, /* rows of so many are read one in a turn of a loop: a CPU sees few loads ahead that are many */
+    LONG_VECS = 8, /* keys or values of so many are read one a turn of a loop: prefetchers follow few instructions */
     LINKS = 4,     /* values for one load and store of a sum there; a multiple of STEPS */
     CHAIN = 64,    /* vectors of a key that are multiplied and added one after the other there */
     WORTH_COPYING = 256, /* rows that share a value; for so many it is copied to where its vectors are aligned */
