@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 # A sample shorter than this repeats its call: clock resolution and one interrupt must not show.
 SAMPLE_SECONDS = 0.02
-# A call longer than this needs no call before it to fill the caches and wake the threads.
+# A call longer than this needs none before it to fill the caches and wake the threads. Shorter ones have as many as are in
+# a sample: what is larger than a cache takes several passes until the cache holds as much of it as it ever will.
 LONG_SECONDS = 0.1
 
 
@@ -69,7 +70,7 @@ def interleave(candidates, rounds, progress=None):
         for candidate in candidates if turn % 2 == 0 else reversed(candidates):
             wait_until_idle()
             if candidate.estimate < LONG_SECONDS:
-                candidate.call()
+                seconds(candidate.call, candidate.number)
             samples[candidate.name].append(seconds(candidate.call, candidate.number) / candidate.units)
         if progress:
             progress()
