@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 # A sample shorter than this repeats its call: clock resolution and one interrupt must not show.
 SAMPLE_SECONDS = 0.02
-# A call longer than this needs none before it to fill the caches and wake the threads. Shorter ones have as many as are in
-# a sample: what is larger than a cache takes several passes until the cache holds as much of it as it ever will.
+# A call longer than this needs none before it to fill the caches and wake the threads. Shorter ones have as many as are
+# in a sample: what is larger than a cache takes several passes until the cache holds as much of it as it ever will.
 LONG_SECONDS = 0.1
 
 
