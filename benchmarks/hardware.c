@@ -102,10 +102,12 @@ int fractions_per_block(void) { return 0; }
 double add_fractions(int64_t blocks, double a, double b, double weight) { return blocks * weight / (1 + a * b); }
 #endif
 
-/* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. The buffer need not be aligned:
- * NumPy's begin 16 bytes behind a line of the cache. `vectors` is a multiple of READERS. There are several ways because
- * none is the fastest on every machine and for every size: 0   from the first to the last 1   the same, and the lines
- * AHEAD bytes further on are fetched 2   READERS parts of the buffer side by side */
+/* Sum of all 32-bit words, modulo 2^32, so that the order is free and the answer exact. The buffer need not be
+ * aligned: NumPy's begin 16 bytes behind a line of the cache. `vectors` is a multiple of READERS. There are several
+ * ways because none is the fastest on every machine and for every size:
+ *     0   from the first to the last
+ *     1   the same, and the lines AHEAD bytes further on are fetched
+ *     2   READERS parts of the buffer side by side */
 enum { WAYS_TO_READ = 3, AHEAD = 4096 };
 
 int ways_to_read(void) { return WAYS_TO_READ; }

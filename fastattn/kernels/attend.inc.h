@@ -139,10 +139,13 @@ static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_h
         const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), terms = bits_of_range(term_lo, term_hi);
         take_bits(sight, group);
         for (int r = 0; r < group; r++) {
-            if (rules)
+            if (rules) {
                 NAME(apply_rules)
-            (problem, head, i + r, r, block, v_first, v_last, &sight->bits[r], s, tile->extra, tile->extra + FA_BLOCK);
-            else NAME(hide)(&whole, &sight->bits[r], s + r * FA_BLOCK);
+                (problem, head, i + r, r, block, v_first, v_last, &sight->bits[r], s, tile->extra,
+                 tile->extra + FA_BLOCK);
+            } else {
+                NAME(hide)(&whole, &sight->bits[r], s + r * FA_BLOCK);
+            }
             partial |= !bits_equal(&sight->bits[r], &terms);
         }
     } else if (!sight->alike || v_first * LANES != sight->lo || v_last * LANES != sight->hi) {
@@ -188,10 +191,11 @@ static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t fir
     if (only_seen) {
         take_bits(sight, group);
         NAME(weighted_sum_of_seen)(s, group, sight->bits, value, sight->lo, sight->hi, value_row, sum);
-    } else if (problem->few)
+    } else if (problem->few) {
         NAME(streamed_sum)(problem, s, group, value, begin, end, value_row, sum, tile->chunk);
-    else
+    } else {
         NAME(weighted_sum)(s, group, value, begin, end, value_row, sum);
+    }
     for (int r = 0; r < group && sum != o; r++) {
         const vec keep = NAME(fill)(shrink[r]);
         for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
@@ -306,10 +310,11 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         int64_t lo, hi;
         fa_visible_keys(problem, head, row, rows, &lo, &hi);
         lo = lo > key_begin ? lo : key_begin, hi = hi < key_end ? hi : key_end;
-        if (lo < hi)
+        if (lo < hi) {
             NAME(row_scores)
-        (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from), (int)(hi - from),
-         tile->k, tile->s);
+            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from),
+             (int)(hi - from), tile->k, tile->s);
+        }
     }
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
@@ -323,9 +328,10 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         const int lo = sight[b].lo, hi = sight[b].hi;
         if (lo >= hi)
             continue;
-        if (!at_once)
+        if (!at_once) {
             NAME(row_scores)
-        (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
+            (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
+        }
         partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &sight[b], tile, s);
         for (int r = 0; r < rows; r++) {
             shrink[b][r] = 1;
