@@ -312,8 +312,8 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         lo = lo > key_begin ? lo : key_begin, hi = hi < key_end ? hi : key_end;
         if (lo < hi) {
             NAME(row_scores)
-            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from),
-             (int)(hi - from), tile->k, tile->s);
+            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from), (int)(hi - from),
+             tile->k, tile->s);
         }
     }
     for (int b = 0; b < blocks; b++) {
