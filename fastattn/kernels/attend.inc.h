@@ -26,21 +26,59 @@ static void NAME(reset_state)(const fa_problem *problem, int64_t rows, real *m, 
     memset(l, 0, (size_t)(rows * LANES) * sizeof(real));
 }
 
-/* A state that has seen nothing. Outputs are not cleared: the first block of a group overwrites them. */
-static void NAME(open_span)(const fa_problem *problem, int64_t rows, NAME(tile) * tile)
-{
-    NAME(reset_state)(problem, rows, tile->m, tile->l);
-    memset(tile->fresh, 1, (size_t)((rows + ROWS - 1) / ROWS));
-}
-
 /* Clears the outputs of groups that have seen nothing. */
-static void NAME(clear_fresh)(int64_t rows, NAME(tile) * tile)
+static void NAME(clear_unseen)(int64_t rows, NAME(tile) * tile)
 {
     for (int64_t first = 0; first < rows; first += ROWS)
-        if (tile->fresh[first / ROWS]) {
+        if (tile->span[first / ROWS] == NO_SPAN) {
             const int64_t group = rows - first < ROWS ? rows - first : ROWS;
             memset(tile->o + first * tile->value_row, 0, (size_t)(group * tile->value_row) * sizeof(real));
         }
+}
+
+/* The state of a group, rows `first` and on, joins that of the spans before it. */
+static NEVER_INLINE void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
+                                        NAME(tile) * tile)
+{
+    const int64_t value_row = tile->value_row, l = first * LANES, o = first * value_row;
+    if (!tile->several[first / ROWS]) {
+        NAME(reset_state)(problem, group, tile->m_all + first, tile->l_all + l);
+        memset(tile->o_all + o, 0, (size_t)(group * value_row) * sizeof(real));
+        memset(tile->l_lost + l, 0, (size_t)(group * LANES) * sizeof(real));
+        memset(tile->o_lost + o, 0, (size_t)(group * value_row) * sizeof(real));
+        tile->several[first / ROWS] = 1;
+    }
+    NAME(fold)
+    (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
+     tile->l + l, tile->o + o, group, value_row, NAME(natural)(problem, head));
+}
+
+/* The state of a group that has seen several spans becomes that of all of them. */
+static void NAME(take_totals)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
+                              NAME(tile) * tile)
+{
+    NAME(end_span)(problem, head, first, group, tile);
+    for (int64_t r = first; r < first + group; r++)
+        tile->m[r] = tile->m_all[r];
+    for (int64_t c = first * LANES; c < (first + group) * LANES; c += LANES)
+        NAME(store)(tile->l + c, NAME(load)(tile->l_all + c) + NAME(load)(tile->l_lost + c));
+    for (int64_t c = first * tile->value_row; c < (first + group) * tile->value_row; c += LANES)
+        NAME(store)(tile->o + c, NAME(load)(tile->o_all + c) + NAME(load)(tile->o_lost + c));
+}
+
+/* Makes the state of a group that of a span, if it is another's; whether it has seen nothing of it yet. */
+static ALWAYS_INLINE int NAME(begin_span)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
+                                          int64_t span, NAME(tile) * tile)
+{
+    int64_t *own = tile->span + first / ROWS;
+    if (*own == span)
+        return 0;
+    if (*own != NO_SPAN) {
+        NAME(end_span)(problem, head, first, group, tile);
+        NAME(reset_state)(problem, group, tile->m + first, tile->l + first * LANES);
+    }
+    *own = span;
+    return 1;
 }
 
 /* Contract: fastattn.h. */
@@ -54,27 +92,11 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
         NAME(additive_queries)(problem, &head->query, row, rows, factor, tile);
     else
         NAME(pack_queries)(problem, &head->query, row, rows, (real)factor, tile->channels, tile->q);
-    NAME(open_span)(problem, rows, tile);
-}
-
-static void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
-{
-    const int64_t value_row = tile->value_row;
-    if (tile->spans == 0) {
-        NAME(reset_state)(problem, rows, tile->m_all, tile->l_all);
-        memset(tile->o_all, 0, (size_t)(rows * value_row) * sizeof(real));
-        memset(tile->l_lost, 0, (size_t)(rows * LANES) * sizeof(real));
-        memset(tile->o_lost, 0, (size_t)(rows * value_row) * sizeof(real));
+    NAME(reset_state)(problem, rows, tile->m, tile->l);
+    for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
+        tile->span[g] = NO_SPAN;
+        tile->several[g] = 0;
     }
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        const int64_t group = rows - first < ROWS ? rows - first : ROWS, l = first * LANES, o = first * value_row;
-        if (tile->fresh[first / ROWS])
-            continue; /* a state that has seen nothing changes nothing */
-        NAME(fold)
-        (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
-         tile->l + l, tile->o + o, group, value_row, NAME(natural)(problem, head));
-    }
-    tile->spans++;
 }
 
 /* Where the weight of key j lies, which has a place. */
@@ -180,14 +202,15 @@ static ALWAYS_INLINE NAME(value_rows) NAME(values_of)(const fa_problem *problem,
     return (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
 }
 
-/* The weighted sum of a block joins the output of a group, rows `first` and on, whose earlier output shrinks. */
+/* The weighted sum of a block joins the output of a group, rows `first` and on, whose earlier output shrinks. fresh:
+ * there is none in this span. */
 static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t first, int group, const real *s,
                                           group_sight *sight, NAME(value_rows) value, int only_seen, const real *shrink,
-                                          NAME(tile) * tile)
+                                          int fresh, NAME(tile) * tile)
 {
     const int64_t value_row = tile->value_row;
     const int begin = NAME(term_begin)(sight->lo), end = NAME(term_end)(sight->hi);
-    real *o = tile->o + first * value_row, *sum = tile->fresh[first / ROWS] ? o : tile->part;
+    real *o = tile->o + first * value_row, *sum = fresh ? o : tile->part;
     if (only_seen) {
         take_bits(sight, group);
         NAME(weighted_sum_of_seen)(s, group, sight->bits, value, sight->lo, sight->hi, value_row, sum);
@@ -196,12 +219,11 @@ static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t fir
     } else {
         NAME(weighted_sum)(s, group, value, begin, end, value_row, sum);
     }
-    for (int r = 0; r < group && sum != o; r++) {
+    for (int r = 0; r < group && !fresh; r++) {
         const vec keep = NAME(fill)(shrink[r]);
         for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
             NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
     }
-    tile->fresh[first / ROWS] = 0;
 }
 
 /* The most rows of a tile that see a block. */
@@ -251,6 +273,8 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             value = NAME(values_of)(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
+        const int unseen = tile->span[first / ROWS] == NO_SPAN;
+        const int fresh = NAME(begin_span)(problem, head, first, group, block / FA_SPAN, tile);
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
@@ -264,7 +288,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         else
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
-        if (!problem->few && tile->fresh[first / ROWS]) { /* the output comes too, and the next tile's queries */
+        if (!problem->few && unseen) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
             NAME(prefetch_rows)
             (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
@@ -288,7 +312,7 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         ahead = ahead_end;
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
-        NAME(sum_block)(problem, first, group, s, &sight, value, partial && !finite, shrink, tile);
+        NAME(sum_block)(problem, first, group, s, &sight, value, partial && !finite, shrink, fresh, tile);
     }
 }
 
@@ -299,6 +323,7 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
 {
     enum { BLOCKS = FA_SPAN / FA_BLOCK };
     const int softmax = problem->activation == FA_SOFTMAX;
+    int fresh = 0;
     const int64_t from = key_begin / FA_BLOCK * FA_BLOCK;
     const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
     group_sight sight[BLOCKS];
@@ -328,6 +353,7 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         const int lo = sight[b].lo, hi = sight[b].hi;
         if (lo >= hi)
             continue;
+        fresh |= NAME(begin_span)(problem, head, 0, rows, key_begin / FA_SPAN, tile);
         if (!at_once) {
             NAME(row_scores)
             (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
@@ -359,7 +385,8 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         const int end = b + 1 < blocks ? FA_BLOCK : (int)(key_end - block);
         const NAME(value_rows) value = NAME(values_of)(problem, head, block, begin, end, rows, tile);
         const int only_seen = partial[b] && !NAME(all_finite)(value, begin, end, tile->value_row);
-        NAME(sum_block)(problem, 0, rows, s, &sight[b], value, only_seen, shrink[b], tile);
+        NAME(sum_block)(problem, 0, rows, s, &sight[b], value, only_seen, shrink[b], fresh, tile);
+        fresh = 0;
     }
 }
 
@@ -368,12 +395,6 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
                              int64_t key_begin, int64_t key_end, void *workspace)
 {
     NAME(tile) *tile = workspace;
-    const int64_t span = key_begin / FA_SPAN;
-    if (tile->open_span >= 0 && tile->open_span != span) {
-        NAME(end_span)(problem, head, rows, tile);
-        NAME(open_span)(problem, rows, tile);
-    }
-    tile->open_span = span;
     if (NAME(by_spans)(problem, rows)) {
         if (NAME(natural)(problem, head))
             NAME(visit_span)(problem, head, row, (int)rows, key_begin, key_end, tile, 1);
@@ -410,7 +431,7 @@ static void NAME(save_span)(const fa_problem *problem, int64_t rows, void *works
     NAME(tile) *tile = workspace;
     real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
     (void)problem;
-    NAME(clear_fresh)(rows, tile);
+    NAME(clear_unseen)(rows, tile);
     memcpy(m, tile->m, (size_t)rows * sizeof(real));
     memcpy(l, tile->l, (size_t)(rows * LANES) * sizeof(real));
     memcpy(o, tile->o, (size_t)(rows * tile->value_row) * sizeof(real));
@@ -422,10 +443,11 @@ static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int6
 {
     NAME(tile) *tile = workspace;
     const real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
-    if (tile->open_span >= 0)
-        NAME(end_span)(problem, head, rows, tile);
-    tile->open_span = 0;
-    memset(tile->fresh, 0, (size_t)((rows + ROWS - 1) / ROWS));
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        if (tile->span[first / ROWS] != NO_SPAN)
+            NAME(end_span)(problem, head, first, rows - first < ROWS ? (int)(rows - first) : ROWS, tile);
+        tile->span[first / ROWS] = JOINED_SPAN;
+    }
     memcpy(tile->m, m, (size_t)rows * sizeof(real));
     memcpy(tile->l, l, (size_t)(rows * LANES) * sizeof(real));
     memcpy(tile->o, o, (size_t)(rows * tile->value_row) * sizeof(real));
@@ -439,15 +461,10 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
     const int direct = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && head->out.col == (ptrdiff_t)sizeof(real) &&
                        problem->value_dim % LANES == 0;
     real *m = tile->m, *l = tile->l, *o = tile->o;
-    NAME(clear_fresh)(rows, tile);
-    if (tile->spans) {
-        NAME(end_span)(problem, head, rows, tile);
-        m = tile->m_all, l = tile->l_all, o = tile->o_all;
-        for (int64_t c = 0; c < rows * LANES; c += LANES)
-            NAME(store)(l + c, NAME(load)(l + c) + NAME(load)(tile->l_lost + c));
-        for (int64_t c = 0; c < rows * tile->value_row; c += LANES)
-            NAME(store)(o + c, NAME(load)(o + c) + NAME(load)(tile->o_lost + c));
-    }
+    NAME(clear_unseen)(rows, tile);
+    for (int64_t first = 0; first < rows; first += ROWS)
+        if (tile->several[first / ROWS])
+            NAME(take_totals)(problem, head, first, rows - first < ROWS ? (int)(rows - first) : ROWS, tile);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;
         real *o_i = o + r * tile->value_row;

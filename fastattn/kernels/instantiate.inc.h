@@ -20,6 +20,8 @@ enum {
     SHARE = 4            /* channels that share a division (additive.inc.h) */
 };
 
+enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span that a state belongs to */
+
 /* The numbers of vectors in a key or value for which one or two queries have code of their own, as long as those of all
  * rows are at most MOST_VECS. */
 #define FOR_USUAL(f) f(2) f(4) f(5) f(6) f(8) f(10) f(12) f(16)

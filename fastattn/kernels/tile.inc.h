@@ -11,8 +11,6 @@ typedef struct {
 } NAME(additive);
 
 typedef struct {
-    int64_t spans;     /* spans of keys already folded into the totals */
-    int64_t open_span; /* the span that the state belongs to, or -1 */
     int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (few); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
@@ -23,9 +21,11 @@ typedef struct {
     real *part;  /* [ROWS][value_row] their weighted sum */
     real *chunk; /* [ROWS][value_row] a part of that, where queries are few */
     real *extra; /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    char *fresh; /* [groups] whether a group has seen no block of this span: its part of o is not set then */
-    real *m, *l, *o; /* the running state of the span: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
-    /* The same of the spans before it, and what rounding has taken from it: only where there are more than one. */
+    int64_t
+        *span; /* [groups] the span of keys that a group's state belongs to; without one, its part of o is not set */
+    real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
+    /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
+    char *several; /* [groups] */
     real *m_all, *l_all, *l_lost, *o_all, *o_lost;
     NAME(additive) additive;
 } NAME(tile);
@@ -101,27 +101,27 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = keys < FA_SPAN ? (keys + FA_BLOCK - 1) / FA_BLOCK : FA_SPAN / FA_BLOCK;
+    int64_t groups = (rows + ROWS - 1) / ROWS;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
-    tile->spans = 0;
-    tile->open_span = -1;
     tile->channels = channels;
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
-    tile->q = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
+    tile->q = (real *)NAME(take)(&at, groups * NAME(group_size)(channels));
     tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
     tile->s = (real *)NAME(take)(&at, NAME(by_spans)(problem, rows) ? rows * blocks * FA_BLOCK : ROWS * FA_BLOCK);
     tile->part = (real *)NAME(take)(&at, ROWS * value_row);
     tile->chunk = (real *)NAME(take)(&at, problem->few ? ROWS * value_row : 0);
     tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
-    tile->fresh = NAME(take)(&at, (rows + ROWS - 1) / ROWS);
+    tile->span = (int64_t *)NAME(take)(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
+    tile->several = NAME(take)(&at, groups);
     tile->m = (real *)NAME(take)(&at, rows);
     tile->l = (real *)NAME(take)(&at, rows * LANES);
     tile->o = (real *)NAME(take)(&at, rows * value_row);
     if (additive) {
         tile->additive.w = (real *)NAME(take)(&at, channels);
-        tile->additive.q_raw = (real *)NAME(take)(&at, (rows + ROWS - 1) / ROWS * NAME(group_size)(channels));
+        tile->additive.q_raw = (real *)NAME(take)(&at, groups * NAME(group_size)(channels));
         tile->additive.k_raw = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
         tile->additive.row_is_wide = NAME(take)(&at, rows);
     }
