@@ -239,6 +239,51 @@ static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *k
     }
 }
 
+/* The same for an even number of vectors, up to CHAIN, and keys without gaps between them: of each of four keys two
+ * vectors are read in a turn. */
+static ALWAYS_INLINE void NAME(run_of_pairs)(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
+                                             real *s, const int rows)
+{
+    for (int j = 0; j < n; j += 4) {
+        vec sum[FEW_ROWS][4];
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                sum[r][i] = (vec){0};
+        }
+        const char *ask = keys + ahead;
+        for (int64_t c = 0; c < key_row; c += 2 * VECTOR_BYTES, keys += 2 * VECTOR_BYTES) {
+            const real *q_c = NAME(query_at)(q, c / (int64_t)sizeof(real));
+            vec k_c[2][4];
+            UNROLL(2)
+            for (int v = 0; v < 2; v++) {
+                UNROLL(4)
+                for (int i = 0; i < 4; i++) {
+                    k_c[v][i] = NAME(load)(keys + i * key_row + v * VECTOR_BYTES);
+                    HOLD(k_c[v][i]);
+                }
+            }
+            NAME(ask_for)(ask, VECTOR_BYTES, 8);
+            ask += 8 * VECTOR_BYTES;
+            UNROLL(2)
+            for (int v = 0; v < 2; v++) {
+                UNROLL(8)
+                for (int r = 0; r < rows; r++) {
+                    const vec q_r = NAME(load)(q_c + r * STRIP + v * LANES);
+                    UNROLL(4)
+                    for (int i = 0; i < 4; i++)
+                        sum[r][i] = NAME(fma)(q_r, k_c[v][i], sum[r][i]);
+                }
+            }
+        }
+        keys += 3 * key_row;
+        UNROLL(8)
+        for (int r = 0; r < rows; r++)
+            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
 /* Scores of `rows` rows against n keys. More than two rows are arithmetic more than reading, so they share their loads.
  * Numbers of channels are known to the compiler where that is the faster: up to three times. */
 static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
@@ -260,10 +305,8 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
     else if (rows <= 2)
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
-    else if (whole && channels == STRIP)
-        NAME(run_of_scores)(q, keys, STRIP * sizeof(real), STRIP, n, ahead, s, 1, rows, 4);
-    else if (whole && channels == 2 * STRIP)
-        NAME(run_of_scores)(q, keys, 2 * STRIP * sizeof(real), 2 * STRIP, n, ahead, s, 1, rows, 4);
+    else if (whole && ahead && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES)
+        NAME(run_of_pairs)(q, keys, key_row, n, ahead, s, rows);
     else if (whole)
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
     else

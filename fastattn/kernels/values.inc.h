@@ -171,15 +171,16 @@ static NEVER_INLINE void NAME(sum_of_two)(const real *p, const char *v, ptrdiff_
 }
 
 #if FEW_ROWS > 2
-/* The same for more rows: LINKS values are read together, and their weights stay in registers. */
+/* The same for more rows: `count` vectors of each of LINKS values are read in a turn; weights stay in registers. whole:
+ * values have no gaps between them. */
 _Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
 static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, int n,
-                                                   ptrdiff_t ahead, real *to, int64_t value_row, const int rows)
+                                                   ptrdiff_t ahead, real *to, int64_t value_row, const int rows,
+                                                   const int whole, const int count)
 {
     for (int64_t c = 0; c < rows * value_row; c += LANES)
         NAME(store)(to + c, (vec){0});
-    const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);
-    const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = whole ? LINKS * VECTOR_BYTES : VECTOR_BYTES;
+    const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = (whole ? LINKS : 1) * count * VECTOR_BYTES;
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
         const char *v_c = v, *ask = v + ahead;
         vec w[FEW_ROWS][LINKS];
@@ -189,27 +190,49 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
             for (int k = 0; k < LINKS; k++)
                 w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
         }
-        for (int64_t c = 0; c < value_row; c += LANES, v_c += VECTOR_BYTES, ask += step) {
-            vec v_k[LINKS];
-            UNROLL(8)
-            for (int k = 0; k < LINKS; k++) {
-                v_k[k] = NAME(load)(v_c + k * v_row);
-                HOLD(v_k[k]);
+        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, ask += step) {
+            vec v_k[2][LINKS];
+            UNROLL(2)
+            for (int i = 0; i < count; i++) {
+                UNROLL(8)
+                for (int k = 0; k < LINKS; k++) {
+                    v_k[i][k] = NAME(load)(v_c + k * v_row + i * VECTOR_BYTES);
+                    HOLD(v_k[i][k]);
+                }
             }
             if (ahead)
-                NAME(ask_for)(ask, apart, LINKS);
-            UNROLL(8)
-            for (int r = 0; r < rows; r++) {
-                real *at = to + r * value_row + c;
-                vec term = w[r][0] * v_k[0];
+                NAME(ask_for)(ask, apart, LINKS * count);
+            UNROLL(2)
+            for (int i = 0; i < count; i++) {
                 UNROLL(8)
-                for (int k = 1; k < LINKS; k++)
-                    term = NAME(fma)(w[r][k], v_k[k], term);
-                NAME(store)(at, NAME(load)(at) + term);
+                for (int r = 0; r < rows; r++) {
+                    real *at = to + r * value_row + c + i * LANES;
+                    vec term = w[r][0] * v_k[i][0];
+                    UNROLL(8)
+                    for (int k = 1; k < LINKS; k++)
+                        term = NAME(fma)(w[r][k], v_k[i][k], term);
+                    NAME(store)(at, NAME(load)(at) + term);
+                }
             }
         }
     }
 }
+
+#define SUM_OF(name, rows)                                                                                     \
+    static NEVER_INLINE void NAME(name)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, \
+                                        real *to, int64_t value_row)                                           \
+    {                                                                                                          \
+        const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                        \
+        if (whole && ahead && value_row % (2 * LANES) == 0)                                                    \
+            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                        \
+        else if (whole)                                                                                        \
+            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                        \
+        else                                                                                                   \
+            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 0, 1);                        \
+    }
+SUM_OF(sum_of_three, 3)
+SUM_OF(sum_of_four, 4)
+#undef SUM_OF
 #endif
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
@@ -242,9 +265,9 @@ static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const rea
                 NAME(sum_of_two)(p_r, v, value.row, t, stop, ask, to, value_row);
 #if FEW_ROWS > 2
             else if (together == 3)
-                NAME(sum_values_at_once)(p_r + t, v, value.row, stop - t, ask, to, value_row, 3);
+                NAME(sum_of_three)(p_r + t, v, value.row, stop - t, ask, to, value_row);
             else
-                NAME(sum_values_at_once)(p_r + t, v, value.row, stop - t, ask, to, value_row, 4);
+                NAME(sum_of_four)(p_r + t, v, value.row, stop - t, ask, to, value_row);
 #endif
         }
         for (int64_t c = 0; c < rows * value_row; c += LANES)
