@@ -264,7 +264,8 @@ static ALWAYS_INLINE void NAME(run_of_pairs)(const real *q, const char *keys, pt
                     HOLD(k_c[v][i]);
                 }
             }
-            NAME(ask_for)(ask, VECTOR_BYTES, 8);
+            if (ahead)
+                NAME(ask_for)(ask, VECTOR_BYTES, 8);
             ask += 8 * VECTOR_BYTES;
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
@@ -307,6 +308,8 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
     else if (whole && ahead && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES)
         NAME(run_of_pairs)(q, keys, key_row, n, ahead, s, rows);
+    else if (whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES)
+        NAME(run_of_pairs)(q, keys, key_row, n, 0, s, rows);
     else if (whole)
         NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
     else

@@ -17,12 +17,11 @@ typedef struct {
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;     /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
-    real *part;  /* [ROWS][value_row] their weighted sum */
-    real *chunk; /* [ROWS][value_row] a part of that, where queries are few */
-    real *extra; /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    int64_t
-        *span; /* [groups] the span of keys that a group's state belongs to; without one, its part of o is not set */
+    real *s;       /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
+    real *part;    /* [ROWS][value_row] their weighted sum */
+    real *chunk;   /* [ROWS][value_row] a part of that, where queries are few */
+    real *extra;   /* [2][FA_BLOCK] the bias of one row, and a part of it */
+    int64_t *span; /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
     char *several; /* [groups] */

@@ -225,6 +225,8 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
         const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                        \
         if (whole && ahead && value_row % (2 * LANES) == 0)                                                    \
             NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                        \
+        else if (whole && value_row % (2 * LANES) == 0)                                                        \
+            NAME(sum_values_at_once)(p, v, v_row, n, 0, to, value_row, rows, 1, 2);                            \
         else if (whole)                                                                                        \
             NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                        \
         else                                                                                                   \
