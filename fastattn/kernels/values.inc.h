@@ -218,6 +218,7 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
     }
 }
 
+/* Whether there is something to ask for is known to the compiler in the usual case: a test in the loop takes 4 %. */
 #define SUM_OF(name, rows)                                                                                     \
     static NEVER_INLINE void NAME(name)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, \
                                         real *to, int64_t value_row)                                           \
