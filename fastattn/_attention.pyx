@@ -11,7 +11,7 @@ from libc.stdint cimport INT64_MAX, int64_t
 
 from fastattn._arguments cimport (Problem, checked_sides, read_additive, read_bilinear, read_dot_product,
                                   read_varlen)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_FEW, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
                                 fa_visible_keys, fetching_helps, give_workspace, interrupted, kernels_for,
                                 raise_pending, take_workspace)
 
@@ -63,6 +63,8 @@ cdef Py_ssize_t rows_of_tiles(Problem p, int threads) noexcept:
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
     rows = <Py_ssize_t> min(<double> rows, WINDOW_ROWS + keys_of_row(p) / KEYS_A_ROW)
     rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
+    if p.shared.few:
+        rows = min(rows, FA_FEW)
     if longest <= rows:
         return max(longest, 1)
     tiles = (longest + rows - 1) // rows

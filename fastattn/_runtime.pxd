@@ -5,6 +5,7 @@ cdef extern from "kernels/fastattn.h" nogil:
     enum:
         FA_BLOCK
         FA_SPAN
+        FA_FEW
         FA_ALIGN
 
     ctypedef enum fa_dtype:

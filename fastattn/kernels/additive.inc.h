@@ -32,7 +32,7 @@ static void NAME(additive_queries)(const fa_problem *problem, const fa_view *que
         additive->all_wide |= !isfinite(w); /* infinity divided by anything would lose the sign of tanh */
     }
     additive->w_sum = (real)sum;
-    NAME(pack_queries)(problem, query, row, rows, 1, channels, additive->q_raw);
+    NAME(pack_queries)(problem, query, row, rows, ROWS, 1, channels, additive->q_raw);
     const vec limit = NAME(fill)(NAME(ADDITIVE_LIMIT));
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;

@@ -26,27 +26,32 @@ static void NAME(reset_state)(const fa_problem *problem, int64_t rows, real *m, 
     memset(l, 0, (size_t)(rows * LANES) * sizeof(real));
 }
 
+/* Rows of the group that begins at row `first` of a tile. */
+static ALWAYS_INLINE int NAME(rows_from)(const NAME(tile) * tile, int64_t first, int64_t rows)
+{
+    return rows - first < tile->group ? (int)(rows - first) : tile->group;
+}
+
 /* Clears the outputs of groups that have seen nothing. */
 static void NAME(clear_unseen)(int64_t rows, NAME(tile) * tile)
 {
-    for (int64_t first = 0; first < rows; first += ROWS)
-        if (tile->span[first / ROWS] == NO_SPAN) {
-            const int64_t group = rows - first < ROWS ? rows - first : ROWS;
-            memset(tile->o + first * tile->value_row, 0, (size_t)(group * tile->value_row) * sizeof(real));
-        }
+    for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
+        if (tile->span[g] == NO_SPAN)
+            memset(tile->o + first * tile->value_row, 0,
+                   (size_t)(NAME(rows_from)(tile, first, rows) * tile->value_row) * sizeof(real));
 }
 
-/* The state of a group, rows `first` and on, joins that of the spans before it. */
-static NEVER_INLINE void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
-                                        NAME(tile) * tile)
+/* The state of group g, rows `first` and on, joins that of the spans before it. */
+static NEVER_INLINE void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first,
+                                        int group, NAME(tile) * tile)
 {
     const int64_t value_row = tile->value_row, l = first * LANES, o = first * value_row;
-    if (!tile->several[first / ROWS]) {
+    if (!tile->several[g]) {
         NAME(reset_state)(problem, group, tile->m_all + first, tile->l_all + l);
         memset(tile->o_all + o, 0, (size_t)(group * value_row) * sizeof(real));
         memset(tile->l_lost + l, 0, (size_t)(group * LANES) * sizeof(real));
         memset(tile->o_lost + o, 0, (size_t)(group * value_row) * sizeof(real));
-        tile->several[first / ROWS] = 1;
+        tile->several[g] = 1;
     }
     NAME(fold)
     (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
@@ -54,10 +59,10 @@ static NEVER_INLINE void NAME(end_span)(const fa_problem *problem, const fa_head
 }
 
 /* The state of a group that has seen several spans becomes that of all of them. */
-static void NAME(take_totals)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
+static void NAME(take_totals)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
                               NAME(tile) * tile)
 {
-    NAME(end_span)(problem, head, first, group, tile);
+    NAME(end_span)(problem, head, g, first, group, tile);
     for (int64_t r = first; r < first + group; r++)
         tile->m[r] = tile->m_all[r];
     for (int64_t c = first * LANES; c < (first + group) * LANES; c += LANES)
@@ -67,14 +72,14 @@ static void NAME(take_totals)(const fa_problem *problem, const fa_head *head, in
 }
 
 /* Makes the state of a group that of a span, if it is another's; whether it has seen nothing of it yet. */
-static ALWAYS_INLINE int NAME(begin_span)(const fa_problem *problem, const fa_head *head, int64_t first, int group,
-                                          int64_t span, NAME(tile) * tile)
+static ALWAYS_INLINE int NAME(begin_span)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first,
+                                          int group, int64_t span, NAME(tile) * tile)
 {
-    int64_t *own = tile->span + first / ROWS;
+    int64_t *own = tile->span + g;
     if (*own == span)
         return 0;
     if (*own != NO_SPAN) {
-        NAME(end_span)(problem, head, first, group, tile);
+        NAME(end_span)(problem, head, g, first, group, tile);
         NAME(reset_state)(problem, group, tile->m + first, tile->l + first * LANES);
     }
     *own = span;
@@ -91,7 +96,7 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
     if (problem->score == FA_ADDITIVE)
         NAME(additive_queries)(problem, &head->query, row, rows, factor, tile);
     else
-        NAME(pack_queries)(problem, &head->query, row, rows, (real)factor, tile->channels, tile->q);
+        NAME(pack_queries)(problem, &head->query, row, rows, tile->group, (real)factor, tile->channels, tile->q);
     NAME(reset_state)(problem, rows, tile->m, tile->l);
     for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
         tile->span[g] = NO_SPAN;
@@ -202,24 +207,10 @@ static ALWAYS_INLINE NAME(value_rows) NAME(values_of)(const fa_problem *problem,
     return (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
 }
 
-/* The weighted sum of a block joins the output of a group, rows `first` and on, whose earlier output shrinks. fresh:
- * there is none in this span. */
-static ALWAYS_INLINE void NAME(sum_block)(const fa_problem *problem, int64_t first, int group, const real *s,
-                                          group_sight *sight, NAME(value_rows) value, int only_seen, const real *shrink,
-                                          int fresh, NAME(tile) * tile)
+/* The weighted sum of a block joins the output of `rows` rows, whose earlier output shrinks. */
+static ALWAYS_INLINE void NAME(join_sum)(real *o, const real *sum, int rows, int64_t value_row, const real *shrink)
 {
-    const int64_t value_row = tile->value_row;
-    const int begin = NAME(term_begin)(sight->lo), end = NAME(term_end)(sight->hi);
-    real *o = tile->o + first * value_row, *sum = fresh ? o : tile->part;
-    if (only_seen) {
-        take_bits(sight, group);
-        NAME(weighted_sum_of_seen)(s, group, sight->bits, value, sight->lo, sight->hi, value_row, sum);
-    } else if (problem->few) {
-        NAME(streamed_sum)(problem, s, group, value, begin, end, value_row, sum, tile->chunk);
-    } else {
-        NAME(weighted_sum)(s, group, value, begin, end, value_row, sum);
-    }
-    for (int r = 0; r < group && !fresh; r++) {
+    for (int r = 0; r < rows; r++) {
         const vec keep = NAME(fill)(shrink[r]);
         for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
             NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
@@ -247,13 +238,13 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
     const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows : tile_end;
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
-    const int64_t per_group = next < fetch_end && !problem->few ? (FA_BLOCK + groups - 1) / groups : 0;
+    const int64_t per_group = next < fetch_end ? (FA_BLOCK + groups - 1) / groups : 0;
     const int64_t sharing = problem->left < rows && problem->right < rows - problem->left
                                 ? problem->left + problem->right + 1
                                 : rows; /* rows that see the same key, at most */
     int64_t ahead = next;
     int packed = 0, finite = -1;
-    for (int64_t first = 0; first < rows; first += ROWS) {
+    for (int64_t g = 0, first = 0; first < rows; g++, first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
         group_sight sight;
         see_block(problem, head, row + first, group, block, &sight);
@@ -268,27 +259,25 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         if (!packed) {
             if (problem->score == FA_ADDITIVE)
                 NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
-            else if (!problem->few)
+            else
                 NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
             value = NAME(values_of)(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
-        const int unseen = tile->span[first / ROWS] == NO_SPAN;
-        const int fresh = NAME(begin_span)(problem, head, first, group, block / FA_SPAN, tile);
+        const int unseen = tile->span[g] == NO_SPAN;
+        const int fresh = NAME(begin_span)(problem, head, g, first, group, block / FA_SPAN, tile);
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
-        const real *q = tile->q + first / ROWS * NAME(group_size)(tile->channels);
+        const real *q = tile->q + g * NAME(group_size)(tile->channels);
         /* What is fetched is spread over the work: a CPU waits when it is asked for too much at once. */
         const int64_t ahead_end = ahead + per_group < fetch_end ? ahead + per_group : fetch_end;
         NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
-        else if (problem->few)
-            NAME(row_scores)(problem, q, group, keys, &head->key, lo, hi, tile->k, s);
         else
             NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
 
-        if (!problem->few && unseen) { /* the output comes too, and the next tile's queries */
+        if (unseen) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
             NAME(prefetch_rows)
             (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
@@ -312,24 +301,107 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         ahead = ahead_end;
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
-        NAME(sum_block)(problem, first, group, s, &sight, value, partial && !finite, shrink, fresh, tile);
+        real *o = tile->o + first * tile->value_row, *sum = fresh ? o : tile->part;
+        if (partial && !finite) {
+            take_bits(&sight, group);
+            NAME(weighted_sum_of_seen)(s, group, sight.bits, value, lo, hi, tile->value_row, sum);
+        } else {
+            NAME(weighted_columns)
+            (s, group, value, NAME(term_begin)(lo), NAME(term_end)(hi), 0, tile->value_row, tile->value_row, sum, 0,
+             NULL);
+        }
+        if (!fresh)
+            NAME(join_sum)(o, sum, group, tile->value_row, shrink);
     }
 }
 
-/* A span of keys for a tile of FEW_ROWS rows at most: all scores, then all weights, then all sums. What little there is
- * to do between keys and values holds memory up, so it is done once in a span, and not once in a block. */
-static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
-                                           int64_t key_begin, int64_t key_end, NAME(tile) * tile, const int natural)
+/* Scores of several groups of few rows, at s, against the keys [lo, hi) of a block, of which a group may see less. */
+static NEVER_INLINE void NAME(pass_keys)(const fa_problem *problem, const fa_head *head, int rows, int64_t block,
+                                         const group_sight *sight, int lo, int hi, NAME(tile) * tile, real *s)
 {
-    enum { BLOCKS = FA_SPAN / FA_BLOCK };
-    const int softmax = problem->activation == FA_SOFTMAX;
-    int fresh = 0;
-    const int64_t from = key_begin / FA_BLOCK * FA_BLOCK;
+    const fa_view *key = &head->key;
+    const int64_t channels = problem->head_dim;
+    const int in_place = NAME(readable)(problem->score_dtype, key);
+    const ptrdiff_t ahead = NAME(rows_ahead)(channels) * key->row;
+    const int64_t bytes = channels * (int64_t)sizeof(real), fitting = bytes ? PASS_BYTES / bytes / 16 * 16 : PASS_KEYS;
+    const int pass = fitting < 16 ? 16 : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
+    const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real)};
+    for (int c = lo / LANES * LANES; c < hi; c += pass) {
+        const char *keys = key->data + (block + c) * key->row;
+        const int first_key = lo > c ? lo - c : 0, last_key = hi - c < pass ? hi - c : pass;
+        for (int j = first_key; j < last_key && !in_place; j++) {
+            NAME(fetch)(keys + j * key->row + ahead, channels);
+            NAME(gather)
+            ((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, problem->score_dtype);
+        }
+        for (int g = 0, first = 0; first < rows; g++, first += tile->group) {
+            const int begin = sight[g].lo > c ? sight[g].lo - c : 0;
+            const int end = sight[g].hi - c < pass ? sight[g].hi - c : pass;
+            if (begin < end)
+                NAME(row_scores)
+            (problem, tile->q + g * NAME(group_size)(tile->channels), NAME(rows_from)(tile, first, rows),
+             in_place ? keys : gathered.data, in_place ? key : &gathered,
+             in_place     ? problem->score_dtype
+             : BITS == 32 ? FA_F32
+                          : FA_F64,
+             begin, end, in_place ? ahead : 0, tile->k, s + first * FA_BLOCK + c);
+        }
+    }
+}
+
+/* Weighted sums of several groups of few rows: of their weights p and the values [begin[g], end[g]) of a block, whole
+ * terms, into sum[g]. Values stay in the first cache until all groups have passed. Meanwhile what has the same place
+ * from `next` on is asked for: rows of so many bytes, next_row apart. */
+static NEVER_INLINE void NAME(pass_values)(const NAME(tile) * tile, int rows, const real *p, NAME(value_rows) value,
+                                           const int *begin, const int *end, real *const *sum, const char *next,
+                                           ptrdiff_t next_row, int64_t bytes)
+{
+    const int64_t value_row = tile->value_row;
+    const int groups = (rows + tile->group - 1) / tile->group;
+    const int panels = (int)((value_row + NAME(PANEL) - 1) / NAME(PANEL));
+    int lo = begin[0], hi = end[0];
+    for (int g = 1; g < groups; g++) {
+        lo = begin[g] < lo ? begin[g] : lo;
+        hi = end[g] > hi ? end[g] : hi;
+    }
+    for (int t = lo, stop; t < hi; t = stop) {
+        stop = (t | (CHUNK - 1)) + 1 < hi ? (t | (CHUNK - 1)) + 1 : hi;
+        int part = 0;
+        for (int64_t c = 0; c < value_row; c += NAME(PANEL)) {
+            const int64_t columns = value_row - c < NAME(PANEL) ? value_row - c : NAME(PANEL);
+            for (int g = 0, first = 0; g < groups; g++, first += tile->group, part++) {
+                const int from = begin[g] > t ? begin[g] : t, to = end[g] < stop ? end[g] : stop;
+                NAME(asks)
+                asks = NAME(part_of_lines)(next + t * next_row, next_row, bytes, stop - t, part, panels * groups,
+                                           (stop - t) / STEPS * (STEPS > 1 ? (VECS + 1) / 2 : 1));
+                if (from < to)
+                    NAME(weighted_columns)
+                (p + first * FA_BLOCK, NAME(rows_from)(tile, first, rows), value, from, to, c, columns, value_row,
+                 sum[g], from > begin[g], &asks);
+            }
+        }
+    }
+}
+
+/* A run of keys for a tile of few queries: all scores, then all weights, then all sums. What little there is to do
+ * between keys and values holds memory up, so it is done once in a run, and not once in a block. */
+static ALWAYS_INLINE void NAME(visit_run)(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
+                                          int64_t key_begin, int64_t key_end, NAME(tile) * tile, const int natural,
+                                          const int several)
+{
+    enum { BLOCKS = FA_SPAN / FA_BLOCK, GROUPS = (FA_FEW + ROWS - 1) / ROWS };
+    enum { MOST = BLOCKS * FEW_ROWS > FA_FEW ? BLOCKS * FEW_ROWS : FA_FEW }; /* rows of blocks (keys_of_run) */
+    const int softmax = problem->activation == FA_SOFTMAX, per_group = several ? tile->group : rows;
+    const int groups = several ? (rows + per_group - 1) / per_group : 1;
+    const int64_t from = key_begin / FA_BLOCK * FA_BLOCK, value_row = tile->value_row;
     const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
-    group_sight sight[BLOCKS];
-    int partial[BLOCKS];
-    vec most[BLOCKS][FEW_ROWS];
-    real shrink[BLOCKS][FEW_ROWS];
+    group_sight sights[BLOCKS]; /* [block][group]: with several groups, blocks are fewer */
+    int partial[BLOCKS], fresh[GROUPS] = {0};
+    vec most[MOST];
+    real shrink[MOST];
+    const ptrdiff_t ahead = NAME(needs_fetching)(problem, rows, problem->head_dim, head->key.row)
+                                ? NAME(rows_ahead)(problem->head_dim) * head->key.row
+                                : 0;
     const int at_once = rows == 1 && !head->mask.data; /* scores of one row lie together, and no block is left out */
     if (at_once) {
         int64_t lo, hi;
@@ -337,56 +409,110 @@ static ALWAYS_INLINE void NAME(visit_span)(const fa_problem *problem, const fa_h
         lo = lo > key_begin ? lo : key_begin, hi = hi < key_end ? hi : key_end;
         if (lo < hi) {
             NAME(row_scores)
-            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, (int)(lo - from), (int)(hi - from),
-             tile->k, tile->s);
+            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, problem->score_dtype,
+             (int)(lo - from), (int)(hi - from), ahead, tile->k, tile->s);
         }
     }
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
         real *s = tile->s + b * rows * FA_BLOCK;
-        see_block(problem, head, row, rows, block, &sight[b]);
-        if (sight[b].masked) {
-            if (head->weights.data)
-                NAME(hide_weights)(problem, head, row, rows, block);
-            sight[b].hi = sight[b].lo;
+        int lo = FA_BLOCK, hi = 0;
+        for (int g = 0; g < groups; g++) {
+            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
+            group_sight *sight = sights + b * groups + g;
+            see_block(problem, head, row + first, group, block, sight);
+            if (sight->masked) {
+                if (head->weights.data)
+                    NAME(hide_weights)(problem, head, row + first, group, block);
+                sight->hi = sight->lo;
+            }
+            if (sight->lo < sight->hi) {
+                lo = sight->lo < lo ? sight->lo : lo;
+                hi = sight->hi > hi ? sight->hi : hi;
+                fresh[g] |= NAME(begin_span)(problem, head, g, first, group, key_begin / FA_SPAN, tile);
+            }
         }
-        const int lo = sight[b].lo, hi = sight[b].hi;
-        if (lo >= hi)
-            continue;
-        fresh |= NAME(begin_span)(problem, head, 0, rows, key_begin / FA_SPAN, tile);
-        if (!at_once) {
+        if (several)
+            NAME(pass_keys)(problem, head, rows, block, sights + b * groups, lo, hi, tile, s);
+        else if (lo < hi && !at_once)
             NAME(row_scores)
-            (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, lo, hi, tile->k, s);
-        }
-        partial[b] = NAME(rule_scores)(problem, head, row, rows, block, &sight[b], tile, s);
-        for (int r = 0; r < rows; r++) {
-            shrink[b][r] = 1;
-            if (softmax) {
-                most[b][r] = NAME(row_maximum)(s + r * FA_BLOCK, lo / LANES, (hi + LANES - 1) / LANES);
-                shrink[b][r] = NAME(raise_maximum)(tile->m + r, &most[b][r], natural)[0];
+        (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, problem->score_dtype, lo, hi,
+         ahead, tile->k, s);
+        for (int g = 0; g < groups; g++) {
+            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
+            group_sight *sight = sights + b * groups + g;
+            if (sight->lo >= sight->hi)
+                continue;
+            partial[b * groups + g] =
+                NAME(rule_scores)(problem, head, row + first, group, block, sight, tile, s + first * FA_BLOCK);
+            for (int r = first; r < first + group; r++) {
+                shrink[b * rows + r] = 1;
+                if (softmax) {
+                    most[b * rows + r] =
+                        NAME(row_maximum)(s + r * FA_BLOCK, sight->lo / LANES, (sight->hi + LANES - 1) / LANES);
+                    shrink[b * rows + r] = NAME(raise_maximum)(tile->m + r, most + b * rows + r, natural)[0];
+                }
             }
         }
     }
     for (int b = 0; b < blocks && softmax; b++)
-        for (int r = 0; r < rows && sight[b].lo < sight[b].hi; r++) {
+        for (int r = 0; r < rows; r++) {
+            const group_sight *sight = sights + b * groups + (several ? r / per_group : 0);
             real *l = tile->l + r * LANES;
-            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, sight[b].lo / LANES,
-                                              (sight[b].hi + LANES - 1) / LANES, most[b][r], natural);
-            NAME(store)(l, NAME(fma)(NAME(load)(l), NAME(fill)(shrink[b][r]), sum));
+            if (sight->lo >= sight->hi)
+                continue;
+            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, sight->lo / LANES,
+                                              (sight->hi + LANES - 1) / LANES, most[b * rows + r], natural);
+            NAME(store)(l, NAME(fma)(NAME(load)(l), NAME(fill)(shrink[b * rows + r]), sum));
         }
     for (int b = 0; b < blocks; b++) {
         const int64_t block = from + b * FA_BLOCK;
-        real *s = tile->s + b * rows * FA_BLOCK;
-        if (sight[b].lo >= sight[b].hi)
-            continue;
-        if (!softmax)
-            NAME(weigh_pointwise)(problem, head, row, rows, block, &sight[b], s, tile->l);
+        real *s = tile->s + b * rows * FA_BLOCK, *sum[GROUPS];
         const int begin = b ? 0 : (int)(key_begin - from);
         const int end = b + 1 < blocks ? FA_BLOCK : (int)(key_end - block);
+        int some = 0, finite = -1, from_term[GROUPS], to_term[GROUPS];
+        for (int g = 0; g < groups; g++)
+            some |= sights[b * groups + g].lo < sights[b * groups + g].hi;
+        if (!some)
+            continue;
         const NAME(value_rows) value = NAME(values_of)(problem, head, block, begin, end, rows, tile);
-        const int only_seen = partial[b] && !NAME(all_finite)(value, begin, end, tile->value_row);
-        NAME(sum_block)(problem, 0, rows, s, &sight[b], value, only_seen, shrink[b], fresh, tile);
-        fresh = 0;
+        for (int g = 0; g < groups; g++) {
+            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
+            group_sight *sight = sights + b * groups + g;
+            sum[g] = (fresh[g] ? tile->o : tile->part) + first * value_row;
+            from_term[g] = to_term[g] = begin;
+            if (sight->lo >= sight->hi)
+                continue;
+            if (!softmax)
+                NAME(weigh_pointwise)
+            (problem, head, row + first, group, block, sight, s + first * FA_BLOCK, tile->l + first * LANES);
+            if (partial[b * groups + g] && finite < 0)
+                finite = NAME(all_finite)(value, begin, end, value_row);
+            if (partial[b * groups + g] && !finite) {
+                take_bits(sight, group);
+                NAME(weighted_sum_of_seen)
+                (s + first * FA_BLOCK, group, sight->bits, value, sight->lo, sight->hi, value_row, sum[g]);
+            } else {
+                from_term[g] = NAME(term_begin)(sight->lo), to_term[g] = NAME(term_end)(sight->hi);
+            }
+        }
+        if (rows > FEW_ROWS) {
+            const int in_place = value.data != (const char *)tile->v;
+            const ptrdiff_t next = in_place ? NAME(rows_ahead)(problem->value_dim) * 3 : FA_BLOCK;
+            NAME(pass_values)
+            (tile, rows, s, value, from_term, to_term, sum, head->value.data + (block + next) * head->value.row,
+             head->value.row, problem->value_dim * head->value.col);
+        } else if (from_term[0] < to_term[0]) {
+            NAME(streamed_sum)(problem, s, rows, value, from_term[0], to_term[0], value_row, sum[0], tile->chunk);
+        }
+        for (int g = 0; g < groups; g++) {
+            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
+            if (sights[b * groups + g].lo >= sights[b * groups + g].hi)
+                continue;
+            if (!fresh[g])
+                NAME(join_sum)(tile->o + first * value_row, sum[g], group, value_row, shrink + b * rows + first);
+            fresh[g] = 0;
+        }
     }
 }
 
@@ -395,17 +521,19 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
                              int64_t key_begin, int64_t key_end, void *workspace)
 {
     NAME(tile) *tile = workspace;
-    if (NAME(by_spans)(problem, rows)) {
-        if (NAME(natural)(problem, head))
-            NAME(visit_span)(problem, head, row, (int)rows, key_begin, key_end, tile, 1);
-        else
-            NAME(visit_span)(problem, head, row, (int)rows, key_begin, key_end, tile, 0);
-        return;
-    }
-    for (int64_t block = key_begin / FA_BLOCK * FA_BLOCK; block < key_end; block += FA_BLOCK) {
-        const int begin = key_begin > block ? (int)(key_begin - block) : 0;
-        const int end = key_end < block + FA_BLOCK ? (int)(key_end - block) : FA_BLOCK;
-        NAME(visit_block)(problem, head, row, rows, block, begin, end, key_end, tile);
+    const int64_t step = problem->few ? NAME(keys_of_run)(rows) : FA_BLOCK;
+    for (int64_t from = key_begin, to; from < key_end; from = to) {
+        to = from / FA_BLOCK * FA_BLOCK + step < key_end ? from / FA_BLOCK * FA_BLOCK + step : key_end;
+        if (!problem->few) {
+            const int64_t block = from / FA_BLOCK * FA_BLOCK;
+            NAME(visit_block)(problem, head, row, rows, block, (int)(from - block), (int)(to - block), key_end, tile);
+        } else if (rows <= tile->group && NAME(natural)(problem, head)) {
+            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, 1, 0);
+        } else if (rows <= tile->group) {
+            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, 0, 0);
+        } else {
+            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, NAME(natural)(problem, head), 1);
+        }
     }
 }
 
@@ -443,10 +571,10 @@ static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int6
 {
     NAME(tile) *tile = workspace;
     const real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        if (tile->span[first / ROWS] != NO_SPAN)
-            NAME(end_span)(problem, head, first, rows - first < ROWS ? (int)(rows - first) : ROWS, tile);
-        tile->span[first / ROWS] = JOINED_SPAN;
+    for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group) {
+        if (tile->span[g] != NO_SPAN)
+            NAME(end_span)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
+        tile->span[g] = JOINED_SPAN;
     }
     memcpy(tile->m, m, (size_t)rows * sizeof(real));
     memcpy(tile->l, l, (size_t)(rows * LANES) * sizeof(real));
@@ -462,9 +590,9 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
                        problem->value_dim % LANES == 0;
     real *m = tile->m, *l = tile->l, *o = tile->o;
     NAME(clear_unseen)(rows, tile);
-    for (int64_t first = 0; first < rows; first += ROWS)
-        if (tile->several[first / ROWS])
-            NAME(take_totals)(problem, head, first, rows - first < ROWS ? (int)(rows - first) : ROWS, tile);
+    for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
+        if (tile->several[g])
+            NAME(take_totals)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;
         real *o_i = o + r * tile->value_row;

@@ -8,6 +8,7 @@ TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
 #define VECTOR_BYTES 32
 #define ROWS 6
 #define FEW_ROWS 2
+#define PLACE_ROWS 2
 #define STEPS 1
 #define CHUNK 32
 #define VECS 2

@@ -10,6 +10,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define ROWS 6
 #define VECS 4
 #define FEW_ROWS 4
+#define PLACE_ROWS 6
 #define STEPS 4
 #define CHUNK 64
 

@@ -8,6 +8,7 @@
 #define VECTOR_BYTES 16
 #define ROWS 6
 #define FEW_ROWS 2
+#define PLACE_ROWS 2
 #define STEPS 1
 #define CHUNK 32
 #if defined(__aarch64__) /* 32 registers */

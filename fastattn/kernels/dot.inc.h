@@ -1,27 +1,27 @@
 /* The dot-product score: queries and keys into the layouts that product.inc.h wants, and scores of a group of rows; for
- * a few queries, scores against keys where they lie, FEW_ROWS rows at a time. */
+ * a few queries, scores against keys where they lie, PLACE_ROWS rows at a time. */
 
 /* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
-static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, real factor,
-                               int64_t channels, real *restrict to)
+static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, int group,
+                               real factor, int64_t channels, real *restrict to)
 {
     const int in_place = NAME(readable)(problem->score_dtype, query);
     for (int64_t i = 0; i < rows; i++) {
-        real *group = to + i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;
+        real *q = to + i / group * NAME(group_size)(channels) + i % group * STRIP;
         const char *q_i = query->data + (row + i) * query->row;
-        for (int64_t c = 0; c < channels; c += STRIP, group += ROWS * STRIP) {
+        for (int64_t c = 0; c < channels; c += STRIP, q += ROWS * STRIP) {
             const int64_t live = problem->head_dim - c < STRIP ? problem->head_dim - c : STRIP;
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
             const real *from = (const real *)(q_i + c * query->col);
             if (!in_place) {
-                NAME(gather)(group, q_i + c * query->col, query->col, live, problem->score_dtype);
-                from = group;
+                NAME(gather)(q, q_i + c * query->col, query->col, live, problem->score_dtype);
+                from = q;
             }
             int64_t k = 0;
             for (; k + LANES <= live; k += LANES)
-                NAME(store)(group + k, NAME(load)(from + k) * factor);
+                NAME(store)(q + k, NAME(load)(from + k) * factor);
             for (; k < all; k++)
-                group[k] = k < live ? from[k] * factor : 0;
+                q[k] = k < live ? from[k] * factor : 0;
         }
     }
 }
@@ -73,7 +73,8 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
             const NAME(product_function) product = NAME(query_products)[rows - 1][vecs - 1];
             const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
             product(q, (const char *)panel, NAME(PANEL) * sizeof(real),
-                    NAME(PANEL) * channels * (ptrdiff_t)sizeof(real), panels, 0, n, s + v * LANES, FA_BLOCK, c > 0);
+                    NAME(PANEL) * channels * (ptrdiff_t)sizeof(real), panels, 0, n, s + v * LANES, FA_BLOCK, c > 0,
+                    NULL);
             v += panels * vecs;
         }
         c += STRIP;
@@ -151,7 +152,7 @@ static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, pt
     NAME(chain_of_products)
     (q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
     for (int64_t c = chain; c < channels; c += chain) {
-        vec part[FEW_ROWS][4];
+        vec part[PLACE_ROWS][4];
         const int64_t end = channels - c < chain ? channels : c + chain;
         NAME(chain_of_products)(q, keys, key_row, c, end, ahead, part, whole, rows, count);
         UNROLL(8)
@@ -171,7 +172,7 @@ static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, p
                                               const int count)
 {
     for (int j = 0; j < n; j += 4) {
-        vec sum[FEW_ROWS][4], some[FEW_ROWS][4];
+        vec sum[PLACE_ROWS][4], some[PLACE_ROWS][4];
         NOT_UNROLLED
         for (int i = 0; i < 4; i += count, keys += count * key_row) {
             NAME(key_products)(q, keys, key_row, channels, ahead, some, whole, rows, count);
@@ -245,7 +246,7 @@ static ALWAYS_INLINE void NAME(run_of_pairs)(const real *q, const char *keys, pt
                                              real *s, const int rows)
 {
     for (int j = 0; j < n; j += 4) {
-        vec sum[FEW_ROWS][4];
+        vec sum[PLACE_ROWS][4];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -291,7 +292,8 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
                                                int n, ptrdiff_t ahead, real *s, const int rows)
 {
     const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
-    const int in_pairs = whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
+    /* Two vectors of four keys, and the sums of more than four rows, are too much for the registers. */
+    const int in_pairs = rows <= 4 && whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
     if (rows <= 2 && channels % LANES == 0)
         switch (channels / LANES) {
 #define IN_REGISTERS(vecs)                                                    \
@@ -326,28 +328,28 @@ static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, 
     }
 SCORES_OF(scores_of_one, 1)
 SCORES_OF(scores_of_two, 2)
-#if FEW_ROWS > 2
+#if PLACE_ROWS > 2
 SCORES_OF(scores_of_three, 3)
 SCORES_OF(scores_of_four, 4)
+SCORES_OF(scores_of_five, 5)
+SCORES_OF(scores_of_six, 6)
 #endif
 #undef SCORES_OF
 
-/* Scores of a few rows against the keys [begin, end) of a block, and of a single row of several, which are read where
- * they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the next
- * whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. scratch: room
- * for four keys. */
+/* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several, which are read
+ * where they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the
+ * next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
+ * `ahead` bytes further on are asked for (0: none). scratch: room for four keys. */
 static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
-                             int begin, int end, real *scratch, real *s)
+                             fa_dtype dtype, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = NAME(readable)(problem->score_dtype, key);
-    const ptrdiff_t ahead =
-        NAME(needs_fetching)(problem, rows, channels, key->row) ? NAME(rows_ahead)(channels) * key->row : 0;
+    const int in_place = NAME(readable)(dtype, key);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, ask = ahead;
         n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
-        if (rows > FEW_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
+        if (rows > PLACE_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
             n = 16;
         if (n <= 0) {
             n = 4;
@@ -356,7 +358,7 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
                 real *to = scratch + i * channels;
                 if (ahead)
                     NAME(fetch)(k + i * key->row + ahead, channels);
-                NAME(gather)(to, keys + seen * key->row, key->col, channels, problem->score_dtype);
+                NAME(gather)(to, keys + seen * key->row, key->col, channels, dtype);
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
@@ -365,16 +367,20 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
         for (int r = 0, together; r < rows; r += together, ask = 0) {
             const real *q_r = q + r * STRIP;
             real *s_r = s + r * FA_BLOCK + j;
-            together = NAME(rows_together)(rows - r);
+            together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
             if (together == 1)
                 NAME(scores_of_one)(q_r, k, k_row, channels, n, ask, s_r);
             else if (together == 2)
                 NAME(scores_of_two)(q_r, k, k_row, channels, n, ask, s_r);
-#if FEW_ROWS > 2
+#if PLACE_ROWS > 2
             else if (together == 3)
                 NAME(scores_of_three)(q_r, k, k_row, channels, n, ask, s_r);
-            else
+            else if (together == 4)
                 NAME(scores_of_four)(q_r, k, k_row, channels, n, ask, s_r);
+            else if (together == 5)
+                NAME(scores_of_five)(q_r, k, k_row, channels, n, ask, s_r);
+            else
+                NAME(scores_of_six)(q_r, k, k_row, channels, n, ask, s_r);
 #endif
         }
     }

@@ -17,6 +17,7 @@
 enum {
     FA_BLOCK = 256, /* keys in one step of the online softmax */
     FA_SPAN = 2048, /* keys summed into one partial state before it is merged into the row's total */
+    FA_FEW = 24,    /* rows of a tile, at most, where queries are few */
     FA_ALIGN = 64   /* of a workspace, in bytes */
 };
 

@@ -17,7 +17,9 @@ enum {
     CHAIN = 64,    /* vectors of a key that are multiplied and added one after the other there */
     WORTH_COPYING = 256, /* rows that share a value; for so many it is copied to where its vectors are aligned */
     STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
-    SHARE = 4            /* channels that share a division (additive.inc.h) */
+    PASS_BYTES = 8192,   /* of keys that several groups of few rows pass over together, or PASS_KEYS */
+    PASS_KEYS = 64,
+    SHARE = 4 /* channels that share a division (additive.inc.h) */
 };
 
 enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span that a state belongs to */

@@ -17,14 +17,50 @@
 _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
 _Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a chunk");
 
+/* Lines of a matrix to ask memory for, in their order and some at a time, while other rows are worked on: a CPU that is
+ * asked for much at once waits, and follows best what goes one way. */
+typedef struct {
+    const char *at;        /* the next line; `in_row` bytes are left of its row */
+    int64_t in_row, bytes; /* of each row */
+    ptrdiff_t row;
+    int pace; /* lines at a time; 0: nothing is asked for */
+} NAME(asks);
+
+static ALWAYS_INLINE void NAME(ask)(NAME(asks) * asks)
+{
+    for (int i = 0; i < asks->pace; i++) {
+        __builtin_prefetch(asks->at, 0, 3);
+        asks->at += 64;
+        asks->in_row -= 64;
+        if (asks->in_row <= 0) {
+            asks->at += asks->row + asks->in_row - asks->bytes;
+            asks->in_row = asks->bytes;
+        }
+    }
+}
+
+/* The part-th of `parts` parts of the lines of `rows` rows, from `data` on, for who asks in so many steps. */
+static ALWAYS_INLINE NAME(asks)
+    NAME(part_of_lines)(const char *data, ptrdiff_t row, int64_t bytes, int rows, int part, int parts, int steps)
+{
+    const int64_t lines = (bytes + 63) / 64, all = rows * lines;
+    const int pace = (int)((all + parts * steps - 1) / (parts * steps));
+    const int64_t first = (int64_t)part * pace * steps;
+    if (first >= all)
+        return (NAME(asks)){0};
+    const int64_t at = first / lines, in_row = first % lines * 64;
+    return (NAME(asks)){data + at * row + in_row, bytes - in_row, bytes, row, pace};
+}
+
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
- * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. */
+ * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: may be NULL;
+ * of its rows each tile asks for its part. */
 typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels,
-                                       int from, int to, real *out, ptrdiff_t out_row, int add);
+                                       int from, int to, real *out, ptrdiff_t out_row, int add, NAME(asks) * asks);
 
 static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a_row, const char *restrict b,
                                              ptrdiff_t b_row, int from, int to, real *restrict out, ptrdiff_t out_row,
-                                             int add, const int rows, const int vecs)
+                                             int add, NAME(asks) * asks, const int rows, const int vecs)
 {
     int t = from;
     do {
@@ -42,6 +78,8 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             UNROLL(8)
             for (int v = 0; v < vecs; v += 2) {
                 const int n = vecs - v < 2 ? vecs - v : 2;
+                if (asks)
+                    NAME(ask)(asks);
                 vec b_v[STEPS][2];
                 UNROLL(8)
                 for (int k = 0; k < STEPS; k++) {
@@ -71,6 +109,8 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             }
 #else
             vec b_v[VECS];
+            if (asks)
+                NAME(ask)(asks);
             UNROLL(8)
             for (int v = 0; v < vecs; v++)
                 b_v[v] = NAME(load)(b_t + v * VECTOR_BYTES);
@@ -99,10 +139,10 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
 #define PRODUCT(kind, a_row, rows, vecs)                                                                              \
     static NEVER_INLINE void NAME(kind##_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row,              \
                                                           ptrdiff_t b_panel, int panels, int from, int to, real *out, \
-                                                          ptrdiff_t out_row, int add)                                 \
+                                                          ptrdiff_t out_row, int add, NAME(asks) * asks)              \
     {                                                                                                                 \
         for (; panels > 0; panels--, b += b_panel, out += vecs * LANES)                                               \
-            NAME(product_tile)(a, a_row, b, b_row, from, to, out, out_row, add, rows, vecs);                          \
+            NAME(product_tile)(a, a_row, b, b_row, from, to, out, out_row, add, asks, rows, vecs);                    \
     }
 #if VECS == 4
 #define FOR_VECS(kind, a_row, rows) \

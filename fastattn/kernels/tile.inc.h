@@ -11,17 +11,19 @@ typedef struct {
 } NAME(additive);
 
 typedef struct {
+    int group;         /* rows of a group: ROWS, or of few queries as many in each as it goes */
     int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (few); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
-    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key] */
+    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key]; some keys (few) */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;       /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] by spans */
-    real *part;    /* [ROWS][value_row] their weighted sum */
-    real *chunk;   /* [ROWS][value_row] a part of that, where queries are few */
-    real *extra;   /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    int64_t *span; /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
+    real
+        *s; /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] of a run of few */
+    real *part;      /* [ROWS][value_row] their weighted sum; [rows][value_row] of few */
+    real *chunk;     /* [FEW_ROWS][value_row] a part of that, where queries are few */
+    real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
+    int64_t *span;   /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
     char *several; /* [groups] */
@@ -31,11 +33,12 @@ typedef struct {
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
 
-/* Whether the scores of a whole span are taken before the rest: memory likes long runs of keys, and then long runs of
- * values. More rows are held up by arithmetic, and their scores would not stay in the first cache. */
-static ALWAYS_INLINE int NAME(by_spans)(const fa_problem *problem, int64_t rows)
+/* How many keys of a span a tile of few queries passes over at a time: memory likes long runs of keys, and then long
+ * runs of values, but the scores of a run should stay in the first cache. */
+static ALWAYS_INLINE int64_t NAME(keys_of_run)(int64_t rows)
 {
-    return problem->few && rows <= FEW_ROWS;
+    const int64_t keys = rows <= FEW_ROWS ? FA_SPAN : FA_SPAN * FEW_ROWS / rows / FA_BLOCK * FA_BLOCK;
+    return keys > FA_BLOCK ? keys : FA_BLOCK;
 }
 
 /* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
@@ -54,9 +57,6 @@ static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
 {
     return (channels + STRIP - 1) / STRIP * STRIP * ROWS;
 }
-
-/* How many of the few rows that are left go through keys and values together. */
-static ALWAYS_INLINE int NAME(rows_together)(int left) { return left <= FEW_ROWS ? left : FEW_ROWS > 2 ? 3 : 2; }
 
 /* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
  * rows without gaps some CPUs follow by themselves. */
@@ -99,19 +99,22 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     const int whole = problem->few ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
-    int64_t blocks = keys < FA_SPAN ? (keys + FA_BLOCK - 1) / FA_BLOCK : FA_SPAN / FA_BLOCK;
+    int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
+    int64_t run = rows > FEW_ROWS * FA_SPAN / FA_BLOCK ? rows : FEW_ROWS * FA_SPAN / FA_BLOCK; /* keys_of_run */
+    int64_t scores = !problem->few ? ROWS : rows * blocks < run ? rows * blocks : run;
     int64_t groups = (rows + ROWS - 1) / ROWS;
+    tile->group = problem->few && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
     tile->channels = channels;
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
     tile->q = (real *)NAME(take)(&at, groups * NAME(group_size)(channels));
-    tile->k = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
+    tile->k = (real *)NAME(take)(&at, problem->few ? (4 + PASS_KEYS) * channels : panels * NAME(PANEL) * channels);
     tile->v = (real *)NAME(take)(&at, block * tile->v_row);
-    tile->s = (real *)NAME(take)(&at, NAME(by_spans)(problem, rows) ? rows * blocks * FA_BLOCK : ROWS * FA_BLOCK);
-    tile->part = (real *)NAME(take)(&at, ROWS * value_row);
-    tile->chunk = (real *)NAME(take)(&at, problem->few ? ROWS * value_row : 0);
+    tile->s = (real *)NAME(take)(&at, scores * FA_BLOCK);
+    tile->part = (real *)NAME(take)(&at, (problem->few ? rows : ROWS) * value_row);
+    tile->chunk = (real *)NAME(take)(&at, problem->few ? FEW_ROWS * value_row : 0);
     tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
     tile->span = (int64_t *)NAME(take)(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
     tile->several = NAME(take)(&at, groups);

@@ -34,18 +34,21 @@ static void NAME(copy_values)(const fa_problem *problem, const char *values, con
     }
 }
 
-/* part[row][:] = sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms. */
-static void NAME(weighted_sum)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t value_row,
-                               real *part)
+/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms, and columns
+ * from `from` on: as many as a panel has, or all that are left. */
+static void NAME(weighted_columns)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t from,
+                                   int64_t columns, int64_t value_row, real *part, int add, NAME(asks) * asks)
 {
     const NAME(product_function) *products = NAME(weight_products)[rows - 1];
-    const int panels = (int)(value_row / NAME(PANEL)), left = (int)(value_row % NAME(PANEL)) / LANES;
+    const int panels = (int)(columns / NAME(PANEL)), left = (int)(columns % NAME(PANEL)) / LANES;
+    const char *v = value.data + from * (int64_t)sizeof(real);
     const int64_t done = panels * NAME(PANEL);
+    part += from;
     if (panels)
-        products[VECS - 1](p, value.data, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, 0);
+        products[VECS - 1](p, v, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, add, asks);
     if (left)
-        products[left - 1](p, value.data + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done,
-                           value_row, 0);
+        products[left - 1](p, v + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done, value_row,
+                           add, panels ? NULL : asks);
 }
 
 /* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
@@ -239,7 +242,7 @@ SUM_OF(sum_of_four, 4)
 #endif
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
- * bits. chunk: [rows][value_row] numbers. */
+ * bits. chunk: [rows][value_row] numbers, for up to FEW_ROWS rows. */
 static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const real *p, int rows, NAME(value_rows) value,
                                             int begin, int end, int64_t value_row, real *part, real *chunk)
 {
@@ -253,29 +256,19 @@ static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const rea
         NAME(sum_of_two)(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
         return;
     }
+    (void)chunk; /* for the others, where there are any */
+#if FEW_ROWS > 2
     for (int t = begin, stop; t < end; t = stop) {
         const char *v = value.data + t * value.row;
-        const int first = t == begin;
-        ptrdiff_t ask = ahead;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
-        for (int r = 0, together; r < rows; r += together, ask = 0) {
-            const real *p_r = p + r * FA_BLOCK;
-            real *to = chunk + r * value_row;
-            together = NAME(rows_together)(rows - r);
-            if (together == 1)
-                NAME(sum_of_one)(p_r, v, value.row, t, stop, ask, to, value_row);
-            else if (together == 2)
-                NAME(sum_of_two)(p_r, v, value.row, t, stop, ask, to, value_row);
-#if FEW_ROWS > 2
-            else if (together == 3)
-                NAME(sum_of_three)(p_r + t, v, value.row, stop - t, ask, to, value_row);
-            else
-                NAME(sum_of_four)(p_r + t, v, value.row, stop - t, ask, to, value_row);
-#endif
-        }
+        if (rows == 3)
+            NAME(sum_of_three)(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+        else
+            NAME(sum_of_four)(p + t, v, value.row, stop - t, ahead, chunk, value_row);
         for (int64_t c = 0; c < rows * value_row; c += LANES)
-            NAME(store)(part + c, first ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));
+            NAME(store)(part + c, t == begin ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));
     }
+#endif
 }
 
 /* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row
