@@ -38,6 +38,10 @@ cdef object float64 = np.dtype(np.float64)
 cdef enum:
     FEW_QUERIES = 4
 
+# With so many, each head of a group packs its keys for itself: that costs little then.
+cdef enum:
+    MANY_QUERIES = 128
+
 
 # Arrays
 
@@ -599,8 +603,7 @@ cdef class Problem:
             to.offset = (<int64_t *> at[<int> OFFSETS])[0]
         elif self.offset_is_default:
             to.offset = to.key_length - to.query_length
-        if to.one_position and to.query_length > 0:
-            to.query_length = to.queries
+        to.query_length *= to.heads
 
 
 cdef Problem new_problem():
@@ -674,7 +677,7 @@ cdef int finish(Problem p, Py_ssize_t group) except -1:
     p.group = group
     if group > 1:
         split_heads(p, group)
-    p.sizes.one_position = False
+    p.sizes.heads = 1
     set_strides(&p.sizes.query, &p.layouts[<int> QUERY])
     set_strides(&p.sizes.key, &p.layouts[<int> KEY])
     set_strides(&p.sizes.value, &p.layouts[<int> VALUE])
@@ -697,24 +700,25 @@ cdef inline Py_ssize_t last_stride(Problem p, int operand) noexcept:
 
 
 cdef int settle(Problem p) except -1:
-    """Whether the queries are few; if there is one, the heads of a group become rows of one head, so that keys and
-    values are read once for all of them: unless lengths or offsets differ within the group."""
+    """Whether the queries are few; if they are not many, the heads of a group become rows of one head, so that keys and
+    values are read, or packed, once for all of them: unless lengths or offsets differ within the group."""
     cdef Py_ssize_t group = p.group
     p.shared.few = p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
-    if (group == 1 or not p.shared.few or p.packed or p.sizes.queries != 1 or last_stride(p, KEY_LENGTHS) or
+    if (group == 1 or p.longest_query >= MANY_QUERIES or p.packed or last_stride(p, KEY_LENGTHS) or
             last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS)):
         return 0
-    p.sizes.query.row = last_stride(p, QUERY)
-    p.sizes.mask.row = last_stride(p, MASK)
-    p.sizes.bias.row = last_stride(p, BIAS)
-    p.sizes.relative_bias.row = last_stride(p, RELATIVE_BIAS)
-    p.sizes.out.row = last_stride(p, OUT)
-    p.sizes.weights.row = last_stride(p, WEIGHTS)
-    p.sizes.lse.row = last_stride(p, LSE)
-    p.sizes.slope.row = last_stride(p, SLOPES)
-    p.sizes.sink.row = last_stride(p, SINKS)
-    p.sizes.one_position = True
-    p.sizes.queries = p.longest_query = group
+    p.sizes.query.head = last_stride(p, QUERY)
+    p.sizes.mask.head = last_stride(p, MASK)
+    p.sizes.bias.head = last_stride(p, BIAS)
+    p.sizes.relative_bias.head = last_stride(p, RELATIVE_BIAS)
+    p.sizes.out.head = last_stride(p, OUT)
+    p.sizes.weights.head = last_stride(p, WEIGHTS)
+    p.sizes.lse.head = last_stride(p, LSE)
+    p.sizes.slope.head = last_stride(p, SLOPES)
+    p.sizes.sink.head = last_stride(p, SINKS)
+    p.sizes.heads = group
+    p.sizes.queries *= group
+    p.longest_query *= group
     p.heads //= group
     p.axes -= 1
     return 0
@@ -725,6 +729,7 @@ cdef inline void set_strides(fa_view *view, const Layout *layout) noexcept:
     view.data = NULL
     view.row = layout.row
     view.col = layout.col
+    view.head = 0
 
 
 cdef Problem read_rules(

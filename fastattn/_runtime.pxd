@@ -30,7 +30,7 @@ cdef extern from "kernels/fastattn.h" nogil:
 
     ctypedef struct fa_view:
         char *data
-        Py_ssize_t row, col
+        Py_ssize_t row, col, head
 
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
@@ -46,8 +46,7 @@ cdef extern from "kernels/fastattn.h" nogil:
     ctypedef struct fa_head:
         fa_view query, key, value, mask, bias, relative_bias, out, weights, lse
         fa_view slope, sink
-        int64_t queries, keys, query_length, key_length, offset
-        int one_position
+        int64_t queries, keys, query_length, key_length, offset, heads
 
     ctypedef struct fa_kernels:
         const char *name

@@ -18,7 +18,7 @@ static const real NAME(ADDITIVE_LIMIT) = BITS == 32 ? 43 : 350;
 static const real NAME(MOST_DENOMINATOR) = BITS == 32 ? (real)0x1p31 : (real)0x1p100;
 
 /* Weights and queries of a tile. factor: of the scores. */
-static void NAME(additive_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows,
+static void NAME(additive_queries)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                    double factor, NAME(tile) * tile)
 {
     NAME(additive) *additive = &tile->additive;
@@ -32,7 +32,7 @@ static void NAME(additive_queries)(const fa_problem *problem, const fa_view *que
         additive->all_wide |= !isfinite(w); /* infinity divided by anything would lose the sign of tanh */
     }
     additive->w_sum = (real)sum;
-    NAME(pack_queries)(problem, query, row, rows, ROWS, 1, channels, additive->q_raw);
+    NAME(pack_queries)(problem, head, row, rows, ROWS, 1, channels, additive->q_raw);
     const vec limit = NAME(fill)(NAME(ADDITIVE_LIMIT));
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;

@@ -94,9 +94,9 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
     const double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
     const double factor = NAME(late_scale)(problem) ? 1 : problem->scale * unit;
     if (problem->score == FA_ADDITIVE)
-        NAME(additive_queries)(problem, &head->query, row, rows, factor, tile);
+        NAME(additive_queries)(problem, head, row, rows, factor, tile);
     else
-        NAME(pack_queries)(problem, &head->query, row, rows, tile->group, (real)factor, tile->channels, tile->q);
+        NAME(pack_queries)(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
     NAME(reset_state)(problem, rows, tile->m, tile->l);
     for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
         tile->span[g] = NO_SPAN;
@@ -109,7 +109,7 @@ static ALWAYS_INLINE real *NAME(weight)(const fa_problem *problem, const fa_head
 {
     int64_t first, last;
     weights_range(problem, head, i, &first, &last);
-    return (real *)(head->weights.data + i * head->weights.row + (j - first) * (int64_t)sizeof(real));
+    return (real *)(fa_row(head, &head->weights, i) + (j - first) * (int64_t)sizeof(real));
 }
 
 /* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
@@ -151,6 +151,15 @@ static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t beg
     for (int64_t j = begin; j < end; j++)
         for (int64_t b = 0; b < bytes; b += 64)
             __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
+}
+
+/* The same of a matrix with a row for each query. */
+static ALWAYS_INLINE void NAME(prefetch_queries)(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
+                                                 int64_t bytes)
+{
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t b = 0; b < bytes; b += 64)
+            __builtin_prefetch(fa_row(head, matrix, i) + b, 0, 2);
 }
 
 /* The scores of a group after softcap, biases and what hides keys; also into the requested weights, which softmax
@@ -217,13 +226,14 @@ static ALWAYS_INLINE void NAME(join_sum)(real *o, const real *sum, int rows, int
     }
 }
 
-/* The most rows of a tile that see a block. */
-static ALWAYS_INLINE int64_t NAME(rows_touching)(const fa_problem *problem, int64_t rows)
+/* The most rows of a tile that see any of so many keys that lie together. */
+static ALWAYS_INLINE int64_t NAME(rows_seeing)(const fa_problem *problem, const fa_head *head, int64_t keys,
+                                               int64_t rows)
 {
-    if (problem->left >= rows || problem->right >= rows)
+    if (problem->left >= rows || problem->right >= rows - problem->left)
         return rows;
-    const int64_t most = FA_BLOCK + problem->left + problem->right;
-    return most > 0 && most < rows ? most : rows;
+    const int64_t most = (keys + problem->left + problem->right) * head->heads;
+    return most < rows ? most : rows;
 }
 
 /* One block, of which the tile sees the keys [begin, end). */
@@ -235,13 +245,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
     NAME(value_rows) value = {NULL, 0};
     /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
      * may be the next tile's. */
-    const int64_t next = block + FA_BLOCK, groups = (NAME(rows_touching)(problem, rows) + ROWS - 1) / ROWS;
-    const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows : tile_end;
+    const int64_t next = block + FA_BLOCK,
+                  groups = (NAME(rows_seeing)(problem, head, FA_BLOCK, rows) + ROWS - 1) / ROWS;
+    const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows / head->heads : tile_end;
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
     const int64_t per_group = next < fetch_end ? (FA_BLOCK + groups - 1) / groups : 0;
-    const int64_t sharing = problem->left < rows && problem->right < rows - problem->left
-                                ? problem->left + problem->right + 1
-                                : rows; /* rows that see the same key, at most */
+    const int64_t sharing = NAME(rows_seeing)(problem, head, 1, rows);
     int64_t ahead = next;
     int packed = 0, finite = -1;
     for (int64_t g = 0, first = 0; first < rows; g++, first += ROWS) {
@@ -279,11 +288,11 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
 
         if (unseen) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
-            NAME(prefetch_rows)
-            (&head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
+            NAME(prefetch_queries)
+            (head, &head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
              problem->head_dim * (int64_t)sizeof(real));
-            NAME(prefetch_rows)
-            (&head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
+            NAME(prefetch_queries)
+            (head, &head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
         }
         const int partial = NAME(rule_scores)(problem, head, row + first, group, block, &sight, tile, s);
         real shrink[ROWS];
@@ -604,7 +613,7 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         if (head->lse.data || problem->has_sink) {
             if (sum != 0)
                 lse = (double)m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
-            const double sink = problem->has_sink ? NAME(per_row)(&head->sink, i) : -INFINITY;
+            const double sink = problem->has_sink ? NAME(per_row)(head, &head->sink, i) : -INFINITY;
             if (sink != -INFINITY) {
                 const double keys_lse = lse;
                 const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
@@ -615,7 +624,7 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         }
         const real factor = sum == 0 ? 0 : (real)(share / (double)sum);
         const vec scale = NAME(fill)(factor);
-        char *to = head->out.data + i * head->out.row;
+        char *to = fa_row(head, &head->out, i);
         if (direct) {
             NAME(finish_row)((real *)to, o_i, problem->value_dim, scale, sum != 0);
         } else {
@@ -624,7 +633,7 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
         }
         if (head->lse.data) {
             const real rounded = (real)lse;
-            memcpy(head->lse.data + i * head->lse.row, &rounded, sizeof rounded);
+            memcpy(fa_row(head, &head->lse, i), &rounded, sizeof rounded);
         }
         if (head->weights.data) {
             /* The scores that visit_block left there, now that the row's maximum and sum are known. */

@@ -2,19 +2,19 @@
  * a few queries, scores against keys where they lie, PLACE_ROWS rows at a time. */
 
 /* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
-static void NAME(pack_queries)(const fa_problem *problem, const fa_view *query, int64_t row, int64_t rows, int group,
+static void NAME(pack_queries)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int group,
                                real factor, int64_t channels, real *restrict to)
 {
-    const int in_place = NAME(readable)(problem->score_dtype, query);
+    const int in_place = NAME(readable)(problem->score_dtype, &head->query);
     for (int64_t i = 0; i < rows; i++) {
         real *q = to + i / group * NAME(group_size)(channels) + i % group * STRIP;
-        const char *q_i = query->data + (row + i) * query->row;
+        const char *q_i = fa_row(head, &head->query, row + i);
         for (int64_t c = 0; c < channels; c += STRIP, q += ROWS * STRIP) {
             const int64_t live = problem->head_dim - c < STRIP ? problem->head_dim - c : STRIP;
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
-            const real *from = (const real *)(q_i + c * query->col);
+            const real *from = (const real *)(q_i + c * head->query.col);
             if (!in_place) {
-                NAME(gather)(q, q_i + c * query->col, query->col, live, problem->score_dtype);
+                NAME(gather)(q, q_i + c * head->query.col, head->query.col, live, problem->score_dtype);
                 from = q;
             }
             int64_t k = 0;

@@ -30,6 +30,7 @@ typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_fun
 typedef struct {
     char *data;
     ptrdiff_t row, col;
+    ptrdiff_t head; /* from a row of one head to that of the next, where heads share rows (fa_head) */
 } fa_view;
 
 /* What all heads of a call have in common. Accumulation is in double for FA_F64, else in float. */
@@ -54,17 +55,17 @@ typedef struct {
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */
 typedef struct {
-    fa_view query, key, value; /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
-    fa_view mask, bias;        /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
-    fa_view relative_bias;     /* (queries, left + right + 1), optional: of the keys from position - left on */
-    fa_view out;               /* (queries, value_dim) */
-    fa_view weights;           /* optional, accumulation dtype: (queries, keys), or as relative_bias with band */
-    fa_view lse;               /* (queries, 1), optional, accumulation dtype */
-    int64_t queries, keys;
+    fa_view query, key, value;        /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
+    fa_view mask, bias;               /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
+    fa_view relative_bias;            /* (queries, left + right + 1), optional: of the keys from position - left on */
+    fa_view out;                      /* (queries, value_dim) */
+    fa_view weights;                  /* optional, accumulation dtype: (queries, keys), or as relative_bias with band */
+    fa_view lse;                      /* (queries, 1), optional, accumulation dtype */
+    int64_t queries, keys;            /* rows */
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
     fa_view slope, sink;              /* doubles, by row; optional */
-    int one_position;                 /* the rows are not a sequence but one query of several heads, all at `offset` */
+    int64_t heads; /* rows are those of so many query heads: row i is query i / heads of head i % heads; 1: of one */
 } fa_head;
 
 typedef struct {
@@ -108,6 +109,17 @@ int fa_runnable(const fa_instruction_set *sets[], int room);
 /* Whether keys that follow each other without gaps come faster from memory where instructions ask for them. */
 int fa_fetching_helps(void);
 
+/* The query that row i is of. */
+static inline int64_t fa_query_of(const fa_head *head, int64_t i) { return head->heads == 1 ? i : i / head->heads; }
+
+/* Row i of a matrix with a row for each query. */
+static inline char *fa_row(const fa_head *head, const fa_view *matrix, int64_t i)
+{
+    if (head->heads == 1)
+        return matrix->data + i * matrix->row;
+    return matrix->data + i / head->heads * matrix->row + i % head->heads * matrix->head;
+}
+
 /* The chunk in which a position lies. */
 static inline int64_t fa_chunk_of(int64_t position, int64_t size)
 {
@@ -122,8 +134,8 @@ static inline void fa_visible_keys(const fa_problem *problem, const fa_head *hea
     *begin = *end = 0;
     if (last < row)
         return;
-    int64_t first_position = head->offset + (head->one_position ? 0 : row);
-    int64_t last_position = head->offset + (head->one_position ? 0 : last);
+    int64_t first_position = head->offset + fa_query_of(head, row);
+    int64_t last_position = head->offset + fa_query_of(head, last);
     int64_t lo = 0, hi = head->key_length;
     if (problem->left < INT64_MAX && first_position - problem->left > lo)
         lo = first_position - problem->left;

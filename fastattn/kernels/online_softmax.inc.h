@@ -6,10 +6,10 @@
  */
 
 /* A slope or a sink. */
-static ALWAYS_INLINE double NAME(per_row)(const fa_view *numbers, int64_t i)
+static ALWAYS_INLINE double NAME(per_row)(const fa_head *head, const fa_view *numbers, int64_t i)
 {
     double x;
-    memcpy(&x, numbers->data + i * numbers->row, sizeof x);
+    memcpy(&x, fa_row(head, numbers, i), sizeof x);
     return x;
 }
 
@@ -80,8 +80,8 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         root = (real)sqrt(fabs(problem->scale));
         scale = (real)(problem->scale / (double)root);
     }
-    const real slope = problem->has_slope ? (real)NAME(per_row)(&head->slope, i) : 0;
-    const real distance = (real)(block - (head->offset + (head->one_position ? 0 : i)));
+    const real slope = problem->has_slope ? (real)NAME(per_row)(head, &head->slope, i) : 0;
+    const real distance = (real)(block - (head->offset + fa_query_of(head, i)));
     const int biased = head->bias.data || head->relative_bias.data;
     if (biased) {
         int from, to; /* what lies outside of the matrix is not read, and of a band only what the row sees */
@@ -90,13 +90,13 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
             extra[j] = 0;
         if (head->bias.data && from < to)
             NAME(gather)
-        (extra + from, head->bias.data + i * head->bias.row + (block + from) * head->bias.col, head->bias.col,
-         to - from, problem->bias_dtype);
+        (extra + from, fa_row(head, &head->bias, i) + (block + from) * head->bias.col, head->bias.col, to - from,
+         problem->bias_dtype);
         if (head->relative_bias.data && from < to) {
-            const int64_t in_band = block + from - (head->offset + (head->one_position ? 0 : i)) + problem->left;
+            const int64_t in_band = block + from - (head->offset + fa_query_of(head, i)) + problem->left;
             NAME(gather)
-            (other, head->relative_bias.data + i * head->relative_bias.row + in_band * head->relative_bias.col,
-             head->relative_bias.col, to - from, problem->relative_bias_dtype);
+            (other, fa_row(head, &head->relative_bias, i) + in_band * head->relative_bias.col, head->relative_bias.col,
+             to - from, problem->relative_bias_dtype);
             for (int j = from; j < to; j++) { /* -inf hides, whatever is added to it; a sum of others does not */
                 const real most = BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX, sum = extra[j] + other[j - from];
                 const int hides = extra[j] == -(real)INFINITY || other[j - from] == -(real)INFINITY;

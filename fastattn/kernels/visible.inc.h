@@ -106,7 +106,7 @@ static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head
 {
     *first = 0, *last = head->keys;
     if (problem->band) {
-        *first = head->offset + (head->one_position ? 0 : i) - problem->left;
+        *first = head->offset + fa_query_of(head, i) - problem->left;
         *last = *first + problem->left + problem->right + 1;
     }
 }
@@ -158,7 +158,7 @@ static inline void see_block(const fa_problem *problem, const fa_head *head, int
         take_bits(sight, rows);
         for (int r = 0; r < rows; r++) {
             if (bits_any(&sight->bits[r]))
-                bits_and_mask(&sight->bits[r], head->mask.data + (i + r) * head->mask.row + block * head->mask.col,
+                bits_and_mask(&sight->bits[r], fa_row(head, &head->mask, i + r) + block * head->mask.col,
                               head->mask.col, sight->lo, sight->hi);
             any |= bits_any(&sight->bits[r]);
         }
