@@ -36,7 +36,7 @@ cdef object float64 = np.dtype(np.float64)
 
 # With no more queries than this in a head, keys are read in place; packing them would cost more.
 cdef enum:
-    FEW_QUERIES = 4
+    FEW_QUERIES = 8
 
 # With so many, each head of a group packs its keys for itself: that costs little then.
 cdef enum:

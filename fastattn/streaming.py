@@ -175,7 +175,7 @@ class StreamingAttention:
 
     Notes
     -----
-    Offline calls with four queries or fewer in all take other loops; with them a stream agrees to rounding only.
+    Offline calls with eight queries or fewer in all take other loops; with them a stream agrees to rounding only.
 
     Arrays are copied as they come, and what was passed may be overwritten. The tapes of queries, keys and values hold
     twice the frames that are needed (all that the next row sees, up to the last frame), and at least 256; when they

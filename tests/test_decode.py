@@ -1,8 +1,8 @@
 """Few queries against many keys, as when a model writes one token after the other.
 
-One to four queries take another loop than many do, which reads the keys where they lie; with one query the heads of a
-group are taken together; and several threads share the keys of a head, at multiples of 2048. Five queries stand beside
-them here, on the road of the many.
+One to eight queries take another loop than many do, which reads the keys where they lie; the heads of a group are taken
+together, unless there are 128 queries or more; and several threads share the keys of a head, at multiples of 2048. Nine
+queries and more stand beside them here, on the road of the many.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tolerances import assert_attention, assert_within
 import fastattn
 from fastattn import reference
 
-QUERIES = (1, 2, 3, 4, 5)
+QUERIES = (1, 2, 3, 4, 5, 8, 9)
 # Around the ends of blocks of 256 keys, and of spans of 2048.
 KEYS = (0, 1, 255, 256, 257, 2047, 2048, 2049, 5000, 10_000)
 GROUPS = (1, 2, 3, 7, 8, 12, 32)
@@ -161,9 +161,9 @@ def test_other_scores(rng, name, num_queries):
             assert_attention(*arrays, name=name, enable_gqa=True, **weights, **arguments[rule], num_threads=2)
 
 
-@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("num_queries", [1, 4, 8])
 def test_packed_sequences(rng, num_queries):
-    """None with more than four queries: the same loop, each sequence with keys of its own."""
+    """None with more than eight queries: the same loop, each sequence with keys of its own."""
     cuts_q = np.arange(6) * num_queries
     cuts_q[3] -= 1
     cuts_k = np.array([0, 5, 300, 300, 2700, 5000])
@@ -193,7 +193,7 @@ def test_groups(rng, group, dtype):
         assert_attention(*arrays, enable_gqa=True, key_lengths=lengths, is_causal=True, window_size=(90, None))
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 3, 11])
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_argument_for_each_query_head(rng, group, num_queries):
     """What differs from head to head of a group must not be that of the group's first."""
@@ -218,13 +218,14 @@ def test_an_argument_for_each_query_head(rng, group, num_queries):
         assert_attention(*arrays, enable_gqa=True, **arguments)
 
 
+@pytest.mark.parametrize("num_queries", [1, 3, 10])
 @pytest.mark.parametrize("group", [2, 3, 8])
-def test_lengths_and_offsets_that_differ_within_a_group(rng, group):
-    arrays = grouped(rng, group)
+def test_lengths_and_offsets_that_differ_within_a_group(rng, group, num_queries):
+    arrays = grouped(rng, group, num_queries)
     heads = 2 * group
     for shape in ((2, heads), (1, heads), (2, 1), (1, 1)):
         key_lengths, offsets = rng.integers(0, 301, shape), rng.integers(-20, 320, shape)
-        query_lengths = rng.integers(0, 2, shape)
+        query_lengths = rng.integers(0, num_queries + 1, shape)
         for arguments in (
             {"key_lengths": key_lengths},
             {"key_lengths": key_lengths, "is_causal": True, "window_size": (60, 0)},
@@ -253,6 +254,31 @@ def test_batch_axes_of_groups_broadcast(rng):
     for query_batch, kv_batch in (((6,), (2,)), ((2, 6), (3,)), ((2, 1, 6), (4, 2)), ((1, 6), (3, 1)), ((6,), (1,))):
         for num_queries in (1, 2):
             assert_attention(*qkv(rng, query_batch, num_queries, 270, kv_batch=kv_batch), enable_gqa=True)
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 8, 9, 70])
+@pytest.mark.parametrize("group", [2, 5])
+def test_rows_of_a_group_anywhere_in_memory(rng, group, num_queries):
+    """Queries and outputs by tokens or by heads, masks and biases for each row: a row of a tile is one of both."""
+    arrays = grouped(rng, group, num_queries)
+    batch = (2, 2 * group)
+    rows = (*batch, num_queries)
+    band = {"window_size": (200, 5), "query_offset": 270}
+    for arguments in (
+        {"is_causal": True, "key_lengths": np.array([[300], [211]])},
+        {"mask": rng.random((*rows, 300)) < 0.7, "bias": normal(rng, *rows, 300), "alibi_slopes": normal(rng, *batch)},
+        {"relative_bias": normal(rng, *rows, 206), "sinks": normal(rng, *batch), **band},
+        {"chunk_size": 2, "left_chunks": 40, "query_lengths": np.array([[num_queries], [num_queries // 2]])},
+    ):
+        expected = results(*arrays, enable_gqa=True, **arguments)
+        assert_attention(*arrays, enable_gqa=True, **arguments)
+        by_tokens = [np.ascontiguousarray(np.swapaxes(x, 1, 2)).swapaxes(1, 2) for x in arrays]
+        assert_same_bits(results(*by_tokens, enable_gqa=True, **arguments), expected, "by tokens")
+        backwards = [np.ascontiguousarray(x[:, ::-1, ::-1])[:, ::-1, ::-1] for x in arrays]
+        assert_same_bits(results(*backwards, enable_gqa=True, **arguments), expected, "backwards")
+        out = np.full((2, num_queries, 2 * group, 24), np.nan, dtype=np.float32).swapaxes(1, 2)
+        attend(*arrays, enable_gqa=True, out=out, **arguments)
+        assert bits(np.ascontiguousarray(out)) == bits(expected[-1])
 
 
 # -------------------------------------------------------------------------------------------- bits
@@ -287,10 +313,11 @@ def test_threads_under_rules(rng, rule, num_queries):
             assert [bits(x) for x in same] == [bits(x) for x in expected]
 
 
+@pytest.mark.parametrize("num_queries", [1, 3, 9])
 @pytest.mark.parametrize("group", [1, 2, 7, 12])
-def test_threads_on_groups(rng, group):
+def test_threads_on_groups(rng, group, num_queries):
     for num_keys in (3000, 9000):
-        arrays = grouped(rng, group, num_keys=num_keys, batch=1)
+        arrays = grouped(rng, group, num_queries, num_keys, batch=1)
         lengths = np.array([[num_keys - 30]])
         for arguments in ({}, {"key_lengths": lengths, "is_causal": True}, {"sinks": normal(rng, 2 * group)}):
             call = functools.partial(results, *arrays, enable_gqa=True, **arguments)
@@ -308,14 +335,16 @@ def test_band_on_threads(rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_keys", [257, 2500])
-@pytest.mark.parametrize("group", GROUPS)
-def test_alone_in_a_group_and_in_a_batch(rng, group, num_keys, dtype):
+@pytest.mark.parametrize(
+    "group, num_queries", [*((group, 1) for group in GROUPS), (3, 2), (7, 3), (2, 8), (3, 9), (2, 127), (2, 128)]
+)
+def test_alone_in_a_group_and_in_a_batch(rng, group, num_queries, num_keys, dtype):
     """A head has the same bits whatever it is computed together with."""
-    query, key, value = grouped(rng, group, num_keys=num_keys, dtype=dtype)
+    query, key, value = grouped(rng, group, num_queries, num_keys, dtype=dtype)
     heads = 2 * group
     per_head = {
-        "bias": normal(rng, 2, heads, 1, num_keys, dtype=dtype),
-        "relative_bias": normal(rng, 2, heads, 1, num_keys // 2 + 11, dtype=dtype),
+        "bias": normal(rng, 2, heads, num_queries, num_keys, dtype=dtype),
+        "relative_bias": normal(rng, 2, heads, num_queries, num_keys // 2 + 11, dtype=dtype),
         "sinks": normal(rng, 2, heads, dtype=dtype),
         "alibi_slopes": normal(rng, 2, heads, dtype=dtype) / 100,
     }
@@ -337,9 +366,10 @@ def test_alone_in_a_group_and_in_a_batch(rng, group, num_keys, dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("num_queries", [1, 3, 10])
 @pytest.mark.parametrize("group", [1, 4, 7])
-def test_what_other_heads_hold(rng, group, bad):
-    query, key, value = grouped(rng, group)
+def test_what_other_heads_hold(rng, group, num_queries, bad):
+    query, key, value = grouped(rng, group, num_queries)
     expected = results(query, key, value, enable_gqa=True)
     other = query.copy()
     other[:, ::2] *= np.float32(bad)

@@ -121,7 +121,7 @@ def test_bits_of_any_stream(data):
         st.sampled_from([((), (), False), ((2,), (1,), False), ((4,), (2,), True), ((2, 2), (2,), False)])
     )
     dtypes = st.sampled_from([np.float32, np.float64, *sixteen_bits()])
-    frames = draw(st.one_of(st.integers(5, 300), st.integers(1800, 5000)))
+    frames = draw(st.one_of(st.integers(9, 300), st.integers(1800, 5000)))
     arrays = qkv(rng, batch, frames, frames, draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(dtypes), kv_batch)
     rules = {
         "scale": 0.3,
@@ -477,14 +477,14 @@ def test_errors_leave_the_stream_alone(rng, error, message, changes):
 
 def test_errors_of_the_first_push(rng):
     """What fits is only known then; afterwards anything may still begin the stream."""
-    arrays = qkv(rng, (2,), 8, 8, 4)
+    arrays = qkv(rng, (2,), 12, 12, 4)
     stream = StreamingAttention(9, 2, alibi_slopes=np.ones(2, np.float32))
     for error, message, bad in (
-        (ValueError, "alibi_slopes has shape", qkv(rng, (3,), 8, 8, 4)),
+        (ValueError, "alibi_slopes has shape", qkv(rng, (3,), 12, 12, 4)),
         (ValueError, "key has head_dim 3", (arrays[0], arrays[1][..., :3], arrays[2])),
         (TypeError, "value has dtype complex128", (*arrays[:2], arrays[2].astype(complex))),
         (TypeError, "byte order", [x.astype(">f4") for x in arrays]),
-        (ValueError, "do not broadcast", (arrays[0], *qkv(rng, (3,), 8, 8, 4)[1:])),
+        (ValueError, "do not broadcast", (arrays[0], *qkv(rng, (3,), 12, 12, 4)[1:])),
     ):
         with pytest.raises(error, match=message):
             stream.push(*bad)

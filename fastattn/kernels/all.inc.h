@@ -19,6 +19,7 @@ static const fa_kernels NAME(table) = {
 
 #undef BITS
 #undef REAL
+#undef REAL_DTYPE
 #undef NAME
 #undef KERNELS
 #undef LANES

@@ -145,15 +145,7 @@ static void NAME(keep_weights)(const fa_problem *problem, const fa_head *head, i
     }
 }
 
-/* Asks for rows [begin, end) of a matrix to come into the second cache. */
-static ALWAYS_INLINE void NAME(prefetch_rows)(const fa_view *matrix, int64_t begin, int64_t end, int64_t bytes)
-{
-    for (int64_t j = begin; j < end; j++)
-        for (int64_t b = 0; b < bytes; b += 64)
-            __builtin_prefetch(matrix->data + j * matrix->row + b, 0, 2);
-}
-
-/* The same of a matrix with a row for each query. */
+/* Asks for rows [begin, end) of a matrix with a row for each query to come into the second cache. */
 static ALWAYS_INLINE void NAME(prefetch_queries)(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
                                                  int64_t bytes)
 {
@@ -236,6 +228,38 @@ static ALWAYS_INLINE int64_t NAME(rows_seeing)(const fa_problem *problem, const 
     return most < rows ? most : rows;
 }
 
+/* The next rows of a matrix, to ask memory for while groups take turns with a block. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row;
+    int64_t bytes, rows, of_turn; /* of_turn: rows */
+    NAME(asks) asks;              /* used if those are many: a CPU that is asked for much at once waits */
+} NAME(coming);
+
+/* times: how often a group's product asks; 0: never. */
+static ALWAYS_INLINE NAME(coming)
+    NAME(coming_rows)(const fa_view *matrix, int64_t from, int64_t end, int64_t numbers, int64_t turns, int64_t times)
+{
+    const int64_t rows = end - from < FA_BLOCK ? end - from : FA_BLOCK, of_turn = (FA_BLOCK + turns - 1) / turns;
+    NAME(coming)
+    coming = {matrix->data + from * matrix->row, matrix->row, NAME(bytes_of)(matrix, numbers), rows, of_turn, {0}};
+    if (rows > 0 && of_turn * coming.bytes > BYTES_AT_ONCE)
+        coming.asks = NAME(lines_to_ask)(coming.data, coming.row, coming.bytes, rows, turns * times);
+    return coming;
+}
+
+/* Asks for the rows of a turn, or returns what its product asks for. */
+static ALWAYS_INLINE NAME(asks) * NAME(take_turn)(NAME(coming) * coming, int64_t turn)
+{
+    if (coming->asks.pace)
+        return &coming->asks;
+    const int64_t from = turn * coming->of_turn, to = from + coming->of_turn;
+    for (int64_t j = from; j < to && j < coming->rows; j++)
+        for (int64_t b = 0; b < coming->bytes; b += 64)
+            __builtin_prefetch(coming->data + j * coming->row + b, 0, 2);
+    return NULL;
+}
+
 /* One block, of which the tile sees the keys [begin, end). */
 static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
                               int begin, int end, int64_t tile_end, NAME(tile) * tile)
@@ -249,9 +273,12 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
                   groups = (NAME(rows_seeing)(problem, head, FA_BLOCK, rows) + ROWS - 1) / ROWS;
     const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows / head->heads : tile_end;
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
-    const int64_t per_group = next < fetch_end ? (FA_BLOCK + groups - 1) / groups : 0;
+    const int64_t times_k = problem->score == FA_ADDITIVE ? 0 : NAME(times_to_ask)(FA_BLOCK / LANES, tile->channels);
+    const int64_t times_v = NAME(times_to_ask)(tile->value_row / LANES, FA_BLOCK);
+    NAME(coming) next_keys = NAME(coming_rows)(&head->key, next, fetch_end, problem->head_dim, groups, times_k);
+    NAME(coming) next_values = NAME(coming_rows)(&head->value, next, fetch_end, problem->value_dim, groups, times_v);
     const int64_t sharing = NAME(rows_seeing)(problem, head, 1, rows);
-    int64_t ahead = next;
+    int64_t turn = 0;
     int packed = 0, finite = -1;
     for (int64_t g = 0, first = 0; first < rows; g++, first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
@@ -278,13 +305,11 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + g * NAME(group_size)(tile->channels);
-        /* What is fetched is spread over the work: a CPU waits when it is asked for too much at once. */
-        const int64_t ahead_end = ahead + per_group < fetch_end ? ahead + per_group : fetch_end;
-        NAME(prefetch_rows)(&head->key, ahead, ahead_end, problem->head_dim * (int64_t)sizeof(real));
+        NAME(asks) *asks = NAME(take_turn)(&next_keys, turn);
         if (problem->score == FA_ADDITIVE)
             NAME(additive_scores)(tile, first, group, v_first, v_last, s);
         else
-            NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, s);
+            NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, asks, s);
 
         if (unseen) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
@@ -306,224 +331,25 @@ static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, in
             NAME(exponentials)(s, group, v_first, v_last, 0, m, l, shrink);
         }
 
-        NAME(prefetch_rows)(&head->value, ahead, ahead_end, problem->value_dim * (int64_t)sizeof(real));
-        ahead = ahead_end;
         if (partial && finite < 0)
             finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
         real *o = tile->o + first * tile->value_row, *sum = fresh ? o : tile->part;
+        asks = NAME(take_turn)(&next_values, turn);
         if (partial && !finite) {
             take_bits(&sight, group);
             NAME(weighted_sum_of_seen)(s, group, sight.bits, value, lo, hi, tile->value_row, sum);
         } else {
             NAME(weighted_columns)
             (s, group, value, NAME(term_begin)(lo), NAME(term_end)(hi), 0, tile->value_row, tile->value_row, sum, 0,
-             NULL);
+             asks);
         }
+        turn++;
         if (!fresh)
             NAME(join_sum)(o, sum, group, tile->value_row, shrink);
     }
 }
 
-/* Scores of several groups of few rows, at s, against the keys [lo, hi) of a block, of which a group may see less. */
-static NEVER_INLINE void NAME(pass_keys)(const fa_problem *problem, const fa_head *head, int rows, int64_t block,
-                                         const group_sight *sight, int lo, int hi, NAME(tile) * tile, real *s)
-{
-    const fa_view *key = &head->key;
-    const int64_t channels = problem->head_dim;
-    const int in_place = NAME(readable)(problem->score_dtype, key);
-    const ptrdiff_t ahead = NAME(rows_ahead)(channels) * key->row;
-    const int64_t bytes = channels * (int64_t)sizeof(real), fitting = bytes ? PASS_BYTES / bytes / 16 * 16 : PASS_KEYS;
-    const int pass = fitting < 16 ? 16 : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
-    const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real)};
-    for (int c = lo / LANES * LANES; c < hi; c += pass) {
-        const char *keys = key->data + (block + c) * key->row;
-        const int first_key = lo > c ? lo - c : 0, last_key = hi - c < pass ? hi - c : pass;
-        for (int j = first_key; j < last_key && !in_place; j++) {
-            NAME(fetch)(keys + j * key->row + ahead, channels);
-            NAME(gather)
-            ((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, problem->score_dtype);
-        }
-        for (int g = 0, first = 0; first < rows; g++, first += tile->group) {
-            const int begin = sight[g].lo > c ? sight[g].lo - c : 0;
-            const int end = sight[g].hi - c < pass ? sight[g].hi - c : pass;
-            if (begin < end)
-                NAME(row_scores)
-            (problem, tile->q + g * NAME(group_size)(tile->channels), NAME(rows_from)(tile, first, rows),
-             in_place ? keys : gathered.data, in_place ? key : &gathered,
-             in_place     ? problem->score_dtype
-             : BITS == 32 ? FA_F32
-                          : FA_F64,
-             begin, end, in_place ? ahead : 0, tile->k, s + first * FA_BLOCK + c);
-        }
-    }
-}
-
-/* Weighted sums of several groups of few rows: of their weights p and the values [begin[g], end[g]) of a block, whole
- * terms, into sum[g]. Values stay in the first cache until all groups have passed. Meanwhile what has the same place
- * from `next` on is asked for: rows of so many bytes, next_row apart. */
-static NEVER_INLINE void NAME(pass_values)(const NAME(tile) * tile, int rows, const real *p, NAME(value_rows) value,
-                                           const int *begin, const int *end, real *const *sum, const char *next,
-                                           ptrdiff_t next_row, int64_t bytes)
-{
-    const int64_t value_row = tile->value_row;
-    const int groups = (rows + tile->group - 1) / tile->group;
-    const int panels = (int)((value_row + NAME(PANEL) - 1) / NAME(PANEL));
-    int lo = begin[0], hi = end[0];
-    for (int g = 1; g < groups; g++) {
-        lo = begin[g] < lo ? begin[g] : lo;
-        hi = end[g] > hi ? end[g] : hi;
-    }
-    for (int t = lo, stop; t < hi; t = stop) {
-        stop = (t | (CHUNK - 1)) + 1 < hi ? (t | (CHUNK - 1)) + 1 : hi;
-        int part = 0;
-        for (int64_t c = 0; c < value_row; c += NAME(PANEL)) {
-            const int64_t columns = value_row - c < NAME(PANEL) ? value_row - c : NAME(PANEL);
-            for (int g = 0, first = 0; g < groups; g++, first += tile->group, part++) {
-                const int from = begin[g] > t ? begin[g] : t, to = end[g] < stop ? end[g] : stop;
-                NAME(asks)
-                asks = NAME(part_of_lines)(next + t * next_row, next_row, bytes, stop - t, part, panels * groups,
-                                           (stop - t) / STEPS * (STEPS > 1 ? (VECS + 1) / 2 : 1));
-                if (from < to)
-                    NAME(weighted_columns)
-                (p + first * FA_BLOCK, NAME(rows_from)(tile, first, rows), value, from, to, c, columns, value_row,
-                 sum[g], from > begin[g], &asks);
-            }
-        }
-    }
-}
-
-/* A run of keys for a tile of few queries: all scores, then all weights, then all sums. What little there is to do
- * between keys and values holds memory up, so it is done once in a run, and not once in a block. */
-static ALWAYS_INLINE void NAME(visit_run)(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
-                                          int64_t key_begin, int64_t key_end, NAME(tile) * tile, const int natural,
-                                          const int several)
-{
-    enum { BLOCKS = FA_SPAN / FA_BLOCK, GROUPS = (FA_FEW + ROWS - 1) / ROWS };
-    enum { MOST = BLOCKS * FEW_ROWS > FA_FEW ? BLOCKS * FEW_ROWS : FA_FEW }; /* rows of blocks (keys_of_run) */
-    const int softmax = problem->activation == FA_SOFTMAX, per_group = several ? tile->group : rows;
-    const int groups = several ? (rows + per_group - 1) / per_group : 1;
-    const int64_t from = key_begin / FA_BLOCK * FA_BLOCK, value_row = tile->value_row;
-    const int blocks = (int)((key_end - from + FA_BLOCK - 1) / FA_BLOCK);
-    group_sight sights[BLOCKS]; /* [block][group]: with several groups, blocks are fewer */
-    int partial[BLOCKS], fresh[GROUPS] = {0};
-    vec most[MOST];
-    real shrink[MOST];
-    const ptrdiff_t ahead = NAME(needs_fetching)(problem, rows, problem->head_dim, head->key.row)
-                                ? NAME(rows_ahead)(problem->head_dim) * head->key.row
-                                : 0;
-    const int at_once = rows == 1 && !head->mask.data; /* scores of one row lie together, and no block is left out */
-    if (at_once) {
-        int64_t lo, hi;
-        fa_visible_keys(problem, head, row, rows, &lo, &hi);
-        lo = lo > key_begin ? lo : key_begin, hi = hi < key_end ? hi : key_end;
-        if (lo < hi) {
-            NAME(row_scores)
-            (problem, tile->q, 1, head->key.data + from * head->key.row, &head->key, problem->score_dtype,
-             (int)(lo - from), (int)(hi - from), ahead, tile->k, tile->s);
-        }
-    }
-    for (int b = 0; b < blocks; b++) {
-        const int64_t block = from + b * FA_BLOCK;
-        real *s = tile->s + b * rows * FA_BLOCK;
-        int lo = FA_BLOCK, hi = 0;
-        for (int g = 0; g < groups; g++) {
-            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
-            group_sight *sight = sights + b * groups + g;
-            see_block(problem, head, row + first, group, block, sight);
-            if (sight->masked) {
-                if (head->weights.data)
-                    NAME(hide_weights)(problem, head, row + first, group, block);
-                sight->hi = sight->lo;
-            }
-            if (sight->lo < sight->hi) {
-                lo = sight->lo < lo ? sight->lo : lo;
-                hi = sight->hi > hi ? sight->hi : hi;
-                fresh[g] |= NAME(begin_span)(problem, head, g, first, group, key_begin / FA_SPAN, tile);
-            }
-        }
-        if (several)
-            NAME(pass_keys)(problem, head, rows, block, sights + b * groups, lo, hi, tile, s);
-        else if (lo < hi && !at_once)
-            NAME(row_scores)
-        (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, problem->score_dtype, lo, hi,
-         ahead, tile->k, s);
-        for (int g = 0; g < groups; g++) {
-            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
-            group_sight *sight = sights + b * groups + g;
-            if (sight->lo >= sight->hi)
-                continue;
-            partial[b * groups + g] =
-                NAME(rule_scores)(problem, head, row + first, group, block, sight, tile, s + first * FA_BLOCK);
-            for (int r = first; r < first + group; r++) {
-                shrink[b * rows + r] = 1;
-                if (softmax) {
-                    most[b * rows + r] =
-                        NAME(row_maximum)(s + r * FA_BLOCK, sight->lo / LANES, (sight->hi + LANES - 1) / LANES);
-                    shrink[b * rows + r] = NAME(raise_maximum)(tile->m + r, most + b * rows + r, natural)[0];
-                }
-            }
-        }
-    }
-    for (int b = 0; b < blocks && softmax; b++)
-        for (int r = 0; r < rows; r++) {
-            const group_sight *sight = sights + b * groups + (several ? r / per_group : 0);
-            real *l = tile->l + r * LANES;
-            if (sight->lo >= sight->hi)
-                continue;
-            const vec sum = NAME(row_weights)(tile->s + (b * rows + r) * FA_BLOCK, sight->lo / LANES,
-                                              (sight->hi + LANES - 1) / LANES, most[b * rows + r], natural);
-            NAME(store)(l, NAME(fma)(NAME(load)(l), NAME(fill)(shrink[b * rows + r]), sum));
-        }
-    for (int b = 0; b < blocks; b++) {
-        const int64_t block = from + b * FA_BLOCK;
-        real *s = tile->s + b * rows * FA_BLOCK, *sum[GROUPS];
-        const int begin = b ? 0 : (int)(key_begin - from);
-        const int end = b + 1 < blocks ? FA_BLOCK : (int)(key_end - block);
-        int some = 0, finite = -1, from_term[GROUPS], to_term[GROUPS];
-        for (int g = 0; g < groups; g++)
-            some |= sights[b * groups + g].lo < sights[b * groups + g].hi;
-        if (!some)
-            continue;
-        const NAME(value_rows) value = NAME(values_of)(problem, head, block, begin, end, rows, tile);
-        for (int g = 0; g < groups; g++) {
-            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
-            group_sight *sight = sights + b * groups + g;
-            sum[g] = (fresh[g] ? tile->o : tile->part) + first * value_row;
-            from_term[g] = to_term[g] = begin;
-            if (sight->lo >= sight->hi)
-                continue;
-            if (!softmax)
-                NAME(weigh_pointwise)
-            (problem, head, row + first, group, block, sight, s + first * FA_BLOCK, tile->l + first * LANES);
-            if (partial[b * groups + g] && finite < 0)
-                finite = NAME(all_finite)(value, begin, end, value_row);
-            if (partial[b * groups + g] && !finite) {
-                take_bits(sight, group);
-                NAME(weighted_sum_of_seen)
-                (s + first * FA_BLOCK, group, sight->bits, value, sight->lo, sight->hi, value_row, sum[g]);
-            } else {
-                from_term[g] = NAME(term_begin)(sight->lo), to_term[g] = NAME(term_end)(sight->hi);
-            }
-        }
-        if (rows > FEW_ROWS) {
-            const int in_place = value.data != (const char *)tile->v;
-            const ptrdiff_t next = in_place ? NAME(rows_ahead)(problem->value_dim) * 3 : FA_BLOCK;
-            NAME(pass_values)
-            (tile, rows, s, value, from_term, to_term, sum, head->value.data + (block + next) * head->value.row,
-             head->value.row, problem->value_dim * head->value.col);
-        } else if (from_term[0] < to_term[0]) {
-            NAME(streamed_sum)(problem, s, rows, value, from_term[0], to_term[0], value_row, sum[0], tile->chunk);
-        }
-        for (int g = 0; g < groups; g++) {
-            const int first = g * per_group, group = rows - first < per_group ? rows - first : per_group;
-            if (sights[b * groups + g].lo >= sights[b * groups + g].hi)
-                continue;
-            if (!fresh[g])
-                NAME(join_sum)(tile->o + first * value_row, sum[g], group, value_row, shrink + b * rows + first);
-            fresh[g] = 0;
-        }
-    }
-}
+#include "few.inc.h"
 
 /* Contract: fastattn.h. */
 static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
@@ -595,8 +421,8 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
 {
     NAME(tile) *tile = workspace;
     const int natural = NAME(natural)(problem, head);
-    const int direct = problem->dtype == (BITS == 32 ? FA_F32 : FA_F64) && head->out.col == (ptrdiff_t)sizeof(real) &&
-                       problem->value_dim % LANES == 0;
+    const int direct =
+        problem->dtype == (REAL_DTYPE) && head->out.col == (ptrdiff_t)sizeof(real) && problem->value_dim % LANES == 0;
     real *m = tile->m, *l = tile->l, *o = tile->o;
     NAME(clear_unseen)(rows, tile);
     for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)

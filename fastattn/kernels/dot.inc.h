@@ -61,7 +61,8 @@ static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const f
 }
 
 /* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
-static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last, real *s)
+static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last,
+                             NAME(asks) * asks, real *s)
 {
     int64_t c = 0;
     do {
@@ -74,7 +75,7 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
             const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
             product(q, (const char *)panel, NAME(PANEL) * sizeof(real),
                     NAME(PANEL) * channels * (ptrdiff_t)sizeof(real), panels, 0, n, s + v * LANES, FA_BLOCK, c > 0,
-                    NULL);
+                    asks);
             v += panels * vecs;
         }
         c += STRIP;

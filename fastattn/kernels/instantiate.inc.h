@@ -15,11 +15,13 @@ enum {
     LONG_VECS = 8, /* keys or values of so many are read one a turn of a loop: prefetchers follow few instructions */
     LINKS = 4,     /* values for one load and store of a sum there; a multiple of STEPS */
     CHAIN = 64,    /* vectors of a key that are multiplied and added one after the other there */
-    WORTH_COPYING = 256, /* rows that share a value; for so many it is copied to where its vectors are aligned */
-    STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
-    PASS_BYTES = 8192,   /* of keys that several groups of few rows pass over together, or PASS_KEYS */
+    WORTH_COPYING = 256,  /* rows that share a value; for so many it is copied to where its vectors are aligned */
+    STRIP = 64,           /* channels of a query that lie together (product.inc.h) */
+    BYTES_AT_ONCE = 3072, /* of the next block that a group asks memory for before it multiplies */
+    PASS_BYTES = 8192,    /* of keys that several groups of few rows pass over together, or PASS_KEYS */
     PASS_KEYS = 64,
-    SHARE = 4 /* channels that share a division (additive.inc.h) */
+    VALUES_AHEAD = 3, /* times FETCH_BYTES: so far ahead those groups ask for values */
+    SHARE = 4         /* channels that share a division (additive.inc.h) */
 };
 
 enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span that a state belongs to */
@@ -30,12 +32,14 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span th
 
 #define BITS 32
 #define REAL float
+#define REAL_DTYPE FA_F32
 #define NAME(word) CONCAT(word, _f32)
 #define KERNELS "kernels_f32_" STRING(ISA)
 #include "all.inc.h"
 
 #define BITS 64
 #define REAL double
+#define REAL_DTYPE FA_F64
 #define NAME(word) CONCAT(word, _f64)
 #define KERNELS "kernels_f64_" STRING(ISA)
 #include "all.inc.h"

@@ -23,12 +23,14 @@ typedef struct {
     const char *at;        /* the next line; `in_row` bytes are left of its row */
     int64_t in_row, bytes; /* of each row */
     ptrdiff_t row;
-    int pace; /* lines at a time; 0: nothing is asked for */
+    int left, pace; /* lines, and how many of them at a time */
 } NAME(asks);
 
-static ALWAYS_INLINE void NAME(ask)(NAME(asks) * asks)
+static ALWAYS_INLINE void NAME(ask_for_lines)(NAME(asks) * asks, int lines)
 {
-    for (int i = 0; i < asks->pace; i++) {
+    lines = lines < asks->left ? lines : asks->left;
+    asks->left -= lines;
+    for (; lines > 0; lines--) {
         __builtin_prefetch(asks->at, 0, 3);
         asks->at += 64;
         asks->in_row -= 64;
@@ -39,17 +41,19 @@ static ALWAYS_INLINE void NAME(ask)(NAME(asks) * asks)
     }
 }
 
-/* The part-th of `parts` parts of the lines of `rows` rows, from `data` on, for who asks in so many steps. */
-static ALWAYS_INLINE NAME(asks)
-    NAME(part_of_lines)(const char *data, ptrdiff_t row, int64_t bytes, int rows, int part, int parts, int steps)
+/* How often a product of so many vectors and numbers t asks. */
+static ALWAYS_INLINE int64_t NAME(times_to_ask)(int64_t vectors, int64_t numbers)
 {
-    const int64_t lines = (bytes + 63) / 64, all = rows * lines;
-    const int pace = (int)((all + parts * steps - 1) / (parts * steps));
-    const int64_t first = (int64_t)part * pace * steps;
-    if (first >= all)
-        return (NAME(asks)){0};
-    const int64_t at = first / lines, in_row = first % lines * 64;
-    return (NAME(asks)){data + at * row + in_row, bytes - in_row, bytes, row, pace};
+    const int of_turn = STEPS > 1 ? 2 : VECS;
+    return (vectors + of_turn - 1) / of_turn * (numbers / STEPS);
+}
+
+/* The lines of `rows` rows, from `data` on, for who asks so many times. */
+static ALWAYS_INLINE NAME(asks)
+    NAME(lines_to_ask)(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows, int64_t times)
+{
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    return (NAME(asks)){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
 }
 
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
@@ -79,7 +83,7 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             for (int v = 0; v < vecs; v += 2) {
                 const int n = vecs - v < 2 ? vecs - v : 2;
                 if (asks)
-                    NAME(ask)(asks);
+                    NAME(ask_for_lines)(asks, asks->pace);
                 vec b_v[STEPS][2];
                 UNROLL(8)
                 for (int k = 0; k < STEPS; k++) {
@@ -110,7 +114,7 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
 #else
             vec b_v[VECS];
             if (asks)
-                NAME(ask)(asks);
+                NAME(ask_for_lines)(asks, asks->pace);
             UNROLL(8)
             for (int v = 0; v < vecs; v++)
                 b_v[v] = NAME(load)(b_t + v * VECTOR_BYTES);

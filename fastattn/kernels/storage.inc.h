@@ -124,7 +124,7 @@ static ALWAYS_INLINE void NAME(write_number)(char *to, real x, const fa_dtype dt
 static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
 {
     real *restrict to = to_;
-    if (dtype == (BITS == 32 ? FA_F32 : FA_F64) && stride == (ptrdiff_t)sizeof(real)) {
+    if (dtype == REAL_DTYPE && stride == (ptrdiff_t)sizeof(real)) {
         memcpy(to, from, (size_t)n * sizeof(real));
         return;
     }
@@ -135,7 +135,7 @@ static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t 
 static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa_dtype dtype)
 {
     const real *restrict from = from_;
-    if (dtype == (BITS == 32 ? FA_F32 : FA_F64) && stride == (ptrdiff_t)sizeof(real)) {
+    if (dtype == REAL_DTYPE && stride == (ptrdiff_t)sizeof(real)) {
         memcpy(to, from, (size_t)n * sizeof(real));
         return;
     }
@@ -148,6 +148,6 @@ static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
 static ALWAYS_INLINE int NAME(readable)(fa_dtype dtype, const fa_view *matrix)
 {
-    return dtype == (BITS == 32 ? FA_F32 : FA_F64) && matrix->col == (ptrdiff_t)sizeof(real) &&
+    return dtype == REAL_DTYPE && matrix->col == (ptrdiff_t)sizeof(real) &&
            ((uintptr_t)matrix->data | (uintptr_t)matrix->row) % sizeof(real) == 0;
 }

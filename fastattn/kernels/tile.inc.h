@@ -33,6 +33,9 @@ typedef struct {
 
 enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
 
+/* Rows of a run's blocks, at most (keys_of_run). */
+enum { NAME(ROWS_OF_RUN) = FEW_ROWS * FA_SPAN / FA_BLOCK > FA_FEW ? FEW_ROWS *FA_SPAN / FA_BLOCK : FA_FEW };
+
 /* How many keys of a span a tile of few queries passes over at a time: memory likes long runs of keys, and then long
  * runs of values, but the scores of a run should stay in the first cache. */
 static ALWAYS_INLINE int64_t NAME(keys_of_run)(int64_t rows)
@@ -72,6 +75,13 @@ static ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(int64_t n)
     return (FETCH_BYTES + bytes - 1) / bytes;
 }
 
+/* How much of the memory from the first of n numbers on is theirs; those of other columns between them are not counted.
+ */
+static ALWAYS_INLINE int64_t NAME(bytes_of)(const fa_view *matrix, int64_t n)
+{
+    return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
+}
+
 /* Asks for n numbers to come into the first cache. */
 static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
 {
@@ -100,8 +110,7 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
-    int64_t run = rows > FEW_ROWS * FA_SPAN / FA_BLOCK ? rows : FEW_ROWS * FA_SPAN / FA_BLOCK; /* keys_of_run */
-    int64_t scores = !problem->few ? ROWS : rows * blocks < run ? rows * blocks : run;
+    int64_t scores = !problem->few ? ROWS : rows * blocks < NAME(ROWS_OF_RUN) ? rows * blocks : NAME(ROWS_OF_RUN);
     int64_t groups = (rows + ROWS - 1) / ROWS;
     tile->group = problem->few && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
