@@ -78,10 +78,11 @@ static ALWAYS_INLINE void NAME(scores_of_run)(const fa_problem *problem, const f
         int64_t lo, hi;
         fa_visible_keys(problem, head, row, rows, &lo, &hi);
         lo = (lo > run->begin ? lo : run->begin) - run->from, hi = (hi < run->end ? hi : run->end) - run->from;
-        if (lo < hi)
+        if (lo < hi) {
             NAME(row_scores)
-        (problem, tile->q, 1, head->key.data + run->from * head->key.row, &head->key, problem->score_dtype, (int)lo,
-         (int)hi, ahead, tile->k, tile->s);
+            (problem, tile->q, 1, head->key.data + run->from * head->key.row, &head->key, problem->score_dtype, (int)lo,
+             (int)hi, ahead, tile->k, tile->s);
+        }
     }
     for (int b = 0; b < run->blocks; b++) {
         const int64_t block = run->from + b * FA_BLOCK;
@@ -102,12 +103,13 @@ static ALWAYS_INLINE void NAME(scores_of_run)(const fa_problem *problem, const f
                 run->fresh[g] |= NAME(begin_span)(problem, head, g, first, group, run->begin / FA_SPAN, tile);
             }
         }
-        if (several)
+        if (several) {
             NAME(pass_keys)(problem, head, rows, block, sights, lo, hi, tile, s);
-        else if (lo < hi && !at_once)
+        } else if (lo < hi && !at_once) {
             NAME(row_scores)
-        (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, problem->score_dtype, lo, hi,
-         ahead, tile->k, s);
+            (problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, problem->score_dtype, lo, hi,
+             ahead, tile->k, s);
+        }
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             const int group = NAME(rows_of_group)(tile, rows, g, several);
             const int v_first = sights[g].lo / LANES, v_last = (sights[g].hi + LANES - 1) / LANES;
@@ -176,10 +178,11 @@ static NEVER_INLINE void NAME(pass_values)(const NAME(tile) * tile, int rows, co
             const int64_t columns = value_row - c < NAME(PANEL) ? value_row - c : NAME(PANEL);
             for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
                 const int from = begin[g] > t ? begin[g] : t, to = end[g] < stop ? end[g] : stop;
-                if (from < to)
+                if (from < to) {
                     NAME(weighted_columns)
                     (p + first * FA_BLOCK, NAME(rows_from)(tile, first, rows), value, from, to, c, columns, value_row,
                      sum[g], from > begin[g], &asks);
+                }
             }
         }
     }
@@ -233,10 +236,11 @@ static ALWAYS_INLINE void NAME(sums_of_run)(const fa_problem *problem, const fa_
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             if (sights[g].lo >= sights[g].hi)
                 continue;
-            if (!run->fresh[g])
+            if (!run->fresh[g]) {
                 NAME(join_sum)
-            (tile->o + first * value_row, sum[g], NAME(rows_of_group)(tile, rows, g, several), value_row,
-             run->shrink + b * rows + first);
+                (tile->o + first * value_row, sum[g], NAME(rows_of_group)(tile, rows, g, several), value_row,
+                 run->shrink + b * rows + first);
+            }
             run->fresh[g] = 0;
         }
     }
