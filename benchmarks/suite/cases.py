@@ -485,7 +485,7 @@ DECODE = tuple(
         (1, 1, 1, 65536, 64),
         (8, 12, 12, 1024, 64),
     )
-    for seqlen_q in (1, 4)
+    for seqlen_q in (1, 4, 8)
 )
 
 # A sentence and a page in an encoder, a batch for a small one, one token.

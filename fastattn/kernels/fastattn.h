@@ -49,7 +49,7 @@ typedef struct {
     int has_slope, has_sink;
     int64_t chunk, left_chunks; /* a query sees its own chunk of so many keys and some to the left; 0: no such rule */
     int band;                   /* of the weights only the window is wanted */
-    int few;                    /* so few queries in a head that keys are read where they lie, a row at a time */
+    int few;                    /* so few queries in a head that keys are read where they lie, and not packed */
     int fetch;                  /* few: ask for them before (fa_fetching_helps) */
 } fa_problem;
 
