@@ -65,7 +65,7 @@ typedef struct {
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
     fa_view slope, sink;              /* doubles, by row; optional */
-    int64_t heads; /* rows are those of so many query heads: row i is query i / heads of head i % heads; 1: of one */
+    int64_t heads; /* whose rows take turns, all over these keys: row i is of query i / heads and head i % heads */
 } fa_head;
 
 typedef struct {

@@ -57,8 +57,8 @@ static ALWAYS_INLINE NAME(asks)
 }
 
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
- * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: may be NULL;
- * of its rows each tile asks for its part. */
+ * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: for
+ * some of these lines in every step, once for each load of vectors of b; may be NULL. */
 typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels,
                                        int from, int to, real *out, ptrdiff_t out_row, int add, NAME(asks) * asks);
 

@@ -18,8 +18,7 @@ typedef struct {
     real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key]; some keys (few) */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real
-        *s; /* [ROWS][FA_BLOCK] scores, then weights, of one group and block; [block][rows][FA_BLOCK] of a run of few */
+    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of a group and block; [block][rows][FA_BLOCK] of few */
     real *part;      /* [ROWS][value_row] their weighted sum; [rows][value_row] of few */
     real *chunk;     /* [FEW_ROWS][value_row] a part of that, where queries are few */
     real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
@@ -75,8 +74,7 @@ static ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(int64_t n)
     return (FETCH_BYTES + bytes - 1) / bytes;
 }
 
-/* How much of the memory from the first of n numbers on is theirs; those of other columns between them are not counted.
- */
+/* Bytes of n numbers in a row, or as many as they would be next to each other. */
 static ALWAYS_INLINE int64_t NAME(bytes_of)(const fa_view *matrix, int64_t n)
 {
     return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));

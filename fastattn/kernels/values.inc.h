@@ -34,8 +34,8 @@ static void NAME(copy_values)(const fa_problem *problem, const char *values, con
     }
 }
 
-/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms, and columns
- * from `from` on: as many as a panel has, or all that are left. */
+/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms, and
+ * `columns` columns from `from` on. */
 static void NAME(weighted_columns)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t from,
                                    int64_t columns, int64_t value_row, real *part, int add, NAME(asks) * asks)
 {
