@@ -1,6 +1,7 @@
 /* All kernels once per dtype, and then the table of one instruction set.
- * Expects ISA, VECTOR_BYTES, ROWS x VECS (sums in registers), STEPS and CHUNK (product.inc.h), FEW_ROWS (dot.inc.h),
- * and the words that the instruction set overrides (vector.inc.h). */
+ * Expects ISA, VECTOR_BYTES, ROWS x VECS (sums in registers), STEPS and CHUNK (product.inc.h), FEW_ROWS and PLACE_ROWS
+ * (rows that share each load where keys come from memory, and at most: few.inc.h, dot.inc.h), and the words that the
+ * instruction set overrides (vector.inc.h). */
 #include "fastattn.h"
 #include <float.h>
 #include <math.h>
