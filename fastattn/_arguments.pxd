@@ -1,10 +1,11 @@
 # One plain description of an attention problem, for the driver.
 from libc.stdint cimport int64_t
 
-from fastattn._runtime cimport fa_dtype, fa_head, fa_problem
+from fastattn._runtime cimport (FA_ROW_AXES, FA_ROW_MASK, FA_ROW_OPERANDS, FA_ROW_OUT, FA_ROW_X, fa_axes, fa_dtype,
+                                fa_head, fa_problem)
 
 cdef enum:
-    MOST_AXES = 66  # NumPy's 64, and one more where the heads are split in groups
+    MOST_AXES = FA_ROW_AXES
 
 # The arrays of a call whose address changes from head to head.
 cdef enum Operand:
@@ -89,16 +90,13 @@ cdef Problem read_varlen(
 # Rows of one or more axes, for softmax and its relatives: the axes of x split into those of a row and the others,
 # neighbours that can be walked as one joined.
 cdef enum RowOperand:
-    ROW_X
-    ROW_MASK
-    ROW_OUT
-    ROW_OPERANDS
+    ROW_X = FA_ROW_X
+    ROW_MASK = FA_ROW_MASK
+    ROW_OUT = FA_ROW_OUT
+    ROW_OPERANDS = FA_ROW_OPERANDS
 
 
-cdef struct Axes:
-    int count
-    Py_ssize_t shape[MOST_AXES]
-    Py_ssize_t strides[<int> ROW_OPERANDS][MOST_AXES]
+ctypedef fa_axes Axes
 
 
 cdef class Rows:

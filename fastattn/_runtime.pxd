@@ -7,6 +7,11 @@ cdef extern from "kernels/fastattn.h" nogil:
         FA_SPAN
         FA_FEW
         FA_ALIGN
+        FA_ROW_AXES
+        FA_ROW_X
+        FA_ROW_MASK
+        FA_ROW_OUT
+        FA_ROW_OPERANDS
 
     ctypedef enum fa_dtype:
         FA_F32
@@ -27,6 +32,20 @@ cdef extern from "kernels/fastattn.h" nogil:
         FA_ROW_SOFTMAX
         FA_ROW_LOG_SOFTMAX
         FA_ROW_LOGSUMEXP
+
+    ctypedef struct fa_axes:
+        int count
+        int64_t shape[FA_ROW_AXES]
+        Py_ssize_t strides[FA_ROW_OPERANDS][FA_ROW_AXES]
+
+    ctypedef struct fa_columns:
+        const char *x
+        const char *mask
+        char *out
+        Py_ssize_t next[FA_ROW_OPERANDS]
+        const fa_axes *row
+        int64_t length, rows
+        fa_dtype dtype, out_dtype
 
     ctypedef struct fa_view:
         char *data
@@ -60,6 +79,9 @@ cdef extern from "kernels/fastattn.h" nogil:
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, char *, Py_ssize_t, int64_t,
                      int64_t) noexcept nogil
+        int columns_at_once
+        size_t (*columns_workspace)(int64_t length) noexcept nogil
+        void (*columns)(fa_row_function, const fa_columns *, void *) noexcept nogil
         void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil
         void (*scatter)(char *, Py_ssize_t, const void *, int64_t, fa_dtype) noexcept nogil
         void (*merge)(void *, void *, const void *const *, const void *, int64_t, int64_t) noexcept nogil

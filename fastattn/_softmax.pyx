@@ -1,20 +1,24 @@
 """The driver of softmax, log_softmax and logsumexp: rows over threads. And of merge_attention, a softmax over parts.
 
-Rows that lie contiguously in memory are read and written in place; others pass through a row of scratch.
+Rows that lie contiguously in memory are read and written in place. Where a row's numbers are apart but its neighbours'
+lie side by side, many rows are taken at once, so that whole lines of the cache are used; what is left passes through a
+row of scratch. The bits of a row are the same each way.
 """
 cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int64_t, uintptr_t
 
 from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
                                   read_rows)
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Watch,
-                                allowed_threads, fa_dtype, fa_kernels, fa_row_function, give_workspace, interrupted,
-                                kernels_for, raise_pending, take_workspace)
+                                allowed_threads, fa_axes, fa_columns, fa_dtype, fa_kernels, fa_row_function,
+                                give_workspace, interrupted, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     SMALL = 1 << 14        # numbers below which threads cost more than they bring
     CHUNK = 1 << 15        # numbers that a thread takes at a time, at least one row
+    LINE = 64              # bytes of memory that come together
+    LEAST_COLUMNS = 4      # rows side by side that are worth taking at once
 
 
 cdef Py_ssize_t size_of(fa_dtype dtype) noexcept nogil:
@@ -139,6 +143,127 @@ cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function functi
                          scratch + threadid() * scratch_size, watch, threadid() == 0)
 
 
+# Rows side by side
+
+cdef double bytes_touched(Rows p, Py_ssize_t stride, int which, Py_ssize_t run) noexcept:
+    """Bytes of memory for each number of an operand along an axis with this stride, `run` of which follow each other."""
+    cdef Py_ssize_t size = 1 if which == ROW_MASK else size_of(p.dtype)
+    return min(<double> LINE, max(<double> abs(stride), min(<double> size, <double> LINE / max(run, 1))))
+
+
+cdef int axis_of_columns(Rows p, fa_row_function function) noexcept:
+    """The batch axis along which rows are to be taken side by side, -1 if they are to be taken one after the other."""
+    cdef int axis, k, best = -1, last = p.row.count - 1
+    cdef double along_row = 0, along_axis = 0, cost
+    if last < 0 or (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and
+                    in_place(p, ROW_MASK, function)):
+        return -1
+    for axis in range(p.batch.count):
+        if p.batch.shape[axis] < LEAST_COLUMNS:
+            continue
+        cost = 0
+        for k in range(<int> ROW_OPERANDS):
+            if p.data[k] != NULL:
+                cost += bytes_touched(p, p.batch.strides[k][axis], k, p.batch.shape[axis])
+        if best < 0 or cost < along_axis:
+            best, along_axis = axis, cost
+    for k in range(<int> ROW_OPERANDS):
+        if p.data[k] != NULL and not (k == ROW_OUT and function == FA_ROW_LOGSUMEXP):
+            cost = bytes_touched(p, p.row.strides[k][last], k, p.row.shape[last])
+            # A short run of numbers is a call for few of them.
+            along_row += max(cost, min(<double> LINE, <double> LINE / p.row.shape[last]))
+    return best if best >= 0 and along_axis <= along_row else -1
+
+
+cdef struct Columns:
+    fa_columns first        # the first rows; `rows` is the most that are taken at once
+    int64_t count           # rows side by side
+    fa_axes others          # the other batch axes
+    Py_ssize_t tasks
+
+
+cdef Columns columns_along(Rows p, int axis, const fa_kernels *kernels) noexcept:
+    cdef Columns columns
+    cdef int k, i, n = 0
+    cdef fa_columns *first = &columns.first
+    first.x, first.mask, first.out = p.data[<int> ROW_X], p.data[<int> ROW_MASK], p.data[<int> ROW_OUT]
+    first.row = &p.row
+    first.length, first.rows = p.length, kernels.columns_at_once
+    first.dtype, first.out_dtype = p.dtype, p.out_dtype
+    columns.count = p.batch.shape[axis]
+    columns.tasks = (columns.count + first.rows - 1) // first.rows
+    for k in range(<int> ROW_OPERANDS):
+        first.next[k] = p.batch.strides[k][axis]
+    for i in range(p.batch.count):
+        if i == axis:
+            continue
+        columns.others.shape[n] = p.batch.shape[i]
+        for k in range(<int> ROW_OPERANDS):
+            columns.others.strides[k][n] = p.batch.strides[k][i]
+        columns.tasks *= p.batch.shape[i]
+        n += 1
+    columns.others.count = n
+    return columns
+
+
+cdef int run_columns(const Columns *columns, const fa_kernels *kernels, fa_row_function function, Py_ssize_t task,
+                     void *scratch) noexcept nogil:
+    """One task: up to columns_at_once rows side by side."""
+    cdef fa_columns c = columns.first
+    cdef Py_ssize_t groups = (columns.count + c.rows - 1) // c.rows, rest = task // groups, index
+    cdef int64_t row = task % groups * c.rows
+    cdef int axis
+    c.rows = min(c.rows, columns.count - row)
+    c.x += row * c.next[<int> ROW_X]
+    c.out += row * c.next[<int> ROW_OUT]
+    if c.mask != NULL:
+        c.mask += row * c.next[<int> ROW_MASK]
+    for axis in range(columns.others.count - 1, -1, -1):
+        index = rest % columns.others.shape[axis]
+        rest //= columns.others.shape[axis]
+        c.x += index * columns.others.strides[<int> ROW_X][axis]
+        c.out += index * columns.others.strides[<int> ROW_OUT][axis]
+        if c.mask != NULL:
+            c.mask += index * columns.others.strides[<int> ROW_MASK][axis]
+    kernels.columns(function, &c, scratch)
+    return 0
+
+
+cdef void run_columns_parallel(const Columns *columns, const fa_kernels *kernels, fa_row_function function,
+                               Py_ssize_t chunk, int threads, char *scratch, size_t scratch_size,
+                               Watch *watch) noexcept nogil:
+    cdef Py_ssize_t task
+    with nogil, parallel(num_threads=threads):
+        for task in prange(columns.tasks, schedule="dynamic", chunksize=chunk):
+            if not interrupted(watch, threadid() == 0):
+                run_columns(columns, kernels, function, task, scratch + threadid() * scratch_size)
+
+
+cdef int run_by_columns(Rows p, fa_row_function function, int axis, const fa_kernels *kernels, bint small,
+                        int threads) except -1:
+    """All rows, side by side along a batch axis."""
+    cdef Columns columns = columns_along(p, axis, kernels)
+    cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length * columns.first.rows, 1))
+    cdef size_t size = (kernels.columns_workspace(p.length) + 63) // 64 * 64
+    cdef Watch watch = Watch(0, 0)
+    cdef char *scratch
+    cdef Py_ssize_t task
+    threads = <int> min(<Py_ssize_t> threads, (columns.tasks + chunk - 1) // chunk)
+    scratch = <char *> take_workspace(size * threads, <double> size * threads)
+    try:
+        if small:
+            for task in range(columns.tasks):
+                run_columns(&columns, kernels, function, task, scratch)
+        else:
+            with nogil:
+                run_columns_parallel(&columns, kernels, function, chunk, threads, scratch, size, &watch)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    return 0
+
+
 cdef object run(Rows p, fa_row_function function):
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
     cdef double numbers = <double> p.rows * (p.length + 64)
@@ -148,6 +273,10 @@ cdef object run(Rows p, fa_row_function function):
     cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length, 1))
     cdef size_t size = 64
     cdef char *scratch
+    cdef int axis = axis_of_columns(p, function)
+    if axis >= 0 and p.rows and p.length:
+        run_by_columns(p, function, axis, kernels, small, threads)
+        return p.answer
     if not (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and in_place(p, ROW_MASK, function)):
         size = ((2 * p.length + 1) * (8 if p.dtype == FA_F64 else 4) + p.length + 63) // 64 * 64
     if p.rows and (p.length or function == FA_ROW_LOGSUMEXP):

@@ -9,12 +9,28 @@
 
 #include "rows.inc.h"
 
+#include "columns.inc.h"
+
 #include "rotary.inc.h"
 
 static const fa_kernels NAME(table) = {
-    KERNELS,         NAME(tile_workspace), NAME(open_tile),  NAME(visit_keys), NAME(span_size),
-    NAME(save_span), NAME(join_span),      NAME(close_tile), NAME(rows),       NAME(gather),
-    NAME(scatter),   NAME(merge),          NAME(turns),      NAME(rotate),
+    .name = KERNELS,
+    .tile_workspace = NAME(tile_workspace),
+    .open_tile = NAME(open_tile),
+    .visit_keys = NAME(visit_keys),
+    .span_size = NAME(span_size),
+    .save_span = NAME(save_span),
+    .join_span = NAME(join_span),
+    .close_tile = NAME(close_tile),
+    .rows = NAME(rows),
+    .columns_at_once = NAME(COLUMN_ROWS),
+    .columns_workspace = NAME(columns_workspace),
+    .columns = NAME(columns),
+    .gather = NAME(gather),
+    .scatter = NAME(scatter),
+    .merge = NAME(merge),
+    .turns = NAME(turns),
+    .rotate = NAME(rotate),
 };
 
 #undef BITS

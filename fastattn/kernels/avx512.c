@@ -53,6 +53,29 @@ static ALWAYS_INLINE __m512d fraction_f64(__m512d x) { return _mm512_reduce_pd(x
 #define HAS_SCALE_DOWN /* one instruction, which takes the floor itself */
 static ALWAYS_INLINE __m512 scale_down_f32(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
 static ALWAYS_INLINE __m512d scale_down_f64(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }
+#define EXP_REACHES_FAR 1
+#define HAS_SCALE /* p * 2**floor(n), rounded once where that is denormal */
+static ALWAYS_INLINE __m512d scale_f64(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
+/* e^x = 2**(k / 16) * e^rest: sixteen powers fit in a register, and leave so little to the polynomial that it is short.
+ */
+#define HAS_EXP_BELOW (BITS == 32)
+static ALWAYS_INLINE __m512 exp_below_f32(__m512 x, const int far)
+{
+    (void)far;
+    const __m512 powers = _mm512_setr_ps(
+        1.0f, 1.0442737340927124f, 1.0905077457427979f, 1.1387885808944702f, 1.1892070770263672f, 1.2418577671051025f,
+        1.2968395948410034f, 1.3542555570602417f, 1.4142135381698608f, 1.4768261909484863f, 1.5422108173370361f,
+        1.610490322113037f, 1.6817928552627563f, 1.7562521696090698f, 1.8340080976486206f, 1.9152065515518188f);
+    const __m512 magic = _mm512_set1_ps(0x1.8p19f); /* rounds to sixteenths, and their number is in the last bits */
+    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-104), x);
+    const __m512 sum = _mm512_fmadd_ps(y, _mm512_set1_ps(1.44269504f), magic), k = _mm512_sub_ps(sum, magic);
+    const __m512 most = _mm512_fmadd_ps(k, _mm512_set1_ps(-0.693359375f), y);
+    const __m512 rest = _mm512_fmadd_ps(k, _mm512_set1_ps(2.12194440e-4f), most);
+    const __m512 q = _mm512_fmadd_ps(_mm512_set1_ps(0.16666719f), rest, _mm512_set1_ps(0.50001619f));
+    const __m512 p = _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), q, rest); /* e^rest - 1, to 1.6e-9 */
+    const __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(sum), powers);
+    return _mm512_scalef_ps(_mm512_fmadd_ps(power, p, power), k); /* which takes the floor of k */
+}
 #define HAS_TOTAL
 static ALWAYS_INLINE float total_f32(__m512 v) { return _mm512_reduce_add_ps(v); }
 static ALWAYS_INLINE double total_f64(__m512d v) { return _mm512_reduce_add_pd(v); }

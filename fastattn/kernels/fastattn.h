@@ -15,16 +15,35 @@
 #include <stdint.h>
 
 enum {
-    FA_BLOCK = 256, /* keys in one step of the online softmax */
-    FA_SPAN = 2048, /* keys summed into one partial state before it is merged into the row's total */
-    FA_FEW = 24,    /* rows of a tile, at most, where queries are few */
-    FA_ALIGN = 64   /* of a workspace, in bytes */
+    FA_BLOCK = 256,  /* keys in one step of the online softmax */
+    FA_SPAN = 2048,  /* keys summed into one partial state before it is merged into the row's total */
+    FA_FEW = 24,     /* rows of a tile, at most, where queries are few */
+    FA_ALIGN = 64,   /* of a workspace, in bytes */
+    FA_ROW_AXES = 66 /* NumPy's 64, and one more where the heads are split in groups */
 };
 
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
 typedef enum { FA_DOT, FA_ADDITIVE } fa_score;
 typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID } fa_activation;
 typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_function;
+
+/* The operands of softmax and its relatives, and some of the axes of an array of rows: byte strides for each. */
+enum { FA_ROW_X, FA_ROW_MASK, FA_ROW_OUT, FA_ROW_OPERANDS };
+typedef struct {
+    int count;
+    int64_t shape[FA_ROW_AXES];
+    ptrdiff_t strides[FA_ROW_OPERANDS][FA_ROW_AXES];
+} fa_axes;
+
+/* Neighbouring rows whose numbers do not lie side by side. */
+typedef struct {
+    const char *x, *mask;            /* number 0 of row 0; the mask may be NULL */
+    char *out;                       /* may be x; one number a row for FA_ROW_LOGSUMEXP */
+    ptrdiff_t next[FA_ROW_OPERANDS]; /* byte strides from a row to the next */
+    const fa_axes *row;              /* those of a row */
+    int64_t length, rows;            /* numbers in a row; rows, at most fa_kernels.columns_at_once */
+    fa_dtype dtype, out_dtype;
+} fa_columns;
 
 /* A strided matrix; strides in bytes, of any sign. data == NULL: there is none. */
 typedef struct {
@@ -84,6 +103,10 @@ typedef struct {
      * bytes, or NULL; out: rows of n numbers (may be x), or of one for FA_ROW_LOGSUMEXP. */
     void (*rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
                  char *out, ptrdiff_t out_row, int64_t n, int64_t rows);
+    /* The same, bit for bit, for rows side by side. */
+    int columns_at_once;
+    size_t (*columns_workspace)(int64_t length);
+    void (*columns)(fa_row_function function, const fa_columns *columns, void *workspace);
     /* n numbers with a byte stride, from or to a storage dtype. */
     void (*gather)(void *to, const char *from, ptrdiff_t stride, int64_t n, fa_dtype from_dtype);
     void (*scatter)(char *to, ptrdiff_t stride, const void *from, int64_t n, fa_dtype to_dtype);

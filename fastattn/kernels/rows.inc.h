@@ -1,9 +1,12 @@
 /* softmax, log_softmax and logsumexp of rows, and the exact merge of partial attention.
  *
- * Three passes: maximum, exponentials and their sum, scaling. Short rows go through each pass a few at a time, because
- * a single one is a chain of latencies. Sums are cut into runs of ROW_RUN numbers that are added up in double, so that
- * the error does not grow with the length. */
-enum { NAME(ROW_RUN) = 2048, NAME(ROWS_AT_ONCE) = 4 };
+ * Three passes: maximum, exponentials and their sum, result. Short rows go through each pass a few at a time, because a
+ * single one is a chain of latencies.
+ *
+ * A sum adds eight vectors as a tree, and trees with their rounding errors (TwoSum), so that its error does not grow
+ * with the length.
+ */
+enum { NAME(ROWS_AT_ONCE) = 4, NAME(TREE) = 8, NAME(ROW_BLOCK) = NAME(TREE) * LANES };
 
 /* Numbers j .. j + LANES - 1 of a row; -inf past its end and where the mask hides. */
 static ALWAYS_INLINE vec NAME(row_vector)(const real *x, const char *mask, int64_t j, int64_t n)
@@ -36,55 +39,123 @@ static ALWAYS_INLINE void NAME(store_row)(real *out, int64_t j, int64_t n, vec v
     }
 }
 
+/* A sum and what rounding has taken from it. */
+typedef struct {
+    vec sum, lost;
+} NAME(row_sum);
+
+static ALWAYS_INLINE void NAME(add_tree)(NAME(row_sum) * to, const vec *e)
+{
+    const vec x = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
+    const vec part = x - to->lost, now = to->sum + part;
+    to->lost = (now - to->sum) - part;
+    to->sum = now;
+}
+
+/* What pass 2 sums: all exponentials, or those of the numbers below the maximum. */
+enum { NAME(ALL), NAME(OTHERS) };
+
+static ALWAYS_INLINE vec NAME(row_term)(vec x, vec base, const int which, const int far)
+{
+    const vec d = x - base, e = NAME(exp_below)(d, far);
+    return which == NAME(ALL) ? e : (vec)((ivec)e & ~(d == (vec){0}));
+}
+
+/* Whether the maximum is most of a sum of exponentials relative to it: then the logarithm is log1p(others), lest the
+ * largest number swallow what the others add to it. */
+static ALWAYS_INLINE int NAME(one_is_most)(double total) { return total < 2 && total > 0; }
+
+/* The exponentials of the numbers of a row from j on, a block or what is left of the row, and their sum. */
+static ALWAYS_INLINE void NAME(row_block)(const real *x, const char *mask, int64_t j, int64_t n, vec base, real *out,
+                                          NAME(row_sum) * sum, const int which, const int far, const int whole)
+{
+    vec term[NAME(TREE)];
+    UNROLL(8)
+    for (int i = 0; i < NAME(TREE); i++) {
+        const int64_t at = j + i * LANES;
+        if (!whole && at >= n) {
+            term[i] = (vec){0};
+            continue;
+        }
+        term[i] = NAME(row_term)(NAME(row_vector)(x, mask, at, whole ? INT64_MAX : n), base, which, far);
+    }
+    UNROLL(8)
+    for (int i = 0; out && i < NAME(TREE); i++) {
+        const int64_t at = j + i * LANES;
+        if (whole || at < n)
+            NAME(store_row)(out, at, whole ? INT64_MAX : n, term[i]);
+    }
+    NAME(add_tree)(sum, term);
+}
+
+static ALWAYS_INLINE double NAME(sum_of_row)(const real *x, const char *mask, int64_t n, real base, real *out,
+                                             const int which, const int far)
+{
+    NAME(row_sum) sum = {{0}, {0}};
+    int64_t j = 0;
+    for (; j + NAME(ROW_BLOCK) <= n; j += NAME(ROW_BLOCK))
+        NAME(row_block)(x, mask, j, n, NAME(fill)(base), out, &sum, which, far, 1);
+    if (j < n)
+        NAME(row_block)(x, mask, j, n, NAME(fill)(base), out, &sum, which, 1, 0);
+    return (double)NAME(total)(sum.sum - sum.lost);
+}
+
+static NEVER_INLINE double NAME(sum_of_others)(const real *x, const char *mask, int64_t n, real base)
+{
+    return NAME(sum_of_row)(x, mask, n, base, NULL, NAME(OTHERS), 1);
+}
+
 static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const char *x, ptrdiff_t x_row,
                                         const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n,
                                         const int count)
 {
     const vec none = NAME(fill)(-(real)INFINITY);
-    const real log2e = (real)1.44269504088896340736;
     const int64_t whole = n / LANES * LANES;
     real base[NAME(ROWS_AT_ONCE)];
-    double total[NAME(ROWS_AT_ONCE)];
+    double total[NAME(ROWS_AT_ONCE)]; /* its logarithm where that is wanted */
+    int far[NAME(ROWS_AT_ONCE)];      /* whether exponentials may be denormal or 0 */
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
-        vec most = none, other = none;
+        vec most[4] = {none, none, none, none}, least[4] = {-none, -none, -none, -none};
         int64_t j = 0;
-        for (; j + LANES < whole; j += 2 * LANES) {
-            most = NAME(max)(NAME(row_vector)(x_r, mask_r, j, whole), most);
-            other = NAME(max)(NAME(row_vector)(x_r, mask_r, j + LANES, whole), other);
+        for (; j + 4 * LANES <= n; j += 4 * LANES) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++) {
+                const vec numbers = NAME(row_vector)(x_r, mask_r, j + i * LANES, INT64_MAX);
+                most[i] = NAME(max)(numbers, most[i]);
+                if (!EXP_REACHES_FAR)
+                    least[i] = NAME(min)(numbers, least[i]);
+            }
         }
-        for (; j < n; j += LANES)
-            most = NAME(max)(NAME(row_vector)(x_r, mask_r, j, n), most);
-        base[r] = NAME(spread_max)(NAME(max)(most, other))[0];
+        for (; j < n; j += LANES) {
+            const vec numbers = NAME(row_vector)(x_r, mask_r, j, n);
+            most[0] = NAME(max)(numbers, most[0]);
+            if (!EXP_REACHES_FAR && j + LANES <= n)
+                least[0] = NAME(min)(numbers, least[0]);
+        }
+        base[r] = NAME(spread_max)(NAME(max)(NAME(max)(most[0], most[1]), NAME(max)(most[2], most[3])))[0];
         if (base[r] == -(real)INFINITY)
             base[r] = 0;
+        least[0] = NAME(min)(NAME(min)(least[0], least[1]), NAME(min)(least[2], least[3]));
+        far[r] = !(-NAME(spread_max)(-least[0])[0] - base[r] >= NAME(LOG_OF_NORMAL));
     }
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
-        real *out_r = (real *)(out + r * out_row);
-        total[r] = 0;
-        for (int64_t run = 0; run < whole; run += NAME(ROW_RUN)) {
-            const int64_t stop = whole - run < NAME(ROW_RUN) ? whole : run + NAME(ROW_RUN);
-            vec sum = {0};
-            for (int64_t j = run; j < stop; j += LANES) {
-                const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, j, whole) - base[r]) * log2e);
-                sum += e;
-                if (function == FA_ROW_SOFTMAX)
-                    NAME(store)(out_r + j, e);
-            }
-            total[r] += (double)NAME(total)(sum);
-        }
-        if (whole < n) {
-            const vec e = NAME(exp2)((NAME(row_vector)(x_r, mask_r, whole, n) - base[r]) * log2e);
-            total[r] += (double)NAME(total)(e);
-            if (function == FA_ROW_SOFTMAX)
-                NAME(store_row)(out_r, whole, n, e);
-        }
+        real *out_r = function == FA_ROW_SOFTMAX ? (real *)(out + r * out_row) : NULL;
+        if (EXP_REACHES_FAR || !far[r])
+            total[r] = NAME(sum_of_row)(x_r, mask_r, n, base[r], out_r, NAME(ALL), 0);
+        else
+            total[r] = NAME(sum_of_row)(x_r, mask_r, n, base[r], out_r, NAME(ALL), 1);
+    }
+    for (int r = 0; r < count && function != FA_ROW_SOFTMAX; r++) {
+        const real *x_r = (const real *)(x + r * x_row);
+        const char *mask_r = mask ? mask + r * mask_row : NULL;
+        total[r] = NAME(one_is_most)(total[r]) ? log1p(NAME(sum_of_others)(x_r, mask_r, n, base[r])) : log(total[r]);
         /* inf - inf has made a NaN of the sum; the sum itself is infinite, unless there is a true NaN. */
-        if (function != FA_ROW_SOFTMAX && base[r] == (real)INFINITY) {
-            total[r] = 1;
+        if (base[r] == (real)INFINITY) {
+            total[r] = 0;
             for (int64_t j = 0; j < n; j++)
                 if ((!mask_r || mask_r[j]) && x_r[j] != x_r[j])
                     total[r] = (double)x_r[j];
@@ -95,7 +166,7 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         real *out_r = (real *)(out + r * out_row);
         if (function == FA_ROW_LOGSUMEXP) {
-            *out_r = (real)(total[r] == 0 ? -INFINITY : (double)base[r] + log(total[r]));
+            *out_r = (real)((double)base[r] + total[r]);
         } else if (function == FA_ROW_SOFTMAX) {
             const real scale = (real)(total[r] == 0 ? 0 : 1 / total[r]);
             if (mask && scale != scale) { /* a hidden entry stays 0 in a row of NaN */
@@ -108,7 +179,7 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
             for (int64_t j = whole; j < n; j++)
                 out_r[j] *= scale;
         } else {
-            const real log_total = (real)log(total[r]);
+            const real log_total = (real)total[r];
             for (int64_t j = 0; j < n; j += LANES) {
                 const vec y = NAME(row_vector)(x_r, mask_r, j, n);
                 NAME(store_row)(out_r, j, n, NAME(pick)(y == none, none, (y - base[r]) - log_total));
