@@ -3,8 +3,9 @@
  *
  * The bits are those of rows_of: lane l of its vectors, which takes the numbers l, l + LANES, ... of a row, is vector
  * sum[l] here. Where the rows fit, they are kept in scratch from pass to pass and memory sees each number once;
- * otherwise they are read again, and exponentials are taken again, since a row has no room for them in the dtype of
- * their sum.
+ * otherwise they are read again and their exponentials are taken again. Exponentials are taken in the order of memory
+ * and summed a block later: the order of a sum would miss the first cache at every step (512 rows: 0.92 -> 0.70 ns a
+ * number).
  */
 enum { NAME(COLUMN_VECS) = 4, NAME(COLUMN_ROWS) = NAME(COLUMN_VECS) * LANES, NAME(KEPT_BYTES) = 1 << 18 };
 
@@ -12,6 +13,7 @@ typedef struct {
     NAME(row_sum) sum[LANES][NAME(COLUMN_VECS)];
     vec base[NAME(COLUMN_VECS)], scale[NAME(COLUMN_VECS)];
     double total[NAME(COLUMN_ROWS)];
+    real terms[NAME(ROW_BLOCK) * NAME(COLUMN_ROWS) + NAME(TREE) * 64 / sizeof(real)]; /* exponentials of a block */
     /* Of the numbers of a block, as they follow each other in a row: how far they lie behind the first. */
     ptrdiff_t at[FA_ROW_OPERANDS][NAME(ROW_BLOCK)];
     int64_t index[FA_ROW_AXES], next[FA_ROW_OPERANDS]; /* where the next block begins */
@@ -50,6 +52,14 @@ static void NAME(next_block)(const fa_columns *c, int n, NAME(columns_state) * s
 {
     const fa_axes *row = c->row;
     const int last = row->count - 1;
+    if (last == 0) {
+        for (int k = 0; k < FA_ROW_OPERANDS; k++) {
+            for (int t = 0; t < n; t++)
+                state->at[k][t] = state->next[k] + t * row->strides[k][0];
+            state->next[k] += n * row->strides[k][0];
+        }
+        return;
+    }
     for (int t = 0; t < n; t++) {
         for (int k = 0; k < FA_ROW_OPERANDS; k++)
             state->at[k][t] = state->next[k];
@@ -146,22 +156,24 @@ static ALWAYS_INLINE void NAME(sums_of_columns)(const fa_columns *c, NAME(column
     NAME(first_block)(c, state);
     for (int64_t j = 0; j < c->length; j += NAME(ROW_BLOCK)) {
         const int n = c->length - j < NAME(ROW_BLOCK) ? (int)(c->length - j) : NAME(ROW_BLOCK);
+        real *terms = kept && keep ? kept + NAME(kept_at)(j) : state->terms;
         if (!kept)
             NAME(next_block)(c, n, state);
+        for (int t = 0; t < n; t++) {
+            UNROLL(4)
+            for (int v = 0; v < vecs; v++) {
+                const vec x = kept ? NAME(load)(kept + NAME(kept_at)(j + t) + v * LANES)
+                                   : NAME(column_vector)(c, state, t, v, x_whole);
+                NAME(store)(terms + NAME(kept_at)(t) + v * LANES, NAME(row_term)(x, state->base[v], which, 1));
+            }
+        }
         for (int l = 0; l < LANES && l < n; l++)
             for (int v = 0; v < vecs; v++) {
                 vec term[NAME(TREE)];
                 UNROLL(8)
                 for (int i = 0; i < NAME(TREE); i++) {
                     const int t = l + i * LANES;
-                    real *kept_t = kept ? kept + NAME(kept_at)(j + t) + v * LANES : NULL;
-                    term[i] = (vec){0};
-                    if (t >= n)
-                        continue;
-                    const vec x = kept ? NAME(load)(kept_t) : NAME(column_vector)(c, state, t, v, x_whole);
-                    term[i] = NAME(row_term)(x, state->base[v], which, 1);
-                    if (kept && keep)
-                        NAME(store)(kept_t, term[i]);
+                    term[i] = t < n ? NAME(load)(terms + NAME(kept_at)(t) + v * LANES) : (vec){0};
                 }
                 NAME(add_tree)(&state->sum[l][v], term);
             }
