@@ -23,6 +23,7 @@ cdef enum Operand:
     KEY_LENGTHS
     QUERY_LENGTHS
     OFFSETS
+    KEYS_BEFORE
     OPERANDS
 
 
@@ -65,6 +66,7 @@ cdef Problem read_dot_product(
     object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
     object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
     object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=*,
+    object keys_before=*,
 )
 cdef Problem read_additive(
     object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,

@@ -603,6 +603,8 @@ cdef class Problem:
             to.offset = (<int64_t *> at[<int> OFFSETS])[0]
         elif self.offset_is_default:
             to.offset = to.key_length - to.query_length
+        if at[<int> KEYS_BEFORE] != NULL:
+            to.keys_before = (<int64_t *> at[<int> KEYS_BEFORE])[0]
         to.query_length *= to.heads
 
 
@@ -705,7 +707,7 @@ cdef int settle(Problem p) except -1:
     cdef Py_ssize_t group = p.group
     p.shared.few = p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
     if (group == 1 or p.longest_query >= MANY_QUERIES or p.packed or last_stride(p, KEY_LENGTHS) or
-            last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS)):
+            last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS) or last_stride(p, KEYS_BEFORE)):
         return 0
     p.sizes.query.head = last_stride(p, QUERY)
     p.sizes.mask.head = last_stride(p, MASK)
@@ -737,15 +739,18 @@ cdef Problem read_rules(
     object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
     object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
     object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
+    object keys_before=None,
 ):
     """What all scores share. arrays: query and key, of one dtype, and value, of the output's; p.shared.dtype,
-    .score_dtype and .score are set. inputs, names: what came, which `out` must not overlap."""
+    .score_dtype and .score are set. inputs, names: what came, which `out` must not overlap. keys_before: how many keys
+    were before the first one, of which chunks count; as query_offset."""
     cdef Py_ssize_t group
     p.shared.band = type(return_weights) is str and return_weights == "band"
     cdef bint with_weights = p.shared.band or weights_flag(return_weights), with_lse = flag(return_lse, "return_lse")
     cdef bint grouped = flag(enable_gqa, "enable_gqa")
     cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
-                          bias is None and relative_bias is None and alibi_slopes is None and sinks is None)
+                          bias is None and relative_bias is None and alibi_slopes is None and sinks is None and
+                          keys_before is None)
     p.shared.bias_dtype = FA_F32
     read_arrays(p, arrays, grouped, &group)
     read_window(p, window_size, flag(is_causal, "is_causal"))
@@ -776,6 +781,8 @@ cdef Problem read_rules(
     if query_offset is not None:
         p.offset_is_default = False
         read_integers(p, OFFSETS, query_offset, "query_offset", batch, None, None, &p.sizes.offset)
+    if keys_before is not None:
+        read_integers(p, KEYS_BEFORE, keys_before, "keys_before", batch, 0, FAR, &p.sizes.keys_before)
     if mask is not None:
         mask_array = read_mask(p, mask, batch, rows, cols)
     if bias is not None:
@@ -816,6 +823,7 @@ cdef Problem read_dot_product(
     object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
     object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
     object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=False,
+    object keys_before=None,
 ):
     cdef Problem p = new_problem()
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
@@ -831,7 +839,7 @@ cdef Problem read_dot_product(
         p, arrays, (query, key, value), ("query", "key", "value"),
         is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
         mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads)
+        return_lse, out, num_threads, keys_before)
 
 
 # Scores with weights of their own

@@ -276,13 +276,15 @@ cdef object attend(Problem p):
 def dot_product_attention(
     query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask,
     bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-    num_threads, few_in_place=True,
+    num_threads, few_in_place=True, keys_before=None,
 ):
-    """few_in_place=False: a few queries take the same loops as many, so that their bits are the same."""
+    """few_in_place=False: a few queries take the same loops as many, so that their bits are the same. keys_before: how
+    many keys were before the first one and are gone, an integer of at least 0 or an array as for lengths: chunks count
+    from the first that ever was."""
     cdef Problem p = read_dot_product(
         query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
         mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads)
+        return_lse, out, num_threads, False, keys_before)
     p.shared.few = p.shared.few and few_in_place
     return attend(p)
 

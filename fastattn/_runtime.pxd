@@ -65,7 +65,7 @@ cdef extern from "kernels/fastattn.h" nogil:
     ctypedef struct fa_head:
         fa_view query, key, value, mask, bias, relative_bias, out, weights, lse
         fa_view slope, sink
-        int64_t queries, keys, query_length, key_length, offset, heads
+        int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
     ctypedef struct fa_kernels:
         const char *name

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
@@ -27,6 +29,36 @@ def _size(x: Any, name: str, least: int) -> int:
 def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     x.flags.writeable = False
     return x
+
+
+def _place(
+    to: NDArray[Any], at: NDArray[np.int64], x: NDArray[Any], first: NDArray[np.int64], count: NDArray[np.int64]
+) -> None:
+    """
+    Write `count` tokens of x, from `first` on, into each sequence of `to`, from token `at` on.
+
+    The numbers have one batch axis, as `to`.
+    """
+    sequences, heads, _, channels = to.shape
+    n = x.shape[-2]
+    x = x.reshape(sequences, heads, n, channels)
+    if sequences and all((a == a[0]).all() for a in (at, first, count)):
+        to[:, :, at[0] : at[0] + count[0]] = x[:, :, first[0] : first[0] + count[0]]
+    else:
+        # All that count of all sequences at once: sequence b, token i of x.
+        tokens = np.arange(n)
+        b, i = np.nonzero((tokens >= first[:, None]) & (tokens < (first + count)[:, None]))
+        to[b, :, at[b] + i - first[b]] = x[b, :, i]
+
+
+class _Step(NamedTuple):
+    """What the queries of a layer attend to while new tokens come in: those that were there, and behind them the new."""
+
+    key: NDArray[Any]
+    value: NDArray[Any]
+    lengths: NDArray[np.int64]  # of key and value
+    dropped: NDArray[np.int64]  # tokens before them
+    in_place: bool  # key and value are views of the cache, in which the new tokens do not count yet
 
 
 class KVCache:
@@ -74,15 +106,19 @@ class KVCache:
 
     Notes
     -----
-    Key 0 of `key` is the first one that is still there: all positions (`query_offset`, windows, ALiBi, the columns of a
-    mask) count from it. By default the last query lines up with the last valid key, which is right for a causal step
-    whatever has gone. Where absolute positions matter, as for rotary encodings, add `dropped`.
+    Key 0 of `key` is the first one that is still there: all positions (`query_offset`, windows, chunks, ALiBi, the
+    columns of a mask) count from it. By default the last query lines up with the last valid key, which is right for a
+    causal step whatever has gone. Where absolute positions matter, as for rotary encodings, add `dropped`.
 
     With a window, tokens are moved only when there is no room: then the last `window` of those that are there (fewer
     where the new ones leave less room) go to the front, and the new ones behind them. A capacity of twice the window
     makes that one copy a token, on the average. For steps of n tokens, each of which looks back on `window` others, a
     capacity of ``window + n`` or more is needed; and attention has to be told the window too, since more than the
-    window may be there.
+    window may be there. `MultiHeadAttention` sees to all that: its queries attend to what is there and to the new
+    tokens before anything is let go, whatever the capacity, in the window of the cache.
+
+    `copy`, `crop` and `select` give new caches, for rollback and for beams. So do ``copy.copy`` and ``copy.deepcopy``,
+    and a cache can be pickled: the tokens that are there, not the room for others.
 
     Examples
     --------
@@ -133,15 +169,30 @@ class KVCache:
         if self._dtype.name not in ("float32", "float64", "float16", "bfloat16") or not self._dtype.isnative:
             raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {self._dtype}")
         self._shapes = [(*self._batch, heads, self._capacity, dim) for dim in dims]
+        self._make_room()
+        self.reset()
+
+    def _make_room(self) -> None:
         try:
             # Zeros: what lies past the length of a sequence is in the views, too, and better nothing than anything.
             self._key, self._value = (np.zeros(shape, self._dtype) for shape in self._shapes)
         except ValueError as error:  # sizes beyond the address space
             raise MemoryError(f"no memory for a cache of shapes {self._shapes[0]} and {self._shapes[1]}") from error
-        # The same with one batch axis.
+
+    def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values with one batch axis. Made when needed: a view that is kept would be another array in a copy."""
         count = math.prod(self._batch)
-        self._flat = [x.reshape(count, *x.shape[-3:]) for x in (self._key, self._value)]
-        self.reset()
+        return self._key.reshape(count, *self._key.shape[-3:]), self._value.reshape(count, *self._value.shape[-3:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": self.key, "_value": self.value}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_room()
+        n = self._longest
+        self._key[..., :n, :], self._value[..., :n, :] = state["_key"], state["_value"]
+        self._settle(self._lengths, self._dropped)
 
     @property
     def key(self) -> NDArray[Any]:
@@ -251,45 +302,217 @@ class KVCache:
         if value.shape[-2] != n:
             raise ValueError(f"value has {value.shape[-2]} tokens (axis -2) and key {n}: each token brings both")
         came = self._counts(lengths, n)
-        there = self._lengths.ravel()
-        kept, new = self._plan(came)
-        moved = np.flatnonzero(kept < there)
-        if moved.size:
+        # Of more than there is room for the last ones; of the old ones then as many as there is room for.
+        new = np.minimum(came, self._capacity)
+        kept = np.minimum(self._beside(came), self._capacity - new)
+        if (kept < self._lengths.ravel()).any():
             # What came might be views of what is about to move.
             own = self._key, self._value
             key, value = (x.copy() if any(np.may_share_memory(x, y) for y in own) else x for x in (key, value))
-            for s in moved:
-                for flat in self._flat:
-                    flat[s, :, : kept[s]] = flat[s, :, there[s] - kept[s] : there[s]]
-        first = came - new
-        for flat, x in zip(self._flat, (key, value), strict=True):
-            x = x.reshape(flat.shape[0], flat.shape[1], n, flat.shape[3])
-            if flat.shape[0] and all((a == a[0]).all() for a in (kept, first, new)):
-                flat[:, :, kept[0] : kept[0] + new[0]] = x[:, :, first[0] : first[0] + new[0]]
-            else:
-                # All that count of all sequences at once: sequence b, token i of those that came.
-                tokens = np.arange(n)
-                b, i = np.nonzero((tokens >= first[:, None]) & (tokens < came[:, None]))
-                flat[b, :, kept[b] + i - first[b]] = x[b, :, i]
+        self._let_go(kept)
+        for flat, x in zip(self._flat(), (key, value), strict=True):
+            _place(flat, kept, x, came - new, new)
         shape = self._lengths.shape
-        self._settle((kept + new).reshape(shape), self._dropped + (there - kept + first).reshape(shape))
+        self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape))
 
-    def _plan(self, came: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many of the tokens that are there stay in each sequence, and how many of those that come go in."""
+    def copy(self) -> Self:
+        """
+        A cache of its own with the same tokens, lengths and room.
+
+        Returns
+        -------
+        KVCache
+
+        Raises
+        ------
+        MemoryError
+            If there is no memory for it.
+
+        Examples
+        --------
+        Two ways to go on from the same prompt:
+
+        >>> from fastattn.cache import KVCache
+        >>> cache = KVCache((), 1, 10, 1)
+        >>> cache.append([[[1], [2]]], [[[1], [2]]])
+        >>> other = cache.copy()
+        >>> other.append([[[7]]], [[[7]]])
+        >>> cache.key.ravel(), other.key.ravel()
+        (array([1., 2.], dtype=float32), array([1., 2., 7.], dtype=float32))
+        """
+        return self._derived(self._batch, range(math.prod(self._batch)), self._lengths, self._dropped)
+
+    def crop(self, lengths: ArrayLike) -> Self:
+        """
+        A cache of its own with the first `lengths` of the tokens that are there: it takes back what came behind them.
+
+        Parameters
+        ----------
+        lengths : int or array_like of int, shape batch_shape or (*batch_shape, 1)
+            How many tokens each sequence is to have, 0 to those that are there: ``cache.lengths - 2`` takes back two.
+
+        Returns
+        -------
+        KVCache
+            Of the same capacity and window; ``dropped`` is as it was, so positions go on from what is left.
+
+        Raises
+        ------
+        ValueError
+            If `lengths` do not fit; if a sequence that has dropped tokens would keep fewer than `window`: the next
+            token would look back on some that are gone.
+        TypeError
+            If `lengths` are not integers.
+        MemoryError
+            If there is no memory for it.
+
+        Examples
+        --------
+        Speculative decoding: four drafted tokens, of which the first sequence accepts one and the second three.
+
+        >>> import numpy as np
+        >>> from fastattn.cache import KVCache
+        >>> cache = KVCache(2, 1, 10, 1)
+        >>> cache.append(np.ones((2, 1, 5, 1)), np.ones((2, 1, 5, 1)))
+        >>> cache.append(np.full((2, 1, 4, 1), 9), np.full((2, 1, 4, 1), 9))
+        >>> cache = cache.crop(cache.lengths - [[3], [1]])
+        >>> cache.lengths.ravel()
+        array([6, 8])
+        """
+        there, dropped = self._lengths.ravel(), self._dropped.ravel()
+        keep = self._counts(lengths, there)
+        if self._window is not None:
+            short = np.flatnonzero((dropped > 0) & (keep < self._window) & (keep < there))
+            if short.size:
+                b = int(short[0])
+                raise ValueError(
+                    f"lengths leaves {keep[b]} of {there[b]} tokens{self._where(b)}, fewer than window={self._window}, "
+                    f"and the {dropped[b]} before them have been dropped: at least {self._window} must stay"
+                )
+        return self._derived(self._batch, range(len(keep)), keep.reshape(self._lengths.shape), self._dropped)
+
+    def select(self, indices: ArrayLike) -> Self:
+        """
+        A cache of its own with the chosen sequences, in that order: for beams, and to drop those that are finished.
+
+        Parameters
+        ----------
+        indices : array_like of int, shape (n,), or of bool, shape (batch_shape[0],)
+            Which entries of the first batch axis, as in ``x[indices]``: any of them any number of times, negative
+            numbers from the end. Booleans say which ones stay.
+
+        Returns
+        -------
+        KVCache
+            Of batch_shape (n, *batch_shape[1:]), the same capacity and window.
+
+        Raises
+        ------
+        ValueError
+            If `indices` do not fit, or if there is no batch axis, ``batch_shape=()``.
+        TypeError
+            If `indices` are neither integers nor booleans.
+        MemoryError
+            If there is no memory for it.
+
+        Examples
+        --------
+        Beam 2 has won twice; then only the second of the two goes on.
+
+        >>> import numpy as np
+        >>> from fastattn.cache import KVCache
+        >>> cache = KVCache(3, 1, 10, 1)
+        >>> cache.append([[[[10]]], [[[11]]], [[[12]]]], np.zeros((3, 1, 1, 1)))
+        >>> beams = cache.select([2, 2])
+        >>> beams.key.ravel()
+        array([12., 12.], dtype=float32)
+        >>> finished = np.array([True, False])
+        >>> beams.select(~finished).lengths
+        array([[1]])
+        """
+        if not self._batch:
+            raise ValueError("select chooses along the first batch axis, and this cache has none: batch_shape=()")
+        chosen = self._indices(indices)
+        inner = math.prod(self._batch[1:])
+        sources = (chosen[:, None] * inner + np.arange(inner)).ravel()
+        batch = (len(chosen), *self._batch[1:])
+        return self._derived(batch, sources, self._lengths[chosen], self._dropped[chosen])
+
+    def _derived(self, batch: tuple[int, ...], sources: Any, lengths: Any, dropped: Any) -> Self:
+        """A cache of the same kind; its sequence s begins with the first `lengths` tokens of my sequence sources[s]."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._batch = batch
+        new._shapes = [(*batch, *shape[-3:]) for shape in self._shapes]
+        new._make_room()
+        for to, of in zip(new._flat(), self._flat(), strict=True):
+            for s, (source, n) in enumerate(zip(sources, lengths.ravel(), strict=True)):
+                to[s, :, :n] = of[source, :, :n]
+        new._settle(lengths, dropped)
+        return new
+
+    def _beside(self, came: NDArray[np.int64], every: bool = False) -> NDArray[np.int64]:
+        """
+        How many of the tokens that are there count beside those that come: all, but with a window no more than that
+        where there is no room for all; `every`: even then.
+        """
         there = self._lengths.ravel()
         full = there + came > self._capacity
-        if not full.any():
-            return there, came
         if self._window is None:
-            raise self._no_room(there, came, full)
-        # Of more than there is room for the last ones; of the old ones then as many as may be asked for.
-        new = np.minimum(came, self._capacity)
-        return np.where(full, np.minimum(there, np.minimum(self._window, self._capacity - new)), there), new
+            if full.any():
+                raise self._no_room(there, came, full)
+            return there
+        return there if every else np.where(full, np.minimum(there, self._window), there)
 
-    def _longest_after(self, n: int, lengths: ArrayLike | None) -> int:
-        """Tokens of the longest sequence, were n tokens appended, of which `lengths` count; errors as in `append`."""
-        kept, new = self._plan(self._counts(lengths, n))
-        return int((kept + new).max(initial=0))
+    def _let_go(self, kept: NDArray[np.int64]) -> None:
+        """Of each sequence keep the last `kept` tokens."""
+        there = self._lengths.ravel()
+        moved = np.flatnonzero(kept < there)
+        if moved.size == 0:
+            return
+        for flat in self._flat():
+            for s in moved:
+                flat[s, :, : kept[s]] = flat[s, :, there[s] - kept[s] : there[s]]
+        shape = self._lengths.shape
+        self._settle(kept.reshape(shape), self._dropped + (there - kept).reshape(shape))
+
+    def _begin_step(
+        self, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64], old: NDArray[np.int64]
+    ) -> _Step:
+        """
+        What a layer's queries attend to when `came` tokens come: `old` of those that are there, as `_beside` has it,
+        and the new ones behind them. They lie in the cache if it has room, and have come in only with `_end_step`.
+        """
+        key, value = self._converted(key, "key", 0), self._converted(value, "value", 1)
+        there, shape, nothing = self._lengths.ravel(), self._lengths.shape, np.zeros_like(came)
+        lengths = old + came
+        dropped = self._dropped + (there - old).reshape(shape)
+        in_place = bool((lengths <= self._capacity).all())
+        parts: list[NDArray[Any]]
+        if in_place:
+            self._let_go(old)
+            for flat, x in zip(self._flat(), (key, value), strict=True):
+                _place(flat, old, x, nothing, came)
+            parts = [self._key, self._value]
+        elif old.any():
+            parts = []
+            for flat, x in zip(self._flat(), (key, value), strict=True):
+                both = np.zeros((*flat.shape[:2], lengths.max(), flat.shape[3]), self._dtype)
+                _place(both, nothing, flat, there - old, old)
+                _place(both, old, x, nothing, came)
+                parts.append(both.reshape(*self._batch, *both.shape[1:]))
+        else:
+            parts = [key, value]
+        longest = int(lengths.max(initial=0))
+        key, value = (x[..., :longest, :] for x in parts)
+        return _Step(key, value, lengths.reshape(shape), dropped, in_place)
+
+    def _end_step(self, step: _Step, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64]) -> None:
+        """The tokens of `_begin_step` have come in."""
+        if step.in_place:
+            self._settle(step.lengths, step.dropped)
+        else:
+            self.append(key, value, came.reshape(self._lengths.shape))
 
     def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
         self._lengths, self._dropped = _read_only(lengths), _read_only(dropped)
@@ -316,34 +539,67 @@ class KVCache:
             raise ValueError(f"{name} has shape {a.shape}; it must have ({allowed}), n the number of tokens")
         return a.astype(self._dtype, copy=False)
 
-    def _counts(self, lengths: Any, n: int) -> NDArray[np.int64]:
-        """How many of n tokens count in each sequence, on one batch axis."""
+    def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        """
+        How many tokens count in each sequence, on one batch axis: at most so many of those that come, or, with an
+        array, of those that are there. None: as many.
+        """
         batch = self._batch
+        count = math.prod(batch)
         if lengths is None:
-            return np.full(math.prod(batch), n, np.int64)
+            return np.full(count, most, np.int64)
         allowed = f"an integer or an integer array of shape {batch} or {(*batch, 1)}"
-        try:
-            a = np.asarray(lengths)
-        except ValueError as error:
-            raise TypeError(f"lengths must be {allowed}: {error}") from error
-        if a.size == 0 and a is not lengths:  # an empty list says nothing of its dtype
-            a = a.astype(np.int64)
+        a = self._integers(lengths, "lengths", allowed)
         if a.dtype.kind not in "iu":
             raise TypeError(f"lengths must be {allowed}, not of dtype {a.dtype}")
         if a.shape not in ((), batch, (*batch, 1)):
             raise ValueError(f"lengths has shape {a.shape}; it must be {allowed}, one for each sequence")
-        if a.size and (a.min() < 0 or a.max() > n):
-            wrong = a.min() if a.min() < 0 else a.max()
-            raise ValueError(f"lengths must lie between 0 and {n}, the number of tokens in key and value, not {wrong}")
+        flat = a.ravel()
+        wrong = np.flatnonzero((flat < 0) | (flat > most))
+        if wrong.size:
+            b = int(wrong[0])
+            if isinstance(most, int):
+                limit = f"{most}, the number of tokens in key and value"
+            else:
+                limit = f"{most[b]}, the number of tokens that are there{self._where(b)}"
+            raise ValueError(f"lengths must lie between 0 and {limit}, not {flat[b if a.ndim else 0]}")
+        return np.full(count, a, np.int64) if a.ndim == 0 else flat.astype(np.int64)
+
+    def _indices(self, indices: Any) -> NDArray[np.int64]:
+        """Entries of the first batch axis, none of them negative."""
+        size = self._batch[0]
+        allowed = f"integers from {-size} to {size - 1}, or {size} booleans, on one axis"
+        a = self._integers(indices, "indices", allowed)
+        if a.dtype.kind not in "biu":
+            raise TypeError(f"indices must be {allowed}, not of dtype {a.dtype}")
+        if a.ndim != 1 or (a.dtype.kind == "b" and len(a) != size):
+            raise ValueError(f"indices has shape {a.shape}; it must be {allowed}: batch_shape is {self._batch}")
+        if a.dtype.kind == "b":
+            return np.flatnonzero(a)
+        wrong = np.flatnonzero((a < -size) | (a >= size))
+        if wrong.size:
+            raise ValueError(f"indices must be {allowed}, not {a[wrong[0]]}: batch_shape is {self._batch}")
         a = a.astype(np.int64)
-        return np.full(math.prod(batch), a) if a.ndim == 0 else a.ravel()
+        return np.where(a < 0, a + size, a)
+
+    @staticmethod
+    def _integers(x: Any, name: str, allowed: str) -> NDArray[Any]:
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} must be {allowed}, not masked")
+        try:
+            a = np.asarray(x)
+        except ValueError as error:
+            raise TypeError(f"{name} must be {allowed}: {error}") from error
+        # An empty list says nothing of its dtype.
+        return a.astype(np.int64) if a.size == 0 and a is not x else a
+
+    def _where(self, b: int) -> str:
+        """Which sequence that is."""
+        return f" in sequence {', '.join(map(str, np.unravel_index(b, self._batch)))}" if self._batch else ""
 
     def _no_room(self, there: NDArray[Any], came: NDArray[Any], full: NDArray[Any]) -> ValueError:
         b = int(np.flatnonzero(full)[0])
-        where = ""
-        if self._batch:
-            where = f" in sequence {', '.join(map(str, np.unravel_index(b, self._batch)))}"
         return ValueError(
-            f"the cache has capacity={self._capacity} tokens: {there[b]} are there and {came[b]} came{where}. "
+            f"the cache has capacity={self._capacity} tokens: {there[b]} are there and {came[b]} came{self._where(b)}. "
             f"reset() empties it; a cache with window= never fills up"
         )

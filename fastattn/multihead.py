@@ -159,17 +159,39 @@ class _Weights(NamedTuple):
         def one(*parts: NDArray[Any]) -> NDArray[Any]:
             whole = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype)
             np.concatenate(parts, axis=1, out=whole, casting="same_kind")
-            whole.flags.writeable = False
             return whole
 
-        n = query.shape[1]
         with np.errstate(all="ignore"):
-            every = one(query, *context) if len(query) == len(context[0]) else None
-            own = one(query) if every is None else every[:, :n]
-            other = one(*context) if every is None else every[:, n:]
+            same = len(query) == len(context[0])
+            inputs = (one(query, *context),) if same else (one(query), one(*context))
             b_every, b_out = (None if b is None else b.astype(dtype) for b in (b_every, b_out))
-            b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
-            return cls(own, other, every, None if out is None else one(out), b_own, b_other, b_every, b_out)
+            return cls.sharing(query.shape[1], inputs, None if out is None else one(out), b_every, b_out)
+
+    @classmethod
+    def sharing(
+        cls,
+        n: int,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+        b_every: NDArray[Any] | None,
+        b_out: NDArray[Any] | None,
+    ) -> _Weights:
+        """
+        Views of these arrays, which nobody may write to from here on; n: columns of the query's. inputs: all
+        projections side by side, or those of query and of context.
+        """
+        for a in (*inputs, out, b_every, b_out):
+            if a is not None:
+                a.flags.writeable = False
+        every = inputs[0] if len(inputs) == 1 else None
+        own, other = inputs if every is None else (every[:, :n], every[:, n:])
+        b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
+        return cls(own, other, every, out, b_own, b_other, b_every, b_out)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """The arguments of `sharing` behind n: what is in memory, each once."""
+        inputs = (self.query, self.context) if self.every is None else (self.every,)
+        return inputs, self.out, self.b_every, self.b_out
 
 
 def self_attention(
@@ -210,7 +232,8 @@ def self_attention(
     w_value : array_like, shape (d_model, d_v)
         The matrices W^Q, W^K and W^V, on the right of x; they promote together with x as `numpy.result_type` says.
     is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
-        As for `dot_product_attention`: which keys a query sees. Both L and S are the length of x here.
+        As for `dot_product_attention`: which keys a query sees. Both L and S are the length of x here, and
+        `query_lengths` is `key_lengths` unless it is given: in a padded batch ``key_lengths=lengths`` is enough.
     bias, relative_bias, alibi_slopes
         As for `dot_product_attention`: what is added to the scores.
     scale, softcap, sinks, activation
@@ -221,7 +244,7 @@ def self_attention(
     Returns
     -------
     out : ndarray, shape (..., L, d_v)
-        Of the dtype to which x and the matrices promote.
+        Of the dtype to which x and the matrices promote. Rows past the length of a sequence are 0.
     weights : ndarray, shape (..., L, L) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
@@ -301,6 +324,8 @@ def self_attention(
             key_lengths=key_lengths,
             query_lengths=query_lengths,
         )
+    if query_lengths is None:
+        query_lengths = key_lengths
     flat = _rows(tokens, accumulation)
     with np.errstate(all="ignore"):
         query, key, value = (
@@ -380,7 +405,7 @@ class MultiHeadAttention:
     Attributes
     ----------
     w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out : ndarray or None
-        The layer's own copies, in the dtype in which they are multiplied; read-only.
+        The layer's own copies, in the dtype in which they are multiplied; read-only, also in what a pickle brings back.
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
     dtype : numpy.dtype
         What the weight matrices promote to.
@@ -732,6 +757,14 @@ class MultiHeadAttention:
         """
         return cls(**_weights.from_keras(weights, prefix))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Views would be written down again as arrays of their own.
+        return {**self.__dict__, "_weights": self._weights.arrays()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._weights = _Weights.sharing(self.num_heads * self.head_dim, *state["_weights"])
+
     def __repr__(self) -> str:
         rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
         return (
@@ -822,19 +855,23 @@ class MultiHeadAttention:
         context : array_like, shape (..., S, d_context), optional
             What is asked (cross-attention); its batch axes and those of x broadcast. Default: x.
         cache : KVCache, optional
-            Keys and values of x are appended to it, and x attends to all that are there then. Its batch_shape is the
-            batch axes of x; `query_lengths` says how many rows of x count in each sequence. Neither `context` nor
-            `key_lengths` nor `query_offset` go with it: the cache knows them.
+            x attends to the keys and values that are there and to those of x, and these are appended. Its batch_shape
+            is the batch axes of x; `query_lengths` says how many rows of x count in each sequence. Neither `context`
+            nor `key_lengths` nor `query_offset` go with it: the cache knows them.
         is_causal, window_size, chunk_size, left_chunks : optional
-            As for `dot_product_attention`.
+            As for `dot_product_attention`. Over a cache with ``window=w``, which lets go of old tokens, the default is
+            ``window_size=(w - 1, None)``, unless there is a chunk rule; neither may let a query see more than w keys
+            before its own.
         query_offset, key_lengths, query_lengths : int or array of int, optional
             As for `dot_product_attention`, but with the batch axes of x, without one for the heads: ``(B,)`` for x
-            (B, L, d_model). By default the last valid query lines up with the last valid key also where x attends to
-            itself: for padded sequences and a causal rule or a window give both lengths, or ``query_offset=0``.
+            (B, L, d_model). Where x attends to itself, without a cache, `query_lengths` is `key_lengths` unless it is
+            given: in a padded batch ``key_lengths=lengths`` is enough.
         mask, bias, relative_bias : array_like, optional
             As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), the last one to
-            (..., num_heads, L, left + right + 1). S is the length of x, of `context`, or of ``cache.key`` after
-            the call. A mask for each sequence, not for each head, is ``mask[:, None]``.
+            (..., num_heads, L, left + right + 1). S is the length of x or of `context`. With a cache, columns are the
+            tokens that were there before the call, and behind them, in each sequence, the new ones: S is
+            ``max(cache.lengths + query_lengths)``, also where some are let go then. A mask for each sequence, not for
+            each head, is ``mask[:, None]``.
         alibi_slopes, sinks : array_like, optional
             As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
         scale, softcap, activation, num_threads : optional
@@ -859,15 +896,21 @@ class MultiHeadAttention:
         ValueError, TypeError
             If an argument is not as above; the message names it, `out` is untouched and nothing is appended.
         MemoryError
-            If there is no memory for the result, the projected arrays or the workspace. (Then, and when Ctrl-C ends
-            a call, tokens may have been appended.)
+            If there is no memory for the result, the projected arrays or the workspace. Nothing is appended then, nor
+            when Ctrl-C ends a call (but what is beyond the window of the cache may have been let go).
 
         Notes
         -----
-        A row of x that sees no key gives `b_out`, or 0 without it.
+        A row of x that sees no key, as those past the length of a sequence, has weights 0 and a log-sum-exp of -inf,
+        its heads give 0, and so its output is `b_out`, or 0 without it.
 
         Rotary encoding puts key j at position j and query i at ``query_offset + i``; with a cache, row i of x at
-        ``cache.dropped + cache.lengths + i``, with the lengths before the call.
+        ``cache.dropped + cache.lengths + i``, with the lengths before the call. With a cache chunks too count from the
+        first token that ever came. So results do not depend on how tokens were cut into calls, but for rounding, as
+        long as no rule lets a query see behind the tokens of its call.
+
+        Over a cache with a window, queries attend to all new tokens before any is let go: where there is no room for
+        them beside those that the window needs, that takes memory for both for the time of the call.
 
         16-bit arrays are projected, and attended to, in float32; only the output is rounded. With a cache attention is
         in the cache's dtype: query, key and value are rounded to it, and the output of the heads comes in it. All
@@ -910,8 +953,11 @@ class MultiHeadAttention:
             raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
         if cache is not None and query_offset is not None:
             raise ValueError("query_offset and cache do not go together: the rows of x follow what is in the cache")
-        rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
         keys_valid = _per_sequence(key_lengths, "key_lengths", batch, num_keys)
+        if query_lengths is None and context is None and cache is None:
+            rows_valid = keys_valid
+        else:
+            rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
         offset = _per_sequence(query_offset, "query_offset", batch)
         if out is not None:
             _check_out(
@@ -934,16 +980,23 @@ class MultiHeadAttention:
             parts = self.w_query, (self.w_key, self.w_value), self.w_out
             weights = _Weights.of(*parts, self._b_every, self._b_out, accumulation)
         grouped = self.num_heads != self.num_kv_heads
+        if isinstance(cache, KVCache) and cache.window is not None and window_size is None and chunk_size is None:
+            window_size = cache.window - 1, None
         rules_before_lengths = is_causal, window_size, chunk_size, left_chunks
         rules_behind_lengths = mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, grouped
-        counts: Any = None
+        came: Any = None
+        old: Any = None
         if cache is not None:
-            counts = self._counts(cache, batch, length, rows_valid)
+            came = self._came(cache, batch, length, rows_valid)
+            # Columns of a matrix mean all that is there.
+            columns = mask is not None or bias is not None or (return_weights is not False and return_weights != "band")
+            old = cache._beside(came, columns)
+            num_keys = int((old + came).max(initial=0))
             # Nothing may be appended if a rule is wrong. Without channels and with all keys hidden this call is little
             # more than its checks.
             _dot_product_attention(
                 np.empty((*batch, self.num_heads, length, 0), np.float32),
-                *2 * [np.empty((*batch, self.num_kv_heads, cache._longest_after(length, counts), 0), np.float32)],
+                *2 * [np.empty((*batch, self.num_kv_heads, num_keys, 0), np.float32)],
                 *rules_before_lengths,
                 None,
                 0,
@@ -954,6 +1007,8 @@ class MultiHeadAttention:
                 None,
                 num_threads,
             )
+            if cache.window is not None:
+                _check_reach(cache.window, window_size, chunk_size, left_chunks)
 
         with np.errstate(all="ignore"):
             # From tokens to heads.
@@ -973,6 +1028,8 @@ class MultiHeadAttention:
                 first = offset
                 if cache is not None:
                     first = cache.dropped + cache.lengths
+                elif first is None and rows_valid is keys_valid:
+                    first = 0
                 elif first is None:
                     first = num_keys if keys_valid is None else keys_valid
                     first = first - (length if rows_valid is None else rows_valid)
@@ -983,10 +1040,12 @@ class MultiHeadAttention:
                 else:
                     self._rotate(query, first, num_threads)
                     self._rotate(key, 0, num_threads)
+            new = key, value
+            step: Any = None
             if cache is not None:
-                cache.append(key, value, counts)
+                step = cache._begin_step(*new, came, old)
                 query = query.astype(cache.dtype, copy=False)
-                key, value, keys_valid = cache.key, cache.value, cache.lengths
+                key, value, keys_valid = step.key, step.value, step.lengths
 
             # Attention, into memory with the heads side by side.
             direct = weights.out is None and query.dtype == dtype
@@ -1007,6 +1066,8 @@ class MultiHeadAttention:
                 return_lse,
                 heads.reshape(*batch, length, self.num_heads, self.value_dim).swapaxes(-2, -3),
                 num_threads,
+                True,  # few_in_place
+                None if step is None or chunk_size is None else step.dropped,  # keys_before
             )
             rest = answer[1:] if isinstance(answer, tuple) else ()
 
@@ -1021,6 +1082,8 @@ class MultiHeadAttention:
                 else:
                     product = _project(flat, weights.out, weights.b_out).reshape(*batch, length, self.d_out)
                     result = _rounded(product, dtype, out)
+            if cache is not None:
+                cache._end_step(step, *new, came)
         return (result, *rest) if rest else result
 
     def _rotate(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
@@ -1036,8 +1099,8 @@ class MultiHeadAttention:
             num_threads=num_threads,
         )
 
-    def _counts(self, cache: Any, batch: tuple[int, ...], length: int, query_lengths: Any) -> Any:
-        """How many rows of x count in each sequence, for a cache that fits."""
+    def _came(self, cache: Any, batch: tuple[int, ...], length: int, query_lengths: Any) -> NDArray[np.int64]:
+        """How many rows of x count in each sequence, as a cache that fits has it."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a fastattn.KVCache, not {type(cache).__name__}")
         sizes = self.num_kv_heads, self.head_dim, self.value_dim
@@ -1048,9 +1111,33 @@ class MultiHeadAttention:
                 f"value_dim={have[2]}; for this layer and the batch axes of x it must have batch_shape={batch}, "
                 f"num_kv_heads={sizes[0]}, head_dim={sizes[1]} and value_dim={sizes[2]}"
             )
-        if query_lengths is None:
-            return length
-        return np.broadcast_to(query_lengths, (*batch, 1)) if isinstance(query_lengths, np.ndarray) else query_lengths
+        if isinstance(query_lengths, np.ndarray):
+            query_lengths = np.broadcast_to(query_lengths, (*batch, 1))
+        return cache._counts(query_lengths, length)
+
+
+def _check_reach(window: int, window_size: Any, chunk_size: Any, left_chunks: Any) -> None:
+    """Whether a cache with that window keeps all that a query may see by rules that are known to be valid."""
+
+    def bounded(n: Any) -> int | None:
+        return None if n is None or n == -1 else int(n)
+
+    pair = isinstance(window_size, (tuple, list)) or getattr(window_size, "ndim", 0) == 1
+    rules, reaches = [], []
+    if window_size is not None:
+        rules.append(f"window_size={window_size}")
+        reaches.append(bounded(window_size[0] if pair else window_size))
+    if chunk_size is not None:
+        rules.append(f"chunk_size={chunk_size} with left_chunks={left_chunks}")
+        before = bounded(left_chunks)
+        reaches.append(None if before is None else (before + 1) * int(chunk_size) - 1)
+    reach = min((n for n in reaches if n is not None), default=None)
+    if reach is None or reach > window:
+        raise ValueError(
+            f"{' and '.join(rules)} lets a query see {'all' if reach is None else reach} keys before its own; the cache "
+            f"has window={window} and keeps no more than that. A larger window keeps more; a smaller left side of "
+            f"window_size, or of left_chunks, looks back on less"
+        )
 
 
 def _rotary_base(x: Any) -> float | None:

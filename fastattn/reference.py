@@ -93,6 +93,13 @@ def to_window(matrix, position, left, right):
     return take_inside(matrix, position - left + np.arange(int(left + right) + 1))
 
 
+def near_chunks(position, key_position, chunk_size, left_chunks):
+    """Whether a key lies in the chunk of a position, or in one of `left_chunks` before it."""
+    chunks_before = position // float(chunk_size) - key_position // float(chunk_size)
+    most = np.inf if left_chunks is None or left_chunks == -1 else float(left_chunks)
+    return (chunks_before >= 0) & (chunks_before <= most)
+
+
 def visible_keys(
     num_queries,
     num_keys,
@@ -124,10 +131,7 @@ def visible_keys(
         left, right = window_sides(window_size, is_causal)
         visible = visible & (j >= position - left) & (j <= position + right)
     if chunk_size is not None:
-        chunks_before = position // float(chunk_size) - j // float(chunk_size)
-        visible = visible & (chunks_before >= 0)
-        if left_chunks is not None and left_chunks >= 0:
-            visible = visible & (chunks_before <= float(left_chunks))
+        visible = visible & near_chunks(position, j, chunk_size, left_chunks)
     if mask is not None:
         visible = visible & np.asarray(mask)
     if bias is not None:
@@ -1033,13 +1037,15 @@ def self_attention(
     w_value : array_like, shape (d_model, d_v)
     is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
     relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
-        As in `dot_product_attention`.
+        As in `dot_product_attention`; `query_lengths` is by default `key_lengths`.
 
     Returns
     -------
     ndarray (..., L, d_v), or a tuple (out[, weights][, lse])
     """
     x = np.asarray(x, dtype=np.float64)
+    if query_lengths is None:
+        query_lengths = key_lengths
     with np.errstate(all="ignore"):
         query, key, value = (project(x, w) for w in (w_query, w_key, w_value))
     return dot_product_attention(
@@ -1142,23 +1148,28 @@ class MultiHeadAttention:
         out=None,
         num_threads=None,
     ):
-        """Attend from x to itself, to `context`, or to all that is in the cache once x is.
+        """Attend from x to itself, to `context`, or to what is in the cache and, behind that, to x.
 
         Parameters
         ----------
         x : array_like, shape (..., L, d_model)
         context : array_like, shape (..., S, d_context), optional
         cache : KVCache, optional
-            Keys and values of x go in, `query_lengths` of them in each sequence.
+            Keys and values of x go in, `query_lengths` of them in each sequence, after attention. If it has a window
+            w, and neither `window_size` nor `chunk_size` is given, ``window_size`` is ``(w - 1, None)``.
         is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
         relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
             As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads.
+            Where x attends to itself `query_lengths` is by default `key_lengths`. With a cache chunks count from the
+            first token that ever came, the columns of masks, biases and weights from the first that is there.
 
         Returns
         -------
         ndarray (..., L, d_out), or a tuple (out[, weights (..., heads, L, S)][, lse (..., heads, L)])
         """
         x = np.asarray(x, dtype=np.float64)
+        if context is None and cache is None and query_lengths is None:
+            query_lengths = key_lengths
         context = x if context is None else np.asarray(context, dtype=np.float64)
         query_offset, key_lengths, query_lengths = (
             n if n is None or np.ndim(n) == 0 else np.asarray(n)[..., None]
@@ -1181,9 +1192,19 @@ class MultiHeadAttention:
             query = apply_rotary(query, offset=query_offset_now, **how)
             key = apply_rotary(key, offset=key_offset, **how)
         if cache is not None:
-            counts = x.shape[-2] if query_lengths is None else query_lengths
-            cache.append(key, value, np.broadcast_to(counts, cache.lengths.shape))
-            key, value, key_lengths = cache.key, cache.value, cache.lengths
+            counts = np.broadcast_to(x.shape[-2] if query_lengths is None else query_lengths, cache.lengths.shape)
+            there, before = cache.lengths, cache.dropped
+            keys, values = (behind(old, new, there, counts) for old, new in ((cache.key, key), (cache.value, value)))
+            cache.append(key, value, counts)
+            key, value, key_lengths = keys, values, there + counts
+            if window_size is None and chunk_size is None and cache.window is not None:
+                window_size = (cache.window - 1, None)
+            if chunk_size is not None:
+                position = per_row(before) + query_positions(x.shape[-2], None, None, counts, key_lengths)
+                key_position = per_row(before) + np.arange(key.shape[-2])
+                near = near_chunks(position, key_position, chunk_size, left_chunks)
+                mask = near if mask is None else near & np.asarray(mask)
+                chunk_size = left_chunks = None
 
         results = dot_product_attention(
             query,
@@ -1212,6 +1233,22 @@ class MultiHeadAttention:
         with np.errstate(all="ignore"):
             result = _into(out, project(join_heads(heads), self.w_out, self.b_out))
         return (result, *rest) if rest else result
+
+
+def behind(old, new, old_lengths, new_lengths):
+    """In each sequence the first of the new tokens right behind the first of the old; rounded to the dtype of the old.
+
+    old, new: ``(..., heads, tokens, channels)``; lengths: ``(..., 1)``, over the batch axes and one for the heads.
+    """
+    longest = int(np.max(old_lengths + new_lengths, initial=0))
+    both = np.zeros((*old.shape[:-2], longest, old.shape[-1]))
+    with np.errstate(all="ignore"):
+        new = new.astype(old.dtype)
+    for sequence in np.ndindex(old.shape[:-3]):
+        n, m = int(old_lengths[sequence][0]), int(new_lengths[sequence][0])
+        both[sequence][:, :n] = old[sequence][:, :n]
+        both[sequence][:, n : n + m] = new[sequence][:, :m]
+    return both
 
 
 def split_heads(x, num_heads):

@@ -6,6 +6,7 @@ the queries that wait, and the keys and values that a row to come may see.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,8 @@ import numpy as np
 from fastattn._attention import dot_product_attention as _dot_product_attention
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import ArrayLike, NDArray
 
 # FA_SPAN of kernels/fastattn.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
@@ -89,6 +92,27 @@ class _Tape(NamedTuple):
             tape.view(needed, self.end)[...] = self.view(needed, self.end)
         tape.view(self.end, end)[...] = frames
         return tape._replace(end=end)
+
+    def __reduce__(self) -> Any:
+        """For copies and pickles: with memory of their own, and of this memory what holds frames."""
+        frames = self.view(self.first, self.end)
+        return _filled, (self.batch, self.channels, self.dtype, self.room, self.capacity, self.first, frames)
+
+
+def _filled(
+    batch: tuple[int, ...],
+    channels: int,
+    dtype: np.dtype[Any],
+    room: int,
+    capacity: int,
+    first: int,
+    frames: NDArray[Any],
+) -> _Tape:
+    """A tape with these frames."""
+    tape = _Tape.blank(batch, channels, dtype, room, capacity, first)
+    end = first + frames.shape[-2]
+    tape.view(first, end)[...] = frames
+    return tape._replace(end=end)
 
 
 class _State(NamedTuple):
@@ -182,7 +206,8 @@ class StreamingAttention:
     are full, what is needed moves to new ones, so that a frame is copied twice on the average. Pushes of more than
     2048 frames are taken in that many at a time.
 
-    An object serves one stream, or one batch of streams in step, and one thread at a time.
+    An object serves one stream, or one batch of streams in step, and one thread at a time. A copy (``copy.copy``,
+    ``copy.deepcopy``) is a stream of its own that goes on from the same frame; so is what a pickle brings back.
 
     Examples
     --------
@@ -248,6 +273,13 @@ class StreamingAttention:
         # Whether chunks then begin elsewhere, seen from there, so that each needs a call of its own.
         self._chunk_by_chunk = self._chunk_size is not None and self._grid % self._chunk_size != 0
         self._state = _State()
+
+    def __copy__(self) -> Self:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        # Tapes write behind their ends: two streams on one memory would write over each other's frames.
+        new._state = self._state._replace(tapes=tuple(copy.copy(tape) for tape in self._state.tapes))
+        return new
 
     @property
     def pushed(self) -> int:

@@ -98,6 +98,8 @@ def bounds(given, x, context, heads, out, weights, lse, dtype, **arguments):
     def split(function, x, which, count):
         return reference.split_heads(function(x, given[f"w_{which}"], given.get(f"b_{which}")), count)
 
+    if context is None:
+        arguments.setdefault("query_lengths", arguments.get("key_lengths"))
     x, context = (np.asarray(a, dtype=np.float64) for a in (x, x if context is None else context))
     arrays = []
     for function in (reference.project, absolute):

@@ -83,6 +83,7 @@ typedef struct {
     int64_t queries, keys;            /* rows */
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
+    int64_t keys_before;              /* keys that came before key 0 and are gone; chunks count from the first */
     fa_view slope, sink;              /* doubles, by row; optional */
     int64_t heads; /* whose rows take turns, all over these keys: row i is of query i / heads and head i % heads */
 } fa_head;
@@ -165,12 +166,13 @@ static inline void fa_visible_keys(const fa_problem *problem, const fa_head *hea
     if (problem->right < INT64_MAX && last_position + problem->right + 1 < hi)
         hi = last_position + problem->right + 1;
     if (problem->chunk) {
-        const int64_t first_chunk = fa_chunk_of(first_position, problem->chunk);
-        const int64_t last_chunk = fa_chunk_of(last_position, problem->chunk);
-        if (problem->left_chunks < INT64_MAX && first_chunk - problem->left_chunks > lo / problem->chunk)
-            lo = (first_chunk - problem->left_chunks) * problem->chunk;
-        if (last_chunk < hi / problem->chunk)
-            hi = (last_chunk + 1) * problem->chunk;
+        const int64_t before = head->keys_before;
+        const int64_t first_chunk = fa_chunk_of(before + first_position, problem->chunk);
+        const int64_t last_chunk = fa_chunk_of(before + last_position, problem->chunk);
+        if (problem->left_chunks < INT64_MAX && first_chunk - problem->left_chunks > (before + lo) / problem->chunk)
+            lo = (first_chunk - problem->left_chunks) * problem->chunk - before;
+        if (last_chunk < (before + hi) / problem->chunk)
+            hi = (last_chunk + 1) * problem->chunk - before;
     }
     if (lo < hi) {
         *begin = lo;
