@@ -52,7 +52,7 @@ def _place(
 
 
 class _Step(NamedTuple):
-    """What the queries of a layer attend to while new tokens come in: those that were there, and behind them the new."""
+    """What a layer's queries attend to while new tokens come in: those that were there, and behind them the new."""
 
     key: NDArray[Any]
     value: NDArray[Any]
@@ -180,7 +180,7 @@ class KVCache:
             raise MemoryError(f"no memory for a cache of shapes {self._shapes[0]} and {self._shapes[1]}") from error
 
     def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys and values with one batch axis. Made when needed: a view that is kept would be another array in a copy."""
+        """Keys and values with one batch axis. Not kept: in a copy such a view would be an array of its own."""
         count = math.prod(self._batch)
         return self._key.reshape(count, *self._key.shape[-3:]), self._value.reshape(count, *self._value.shape[-3:])
 

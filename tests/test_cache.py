@@ -1,5 +1,8 @@
 """KVCache: decoding with it is the attention over everything, ragged or not; windows; errors that change nothing."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +30,17 @@ class Tokens:
         for b, n in zip(np.ndindex(self.batch), np.broadcast_to(lengths, self.batch).ravel(), strict=True):
             both = zip(self.lists[b], (key, value), strict=True)
             self.lists[b] = tuple(np.concatenate([old, new[b][:, :n]], axis=1) for old, new in both)
+
+    def crop(self, lengths):
+        """As many of all that ever came."""
+        for b, n in zip(np.ndindex(self.batch), lengths.ravel(), strict=True):
+            self.lists[b] = tuple(x[:, :n] for x in self.lists[b])
+
+    def select(self, indices):
+        """Along the first axis."""
+        chosen = Tokens((len(indices), *self.batch[1:]), 1, 0, 0)
+        chosen.lists = {(i, *rest): self.lists[(indices[i], *rest)] for i, *rest in np.ndindex(chosen.batch)}
+        return chosen
 
     def lengths(self):
         return np.array([key.shape[1] for key, _ in self.lists.values()], np.int64).reshape(*self.batch, 1)
@@ -172,6 +186,106 @@ def test_brute_force(data):
             cache.append(key, value, lengths)
             tokens.append(key, value, counts)
         tokens.check(cache)
+
+
+COPIES = {
+    "copy()": KVCache.copy,
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "pickle, protocol 2": lambda cache: pickle.loads(pickle.dumps(cache, 2)),
+}
+
+
+@given(data=st.data())
+@settings(max_examples=80)
+def test_brute_force_of_new_caches(data):
+    """Appends, and between them copies, crops and selections, of caches that have rolled on or not."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    batch = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+    window = draw(st.integers(1, 9))
+    cache = KVCache(batch, 2, draw(st.integers(window, 12)), 3, 2, window=window, dtype=draw(st.sampled_from(DTYPES)))
+    tokens = Tokens(batch, 2, 3, 2)
+    for _ in range(draw(st.integers(2, 10))):
+        n = draw(st.integers(0, 7))
+        key, value = (normal(rng, *batch, 2, n, dim, dtype=cache.dtype) for dim in (3, 2))
+        counts = rng.integers(0, n + 1, batch)
+        cache.append(key, value, counts)
+        tokens.append(key, value, counts)
+        what, old = draw(st.sampled_from(["crop", "select", *COPIES])), cache
+        if what == "crop":
+            least = np.where(cache.dropped > 0, np.minimum(window, cache.lengths), 0)
+            lengths = rng.integers(least, cache.lengths + 1)
+            cache = cache.crop(lengths if draw(st.booleans()) else lengths[..., 0])
+            tokens.crop(old.dropped + lengths)
+        elif what == "select" and batch:
+            indices = rng.integers(0, batch[0], draw(st.integers(1, 4)))
+            cache = cache.select(indices - draw(st.sampled_from([0, batch[0]])))
+            tokens = tokens.select(indices)
+            batch = tokens.batch
+        elif what != "select":
+            cache = COPIES[what](cache)
+        tokens.check(cache)
+        if cache is not old:
+            assert (cache.window, cache.capacity, cache.dtype) == (old.window, old.capacity, old.dtype)
+            # What now comes into the old one must not be seen in the new one.
+            old.append(*(np.full((*old.key.shape[:-2], 1, dim), 99) for dim in (3, 2)))
+            tokens.check(cache)
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_have_tokens_of_their_own(rng, of, dtype):
+    cache = KVCache(2, 1, 8, 3, 2, dtype=dtype, window=5)
+    cache.append(normal(rng, 2, 1, 11, 3, dtype=dtype), normal(rng, 2, 1, 11, 2, dtype=dtype), [11, 4])
+    other, key, lengths = of(cache), cache.key.copy(), cache.lengths
+    assert type(other) is KVCache
+    other.append(np.full((2, 1, 2, 3), 9), np.full((2, 1, 2, 2), 7))
+    assert (other.key[0, 0, -2:] == 9).all() and (other.value[0, 0, -2:] == 7).all()
+    assert (other.key[1, 0, 4:6] == 9).all() and (other.value[1, 0, 4:6] == 7).all()
+    np.testing.assert_array_equal(other.dropped + other.lengths, [[13], [6]])
+    assert bits(cache.key) == bits(key) and cache.lengths is lengths
+    for x in (other.key, other.value, other.lengths, other.dropped, of(other).lengths):
+        assert not x.flags.writeable
+
+
+def test_pickles_hold_what_is_there(rng):
+    """Not the room for more, nor what was taken back."""
+    cache = KVCache(2, 4, 10_000, 16)
+    cache.append(normal(rng, 2, 4, 20, 16), normal(rng, 2, 4, 20, 16))
+    assert len(pickle.dumps(cache)) < 1.2 * 20 * 2 * 4 * 32 * 4
+    assert len(pickle.dumps(cache.crop(1))) < 5000
+
+
+def test_crop_to_one_number(rng):
+    key = normal(rng, 2, 1, 6, 3)
+    cache = KVCache(2, 1, 8, 3)
+    cache.append(key, key, [6, 4])
+    for lengths in (3, np.int8(3), np.array(3), [3, 3], [[3], [3]], np.uint64(3)):
+        cropped = cache.crop(lengths)
+        np.testing.assert_array_equal(cropped.lengths, [[3], [3]])
+        assert bits(cropped.key) == bits(key[:, :, :3])
+    assert cache.crop(cache.lengths).lengths.tolist() == [[6], [4]]
+    assert cache.crop(0).key.shape == (2, 1, 0, 3)
+    one = KVCache((), 1, 8, 3)
+    one.append(key[0], key[0])
+    assert one.crop(2).lengths.tolist() == [2]
+
+
+def test_select_is_along_the_first_batch_axis(rng):
+    key = normal(rng, 3, 2, 1, 4, 3)
+    cache = KVCache((3, 2), 1, 8, 3)
+    cache.append(key, 2 * key, [[1, 2], [3, 4], [0, 1]])
+    for indices in ([2, 0, 0, -2], np.array([2, 0, 0, 1], np.uint8), [True, False, True], np.zeros(3, bool), []):
+        chosen, where = cache.select(indices), np.asarray(indices, None if len(indices) else int)
+        np.testing.assert_array_equal(chosen.lengths, cache.lengths[where])
+        for b in np.ndindex(chosen.lengths.shape[:2]):
+            n = chosen.lengths[b][0]
+            np.testing.assert_array_equal(chosen.key[b][:, :n], cache.key[where][b][:, :n])
+            np.testing.assert_array_equal(chosen.value[b][:, :n], cache.value[where][b][:, :n])
+        chosen.append(np.ones((*chosen.lengths.shape[:2], 1, 1, 3)), np.ones((*chosen.lengths.shape[:2], 1, 1, 3)))
+        np.testing.assert_array_equal(chosen.lengths, cache.lengths[where] + 1)
 
 
 def test_more_than_capacity_at_once(rng):
@@ -340,3 +454,48 @@ def test_bfloat16_takes_no_complex_numbers():
     if not np.can_cast(DTYPES[-1], np.float16, "same_kind"):
         with pytest.raises(TypeError, match="key has dtype bfloat16"):
             KVCache((), 1, 4, 2, dtype=np.float16).append(*2 * [np.ones((1, 1, 2), DTYPES[-1])])
+
+
+def rolled_cache():
+    """Sequences that have dropped 4 tokens and none; 8 and 3 are there."""
+    cache = KVCache(2, 1, 8, 3, window=5)
+    x = np.arange(2 * 12 * 3, dtype=np.float32).reshape(2, 1, 12, 3)
+    cache.append(x, x, [12, 3])
+    return cache
+
+
+BAD_LIVES = {
+    "crop, too many": (ValueError, "lengths must lie between 0 and 3, .* sequence 1, not 5", "crop", 5),
+    "crop, negative": (ValueError, "lengths must lie between 0 and 8, .* not -1", "crop", -1),
+    "crop, window": (
+        ValueError,
+        r"lengths leaves 4 of 8 .* sequence 0, fewer than window=5.* 4 before",
+        "crop",
+        [4, 3],
+    ),
+    "crop, shape": (ValueError, r"lengths has shape \(1,\)", "crop", [5]),
+    "crop, dtype": (TypeError, "lengths must be .* float64", "crop", 2.0),
+    "crop, bool": (TypeError, "lengths must be .* bool", "crop", True),
+    "crop, masked": (TypeError, "lengths must be .* not masked", "crop", np.ma.masked_array([5, 3])),
+    "select, range": (ValueError, r"indices must be integers from -2 to 1, .* not 2", "select", [0, 2]),
+    "select, negative": (ValueError, r"indices must be integers from -2 to 1, .* not -3", "select", [-3]),
+    "select, axes": (ValueError, r"indices has shape \(1, 2\)", "select", [[0, 1]]),
+    "select, a number": (ValueError, r"indices has shape \(\)", "select", 1),
+    "select, booleans": (ValueError, r"indices has shape \(3,\); .* 2 booleans", "select", [True, False, True]),
+    "select, dtype": (TypeError, "indices must be .* float64", "select", [0.0]),
+    "select, ragged": (TypeError, "indices must be", "select", [[0], [0, 1]]),
+}
+
+
+@pytest.mark.parametrize("error, message, method, argument", BAD_LIVES.values(), ids=BAD_LIVES)
+def test_errors_of_crop_and_select(error, message, method, argument):
+    cache = rolled_cache()
+    before = [bits(x) for x in (cache.key, cache.value, cache.lengths, cache.dropped)]
+    with pytest.raises(error, match=message):
+        getattr(cache, method)(argument)
+    assert [bits(x) for x in (cache.key, cache.value, cache.lengths, cache.dropped)] == before
+
+
+def test_select_needs_a_batch_axis():
+    with pytest.raises(ValueError, match=r"first batch axis, and this cache has none: batch_shape=\(\)"):
+        KVCache((), 1, 8, 3).select([0])

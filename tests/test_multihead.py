@@ -1,6 +1,8 @@
 """MultiHeadAttention and self_attention: against the reference, against PyTorch where it is there, and step by step."""
 
+import copy
 import inspect
+import pickle
 import threading
 import tracemalloc
 
@@ -193,7 +195,7 @@ def test_attributes(rng):
     layer = fastattn.MultiHeadAttention(**given)
     for name in (*MATRICES, *BIASES):
         np.testing.assert_array_equal(getattr(layer, name), given[name])
-        assert not getattr(layer, name).flags.writeable or name.startswith("b")
+        assert not getattr(layer, name).flags.writeable
     assert (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim) == (4, 2, 6, 5)
     assert (layer.d_model, layer.d_context, layer.d_out, layer.dtype) == (24, 20, 7, np.float32)
     bare = fastattn.MultiHeadAttention(*(given[name] for name in MATRICES[:3]), num_heads=4, num_kv_heads=2)
@@ -211,6 +213,46 @@ def test_weights_are_copied(rng):
         given[name][...] = 0
     assert bits(layer(x)) == bits(before)
     assert layer.w_query.base is layer.w_key.base.base or np.may_share_memory(layer.w_query, layer.w_key)
+
+
+COPIES = {
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "pickle, protocol 2": lambda layer: pickle.loads(pickle.dumps(layer, 2)),
+}
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("d_context", [24, 9])
+@pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0, "rotary_dim": 4}], ids=["plain", "rotary"])
+def test_copies(rng, of, d_context, rotary):
+    """The same bits, from read-only weights that lie side by side, each once."""
+    given = parameters(rng, num_kv_heads=2, value_dim=5, d_context=d_context, **rotary)
+    layer = fastattn.MultiHeadAttention(**given)
+    other = of(layer)
+    assert repr(other) == repr(layer)
+    x = normal(rng, 2, 9, 24)
+    context = () if d_context == 24 or rotary else (normal(rng, 2, 7, 9),)
+    if context or d_context == 24:
+        assert bits(other(x, *context)) == bits(layer(x, *context))
+        # The biases of a call in float64 are those that were given.
+        assert bits(other(x.astype(np.float64), *context)) == bits(layer(x.astype(np.float64), *context))
+    for name in (*MATRICES, *BIASES):
+        assert bits(getattr(other, name)) == bits(getattr(layer, name))
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(other, name)[...] = 0
+    assert np.shares_memory(other.w_key, other._weights.context)
+    if d_context == 24:
+        assert np.shares_memory(other.w_query, other._weights.every)
+        assert np.shares_memory(other.w_key, other._weights.every)
+
+
+def test_a_pickle_is_as_large_as_the_weights(rng):
+    for d_context in (96, 48):
+        given = parameters(rng, 96, 4, 24, d_context=d_context, d_out=96)
+        size = sum(given[name].nbytes for name in MATRICES)
+        assert size < len(pickle.dumps(fastattn.MultiHeadAttention(**given))) < 1.05 * size
 
 
 def test_nothing_is_moved(rng):
@@ -420,6 +462,41 @@ def test_padding_is_not_seen(rng):
     assert np.isnan(layer(x)[0]).all()
 
 
+@pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
+@pytest.mark.parametrize(
+    "rules", [{}, {"is_causal": True}, {"is_causal": True, "window_size": (2, 0)}, {"chunk_size": 2}], ids=str
+)
+def test_lengths_of_keys_are_enough_in_a_padded_batch(rng, rules, rotary):
+    """Right-padded sequences: valid rows as each sequence alone; the others see nothing."""
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, **rotary)
+    layer, x, lengths = fastattn.MultiHeadAttention(**given), normal(rng, 3, 6, 24, dtype=np.float64), [6, 3, 0]
+    clean = layer(x, key_lengths=lengths, query_offset=0, **rules)
+    x[1, 3:] = x[2] = np.nan
+    out, weights, lse = layer(x, key_lengths=lengths, return_weights=True, return_lse=True, **rules)
+    for b, n in enumerate(lengths):
+        alone = layer(x[b, :n], return_weights=True, return_lse=True, **rules)
+        for got, want in ((out[b, :n], alone[0]), (weights[b, :, :n, :n], alone[1]), (lse[b, :, :n], alone[2])):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(out[b, n:], np.broadcast_to(given["b_out"], (6 - n, 10)))
+        assert not weights[b, :, n:].any() and not weights[b, ..., n:].any()
+        assert (lse[b, :, n:] == -np.inf).all()
+    assert bits(out) == bits(clean)
+    bare = fastattn.MultiHeadAttention(**{**given, "b_out": None})
+    assert not bare(x, key_lengths=lengths, **rules)[1, 3:].any()
+    assert_layer(given, np.nan_to_num(x), key_lengths=np.array(lengths), **rules)
+
+
+def test_lengths_of_keys_say_nothing_of_rows_elsewhere(rng):
+    """With a context; and where the lengths of both are given."""
+    given = parameters(rng)
+    layer, x, context = fastattn.MultiHeadAttention(**given), normal(rng, 2, 6, 24), normal(rng, 2, 8, 24)
+    out = layer(x, context, key_lengths=[6, 3])
+    for b, n in enumerate((6, 3)):
+        np.testing.assert_allclose(out[b], layer(x[b], context[b, :n]), rtol=1e-5, atol=1e-5)
+    out = layer(x, key_lengths=[6, 3], query_lengths=6)
+    np.testing.assert_allclose(out[1], layer(x[1], x[1, :3]), rtol=1e-5, atol=1e-5)
+
+
 def test_band(rng):
     layer, x = fastattn.MultiHeadAttention(**parameters(rng)), normal(rng, 2, 9, 24)
     _, band = layer(x, window_size=(2, 1), return_weights="band")
@@ -557,6 +634,239 @@ def test_steps_in_a_window(rng, capacity, rotary):
         np.testing.assert_allclose(out, whole[:, at : at + n], rtol=1e-12, atol=1e-12)
         at += n
     assert cache.dropped.all()
+
+
+# Rules of a call over a cache with window=8, and what they mean together with it.
+ROLLING = {
+    "nothing": ({}, {"window_size": (7, 0)}),
+    "a window": ({"window_size": (8, 0)}, {}),
+    "a narrow window": ({"window_size": 3}, {}),
+    "chunks": ({"chunk_size": 4, "left_chunks": 1}, {}),
+    "a chunk": ({"chunk_size": 9, "left_chunks": 0}, {}),
+    "chunks in a window": ({"chunk_size": 3, "window_size": (5, None)}, {}),
+    "relative bias": ({"relative_bias": np.linspace(-1, 1, 32).reshape(4, 1, 8)}, {"window_size": (7, 0)}),
+    "alibi": ({"alibi_slopes": np.array([0.1, 0.2, 0.3, 0.4]), "sinks": np.arange(4.0)}, {"window_size": (7, 0)}),
+}
+
+
+def steps_over(layer, cache, x, cuts, **rules):
+    """For each call (start of each sequence, how many rows, first token that it saw, its results): `cuts` holds the
+    counts of a call's rows, a number or one for each sequence. Rows that do not count are NaN."""
+    there = np.zeros(len(x), np.int64)
+    for counts in cuts:
+        counts = np.broadcast_to(counts, len(x))
+        step = np.full((len(x), counts.max(), x.shape[-1]), np.nan, x.dtype)
+        for b, n in enumerate(counts):
+            step[b, :n] = x[b, there[b] : there[b] + n]
+        first = cache.dropped[:, 0]
+        mine = {name: rule(there, counts, first) if callable(rule) else rule for name, rule in rules.items()}
+        yield there.copy(), counts, first, layer(step, cache=cache, query_lengths=counts, is_causal=True, **mine)
+        there += counts
+        np.testing.assert_array_equal((cache.dropped + cache.lengths)[:, 0], there)
+        assert (cache.lengths[:, 0] >= np.minimum(there, cache.window)).all()
+
+
+CUTS = {
+    "one by one": [1] * 40,
+    "all at once": [40],
+    "pieces": [3, 20, 1, 16],
+    "ragged": [[5, 0, 12], [3, 14, 1], [1, 1, 1], [1, 0, 1], [2, 6, 1], [1, 1, 1], [20, 1, 0], [1, 1, 22], [6, 16, 1]],
+}
+
+
+@pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
+@pytest.mark.parametrize("capacity", [8, 9, 16, 30])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize(("rules", "whole"), ROLLING.values(), ids=ROLLING)
+def test_a_rolling_cache_is_one_call(rng, rules, whole, cuts, capacity, rotary):
+    """However tokens are cut, more of them than fit or fewer: each sequence's rows of one call without a cache."""
+    given = parameters(rng, num_kv_heads=2, value_dim=5, dtype=np.float64, **rotary)
+    layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 3, 40, 24, dtype=np.float64)
+    expected, lse = layer(x, is_causal=True, return_lse=True, **rules, **whole)
+    cache = KVCache(3, 2, capacity, 6, 5, dtype=np.float64, window=8)
+    for start, counts, _, (out, own) in steps_over(layer, cache, x, cuts, return_lse=True, **rules):
+        for b, (at, n) in enumerate(zip(start, counts, strict=True)):
+            np.testing.assert_allclose(out[b, :n], expected[b, at : at + n], rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(own[b, :, :n], lse[b, :, at : at + n], rtol=1e-12, atol=1e-12)
+            np.testing.assert_array_equal(out[b, n:], np.broadcast_to(given["b_out"], (len(out[b]) - n, 10)))
+
+
+@pytest.mark.parametrize("capacity", [8, 16])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_columns_over_a_rolling_cache(rng, cuts, capacity):
+    """Columns of masks, biases and weights: the tokens that were there before the call, and behind them the new."""
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=30.0)
+    layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 3, 40, 24, dtype=np.float64)
+    whole = {"mask": rng.random((3, 4, 40, 40)) < 0.7, "bias": normal(rng, 3, 4, 40, 40, dtype=np.float64)}
+    rules = {"is_causal": True, "window_size": (7, 0)}
+    expected, weights = layer(x, return_weights=True, **rules, **whole)
+
+    def part_of(matrix):
+        def part(there, counts, first):
+            part = np.zeros((3, 4, counts.max(), (there - first + counts).max()), matrix.dtype)
+            for b, n in enumerate(counts):
+                seen = matrix[b, :, there[b] : there[b] + n, first[b] : there[b] + n]
+                part[b, :, :n, : seen.shape[-1]] = seen
+            return part
+
+        return part
+
+    matrices = {name: part_of(matrix) for name, matrix in whole.items()}
+    cache = KVCache(3, 2, capacity, 6, dtype=np.float64, window=8)
+    for start, counts, first, (out, own) in steps_over(layer, cache, x, cuts, return_weights=True, **matrices):
+        np.testing.assert_allclose(own, part_of(weights)(start, counts, first), rtol=1e-12, atol=1e-12)
+        for b, (at, n) in enumerate(zip(start, counts, strict=True)):
+            np.testing.assert_allclose(out[b, :n], expected[b, at : at + n], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", [rules for rules, _ in ROLLING.values()], ids=ROLLING)
+def test_the_reference_takes_a_rolling_cache(rng, rules):
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=100.0)
+    if "relative_bias" not in rules:
+        rules = {**rules, "bias": np.linspace(-1, 1, 4).reshape(4, 1, 1)}
+    caches = [KVCache(2, 2, 9, 6, dtype=np.float64, window=8) for _ in range(2)]
+    for n, counts in ((5, [5, 2]), (3, [0, 3]), (17, [17, 4]), (1, None), (2, 2), (12, [2, 12])):
+        x = normal(rng, 2, n, 24, dtype=np.float64)
+        ours, theirs = (
+            module.MultiHeadAttention(**given)(
+                x, cache=cache, query_lengths=counts, is_causal=True, return_weights=True, return_lse=True, **rules
+            )
+            for module, cache in zip((fastattn, reference), caches, strict=True)
+        )
+        for got, want in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_whole_chunks_over_a_rolling_cache(rng):
+    """Rows that look ahead to the end of their chunk, chunk by chunk."""
+    layer = fastattn.MultiHeadAttention(**parameters(rng, dtype=np.float64))
+    x, rules = normal(rng, 2, 35, 24, dtype=np.float64), {"chunk_size": 5, "left_chunks": 1}
+    whole = layer(x, query_offset=0, **rules)
+    for capacity in (9, 14, 15):
+        cache = KVCache(2, 4, capacity, 6, dtype=np.float64, window=9)
+        for at, n in ((0, 10), (10, 5), (15, 15), (30, 5)):
+            out = layer(x[:, at : at + n], cache=cache, **rules)
+            np.testing.assert_allclose(out, whole[:, at : at + n], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", [{}, {"chunk_size": 3, "left_chunks": 1}], ids=str)
+def test_bits_over_a_rolling_cache_are_those_of_a_sequence_alone(rng, rules):
+    """From the projections on, which are exact here; whatever the others drop."""
+    layer, x = fastattn.MultiHeadAttention(*3 * [np.eye(8, dtype=np.float32)], num_heads=2), normal(rng, 3, 40, 8)
+    cache, alone = KVCache(3, 2, 10, 4, window=6), [KVCache((), 2, 10, 4, window=6) for _ in range(3)]
+    for start, counts, _, out in steps_over(layer, cache, x, CUTS["ragged"], **rules):
+        for b, (at, n) in enumerate(zip(start, counts, strict=True)):
+            # As many rows as the batch has: a few queries take other loops.
+            rows = np.full((len(out[b]), 8), np.nan, np.float32)
+            rows[:n] = x[b, at : at + n]
+            own = layer(rows, cache=alone[b], query_lengths=int(n), is_causal=True, **rules)
+            assert bits(own) == bits(out[b])
+
+
+BAD_REACHES = {
+    "window": ({"window_size": (9, 0)}, r"window_size=\(9, 0\) lets a query see 9 keys .* window=8"),
+    "both sides": ({"window_size": 9}, "window_size=9 lets a query see 9 keys .* window=8"),
+    "unbounded": ({"window_size": (None, 0)}, r"window_size=\(None, 0\) lets a query see all keys .* window=8"),
+    "minus one": ({"window_size": np.array([-1, 0])}, "see all keys .* window=8"),
+    "chunks": ({"chunk_size": 5, "left_chunks": 1}, "chunk_size=5 with left_chunks=1 .* 9 keys .* window=8"),
+    "a chunk": ({"chunk_size": 10, "left_chunks": 0}, "chunk_size=10 with left_chunks=0 .* 9 keys .* window=8"),
+    "all chunks": ({"chunk_size": 2}, "chunk_size=2 with left_chunks=None .* all keys .* window=8"),
+    "chunks in a window": (
+        {"chunk_size": 5, "left_chunks": -1, "window_size": (10, 0)},
+        r"window_size=\(10, 0\) and chunk_size=5 with left_chunks=-1 .* 10 keys .* window=8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rules", "message"), BAD_REACHES.values(), ids=BAD_REACHES)
+def test_rules_reach_no_further_than_the_cache(rng, rules, message):
+    """Also before anything is dropped. Without a window there is nothing that they could miss."""
+    layer, cache = fastattn.MultiHeadAttention(**parameters(rng)), KVCache(2, 4, 12, 6, window=8)
+    for n in (3, 20):
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=message):
+            layer(normal(rng, 2, 2, 24), cache=cache, is_causal=True, **rules)
+        assert snapshot(cache) == before
+        layer(normal(rng, 2, n, 24), cache=cache, is_causal=True)
+    layer(normal(rng, 2, 2, 24), cache=KVCache(2, 4, 12, 6), is_causal=True, **rules)
+
+
+@pytest.mark.parametrize("capacity", [8, 12, 60])
+@pytest.mark.parametrize("n", [1, 4, 30])
+def test_an_interrupted_call_appends_nothing(rng, monkeypatch, n, capacity):
+    layer = fastattn.MultiHeadAttention(**parameters(rng, dtype=np.float64, rotary_base=30.0))
+    x, cache = normal(rng, 2, 20 + n, 24, dtype=np.float64), KVCache(2, 4, capacity, 6, dtype=np.float64, window=8)
+    whole = layer(x, is_causal=True, window_size=(7, 0))
+    layer(x[:, :20], cache=cache, is_causal=True)
+    attend, calls = fastattn.multihead._dot_product_attention, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the first one only checks
+            raise KeyboardInterrupt
+        return attend(*arguments)
+
+    monkeypatch.setattr(fastattn.multihead, "_dot_product_attention", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer(x[:, 20:], cache=cache, is_causal=True)
+    assert (cache.dropped + cache.lengths == 20).all() and (cache.lengths >= 8).all()
+    out = layer(x[:, 20:], cache=cache, is_causal=True)
+    np.testing.assert_allclose(out, whole[:, 20:], rtol=1e-12, atol=1e-12)
+
+
+def test_memory_of_a_step_that_fits(rng):
+    """Only where old and new tokens do not fit are they copied; from an empty cache not even then."""
+    layer = fastattn.MultiHeadAttention(*3 * [np.eye(64, dtype=np.float32)], num_heads=1)
+    x = normal(rng, 1, 4096, 64)
+    for capacity, old, room in ((8192, 4096, 0), (4096, 0, 0), (4096, 4096, 2 * 2**20)):
+        cache = KVCache(1, 1, capacity, 64, window=2048)
+        layer(x[:, :old], cache=cache, is_causal=True)
+        tracemalloc.start()
+        layer(x[:, :2], cache=cache, is_causal=True)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < room + 2**17
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
+def test_rollback_is_never_having_appended(rng, window, rotary):
+    """Drafts of tokens, taken back from each sequence in part: positions, windows and all go on as without them."""
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, **rotary)
+    layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 2, 30, 24, dtype=np.float64)
+    slopes = np.array([0.1, 0.2, 0.3, 0.4])
+    whole = layer(x, is_causal=True, alibi_slopes=slopes, window_size=None if window is None else (window - 1, 0))
+    cache, at = KVCache(2, 2, 40 if window is None else 14, 6, dtype=np.float64, window=window), np.zeros(2, int)
+    while at.min() < 27:
+        # Of three tokens the first ones are right: none to three of them, and two sequences differ in that.
+        right = np.minimum(rng.integers(0, 4, 2), 29 - at)
+        draft = normal(rng, 2, 4, 24, dtype=np.float64)
+        for b in range(2):
+            draft[b, : right[b] + 1] = x[b, at[b] : at[b] + right[b] + 1]
+        out = layer(draft, cache=cache, is_causal=True, alibi_slopes=slopes)
+        for b in range(2):
+            rows = slice(at[b], at[b] + right[b] + 1)
+            np.testing.assert_allclose(out[b, : right[b] + 1], whole[b, rows], rtol=1e-12, atol=1e-12)
+        cache = cache.crop(cache.lengths - 4 + (right + 1)[:, None])
+        at = np.minimum(at + right + 1, 28)
+        cache = cache.crop(cache.lengths - (cache.dropped + cache.lengths - at[:, None]))
+    assert window is None or cache.dropped.any()
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+def test_beams(rng, window, of):
+    """Beams that fork, change places and end, over caches that are chosen and copied: each as its tokens alone."""
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=30.0)
+    layer, tokens = of(fastattn.MultiHeadAttention(**given)), normal(rng, 1, 0, 24, dtype=np.float64)
+    cache = KVCache(1, 2, 40 if window is None else 11, 6, dtype=np.float64, window=window)
+    for chosen in ([0], [0, 0, 0], [2, 0, 0, 1], *12 * [[1, 0, 3, 2]], [3, 1], [True, False], [0, 0]):
+        cache = of(cache.select(chosen))
+        new = normal(rng, cache.lengths.shape[0], 2, 24, dtype=np.float64)
+        tokens = np.concatenate([tokens[np.asarray(chosen)], new], axis=1)
+        out = layer(new, cache=cache, is_causal=True)
+        whole = layer(tokens, is_causal=True, window_size=None if window is None else (window - 1, 0))
+        np.testing.assert_allclose(out, whole[:, -2:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", sixteen_bits())
@@ -821,6 +1131,20 @@ def test_self_attention(rng, shape, dtype):
 def test_self_attention_rules(rng, rule):
     arguments = rules(rng, (2, 3), 20, 20)[rule]
     assert_self_attention(normal(rng, 2, 3, 20, 12), *three(rng), **arguments)
+
+
+def test_self_attention_of_a_padded_batch(rng):
+    """The lengths of keys are enough: valid rows as each sequence alone, the rest 0."""
+    x, weights = normal(rng, 3, 6, 12), three(rng)
+    x[1, 3:] = np.nan
+    for rule in ({}, {"is_causal": True}, {"window_size": (1, 1)}):
+        out, lse = fastattn.self_attention(x, *weights, key_lengths=[6, 3, 0], return_lse=True, **rule)
+        for b, n in enumerate((6, 3, 0)):
+            alone = fastattn.self_attention(x[b, :n], *weights, **rule)
+            np.testing.assert_allclose(out[b, :n], alone, rtol=1e-5, atol=1e-6)
+            assert not out[b, n:].any() and (lse[b, n:] == -np.inf).all()
+    every = fastattn.self_attention(x, *weights, key_lengths=3, query_lengths=6)
+    assert every[0].all()
 
 
 def test_self_attention_is_one_head(rng):

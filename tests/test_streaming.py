@@ -1,6 +1,8 @@
 """StreamingAttention: the offline call's bits however the stream is cut, constant memory, errors without traces."""
 
+import copy
 import pathlib
+import pickle
 import re
 import threading
 import tracemalloc
@@ -86,6 +88,53 @@ def offline(arrays, *shape, **arguments):
 
 
 # --------------------------------------------------------------------------------------- the same bits
+
+COPIES = {
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda stream: pickle.loads(pickle.dumps(stream)),
+    "pickle, protocol 2": lambda stream: pickle.loads(pickle.dumps(stream, 2)),
+}
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("shape", [(30, 4), (None, 2), (None, None, 16, 2), (None, None, 1000, 1)], ids=str)
+def test_copies_go_on_alone(rng, shape, of):
+    """From the same frame, each with frames of its own, in turns: each the bits of its own offline call."""
+    one, other = (qkv(rng, (2,), 700, 700, 3, 2) for _ in range(2))
+    for begun in (0, 1, 400):
+        for x, y in zip(one, other, strict=True):
+            y[..., :begun, :] = x[..., :begun, :]
+        stream = stream_of(*shape)
+        rows = stream.push(*(x[..., :begun, :] for x in one))
+        streams = [(stream, one, [rows]), (of(stream), other, [rows])]
+        for at in range(begun, 700, 50):
+            for each, arrays, found in streams:
+                found.append(each.push(*(x[..., at : min(at + 50, 700), :] for x in arrays)))
+        for each, arrays, found in streams:
+            assert bits(np.concatenate([*found, each.flush()], axis=-2)) == bits(offline(arrays, *shape))
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+def test_copies_before_the_first_frame_and_after_the_last(rng, of):
+    arrays, slopes = qkv(rng, (2,), 50, 50, 3, 2), np.array([0.1, 0.2], np.float32)
+    stream = StreamingAttention(9, 2, alibi_slopes=slopes)
+    expected = offline(arrays, 9, 2, alibi_slopes=slopes)
+    assert bits(run(of(stream), arrays, [50])) == bits(expected)
+    assert stream.pushed == 0
+    run(stream, arrays, [50])
+    other = of(stream)
+    with pytest.raises(ValueError, match="after flush"):
+        other.push(*arrays)
+    other.reset()
+    assert bits(run(other, arrays, [7])) == bits(expected)
+
+
+def test_pickles_hold_the_frames_that_are_there(rng):
+    """Not memory that was never written."""
+    stream, frames = StreamingAttention(3, 0), rng.standard_normal((4, 8)).astype(np.float32)
+    stream.push(frames, frames, frames)
+    assert stream.nbytes > 3 * 256 * 8 * 4 > 5000 > len(pickle.dumps(stream))
 
 
 @pytest.mark.parametrize("pieces", [[1], [0, 50], [64], [1, 700, 2, 5, 0, 3000], [10_000]], ids=str)
