@@ -1134,9 +1134,9 @@ def _check_reach(window: int, window_size: Any, chunk_size: Any, left_chunks: An
     reach = min((n for n in reaches if n is not None), default=None)
     if reach is None or reach > window:
         raise ValueError(
-            f"{' and '.join(rules)} lets a query see {'all' if reach is None else reach} keys before its own, further back "
-            f"than the cache keeps: its window={window}. A larger window keeps more; the left side of window_size, "
-            f"and left_chunks, say how far a query looks back"
+            f"{' and '.join(rules)} lets a query see {'all' if reach is None else reach} keys before its own, which is "
+            f"further back than the cache keeps: window={window}. A larger window keeps more; the left side of "
+            f"window_size, and left_chunks, say how far a query looks back"
         )
 
 
