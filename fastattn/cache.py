@@ -103,6 +103,7 @@ class KVCache:
     See Also
     --------
     dot_product_attention
+    MultiHeadAttention : takes a cache, and sees to windows and positions.
 
     Notes
     -----

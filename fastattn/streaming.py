@@ -7,7 +7,6 @@ the queries that wait, and the keys and values that a row to come may see.
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 # FA_SPAN of kernels/fastattn.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
 # every call's first key is at such a multiple, they are cut where those of the offline call are.
 _SPAN = 2048
-# Chunks are counted from the first key too, which is then a common multiple, if there is one within so many spans.
-_MOST_SPANS = 16
 # Frames that are taken in at once; of a longer push, the tapes need not hold all.
 _PIECE = 2048
 # Frames for which there is room at least.
@@ -77,17 +74,16 @@ class _Tape(NamedTuple):
         # Unlike as_strided, this refuses what would reach out of the memory.
         return np.ndarray(shape, self.dtype, self.memory, offset, self.strides)
 
-    def append(self, frames: NDArray[Any], needed: int, spare: int = 0, reach: bool = False) -> _Tape:
+    def append(self, frames: NDArray[Any], needed: int, room: int = 0) -> _Tape:
         """
-        With these frames; those before the position `needed` may go. A view of the new tape may begin `spare` frames
-        before the first one in memory, and with `reach` as many more as there may be frames.
+        With these frames; those before the position `needed` may go. A view of the new tape may begin `room` frames
+        before the first one in memory.
         """
         end = self.end + frames.shape[-2]
         tape = self
         if end > self.first + self.capacity:
             # Twice of what is needed: before the next move at least as many frames come as this one copies.
             capacity = max(self.capacity, 2 * (end - needed), _LEAST_CAPACITY)
-            room = spare + (capacity if reach else 0)
             tape = _Tape.blank(self.batch, self.channels, self.dtype, room, capacity, needed)
             tape.view(needed, self.end)[...] = self.view(needed, self.end)
         tape.view(self.end, end)[...] = frames
@@ -266,12 +262,6 @@ class StreamingAttention:
             )
         self._chunk_size = None if chunk_size is None else chunk_size.__index__()
         self._left_chunks = None if left_chunks is None or left_chunks == -1 else left_chunks.__index__()
-        # A call's first key is at a multiple of this.
-        self._grid = math.lcm(_SPAN, self._chunk_size or 1)
-        if self._grid > _MOST_SPANS * _SPAN:
-            self._grid = _SPAN
-        # Whether chunks then begin elsewhere, seen from there, so that each needs a call of its own.
-        self._chunk_by_chunk = self._chunk_size is not None and self._grid % self._chunk_size != 0
         self._state = _State()
 
     def __copy__(self) -> Self:
@@ -360,8 +350,8 @@ class StreamingAttention:
             seen = self._first_seen(state.returned)
             tapes = (
                 state.tapes[0].append(query, state.returned),
-                state.tapes[1].append(key, seen, self._grid, self._chunk_by_chunk),
-                state.tapes[2].append(value, seen, self._grid, self._chunk_by_chunk),
+                state.tapes[1].append(key, seen, _SPAN),
+                state.tapes[2].append(value, seen, _SPAN),
             )
             pushed = state.pushed + query.shape[-2]
             complete = max(self._complete(pushed), state.returned)
@@ -491,47 +481,20 @@ class StreamingAttention:
 
     def _attend(self, tapes: tuple[_Tape, ...], first: int, stop: int, pushed: int, out: NDArray[Any]) -> None:
         """The rows [first, stop) into `out`; of the frames those before `pushed` are there."""
-        query, key, value = tapes
-        size = self._chunk_size
         if first == stop:
             return
-        if size is None or not self._chunk_by_chunk:
-            start = self._first_seen(first) // self._grid * self._grid
-            self._call(
-                query.view(first, stop),
-                key.view(start, pushed),
-                value.view(start, pushed),
-                first - start,
-                size,
-                self._left_chunks,
-                out,
-            )
-            return
-        for chunk in range(first // size, (stop - 1) // size + 1):
-            begin, end = max(first, chunk * size), min(stop, (chunk + 1) * size)
-            last = min(pushed, (chunk + 1) * size)
-            seen = self._first_seen(begin)
-            edge = 0 if self._left_chunks is None else (chunk - self._left_chunks) * size
-            chunk_size: int | None
-            left_chunks: int | None
-            if 0 < edge == seen:
-                # The first key that the chunk's queries see. It, too, is told as a chunk's beginning: one of as many
-                # keys as there are before it, so that it is the second one, and, since the view begins as far before
-                # it as the chunk's last key lies behind it, all of them lie in it, and all that they see.
-                start = (edge - (last - edge)) // _SPAN * _SPAN
-                chunk_size, left_chunks = edge - start, 0
-            else:  # only the window, or the beginning of the stream, bounds what they see
-                start = seen // _SPAN * _SPAN
-                chunk_size = left_chunks = None
-            self._call(
-                query.view(begin, end),
-                key.view(start, last),
-                value.view(start, last),
-                begin - start,
-                chunk_size,
-                left_chunks,
-                out[..., begin - first : end - first, :],
-            )
+        query, key, value = tapes
+        start = self._first_seen(first) // _SPAN * _SPAN
+        self._call(
+            query.view(first, stop),
+            key.view(start, pushed),
+            value.view(start, pushed),
+            first - start,
+            self._chunk_size,
+            self._left_chunks,
+            out,
+            start,
+        )
 
     def _call(
         self,
@@ -542,6 +505,7 @@ class StreamingAttention:
         chunk_size: int | None,
         left_chunks: int | None,
         out: NDArray[Any] | None,
+        keys_before: int = 0,
     ) -> NDArray[Any]:
         """The driver's arguments, in its order."""
         rows: NDArray[Any] = _dot_product_attention(
@@ -569,5 +533,6 @@ class StreamingAttention:
             out,
             self._num_threads,
             False,  # few_in_place: the loops must not depend on how many queries a push has completed
+            keys_before,
         )
         return rows
