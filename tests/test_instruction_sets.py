@@ -1,20 +1,17 @@
-"""Every instruction set that this CPU has: which kernel runs, and the heart of the suite under each.
+"""Which kernels run, by default and where FASTATTN_ISA forces others.
 
-A dispatch bug gives right answers slowly, so it is the kernels' names that are looked at.
+A dispatch bug gives right answers slowly, so it is the names of the kernels that are looked at, and the bits they give.
+The tests of numbers run on the default only. `FASTATTN_ISA=avx2 python -m pytest` runs them on another set, and .ci/run
+does so for every set that its machine can run; the last lines of each run say which one it was (conftest.py).
 """
 
-import os
-import subprocess
-import sys
-
 import fresh_process
+import numpy as np
 import pytest
+from conftest import built_instruction_sets, describe_instruction_sets
 
 import fastattn
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-SUITE = ("softmax", "dot_product", "truncated", "decode", "additive", "combinations", "hostile", "same_bits",
-         "merge_varlen", "positions", "guard_pages")  # fmt: skip
+from fastattn import reference
 
 info = fastattn.cpu_info()
 
@@ -31,13 +28,43 @@ def test_kernels_carry_the_name_of_the_instruction_set():
     assert info["kernels"]["float32"] != info["kernels"]["float64"]
 
 
+def problem():
+    """Long sums of numbers that are not round: what comes out depends on the order of additions, and so on the set."""
+    return np.random.default_rng(5).standard_normal((3, 2, 300, 64), dtype=np.float32)
+
+
+def show_forced():
+    """In a child: the set in force, its kernels, and in hexadecimal what they make of the problem."""
+    child = fastattn.cpu_info()
+    out = fastattn.dot_product_attention(*problem())
+    print(child["selected"], ",".join(child["kernels"].values()), out.tobytes().hex())
+
+
+@pytest.fixture(scope="module")
+def forced():
+    """What children say whose set is forced: {set: (its name there, names of kernels, output)}."""
+    answers = {}
+    for name in info["runnable"]:
+        code = "import test_instruction_sets; test_instruction_sets.show_forced()"
+        selected, kernels, out = fresh_process.run(code, FASTATTN_ISA=name).split()
+        out = np.frombuffer(bytes.fromhex(out), dtype=np.float32)
+        answers[name] = selected, kernels.split(","), out.reshape(problem()[0].shape)
+    return answers
+
+
 @pytest.mark.parametrize("name", info["runnable"])
-def test_forced(name):
-    code = "import fastattn; info = fastattn.cpu_info(); print(info['selected'], *info['kernels'].values())"
-    selected, *kernels = fresh_process.run(code, FASTATTN_ISA=name).split()
+def test_forced(name, forced):
+    selected, kernels, out = forced[name]
     assert selected == name
-    assert kernels
-    assert all(name in kernel for kernel in kernels)
+    assert len(kernels) == len(info["kernels"])
+    assert all(kernel.endswith(f"_{name}") for kernel in kernels)
+    np.testing.assert_allclose(out, reference.dot_product_attention(*problem()), atol=1e-5)
+
+
+def test_what_is_forced_is_what_runs(forced):
+    """Every set adds in an order of its own, so no two give the same bits; and the same set does."""
+    assert len({out.tobytes() for _, _, out in forced.values()}) == len(info["runnable"])
+    assert forced[info["selected"]][2].tobytes() == fastattn.dot_product_attention(*problem()).tobytes()
 
 
 @pytest.mark.parametrize("name", ["mmx", "AVX9000", "avx2 ", "base line", "../avx2"])
@@ -55,17 +82,11 @@ def test_what_cannot_run_is_refused_at_import(name):
         assert runnable in message
 
 
-@pytest.mark.parametrize("name", [name for name in info["runnable"] if name != info["selected"]])
-def test_suite(name):
-    """The tests of numbers, bits and memory access once more, in a process that is forced to `name`."""
-    files = [os.path.join(HERE, f"test_{part}.py") for part in SUITE]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider", *files],
-        env=fresh_process.environment(FASTATTN_ISA=name),
-        cwd=os.path.dirname(HERE),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_the_summary_names_what_was_not_tested():
+    assert set(built_instruction_sets()) >= set(info["runnable"])
+    lines = describe_instruction_sets("avx2", ["avx2", "baseline"], ["avx2", "avx512", "baseline"], forced=False)
+    assert [line.split(":")[0] for line in lines] == ["avx2", "avx512", "baseline"]
+    assert "cannot run it" in lines[1]
+    assert "FASTATTN_ISA=baseline" in lines[2]
+    assert not any("forced by" in line for line in lines)
+    assert "forced by" in describe_instruction_sets("baseline", ["avx2", "baseline"], [], forced=True)[0]

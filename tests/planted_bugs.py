@@ -1,0 +1,252 @@
+"""Does the suite see a bug? One-line bugs in the kernels, one after the other, and the tests that have to go red.
+
+    python tests/planted_bugs.py                  all of them, some minutes
+    python tests/planted_bugs.py sink "tail"      those whose name contains one of these words
+
+It works on a copy of the tree in a temporary folder, with the baseline kernels alone and little optimisation. First the
+tests that are to find the bugs run without any: they must be green. Then each bug is planted, the kernels are built,
+its tests run until the first fails, and the line is put right again. The exit status is 0 if every bug was found.
+pytest does not collect this file; it is run by hand, after changes of kernels or tests.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PARTS = ("fastattn", "tests", "setup.py", "pyproject.toml", "README.md")
+# What the copy is built with: no other kernels than those of baseline.c, for which it does not take long.
+SETTINGS = (("setup.py", '"-O3"', '"-O1"'), ("fastattn/kernels/select.c", "defined(__x86_64__)", "0"))
+OTHER_KERNELS = ("avx2.c", "avx512.c")
+
+
+@dataclasses.dataclass
+class Bug:
+    """A line of a kernel that holds `right` and nothing else does, and what stands there instead."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # arguments of pytest; the first failure is enough
+
+
+BUGS = (
+    Bug(
+        "a window lets the rest of a vector be seen",
+        "online_softmax.inc.h",
+        "behind = to / LANES;",
+        "behind = (to + LANES - 1) / LANES;",
+        "test_truncated.py",
+    ),
+    Bug(
+        "decoding does not rescale what came before",
+        "few.inc.h",
+        "NAME(fill)(run->shrink[b * rows + first + r])",
+        "NAME(fill)(1)",
+        "test_decode.py -k 'sizes or spans'",
+    ),
+    Bug(
+        "a sink has no share of the weights",
+        "attend.inc.h",
+        "share = exp(keys_lse - lse);",
+        "share = 1;",
+        "test_dot_product.py",
+    ),
+    Bug(
+        "NaN of a value that is not seen comes through",
+        "values.inc.h",
+        "if (seen[r].word[j / 64] >> j % 64 & 1)",
+        "if (1)",
+        "test_hostile.py test_same_bits.py",
+    ),
+    Bug(
+        "the end of a row is read as a whole vector",
+        "vector.inc.h",
+        "memcpy(&v, p, (size_t)n * sizeof(real));",
+        "(void)n, memcpy(&v, p, sizeof v);",
+        "test_guard_pages.py",
+    ),
+    Bug(
+        "what rounding takes from a long sum is lost",
+        "online_softmax.inc.h",
+        "error = (before - (now - part)) + (x - part);",
+        "error = {0};",
+        "test_hostile.py",
+    ),
+    Bug(
+        "float16 is rounded half up",
+        "storage.inc.h",
+        "0xc8000fffu + (u >> 13 & 1u)",
+        "0xc8001000u",
+        "test_storage.py",
+    ),
+    Bug(
+        "bfloat16 is rounded half up",
+        "storage.inc.h",
+        "0x7fffu + (u >> 16 & 1u)",
+        "0x8000u",
+        "test_storage.py",
+    ),
+    Bug(
+        "the last key of a chunk is hidden",
+        "fastattn.h",
+        "hi = (last_chunk + 1) * problem->chunk;",
+        "hi = (last_chunk + 1) * problem->chunk - 1;",
+        "test_truncated.py",
+    ),
+    Bug(
+        "the log-sum-exp is one of base 2",
+        "attend.inc.h",
+        "(natural ? 1 : 0.69314718055994530942)",
+        "1",
+        "test_dot_product.py",
+    ),
+    Bug(
+        "softmax leaves out what is less than a vector",
+        "rows.inc.h",
+        "some[i] = x[j + i];",
+        "some[i] = -(real)INFINITY;",
+        "test_softmax.py",
+    ),
+    Bug(
+        "grouped heads lie where queries do",
+        "fastattn.h",
+        "i % head->heads * matrix->head",
+        "i % head->heads * matrix->row",
+        "test_dot_product.py test_decode.py -k group",
+    ),
+)
+
+
+def replaced(path, right, wrong, name):
+    """The text of a file with the one place replaced, or the end of it all where that is not one place."""
+    with open(path) as file:
+        text = file.read()
+    if text.count(right) != 1:
+        sys.exit(
+            f"{name!r} no longer applies: {os.path.basename(path)} has {text.count(right)} places with\n    {right}\n"
+            "Look where that line is now, and write it into tests/planted_bugs.py."
+        )
+    return text.replace(right, wrong)
+
+
+class Copy:
+    """A copy of the tree, built, in which kernels can be changed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "_*.c", "attention.c", *OTHER_KERNELS)
+        for part in PARTS:
+            source, copy = os.path.join(ROOT, part), os.path.join(folder, part)
+            if os.path.isdir(source):
+                shutil.copytree(source, copy, ignore=ignored)
+            else:
+                shutil.copy(source, copy)
+        for file, right, wrong in SETTINGS:
+            path = os.path.join(folder, file)
+            with open(path) as text:
+                changed = text.read().replace(right, wrong)
+            if wrong not in changed:
+                sys.exit(f"{file} does not say {right} any more: see SETTINGS in tests/planted_bugs.py")
+            self.write(file, changed)
+        self.environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment.pop("FASTATTN_ISA", None)
+        output = self.run([sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", str(os.cpu_count())])
+        # The kernels are built again by what has just built them: the compiler's own command lines.
+        lines = [line for line in output.splitlines() if "fastattn/kernels/baseline." in line]
+        self.commands = [shlex.split(line) for line in lines if " -c " in line or " -shared " in line]
+        if len(self.commands) != 2:
+            sys.exit(f"no commands to build the kernels with in\n{output}")
+        self.library = self.commands[1][self.commands[1].index("-o") + 1]
+        info = self.run([sys.executable, "-m", "fastattn", "--info"])
+        where = self.run([sys.executable, "-c", "import fastattn; print(fastattn.__file__)"])
+        if "runnable: baseline)" not in info or not os.path.realpath(where).startswith(os.path.realpath(folder)):
+            sys.exit(f"the copy is not what runs there, or has other kernels:\n{where}{info}")
+
+    def write(self, file, text):
+        with open(os.path.join(self.folder, file), "w") as stream:
+            stream.write(text)
+
+    def run(self, command):
+        """The output of a command that must succeed."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if done.returncode:
+            sys.exit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-5000:]}")
+        return done.stdout
+
+    def build(self):
+        """The kernels as they are now."""
+        for command in self.commands:
+            self.run(command)
+        shutil.copy(os.path.join(self.folder, self.library), os.path.join(self.folder, "fastattn"))
+
+    def test(self, arguments):
+        """pytest's exit status and output."""
+        words = [f"tests/{word}" if word.startswith("test_") and ".py" in word else word for word in arguments]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
+
+
+def verdict(returncode, output):
+    """Whether the tests have found the bug, and what is to say about it."""
+    failed = re.search(r"^FAILED tests/(.+?)( - .*)?$", output, re.MULTILINE)
+    if returncode == 1 and failed:
+        return True, failed[1]
+    if returncode == 0:
+        return False, "SURVIVED"
+    if returncode < 0:
+        return False, f"pytest itself ended by {signal.Signals(-returncode).name}"
+    return False, f"pytest could not run (exit status {returncode}):\n{output[-3000:]}"
+
+
+def main(words):
+    chosen = [bug for bug in BUGS if not words or any(word in bug.name for word in words)]
+    if not chosen:
+        sys.exit(f"no bug has a name with {' or '.join(words)} in it; there are:\n" + "\n".join(b.name for b in BUGS))
+    texts = [replaced(os.path.join(ROOT, "fastattn", "kernels", b.file), b.right, b.wrong, b.name) for b in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        copy = Copy(folder)
+        print(f"built in {time.monotonic() - begin:.0f} s; the tests without a bug:", flush=True)
+        for arguments in sorted({bug.tests for bug in chosen}):
+            returncode, output = copy.test(shlex.split(arguments))
+            if returncode:
+                sys.exit(f"red without any bug: {arguments}\n{output[-5000:]}")
+            print(f"  {arguments}: {output.splitlines()[-1]}", flush=True)
+        found = 0
+        width = max(len(bug.name) for bug in chosen)
+        for bug, text in zip(chosen, texts, strict=True):
+            begin = time.monotonic()
+            path = os.path.join(folder, "fastattn", "kernels", bug.file)
+            with open(path) as stream:
+                right = stream.read()
+            copy.write(path, text)
+            copy.build()
+            red, what = verdict(*copy.test(shlex.split(bug.tests)))
+            copy.write(path, right)
+            found += red
+            seconds = time.monotonic() - begin
+            print(f"{'red' if red else 'NOT'}  {bug.name:{width}}  {bug.file:20}  {seconds:3.0f} s  {what}", flush=True)
+    print(f"{found} of {len(chosen)} planted bugs were found")
+    return 0 if found == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
