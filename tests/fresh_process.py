@@ -32,7 +32,11 @@ def start(code, **changes):
     )
 
 
-def finish(process, timeout=60):
+# Seconds after which a child hangs: far beyond what the slowest takes on a machine that has much else to do.
+HANGS = 300
+
+
+def finish(process, timeout=HANGS):
     """Wait for a process of `start`; returns (return code, stdout, stderr), and never leaves it running."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -43,7 +47,7 @@ def finish(process, timeout=60):
     return process.returncode, stdout, stderr
 
 
-def run(code, timeout=60, **changes):
+def run(code, timeout=HANGS, **changes):
     """Run `code`, demand that it ends well, and return its standard output."""
     returncode, stdout, stderr = finish(start(code, **changes), timeout)
     assert returncode == 0, f"exit status {returncode}\n{stdout}\n{stderr}"

@@ -29,7 +29,7 @@ def refuse(error, message, *changes, function="dot_product_attention", **argumen
         call()
     if "out" not in arguments:
         out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
-        with pytest.raises(error):
+        with pytest.raises(error, match=message):
             call(out=out)
         assert (out == SENTINEL).all()
 
@@ -316,14 +316,12 @@ def test_num_threads_below_one_is_a_value_error(num_threads):
 
 
 def test_many_threads_are_no_harm():
-    """More threads than anyone has: the right answer, or an error that names the argument."""
-    expected = fastattn.dot_product_attention(*arrays())
-    for num_threads in (1000, 2**31 - 1, 2**31, 2**63, 10**30):
-        try:
-            result = fastattn.dot_product_attention(*arrays(), num_threads=num_threads)
-        except ERRORS as error:
-            assert "num_threads" in str(error)
-        else:
+    """More threads than anyone has are an upper limit as any other, also of a call that uses threads."""
+    large = [x.repeat(80, axis=-2) for x in arrays()]
+    for inputs in (arrays(), large):
+        expected = fastattn.dot_product_attention(*inputs, num_threads=1)
+        for num_threads in (1000, 2**31 - 1, 2**31, 2**63, 10**30):
+            result = fastattn.dot_product_attention(*inputs, num_threads=num_threads)
             np.testing.assert_array_equal(result, expected)
 
 
@@ -359,10 +357,10 @@ def test_sizes_that_fit_no_memory():
     query = np.broadcast_to(np.float32(1), (2**40, 4))
     key = np.ones((3, 4), dtype=np.float32)
     value = np.broadcast_to(np.float32(1), (3, 2**18))
-    with pytest.raises((MemoryError, ValueError)):
+    with pytest.raises(MemoryError):
         fastattn.dot_product_attention(query, key, value)
     query = np.broadcast_to(np.float32(1), (2**29, 4))
-    with pytest.raises((MemoryError, ValueError)):
+    with pytest.raises(MemoryError):
         fastattn.dot_product_attention(query, query, query[:, :0], return_weights=True)
 
 
@@ -431,7 +429,7 @@ def refuse_varlen(message, cu_seqlens_q, cu_seqlens_k=None, error=ERRORS, **argu
     with pytest.raises(error, match=message):
         fastattn.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, **arguments)
     out = np.full((3, 5, 6), SENTINEL, dtype=np.float32)
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         fastattn.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, out=out, **arguments)
     assert (out == SENTINEL).all()
 
@@ -489,7 +487,7 @@ def test_merge_arguments():
 @pytest.mark.parametrize("number", [0, -1, 1.5, "2", object()])
 def test_set_num_threads(number):
     before = fastattn.get_num_threads()
-    with pytest.raises(ERRORS):
+    with pytest.raises(ERRORS, match="num_threads"):
         fastattn.set_num_threads(number)
     assert fastattn.get_num_threads() == before
 

@@ -260,7 +260,6 @@ def test_no_access_outside_the_arrays(dtype, at_end):
     fresh_process.run(
         f"import faulthandler; faulthandler.enable()\n"
         f"import test_guard_pages; test_guard_pages.walk({dtype!r}, {at_end})",
-        timeout=120,
     )
 
 
@@ -269,7 +268,6 @@ def test_nothing_outside_of_a_window_is_read(dtype):
     fresh_process.run(
         f"import faulthandler; faulthandler.enable()\n"
         f"import test_guard_pages; test_guard_pages.look_through_windows({dtype!r})",
-        timeout=120,
     )
 
 

@@ -37,7 +37,6 @@ def extra_memory(setup, call):
             result = {call}
             print(status("VmHWM") - before)
             """,
-            timeout=150,
         )
     )
 
