@@ -151,12 +151,11 @@ class Copy:
             else:
                 shutil.copy(source, copy)
         for file, right, wrong in SETTINGS:
-            path = os.path.join(folder, file)
-            with open(path) as text:
-                changed = text.read().replace(right, wrong)
-            if wrong not in changed:
+            with open(os.path.join(folder, file)) as stream:
+                text = stream.read()
+            if right not in text:
                 sys.exit(f"{file} does not say {right} any more: see SETTINGS in tests/planted_bugs.py")
-            self.write(file, changed)
+            self.write(file, text.replace(right, wrong))
         self.environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         self.environment.pop("FASTATTN_ISA", None)
         output = self.run([sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", str(os.cpu_count())])
