@@ -6,6 +6,7 @@ The layers, from the top; each imports only what stands below it:
     multihead, _weights             layers with projections, and the weights that people have
     streaming, cache                attention over a stream; keys and values for decoding
     attention, softmax, positions, config     the public functions; a docstring is the specification
+    _frequencies                    what a model's configuration says of rotary encoding
     _arguments                      every check of every argument, once -> one plain description of the problem
     _attention, _softmax, _positions   the drivers: tiles and rows, threads, scratch memory
     _load, _runtime                 the kernels in force, number of threads, Ctrl-C, fork
@@ -28,7 +29,13 @@ from fastattn.attention import (
     varlen_attention,
 )
 from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
-from fastattn.positions import alibi_slopes, apply_rotary, relative_position_buckets, sinusoidal_encoding
+from fastattn.positions import (
+    alibi_slopes,
+    apply_rotary,
+    relative_position_buckets,
+    rotary_frequencies,
+    sinusoidal_encoding,
+)
 from fastattn.softmax import log_softmax, logsumexp, softmax
 
 if _typing.TYPE_CHECKING:
@@ -53,6 +60,7 @@ __all__ = [
     "logsumexp",
     "merge_attention",
     "relative_position_buckets",
+    "rotary_frequencies",
     "self_attention",
     "set_num_threads",
     "show_config",

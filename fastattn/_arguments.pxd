@@ -115,18 +115,20 @@ cdef class Rows:
 cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims)
 
 
-# Rows of pairs that turn by their position. The batch axes are split into those along which the offset differs and the
+# Rows of pairs that turn by their position. The batch axes are split into those along which positions differ and the
 # others, neighbours joined; strides in a mask's place are 0.
 cdef class Rotation:
-    cdef Axes cells, members                        # along `cells` the offset differs, along `members` it does not
+    cdef Axes cells, members                        # along `cells` positions differ, along `members` they do not
     cdef Py_ssize_t cell_count, member_count
     cdef Py_ssize_t length, channels, pairs
     cdef Py_ssize_t row[<int> ROW_OPERANDS]         # byte strides of the last two axes
     cdef Py_ssize_t col[<int> ROW_OPERANDS]
     cdef char *data[<int> ROW_OPERANDS]
-    cdef int64_t offset                             # the only one, or the first
-    cdef int64_t *offsets                           # one a cell
-    cdef double base
+    cdef int64_t least, greatest                    # of all positions
+    cdef int64_t *positions                         # of all rows of all cells; NULL: least, least + 1, ... of one cell
+    cdef double base                                # 0 with frequencies
+    cdef const double *frequencies                  # one a pair, or NULL
+    cdef double factor                              # of the turned numbers
     cdef bint interleaved
     cdef fa_dtype dtype
     cdef object num_threads
@@ -134,7 +136,8 @@ cdef class Rotation:
     cdef readonly object answer
 
 
-cdef Rotation read_rotation(object x, object offset, object base, object interleaved, object rotary_dim, object out,
+cdef Rotation read_rotation(object x, object offset, object positions, object base, object frequencies,
+                            object attention_factor, object interleaved, object rotary_dim, object out,
                             object num_threads)
 
 

@@ -15,6 +15,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.float cimport DBL_MAX
 from libc.math cimport fabs, frexp, isfinite, ldexp, sqrt
 from libc.stdint cimport INT64_MAX
+from libc.string cimport memcpy
 
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX,
                                 fa_dtype, fa_view)
@@ -28,6 +29,8 @@ cdef int64_t FAR = <int64_t> 1 << 60
 
 # float64 tells all whole numbers up to here apart: where a position is multiplied, and not compared.
 cdef int64_t FARTHEST = <int64_t> 1 << 53
+
+cdef double GREATEST_FREQUENCY = 1e290  # times the farthest position it is finite
 
 cdef object float16 = np.dtype(np.float16)
 cdef object float32 = np.dtype(np.float32)
@@ -1164,12 +1167,122 @@ cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t 
     axes.count += 1
 
 
-cdef Rotation read_rotation(object x, object offset, object base, object interleaved, object rotary_dim, object out,
+cdef void note_position(Rotation p, Py_ssize_t number, int64_t position) noexcept:
+    p.positions[number] = position
+    p.least, p.greatest = min(p.least, position), max(p.greatest, position)
+
+
+cdef cnp.ndarray new_positions(Rotation p):
+    """Memory for the positions of all rows of all cells."""
+    cdef cnp.npy_intp count = p.cell_count * p.length
+    cdef cnp.ndarray a = cnp.PyArray_EMPTY(1, &count, cnp.NPY_INT64, 0)
+    p.positions = <int64_t *> cnp.PyArray_DATA(a)
+    p.least, p.greatest = INT64_MAX, -INT64_MAX
+    return a
+
+
+cdef cnp.ndarray checked_positions(object x, cnp.ndarray of):
+    """An int64 array that broadcasts to the rows of an array."""
+    cdef cnp.ndarray a = as_array(x, "positions")
+    cdef int axes = cnp.PyArray_NDIM(a), skipped = cnp.PyArray_NDIM(of) - 1 - axes, i
+    cdef bint fits = skipped >= 0
+    for i in range(axes):
+        if fits and cnp.PyArray_DIM(a, i) not in (1, cnp.PyArray_DIM(of, i + skipped)):
+            fits = False
+    if fits and cnp.PyArray_TYPE(a) == cnp.NPY_INT64 and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    rows = shape_of(of)[:cnp.PyArray_NDIM(of) - 1]
+    shape = shape_of(a)
+    allowed = f"integers that broadcast to {rows}, the shape of x without its last axis"
+    if cnp.PyArray_SIZE(a) == 0 and a is not x:  # an empty list says nothing of its dtype
+        a = a.astype(np.int64)
+    if a.dtype.kind not in "iu" or not a.dtype.isnative:
+        raise TypeError(f"positions must be {allowed}, not of dtype {a.dtype}")
+    if not fits:
+        text = f"positions has shape {shape}; it must be {allowed}"
+        if len(rows) == 3 and shape == (rows[0], rows[2]):
+            text += "; those of each sequence, for all its heads, are positions[:, None]"
+        raise ValueError(text)
+    if a.dtype.kind == "u" and cnp.PyArray_ITEMSIZE(a) == 8 and cnp.PyArray_SIZE(a) and a.max() > FARTHEST:
+        raise far_position(a.max())
+    return a.astype(np.int64)
+
+
+cdef object far_position(object position):
+    return ValueError(f"positions must lie between {-FARTHEST} and {FARTHEST}, not {position}")
+
+
+cdef list read_positions(Rotation p, cnp.ndarray a, int ndim):
+    """Copies what each row's position is, in the order of the cells; a: positions, of an x with ndim axes. Returns the
+    memory."""
+    cdef Py_ssize_t shape[MOST_AXES]
+    cdef Py_ssize_t strides[MOST_AXES]
+    cdef Py_ssize_t index[MOST_AXES]
+    cdef int axes = 0, axis, skipped = ndim - 1 - cnp.PyArray_NDIM(a), i
+    cdef Py_ssize_t cell, row, step
+    cdef const char *at = <const char *> cnp.PyArray_DATA(a)
+    cdef int64_t position
+    cdef cnp.ndarray memory = new_positions(p)
+    cdef bint in_order = p.cell_count == 1
+    for i in range(cnp.PyArray_NDIM(a) - 1):
+        if varies(a, i):
+            shape[axes], strides[axes], index[axes] = cnp.PyArray_DIM(a, i), cnp.PyArray_STRIDE(a, i), 0
+            axes += 1
+    step = 0
+    if skipped < ndim - 1 and varies(a, cnp.PyArray_NDIM(a) - 1):
+        step = cnp.PyArray_STRIDE(a, cnp.PyArray_NDIM(a) - 1)
+    for cell in range(p.cell_count if p.length else 0):
+        for row in range(p.length):
+            memcpy(&position, at + row * step, 8)
+            if not -FARTHEST <= position <= FARTHEST:
+                raise far_position(position)
+            note_position(p, cell * p.length + row, position)
+            if position != p.positions[0] + row:
+                in_order = False
+        for axis in range(axes - 1, -1, -1):
+            index[axis] += 1
+            at += strides[axis]
+            if index[axis] < shape[axis]:
+                break
+            at -= index[axis] * strides[axis]
+            index[axis] = 0
+    if in_order:
+        p.positions = NULL
+    return [memory]
+
+
+cdef bint varies(cnp.ndarray a, int axis):
+    """Whether the numbers may differ along an axis."""
+    return cnp.PyArray_DIM(a, axis) > 1 and cnp.PyArray_STRIDE(a, axis) != 0
+
+
+cpdef cnp.ndarray checked_frequencies(object x, str name, Py_ssize_t pairs):
+    """A float64 array of angles a position, one a pair of channels; perhaps x itself."""
+    cdef cnp.ndarray a = floating(x, name)
+    cdef Py_ssize_t i
+    cdef double angle
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != pairs:
+        raise ValueError(f"{name} has shape {shape_of(a)}; it must be ({pairs},), one angle for each pair of the "
+                         f"{2 * pairs} channels that turn (rotary_dim, by default all)")
+    if cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISCARRAY_RO(a):
+        with np.errstate(all="ignore"):
+            a = a.astype(np.float64, order="C")
+    for i in range(pairs):
+        angle = (<double *> cnp.PyArray_DATA(a))[i]
+        if not fabs(angle) <= GREATEST_FREQUENCY:
+            raise ValueError(f"{name} must hold finite numbers, at most {GREATEST_FREQUENCY:g} in size; number {i} is "
+                             f"{angle}")
+    return a
+
+
+cdef Rotation read_rotation(object x, object offset, object positions, object base, object frequencies,
+                            object attention_factor, object interleaved, object rotary_dim, object out,
                             object num_threads):
     cdef Rotation p = Rotation.__new__(Rotation)
-    cdef cnp.ndarray a = floating(x, "x"), o, offsets
-    cdef int ndim = cnp.PyArray_NDIM(a), i
-    cdef Py_ssize_t n
+    cdef cnp.ndarray a = floating(x, "x"), o, offsets = None, places = None, own = None
+    cdef int ndim = cnp.PyArray_NDIM(a), i, axis
+    cdef Py_ssize_t n, row
+    cdef bint cell
     if ndim < 2:
         raise too_few_axes("x", a, "(..., L, D)")
     p.dtype = storage_of(a, "x")
@@ -1186,27 +1299,46 @@ cdef Rotation read_rotation(object x, object offset, object base, object interle
             raise ValueError(f"rotary_dim must be even and lie between 0 and {p.channels}, the number of x's channels "
                              f"(its last axis), not {dim}")
         p.pairs = dim // 2
-    p.base = real_scalar(base, "base", "a positive finite number")
+    p.base = 10000.0
+    if not (type(base) is float and <double> base == 10000.0):
+        p.base = real_scalar(base, "base", "a positive finite number")
     if p.base <= 0:
         raise ValueError(f"base must be a positive finite number, not {base}")
+    p.frequencies = NULL
+    if frequencies is not None:
+        if p.base != 10000.0:
+            raise ValueError(f"base={base} and frequencies do not go together: frequencies are instead of those that "
+                             f"follow from a base")
+        own = checked_frequencies(frequencies, "frequencies", p.pairs)
+        p.frequencies = <const double *> cnp.PyArray_DATA(own)
+        p.base = 0
+    p.factor = 1
+    if not (type(attention_factor) is float and <double> attention_factor == 1):
+        p.factor = real_scalar(attention_factor, "attention_factor", "a positive finite number")
+    if p.factor <= 0:
+        raise ValueError(f"attention_factor must be a positive finite number, not {attention_factor}")
     p.interleaved = flag(interleaved, "interleaved")
     if num_threads is not None:
         checked_threads(num_threads)
     p.num_threads = num_threads
-    offsets = None
+    p.positions = NULL
     if type(offset) is int and -FARTHEST <= offset <= FARTHEST:
-        p.offset = offset
+        p.least = offset
     else:
-        offsets = integers(offset, "offset", shape_of(a)[:ndim - 2], -FARTHEST, FARTHEST, &p.offset)
+        offsets = integers(offset, "offset", shape_of(a)[:ndim - 2], -FARTHEST, FARTHEST, &p.least)
+    if positions is not None:
+        if offsets is not None or p.least != 0:
+            raise ValueError("offset and positions do not go together: positions say where each row is, offset where "
+                             "the first of rows is that follow each other")
+        places = checked_positions(positions, a)
 
     if out is None and p.dtype != FA_BF16 and <double> cnp.PyArray_SIZE(a) < 1e15:
         o = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(a), cnp.PyArray_TYPE(a), 0)
     else:
         o = checked_out(out, shape_of(a), a.dtype, [a], ("x",), True)
-        refuse_overlap(out, (x if a.dtype != getattr(x, "dtype", None) else None, offset), ("x", "offset"))
+        refuse_overlap(out, (x if a.dtype != getattr(x, "dtype", None) else None, offset, positions, frequencies),
+                       ("x", "offset", "positions", "frequencies"))
     p.answer = o
-    p.kept = [a, o, offsets]
-    p.offsets = &p.offset if offsets is None else <int64_t *> cnp.PyArray_DATA(offsets)
     p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
     p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
     # A stride along an axis of one element means nothing.
@@ -1218,7 +1350,11 @@ cdef Rotation read_rotation(object x, object offset, object base, object interle
     p.cell_count = p.member_count = 1
     for i in range(ndim - 2):
         n = cnp.PyArray_DIM(a, i)
-        if offsets is not None and cnp.PyArray_DIM(offsets, i) > 1:
+        cell = offsets is not None and cnp.PyArray_DIM(offsets, i) > 1
+        if places is not None:
+            axis = i - (ndim - 1 - cnp.PyArray_NDIM(places))
+            cell = axis >= 0 and varies(places, axis)
+        if cell:
             add_axis(&p.cells, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
             p.cell_count *= n
         else:
@@ -1226,6 +1362,18 @@ cdef Rotation read_rotation(object x, object offset, object base, object interle
             p.member_count *= n
     join_axes(&p.cells)
     join_axes(&p.members)
+    p.kept = [a, o, own]
+    if places is not None:
+        p.kept += read_positions(p, places, ndim)
+    elif offsets is not None and p.cell_count > 1:
+        p.kept.append(new_positions(p))
+        for n in range(p.cell_count):
+            for row in range(p.length):
+                note_position(p, n * p.length + row, (<int64_t *> cnp.PyArray_DATA(offsets))[n] + row)
+    else:
+        if offsets is not None and cnp.PyArray_SIZE(offsets):
+            p.least = (<int64_t *> cnp.PyArray_DATA(offsets))[0]
+        p.greatest = p.least + max(p.length, 1) - 1
     return p
 
 

@@ -85,7 +85,7 @@ cdef extern from "kernels/fastattn.h" nogil:
         void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil
         void (*scatter)(char *, Py_ssize_t, const void *, int64_t, fa_dtype) noexcept nogil
         void (*merge)(void *, void *, const void *const *, const void *, int64_t, int64_t) noexcept nogil
-        void (*turns)(void *, const double *, int64_t, int64_t) noexcept nogil
+        void (*turns)(void *, const double *, int64_t, int64_t, double) noexcept nogil
         void (*rotate)(char *, Py_ssize_t, const char *, Py_ssize_t, const char *, int64_t, int64_t, int64_t,
                        int) noexcept nogil
 

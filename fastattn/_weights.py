@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastattn._frequencies import kind_of, scaled_frequencies
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -220,7 +222,36 @@ def from_bert(state: Any, layer: int, prefix: str) -> dict[str, Any]:
         return tensors.linears(**{which: at + name for which, name in names.items()})
 
 
-def from_llama(state: Any, layer: int, num_heads: Any, num_kv_heads: Any, prefix: str) -> dict[str, Any]:
+def _rotary(head_dim: int, rotary_base: Any, rope_parameters: Any, max_positions: Any) -> dict[str, Any]:
+    """How a layer rotates whose configuration says this."""
+
+    def at(length: int | None) -> tuple[NDArray[np.float64], float]:
+        return scaled_frequencies(head_dim, rotary_base, rope_parameters, "rope_parameters", length, max_positions)
+
+    kind = kind_of(rope_parameters, "rope_parameters")
+    if kind == "dynamic" or not np.array_equal(at(1)[0], at(1 << 53)[0]):
+        raise ValueError(
+            f"rope_parameters has rope_type {kind!r}, whose frequencies change with the length of the sequence; a layer "
+            f"has the same for all. For sequences of one length: fastattn.rotary_frequencies(head_dim, scaling=..., "
+            f"length=..., max_positions=...), which from_linear takes as rotary_frequencies="
+        )
+    frequencies, attention_factor = at(None)
+    rotary: dict[str, Any] = {"rotary_dim": 2 * len(frequencies)}
+    if kind == "default":
+        return rotary | {"rotary_base": rope_parameters.get("rope_theta") or rotary_base}
+    return rotary | {"rotary_frequencies": (frequencies, attention_factor)}
+
+
+def from_llama(
+    state: Any,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: Any,
+    prefix: str,
+    rotary_base: Any,
+    rope_parameters: Any,
+    max_positions: Any,
+) -> dict[str, Any]:
     at = f"layers.{_layer_number(layer)}.self_attn."
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     with _opened(state) as tensors:
@@ -230,11 +261,18 @@ def from_llama(state: Any, layer: int, num_heads: Any, num_kv_heads: Any, prefix
         tensors.refuse_others(at, [*known, "rotary_emb.inv_freq"])
         arguments = tensors.linears(**{which: at + name for which, name in names.items()})
     columns, kv_columns = arguments["w_query"].shape[1], arguments["w_key"].shape[1]
-    if num_kv_heads is None and isinstance(num_heads, int) and num_heads > 0 and columns % num_heads == 0:
-        # As many heads as there are columns for. What does not divide, the layer refuses.
-        head_dim = columns // num_heads
+    arguments |= {"num_kv_heads": num_kv_heads, "rotary_base": rotary_base}
+    if columns % num_heads:
+        return arguments  # which the layer refuses
+    head_dim = columns // num_heads
+    if num_kv_heads is None:
+        # As many heads as there are columns for.
         num_kv_heads = kv_columns // head_dim if head_dim and kv_columns % head_dim == 0 else None
-    return arguments | {"num_kv_heads": num_kv_heads or None}
+        arguments["num_kv_heads"] = num_kv_heads or None
+    if rope_parameters is not None:
+        del arguments["rotary_base"]
+        arguments |= _rotary(head_dim, rotary_base, rope_parameters, max_positions)
+    return arguments
 
 
 def from_keras(weights: Any, prefix: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
-from fastattn._arguments import checked_out, common_dtype, empty, floating
+from fastattn._arguments import checked_frequencies, checked_out, common_dtype, empty, floating
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
@@ -398,6 +398,9 @@ class MultiHeadAttention:
         Added to the projections, one number for each of their columns; taken in the accumulation dtype.
     rotary_base : float, optional
         With it query and key are rotated by their positions, as `apply_rotary` does it with this base.
+    rotary_frequencies : pair (frequencies, attention_factor), optional
+        Instead of a base, what the function `rotary_frequencies` returns: an angle a position for each pair of
+        channels that turn, and what both are multiplied by.
     rotary_interleaved : bool, default False
     rotary_dim : int, optional
         As `interleaved` and `rotary_dim` of `apply_rotary`. Default: all of `head_dim`.
@@ -407,6 +410,7 @@ class MultiHeadAttention:
     w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out : ndarray or None
         The layer's own copies, in the dtype in which they are multiplied; read-only, also in what a pickle brings back.
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
+    rotary_base, rotary_frequencies, rotary_dim : as given, or None where nothing is rotated
     dtype : numpy.dtype
         What the weight matrices promote to.
 
@@ -476,6 +480,7 @@ class MultiHeadAttention:
         b_value: ArrayLike | None = None,
         b_out: ArrayLike | None = None,
         rotary_base: float | None = None,
+        rotary_frequencies: tuple[ArrayLike, float] | None = None,
         rotary_interleaved: bool = False,
         rotary_dim: int | None = None,
     ) -> None:
@@ -520,8 +525,15 @@ class MultiHeadAttention:
         self._accumulation = _accumulation(self.dtype)
         self._weights = _Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
 
+        if rotary_base is not None and rotary_frequencies is not None:
+            raise ValueError(
+                "rotary_base and rotary_frequencies do not go together: the frequencies are instead of those that "
+                "follow from a base"
+            )
         self.rotary_base = _rotary_base(rotary_base)
-        self.rotary_dim = _rotary_dim(rotary_dim, self.head_dim, rotary_base)
+        rotates = rotary_base is not None or rotary_frequencies is not None
+        self.rotary_dim = _rotary_dim(rotary_dim, self.head_dim, rotates)
+        self.rotary_frequencies = _rotary_frequencies(rotary_frequencies, self.rotary_dim)
         if not isinstance(rotary_interleaved, (bool, np.bool_)):
             raise TypeError(f"rotary_interleaved must be True or False, not {rotary_interleaved!r}")
         self.rotary_interleaved = bool(rotary_interleaved)
@@ -582,6 +594,7 @@ class MultiHeadAttention:
         num_kv_heads: int | None = None,
         prefix: str = "",
         rotary_base: float | None = None,
+        rotary_frequencies: tuple[ArrayLike, float] | None = None,
         rotary_interleaved: bool = False,
         rotary_dim: int | None = None,
     ) -> Self:
@@ -594,7 +607,7 @@ class MultiHeadAttention:
             As for `from_torch`.
         query, key, value, out : str
             Names of the layers, without ``.weight``: that must be there, ``.bias`` may be.
-        num_heads, num_kv_heads, rotary_base, rotary_interleaved, rotary_dim : optional
+        num_heads, num_kv_heads, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
             As for `MultiHeadAttention`.
         prefix : str, default ""
             What stands before all names.
@@ -620,6 +633,7 @@ class MultiHeadAttention:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             rotary_base=rotary_base,
+            rotary_frequencies=rotary_frequencies,
             rotary_interleaved=rotary_interleaved,
             rotary_dim=rotary_dim,
             **_weights.from_linear(state, query, key, value, out, prefix),
@@ -674,6 +688,8 @@ class MultiHeadAttention:
         num_heads: int,
         num_kv_heads: int | None = None,
         rotary_base: float = 10000.0,
+        rope_parameters: Mapping[str, Any] | None = None,
+        max_positions: int | None = None,
         prefix: str = "model.",
     ) -> Self:
         """
@@ -691,7 +707,13 @@ class MultiHeadAttention:
         num_kv_heads : int, optional
             ``num_key_value_heads``. Default: as many as ``k_proj`` has room for.
         rotary_base : float, default 10000
-            ``rope_theta``. Halves of a head are paired, as Hugging Face has it. (A ``rope_scaling`` is not supported.)
+            ``rope_theta``. Halves of a head are paired, as Hugging Face has it.
+        rope_parameters : mapping, optional
+            The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
+            `rotary_frequencies`. Its ``rope_theta`` wins over `rotary_base`, and by its ``partial_rotary_factor`` only
+            the first part of each head turns.
+        max_positions : int, optional
+            ``max_position_embeddings``, which some dicts need.
         prefix : str, default "model."
             What stands before the names. If it is not given, and the names stand behind one other prefix only, that is
             taken.
@@ -705,7 +727,13 @@ class MultiHeadAttention:
         ------
         ValueError, TypeError, ImportError
             As for `from_torch`; also if there are other weights of attention (as ``q_norm``, or of quantization),
-            without which the results would be wrong.
+            without which the results would be wrong; and if `rope_parameters` asks for what is not known here, or for
+            frequencies that change with the length of the sequence ("dynamic", "longrope").
+
+        Notes
+        -----
+        Where the frequencies change with the length, those of one length are what `rotary_frequencies` gives for it;
+        `from_linear` takes them.
 
         Examples
         --------
@@ -715,11 +743,21 @@ class MultiHeadAttention:
         >>> state = {f"{at}.{name}.weight": np.ones((n, 8), np.float32) for name, n in rows.items()}
         >>> fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4)
         <MultiHeadAttention: 8 -> 4 heads of 2 -> 8, num_kv_heads=2, value_dim=2, rotary_base=10000, float32>
+
+        With the dict of a model whose context was extended:
+
+        >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+        >>> layer = fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4, rope_parameters=yarn)
+        >>> frequencies, attention_factor = layer.rotary_frequencies
+        >>> round(attention_factor, 4)
+        1.1386
         """
+        num_heads = _heads(num_heads, "num_heads")
         return cls(
             num_heads=num_heads,
-            rotary_base=rotary_base,
-            **_weights.from_llama(state, layer, num_heads, num_kv_heads, prefix),
+            **_weights.from_llama(
+                state, layer, num_heads, num_kv_heads, prefix, rotary_base, rope_parameters, max_positions
+            ),
         )
 
     @classmethod
@@ -767,6 +805,9 @@ class MultiHeadAttention:
 
     def __repr__(self) -> str:
         rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
+        if self.rotary_frequencies is not None:
+            frequencies, attention_factor = self.rotary_frequencies
+            rotary = f", rotary_frequencies=({len(frequencies)} angles, {attention_factor:g})"
         return (
             f"<MultiHeadAttention: {self.d_model} -> {self.num_heads} heads of {self.head_dim} -> {self.d_out}, "
             f"num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}{rotary}, {self.dtype}>"
@@ -925,9 +966,10 @@ class MultiHeadAttention:
         batch, length = tokens.shape[:-2], tokens.shape[-2]
         num_keys = length
         if context is not None:
-            if self.rotary_base is not None:
+            if self.rotary_dim is not None:
+                given = "rotary_base" if self.rotary_frequencies is None else "rotary_frequencies"
                 raise ValueError(
-                    "context and rotary_base do not go together: positions in x and in context have no common origin"
+                    f"context and {given} do not go together: positions in x and in context have no common origin"
                 )
             if cache is not None:
                 raise ValueError("context and cache do not go together: a cache grows by the keys of x itself")
@@ -1024,7 +1066,7 @@ class MultiHeadAttention:
             query = of_query.reshape(*axes, self.num_heads, self.head_dim).swapaxes(-2, -3)
             key = of_context[:, :n].reshape(*other_axes, self.num_kv_heads, self.head_dim).swapaxes(-2, -3)
             value = of_context[:, n:].reshape(*other_axes, self.num_kv_heads, self.value_dim).swapaxes(-2, -3)
-            if self.rotary_base is not None:
+            if self.rotary_dim is not None:
                 first = offset
                 if cache is not None:
                     first = cache.dropped + cache.lengths
@@ -1088,11 +1130,13 @@ class MultiHeadAttention:
 
     def _rotate(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
         """Turn queries or keys by their positions, where they are."""
-        assert self.rotary_base is not None
+        frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
         apply_rotary(
             heads,
             offset=offset,
-            base=self.rotary_base,
+            base=10000.0 if self.rotary_base is None else self.rotary_base,
+            frequencies=frequencies,
+            attention_factor=attention_factor,
             interleaved=self.rotary_interleaved,
             rotary_dim=self.rotary_dim,
             out=heads,
@@ -1141,19 +1185,21 @@ def _check_reach(window: int, window_size: Any, chunk_size: Any, left_chunks: An
 
 
 def _rotary_base(x: Any) -> float | None:
-    if x is None:
-        return None
+    return None if x is None else _positive(x, "rotary_base", " or None")
+
+
+def _positive(x: Any, name: str, other: str = "") -> float:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.floating, np.integer)):
-        raise TypeError(f"rotary_base must be a positive finite number or None, not {x!r}")
+        raise TypeError(f"{name} must be a positive finite number{other}, not {x!r}")
     if not 0 < x < math.inf:
-        raise ValueError(f"rotary_base must be a positive finite number or None, not {x}")
+        raise ValueError(f"{name} must be a positive finite number{other}, not {x}")
     return float(x)
 
 
-def _rotary_dim(x: Any, head_dim: int, rotary_base: Any) -> int | None:
-    if rotary_base is None:
+def _rotary_dim(x: Any, head_dim: int, rotates: bool) -> int | None:
+    if not rotates:
         if x is not None:
-            raise ValueError("rotary_dim needs rotary_base: without it nothing is rotated")
+            raise ValueError("rotary_dim needs rotary_base or rotary_frequencies: without them nothing is rotated")
         return None
     if x is None:
         if head_dim % 2:
@@ -1166,3 +1212,19 @@ def _rotary_dim(x: Any, head_dim: int, rotary_base: Any) -> int | None:
     if n % 2 or not 0 <= n <= head_dim:
         raise ValueError(f"rotary_dim must be {allowed}, not {n}")
     return n
+
+
+def _rotary_frequencies(x: Any, rotary_dim: int | None) -> tuple[NDArray[np.float64], float] | None:
+    """The layer's own copy of the pair."""
+    if x is None:
+        return None
+    assert rotary_dim is not None
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(
+            f"rotary_frequencies must be a pair (frequencies, attention_factor), as fastattn.rotary_frequencies "
+            f"returns it, not {type(x).__name__ if not isinstance(x, (tuple, list)) else f'{len(x)} things'}"
+        )
+    frequencies = checked_frequencies(x[0], "rotary_frequencies[0]", rotary_dim // 2).copy()
+    attention_factor = _positive(x[1], "rotary_frequencies[1]")
+    frequencies.flags.writeable = False
+    return frequencies, attention_factor

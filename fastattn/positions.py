@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import _positions
+from fastattn._frequencies import scaled_frequencies
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 _FARTHEST = 1 << 53  # float64 tells all whole numbers up to here apart
@@ -137,7 +140,10 @@ def apply_rotary(
     x: ArrayLike,
     *,
     offset: int | ArrayLike = 0,
+    positions: ArrayLike | None = None,
     base: float = 10000.0,
+    frequencies: ArrayLike | None = None,
+    attention_factor: float = 1.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
     out: NDArray[Any] | None = None,
@@ -146,9 +152,9 @@ def apply_rotary(
     """
     Rotate pairs of channels by their position, so that dot products depend on distances (rotary encoding, RoPE).
 
-    Pair i of a row at position p turns by the angle ``p * base ** (-2 * i / rotary_dim)``: (a, b) becomes
-    ``(a * cos - b * sin, b * cos + a * sin)`` (Su et al. 2021, "RoFormer", equation 34). Queries and keys are rotated,
-    values are not.
+    Pair i of a row at position p turns by the angle ``p * frequencies[i]``, by default ``p * base ** (-2 * i /
+    rotary_dim)``: (a, b) becomes ``(a * cos - b * sin, b * cos + a * sin)`` (Su et al. 2021, "RoFormer", equation 34),
+    times `attention_factor`. Queries and keys are rotated, values are not.
 
     Parameters
     ----------
@@ -157,8 +163,17 @@ def apply_rotary(
     offset : int or array_like of int, default 0
         Position of row 0; row i has position ``offset + i``. May be negative. An array has exactly as many axes as x
         has batch axes, each of its size or 1: for x (B, H, L, D) and one offset a sequence, ``offset[:, None]``.
+    positions : array_like of int, optional
+        Instead of an offset, the position of each row, in any order, as for packed sequences and trees: broadcasts to
+        (..., L), x's shape without its last axis. For x (B, H, L, D) and positions (B, L), which are the same for all
+        heads, ``positions[:, None]``. From -2**53 to 2**53.
     base : float, default 10000
         Positive.
+    frequencies : array_like, shape (rotary_dim / 2,), optional
+        Instead of a base, the angle of each pair in radians a position, as `rotary_frequencies` gives it; finite.
+    attention_factor : float, default 1
+        Positive. Both numbers of a pair are multiplied by it when they are turned; channels that do not turn stay as
+        they are.
     interleaved : bool, default False
         False: channel i is paired with channel ``i + rotary_dim / 2`` (GPT-NeoX, and LLaMA as in Hugging Face); True:
         channel 2 i with channel 2 i + 1 (RoFormer, GPT-J, and LLaMA as published).
@@ -181,6 +196,7 @@ def apply_rotary(
 
     See Also
     --------
+    rotary_frequencies : the frequencies of models whose context was extended.
     sinusoidal_encoding
 
     Notes
@@ -188,6 +204,9 @@ def apply_rotary(
     Angles are taken in float64, so that those of far positions are right, and cosines and sines are then rounded to
     float32, or float64 for float64, in which the rotation is done. The tables of the last few calls are kept for the
     next, at most 16 MiB in all; no bit of a result depends on that.
+
+    A frequency of 0 leaves a pair as it is, bit for bit. So models whose pairs turn by several positions (time, height
+    and width of a part of a picture, M-RoPE) take a call for each, with the frequencies of the others set to 0.
 
     Examples
     --------
@@ -214,8 +233,114 @@ def apply_rotary(
     >>> x = rng.normal(size=(2, 4, 3, 8)).astype(np.float32)
     >>> apply_rotary(x, offset=[[0], [12]], out=x) is x
     True
+
+    Two sequences of 3 and 2 tokens, packed:
+
+    >>> x = rng.normal(size=(4, 5, 8))
+    >>> packed = apply_rotary(x, positions=[0, 1, 2, 0, 1])
+    >>> bool((packed[:, 3:] == apply_rotary(x[:, 3:])).all())
+    True
+
+    Four pairs of which the first turns by the time and the others by the height, which are 7, 7, ... and 0, 1, ...:
+
+    >>> frequencies = 10000.0 ** (-np.arange(4) / 4)
+    >>> of_time = np.array([True, False, False, False])
+    >>> turned = apply_rotary(x, positions=7, frequencies=np.where(of_time, frequencies, 0))
+    >>> turned = apply_rotary(turned, positions=np.arange(5), frequencies=np.where(of_time, 0, frequencies))
     """
-    return _positions.apply_rotary(x, offset, base, interleaved, rotary_dim, out, num_threads)
+    return _positions.apply_rotary(
+        x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim, out, num_threads
+    )
+
+
+def rotary_frequencies(
+    dim: int,
+    *,
+    base: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    length: int | None = None,
+    max_positions: int | None = None,
+) -> tuple[NDArray[np.float64], float]:
+    """
+    Frequencies of rotary encoding, as models have them whose context was extended.
+
+    Without `scaling` frequency i is ``base ** (-2 * i / dim)`` radians a position; with it, what Hugging Face's
+    Transformers makes of the same dict.
+
+    Parameters
+    ----------
+    dim : int
+        Channels of a head, even. A ``partial_rotary_factor`` in the dict says which share of them turns.
+    base : float, default 10000
+        Positive. A ``rope_theta`` in the dict wins over it.
+    scaling : mapping, optional
+        The dict that model files call ``rope_scaling`` or ``rope_parameters``. Its ``rope_type`` (in older files
+        ``type``) is one of
+
+        - ``"default"``: no scaling;
+        - ``"linear"``: all frequencies divided by ``factor``;
+        - ``"dynamic"``: a larger base from the original length on, that grows with `length`; needs ``factor``;
+        - ``"llama3"``: slow pairs divided by ``factor``, fast ones as they are, a smooth step between; also needs
+          ``low_freq_factor`` and ``high_freq_factor``;
+        - ``"yarn"`` [1]_: alike, in another way, with an attention factor; needs ``factor``, may have
+          ``attention_factor``, ``beta_fast``, ``beta_slow``, ``mscale``, ``mscale_all_dim`` and ``truncate``;
+        - ``"longrope"`` (``"su"``) [2]_: each frequency divided by its own number, of ``long_factor`` where `length` is
+          greater than the original length, else of ``short_factor``; may have ``factor`` and ``attention_factor``.
+
+        The original length, of the context in pretraining, is ``original_max_position_embeddings``.
+    length : int, optional
+        Tokens of the sequence, the greatest position plus 1. Needed for "dynamic"; "longrope" takes the short factors
+        without it; the others do not depend on it.
+    max_positions : int, optional
+        The model's ``max_position_embeddings``. It is the original length where the dict does not say that, and with
+        the original length it gives a ``factor`` that the dict of "yarn" or "longrope" does not have.
+
+    Returns
+    -------
+    frequencies : ndarray of float64, shape (rotary_dim / 2,)
+        rotary_dim is `dim`, or its share that turns.
+    attention_factor : float
+        1 but for "yarn" and "longrope".
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above, a key is missing, or a kind or a key is not known; the message names it.
+
+    See Also
+    --------
+    apply_rotary
+
+    Notes
+    -----
+    The frequencies of "dynamic" and "longrope" are those of one length. Keys that were rotated with those of another
+    do not fit: while a cached sequence grows past the original length, its keys would have to be rotated anew.
+
+    References
+    ----------
+    .. [1] B. Peng et al., "YaRN: Efficient context window extension of large language models", 2023, section 3.
+    .. [2] Y. Ding et al., "LongRoPE: Extending LLM context window beyond 2 million tokens", 2024, section 3.
+
+    Examples
+    --------
+    >>> from fastattn.positions import rotary_frequencies
+    >>> rotary_frequencies(8)
+    (array([1.   , 0.1  , 0.01 , 0.001]), 1.0)
+    >>> llama = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    ...          "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    >>> frequencies, attention_factor = rotary_frequencies(128, scaling=llama)
+    >>> (frequencies / rotary_frequencies(128, base=500000.0)[0])[[0, 28, 30, 33, 35, 63]].round(4)
+    array([1.    , 1.    , 0.6437, 0.2714, 0.125 , 0.125 ])
+
+    They go into `apply_rotary` as they are:
+
+    >>> import numpy as np
+    >>> from fastattn.positions import apply_rotary
+    >>> query = np.ones((3, 128))
+    >>> apply_rotary(query, frequencies=frequencies, attention_factor=attention_factor).shape
+    (3, 128)
+    """
+    return scaled_frequencies(dim, base, scaling, "scaling", length, max_positions)
 
 
 def alibi_slopes(num_heads: int) -> NDArray[np.float64]:

@@ -28,6 +28,7 @@ __all__ = [
     "logsumexp",
     "merge_attention",
     "relative_position_buckets",
+    "rotary_frequencies",
     "self_attention",
     "sinusoidal_encoding",
     "softmax",
@@ -908,21 +909,39 @@ def sinusoidal_encoding(length, dim, *, base=10000.0, layout="interleaved", offs
     return table
 
 
-def apply_rotary(x, *, offset=0, base=10000.0, interleaved=False, rotary_dim=None, out=None, num_threads=None):
+def apply_rotary(
+    x,
+    *,
+    offset=0,
+    positions=None,
+    base=10000.0,
+    frequencies=None,
+    attention_factor=1.0,
+    interleaved=False,
+    rotary_dim=None,
+    out=None,
+    num_threads=None,
+):
     """Rotate pairs of channels by angles in proportion to the position (Su et al. 2021, "RoFormer", section 3.2.2).
 
-    As complex numbers, pair i of a row is multiplied by ``exp(1j * position * base ** (-2 * i / rotary_dim))``.
+    As complex numbers, pair i of a row is multiplied by ``attention_factor * exp(1j * position * frequencies[i])``.
 
     Parameters
     ----------
     x : array_like, shape (..., L, D)
     offset : int or array of int over the batch axes, default: 0
         Row i has position ``offset + i``.
+    positions : array of int that broadcasts to (..., L), optional
+        The position of each row, instead.
     base : float, default: 10000
+        Frequency i is ``base ** (-2 * i / rotary_dim)``.
+    frequencies : array, shape (rotary_dim / 2,), optional
+        Given instead.
+    attention_factor : float, default: 1
     interleaved : bool, default: False
         A pair is channels 2 i and 2 i + 1 (GPT-J), not i and ``i + rotary_dim / 2`` (GPT-NeoX).
     rotary_dim : int, optional
-        Only the first so many channels turn. Default all.
+        Only the first so many channels turn, and are multiplied. Default all.
     out : ndarray, optional
         Receives the result and is returned.
     num_threads : int, optional
@@ -934,7 +953,11 @@ def apply_rotary(x, *, offset=0, base=10000.0, interleaved=False, rotary_dim=Non
     """
     x = np.asarray(x, dtype=np.float64)
     dim = x.shape[-1] if rotary_dim is None else rotary_dim
-    angle = rotation_angles(x.shape[-2], dim, base, offset)
+    if positions is None:
+        positions = np.asarray(offset)[..., None] + np.arange(x.shape[-2])
+    if frequencies is None:
+        frequencies = rotary_frequencies(dim, base=base)[0]
+    angle = np.asarray(positions, dtype=np.float64)[..., None] * np.asarray(frequencies, dtype=np.float64)
     if interleaved:
         first, second = slice(0, dim, 2), slice(1, dim, 2)
     else:
@@ -942,9 +965,83 @@ def apply_rotary(x, *, offset=0, base=10000.0, interleaved=False, rotary_dim=Non
     real, imaginary = x[..., first], x[..., second]
     result = x.copy()
     with np.errstate(all="ignore"):
-        result[..., first] = real * np.cos(angle) - imaginary * np.sin(angle)
-        result[..., second] = imaginary * np.cos(angle) + real * np.sin(angle)
+        cosine, sine = attention_factor * np.cos(angle), attention_factor * np.sin(angle)
+        result[..., first] = real * cosine - imaginary * sine
+        result[..., second] = imaginary * cosine + real * sine
     return _into(out, result)
+
+
+def rotary_frequencies(dim, *, base=10000.0, scaling=None, length=None, max_positions=None):
+    """Angles of rotary encoding a position, one a pair, as a model's configuration scales them.
+
+    Parameters
+    ----------
+    dim : int
+        Channels of a head.
+    base : float, default: 10000
+        ``base ** (-2 * i / dim)`` before any scaling; ``rope_theta`` in the dict wins.
+    scaling : dict, optional
+        What model files call rope_scaling or rope_parameters. S is its ``original_max_position_embeddings``, else
+        `max_positions`; f its ``factor``, else ``max_positions / S``; w_i the frequencies without it. By rope_type:
+
+        - default: w_i, of ``partial_rotary_factor * dim`` channels, as for all kinds;
+        - linear: ``w_i / f``;
+        - dynamic: w_i of the base times ``(f * max(length, S) / S - (f - 1)) ** (dim / (dim - 2))``;
+        - llama3: a mean of ``w_i`` and ``w_i / f``, where the former's share goes from 0 to 1 while the number of
+          turns in S positions goes from low_freq_factor to high_freq_factor;
+        - yarn: the same mean, where the share goes from 1 to 0 along the pairs, between the one that turns beta_fast
+          times in S positions and the one that turns beta_slow times (Peng et al. 2023, section 3.2);
+        - longrope: ``w_i / long_factor[i]`` where `length` is greater than S, else ``w_i / short_factor[i]`` (Ding et
+          al. 2024).
+    length : int, optional
+        Tokens of the sequence.
+    max_positions : int, optional
+        The model's max_position_embeddings.
+
+    Returns
+    -------
+    frequencies : ndarray
+    attention_factor : float
+        What the dict says, else for yarn ``m(mscale) / m(mscale_all_dim)`` if it has both, or ``m(1)``, with
+        ``m(k) = 1 + 0.1 k log f``; for longrope ``sqrt(1 + log f / log S)``; but 1 where f is at most 1, and for the
+        other kinds.
+    """
+    given = dict(scaling or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    base = given.get("rope_theta") or base
+    dim = int(dim * (given.get("partial_rotary_factor") or 1.0))
+    pair = np.arange(dim // 2)
+    if kind == "default":
+        return float(base) ** (-2 * pair / max(dim, 1)), 1.0
+    original = given.get("original_max_position_embeddings") or max_positions
+    factor = given.get("factor") or max_positions / original
+    if kind == "dynamic":
+        base = base * (factor * max(length, original) / original - (factor - 1)) ** (dim / (dim - 2))
+    plain = float(base) ** (-2 * pair / max(dim, 1))
+    if kind == "dynamic":
+        return plain, 1.0
+    if kind == "linear":
+        return plain / factor, 1.0
+    if kind == "llama3":
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        share = np.clip((original * plain / (2 * np.pi) - low) / (high - low), 0, 1)
+        return share * plain + (1 - share) * plain / factor, 1.0
+    if kind == "yarn":
+        turns = np.array([given.get("beta_fast") or 32, given.get("beta_slow") or 1])
+        low, high = np.log(original / (2 * np.pi * turns)) / np.log(base) * dim / 2
+        if given.get("truncate", True):
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        share = 1 - np.clip((pair - low) / (high - low if high != low else 0.001), 0, 1)
+        result = share * plain + (1 - share) * plain / factor
+        scales = given.get("mscale") or 0, given.get("mscale_all_dim") or 0
+        above, below = scales if all(scales) else (1, 0)
+        growth = 0.1 * np.log(max(factor, 1))
+        attention_factor = (1 + above * growth) / (1 + below * growth)
+    else:
+        result = plain / np.array(given["long_factor" if length and length > original else "short_factor"])
+        attention_factor = np.sqrt(1 + np.log(max(factor, 1)) / np.log(original))
+    return result, float(given.get("attention_factor") or attention_factor)
 
 
 def alibi_slopes(num_heads):
@@ -1093,8 +1190,9 @@ class MultiHeadAttention:
         Default `num_heads`.
     b_query, b_key, b_value, b_out : array_like, optional
         Added to the projections.
-    rotary_base, rotary_interleaved, rotary_dim : optional
-        Rotate queries and keys by their positions, as `apply_rotary` does; not without `rotary_base`.
+    rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
+        Rotate queries and keys by their positions, as `apply_rotary` does with this base, or with these frequencies and
+        this attention factor, a pair; not without one of the two.
     """
 
     def __init__(
@@ -1111,6 +1209,7 @@ class MultiHeadAttention:
         b_value=None,
         b_out=None,
         rotary_base=None,
+        rotary_frequencies=None,
         rotary_interleaved=False,
         rotary_dim=None,
     ):
@@ -1119,6 +1218,7 @@ class MultiHeadAttention:
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.rotary_base = rotary_base
+        self.rotary_frequencies = rotary_frequencies
         self.rotary_interleaved = rotary_interleaved
         self.rotary_dim = rotary_dim
 
@@ -1180,7 +1280,7 @@ class MultiHeadAttention:
             key = split_heads(project(context, self.w_key, self.b_key), self.num_kv_heads)
             value = split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads)
 
-        if self.rotary_base is not None:
+        if self.rotary_base is not None or self.rotary_frequencies is not None:
             if cache is None:
                 key_offset = 0
                 query_offset_now = query_positions(
@@ -1188,7 +1288,11 @@ class MultiHeadAttention:
                 )[..., 0, 0]
             else:
                 key_offset = query_offset_now = cache.dropped + cache.lengths
-            how = {"base": self.rotary_base, "interleaved": self.rotary_interleaved, "rotary_dim": self.rotary_dim}
+            how = {"interleaved": self.rotary_interleaved, "rotary_dim": self.rotary_dim}
+            if self.rotary_frequencies is None:
+                how["base"] = self.rotary_base
+            else:
+                how["frequencies"], how["attention_factor"] = self.rotary_frequencies
             query = apply_rotary(query, offset=query_offset_now, **how)
             key = apply_rotary(key, offset=key_offset, **how)
         if cache is not None:

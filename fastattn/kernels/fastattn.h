@@ -113,8 +113,8 @@ typedef struct {
     void (*scatter)(char *to, ptrdiff_t stride, const void *from, int64_t n, fa_dtype to_dtype);
     /* out[c] = sum over parts of out_part[c] * exp(lse_part - lse); contiguous, accumulation dtype. */
     void (*merge)(void *out, void *lse, const void *const *outs, const void *lses, int64_t parts, int64_t n);
-    /* Cosines, then sines, of position * speed, accumulation dtype; angles in double. */
-    void (*turns)(void *table, const double *speed, int64_t pairs, int64_t position);
+    /* Cosines, then sines, of position * speed, times factor, accumulation dtype; angles in double. */
+    void (*turns)(void *table, const double *speed, int64_t pairs, int64_t position, double factor);
     /* Rows of channels, contiguous in the accumulation dtype and perhaps misaligned, byte strides apart, each with its
      * row of a table of turns. A pair is channels c and c + pairs or, interleaved, 2 c and 2 c + 1; those from 2 *
      * pairs on are copied. out: may be x. */

@@ -1,16 +1,84 @@
 /* Rotary encoding: pairs of channels turn by angles in proportion to the position.
  *
  * The table of a position is its cosines, one a pair, and then its sines. Angles are taken in double, so that those of
- * far positions keep their fraction of a turn; a pair's bits depend on itself and its angle only. */
+ * far positions keep their fraction of a turn. Where they are very far, the C library takes cosine and sine. */
+
+/* Vectors of double, in which angles are taken whatever the dtype, and as many numbers of type real. */
+#define WIDE_LANES (VECTOR_BYTES / 8)
+#define wide NAME(wide)
+typedef double wide __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t NAME(wide_bits) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t NAME(wide_truth) __attribute__((vector_size(VECTOR_BYTES)));
+typedef real NAME(narrow) __attribute__((vector_size(WIDE_LANES * sizeof(real))));
+
+/* Angles below this are at most 2**20 quarters of a turn. */
+#define NEAR_ANGLE 1647099.0
+
+static ALWAYS_INLINE wide NAME(horner)(wide x, const double *c, int n)
+{
+    wide p = c[n - 1] - (wide){0};
+    for (int i = n - 2; i >= 0; i--)
+        p = p * x + c[i];
+    return p;
+}
+
+/* Cosine and sine of angles smaller than NEAR_ANGLE. The nearest whole number of quarters of a turn is taken off, a
+ * quarter being the sum of three numbers of which two have 33 bits: their products with it are exact, whether
+ * contracted or not. What is left, up to an eighth of a turn, goes into minimax polynomials; error: below 2**-52. */
+static ALWAYS_INLINE void NAME(cosine_and_sine)(wide angle, wide *cosine, wide *sine)
+{
+    static const double s[] = {-0.16666666666666666,   0.0083333333333309462,   -0.00019841269836754971,
+                               2.7557316100683029e-06, -2.5051131455427946e-08, 1.591810123027412e-10};
+    static const double c[] = {0.041666666666666664,    -0.0013888888888887395, 2.4801587298763433e-05,
+                               -2.7557317270560326e-07, 2.0876146024689747e-09, -1.1382614868556325e-11};
+    const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds to a whole number, in the lowest bits */
+    const wide shifted = angle * 0.63661977236758138 + magic;
+    const wide quarters = shifted - magic;
+    const wide rest = ((angle - quarters * 0x1.921fb544p+0) - quarters * 0x1.0b4611a6p-34) -
+                      quarters * 0x1.3198a2e037073p-69;
+    const wide square = rest * rest;
+    const wide sine_of_rest = rest + rest * square * NAME(horner)(square, s, 6);
+    const wide cosine_of_rest = (1 - 0.5 * square) + square * square * NAME(horner)(square, c, 6);
+    const NAME(wide_bits) count = (NAME(wide_bits))shifted, swapped = -(count & 1);
+    const NAME(wide_bits) a = (NAME(wide_bits))cosine_of_rest, b = (NAME(wide_bits))sine_of_rest;
+    *cosine = (wide)(((swapped & b) | (~swapped & a)) ^ (((count + 1) & 2) << 62));
+    *sine = (wide)(((swapped & a) | (~swapped & b)) ^ ((count & 2) << 62));
+}
 
 /* Contract: fastattn.h. */
-static void NAME(turns)(void *table, const double *speed, int64_t pairs, int64_t position)
+static void NAME(turns)(void *table, const double *speed, int64_t pairs, int64_t position, double factor)
 {
     real *cosine = table, *sine = cosine + pairs;
-    for (int64_t c = 0; c < pairs; c++) {
+    NAME(wide_truth) far = {0};
+    for (int64_t c = 0; c < pairs; c += WIDE_LANES) {
+        const int64_t n = pairs - c < WIDE_LANES ? pairs - c : WIDE_LANES;
+        wide angle = {0}, cosines, sines;
+        if (n == WIDE_LANES)
+            memcpy(&angle, speed + c, sizeof angle);
+        else
+            memcpy(&angle, speed + c, (size_t)n * sizeof(double));
+        angle *= (double)position;
+        far |= (angle >= NEAR_ANGLE) | (angle <= -NEAR_ANGLE);
+        NAME(cosine_and_sine)(angle, &cosines, &sines);
+        const NAME(narrow) a = __builtin_convertvector(factor * cosines, NAME(narrow));
+        const NAME(narrow) b = __builtin_convertvector(factor * sines, NAME(narrow));
+        if (n == WIDE_LANES) {
+            memcpy(cosine + c, &a, sizeof a);
+            memcpy(sine + c, &b, sizeof b);
+        } else {
+            memcpy(cosine + c, &a, (size_t)n * sizeof(real));
+            memcpy(sine + c, &b, (size_t)n * sizeof(real));
+        }
+    }
+    int64_t any = 0;
+    for (int i = 0; i < WIDE_LANES; i++)
+        any |= far[i];
+    for (int64_t c = 0; any && c < pairs; c++) {
         const double angle = (double)position * speed[c];
-        cosine[c] = (real)cos(angle);
-        sine[c] = (real)sin(angle);
+        if (fabs(angle) >= NEAR_ANGLE) {
+            cosine[c] = (real)(factor * cos(angle));
+            sine[c] = (real)(factor * sin(angle));
+        }
     }
 }
 
@@ -70,3 +138,7 @@ static void NAME(rotate)(char *out, ptrdiff_t out_row, const char *x, ptrdiff_t 
             memcpy(out_i + 2 * pairs, x_i + 2 * pairs, copied);
     }
 }
+
+#undef WIDE_LANES
+#undef NEAR_ANGLE
+#undef wide
