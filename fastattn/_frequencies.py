@@ -133,6 +133,8 @@ class _Scaling:
 
 
 def _plain(base: float, dim: int) -> NDArray[np.float64]:
+    if base == math.inf:
+        raise OverflowError
     return np.array([base ** (-2 * i / dim) for i in range(dim // 2)], np.float64)
 
 

@@ -231,9 +231,9 @@ def _rotary(head_dim: int, rotary_base: Any, rope_parameters: Any, max_positions
     kind = kind_of(rope_parameters, "rope_parameters")
     if kind == "dynamic" or not np.array_equal(at(1)[0], at(1 << 53)[0]):
         raise ValueError(
-            f"rope_parameters has rope_type {kind!r}, whose frequencies change with the length of the sequence; a layer "
-            f"has the same for all. For sequences of one length: fastattn.rotary_frequencies(head_dim, scaling=..., "
-            f"length=..., max_positions=...), which from_linear takes as rotary_frequencies="
+            f"rope_parameters has rope_type {kind!r}, whose frequencies change with the length of the sequence; a "
+            f"layer has the same for all. For sequences of one length: fastattn.rotary_frequencies(head_dim, "
+            f"scaling=..., length=..., max_positions=...), which from_linear takes as rotary_frequencies="
         )
     frequencies, attention_factor = at(None)
     rotary: dict[str, Any] = {"rotary_dim": 2 * len(frequencies)}

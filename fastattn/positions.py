@@ -205,8 +205,9 @@ def apply_rotary(
     float32, or float64 for float64, in which the rotation is done. The tables of the last few calls are kept for the
     next, at most 16 MiB in all; no bit of a result depends on that.
 
-    A frequency of 0 leaves a pair as it is, bit for bit. So models whose pairs turn by several positions (time, height
-    and width of a part of a picture, M-RoPE) take a call for each, with the frequencies of the others set to 0.
+    A frequency of 0 leaves the finite numbers of a pair as they are. So models whose pairs turn by several positions
+    (time, height and width of a part of a picture, M-RoPE) take a call for each, with the frequencies of the others set
+    to 0.
 
     Examples
     --------

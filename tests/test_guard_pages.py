@@ -252,6 +252,11 @@ def walk(dtype, at_end):
                 for layout in (guarded_rows, guarded_columns):
                     check(apply_rotary(layout(x, at_end), out=layout(out, at_end), **options))
                 check(apply_rotary(normal(2, 3, length), offset=guarded(np.array([3, 9]), at_end), **options))
+                for places in (np.array([[4], [7]]), np.array([2, 9, 5]), np.array([0, 3, 10**9])):
+                    for far in (places, places.astype(np.int32)):
+                        options["positions"] = guarded(far, at_end)
+                        options["frequencies"] = guarded(rng.standard_normal(rotary_dim // 2), at_end)
+                        check(apply_rotary(normal(2, 3, length), attention_factor=1.5, **options))
 
 
 @pytest.mark.parametrize("at_end", [True, False])

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import threading
 import tracemalloc
@@ -73,16 +74,17 @@ def projected_scores_and_sizes(query, key, eps, *, query_size, key_size, scale=N
 SCORES["projected"] = projected_scores_and_sizes, ("query_size", "key_size", "scale")
 
 
-def turned(size, rotary_base, rotary_interleaved, rotary_dim):
+def turned(size, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim):
     """Sizes after a rotation, which adds up both of a pair; each is rounded once more for its sine, product and sum."""
-    if rotary_base is None:
+    if rotary_base is None and rotary_frequencies is None:
         return size
+    factor = 1 if rotary_frequencies is None else rotary_frequencies[1]
     dim = size.shape[-1] if rotary_dim is None else rotary_dim
     first, second = slice(0, dim // 2), slice(dim // 2, dim)
     if rotary_interleaved:
         first, second = slice(0, dim, 2), slice(1, dim, 2)
     result = size.copy()
-    result[..., first] = result[..., second] = 2 * (size[..., first] + size[..., second])
+    result[..., first] = result[..., second] = 2 * factor * (size[..., first] + size[..., second])
     return result
 
 
@@ -95,7 +97,7 @@ def bounds(given, x, context, heads, out, weights, lse, dtype, **arguments):
     """
     eps = float(np.finfo(accumulation_dtype(dtype)).eps) * (2 if dtype == np.float64 else 1)
     num_heads, kv_heads = given["num_heads"], given["num_kv_heads"] or given["num_heads"]
-    rotary = [given.get(name) for name in ("rotary_base", "rotary_interleaved", "rotary_dim")]
+    rotary = [given.get(name) for name in ("rotary_base", "rotary_frequencies", "rotary_interleaved", "rotary_dim")]
 
     def split(function, x, which, count):
         return reference.split_heads(function(x, given[f"w_{which}"], given.get(f"b_{which}")), count)
@@ -113,7 +115,7 @@ def bounds(given, x, context, heads, out, weights, lse, dtype, **arguments):
         if np.ndim(arguments.get(name)):
             arguments[name] = np.asarray(arguments[name])[..., None]
     arguments |= {"query_size": turned(query_size, *rotary), "key_size": turned(key_size, *rotary)}
-    if rotary[0] is not None and arguments.get("softcap") is not None:
+    if rotary[:2] != [None, None] and arguments.get("softcap") is not None:
         raise NotImplementedError("the slope of the cap would need the rotated scores")
     kind = accumulation_dtype(dtype)
     head_bound, weight_bound, lse_bound = attention_bounds(
@@ -402,11 +404,11 @@ def layer_calls(draw):
     sizes = {name: draw(st.sampled_from([1, 3, 8, 16])) for name in ("d_model", "value_dim", "d_out")}
     rotary = {}
     if draw(st.booleans()):
-        rotary = {
-            "rotary_base": 100.0,
-            "rotary_interleaved": draw(st.booleans()),
-            "rotary_dim": draw(st.sampled_from([4, 6])),
-        }
+        rotary = {"rotary_interleaved": draw(st.booleans()), "rotary_dim": draw(st.sampled_from([4, 6]))}
+        if draw(st.booleans()):
+            rotary["rotary_base"] = 100.0
+        else:
+            rotary["rotary_frequencies"] = rng.uniform(0, 1, rotary["rotary_dim"] // 2), 1.1
     given = parameters(
         rng, num_heads=num_heads, num_kv_heads=num_kv_heads, biases=draw(st.booleans()), dtype=dtype, **sizes, **rotary
     )
@@ -528,6 +530,8 @@ ROTARY = {
     "pairs": {"rotary_base": 500.0, "rotary_interleaved": True},
     "some": {"rotary_base": 10000.0, "rotary_dim": 4},
     "none": {"rotary_base": 10000.0, "rotary_dim": 0},
+    "frequencies": {"rotary_frequencies": ([1.0, 0.3, -0.01], 1.2)},
+    "some frequencies": {"rotary_frequencies": (np.array([2, 1]), 0.8), "rotary_dim": 4, "rotary_interleaved": True},
 }
 
 
@@ -547,6 +551,33 @@ def test_rotary(rng, dtype, rotary, num_kv_heads):
         lengths,
     ):
         assert_layer(given, x, **arguments)
+
+
+def test_rotary_frequencies_of_a_base_are_that_base(rng):
+    x = normal(rng, 2, 9, 24)
+    base, frequencies = (
+        fastattn.MultiHeadAttention(**given)
+        for given in (
+            parameters(np.random.default_rng(3), rotary_base=50.0),
+            parameters(np.random.default_rng(3), rotary_frequencies=fastattn.rotary_frequencies(6, base=50.0)),
+        )
+    )
+    for arguments in ({"is_causal": True}, {"query_offset": [-2, 5]}):
+        assert bits(frequencies(x, **arguments)) == bits(base(x, **arguments))
+    assert "rotary_frequencies=(3 angles, 1)" in repr(frequencies)
+
+
+def test_rotary_frequencies_are_the_layers_own(rng):
+    mine, x = np.array([1.0, 0.5, 0.25]), normal(rng, 2, 9, 24)
+    layer = fastattn.MultiHeadAttention(**parameters(rng, rotary_frequencies=(mine, 1.5)))
+    before = bits(layer(x, is_causal=True))
+    mine[:] = 0
+    assert bits(layer(x, is_causal=True)) == before
+    own, attention_factor = layer.rotary_frequencies
+    assert (own.tolist(), attention_factor, own.flags.writeable) == ([1.0, 0.5, 0.25], 1.5, False)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)):
+        assert bits(other(x, is_causal=True)) == before
+        assert repr(other) == repr(layer)
 
 
 def test_rotary_knows_distances_only(rng):
@@ -943,6 +974,7 @@ WRONG = {
     "heads of keys swapped": lambda given: given | {"w_key": np.roll(given["w_key"], 6, axis=1)},
     "other pairs": lambda given: given | {"rotary_interleaved": True},
     "another base": lambda given: given | {"rotary_base": 110.0},
+    "other frequencies": lambda given: given | {"rotary_base": None, "rotary_frequencies": ([1.0, 0.2, 0.05], 1.0)},
 }
 
 
@@ -983,6 +1015,34 @@ BAD_PARAMETERS = {
         {"rotary_base": 1, "rotary_dim": 8},
     ),
     "rotary_dim, odd": (ValueError, "rotary_dim must be an even", {"rotary_base": 1, "rotary_dim": 3}),
+    "both": (
+        ValueError,
+        "rotary_base and rotary_frequencies do not go together",
+        {"rotary_base": 10.0, "rotary_frequencies": ([1.0, 1.0, 1.0], 1.0)},
+    ),
+    "frequencies alone": (
+        TypeError,
+        "rotary_frequencies must be a pair .*not ndarray",
+        {"rotary_frequencies": np.ones(3)},
+    ),
+    "frequencies, three": (TypeError, "must be a pair .*not 3 things", {"rotary_frequencies": [1.0, 1.0, 1.0]}),
+    "frequencies, count": (
+        ValueError,
+        r"rotary_frequencies\[0\] has shape \(2,\); it must be \(3,\).*rotary_dim",
+        {"rotary_frequencies": ([1.0, 1.0], 1.0)},
+    ),
+    "frequencies, dtype": (TypeError, r"rotary_frequencies\[0\]", {"rotary_frequencies": ([1j, 1.0, 1.0], 1.0)}),
+    "frequencies, NaN": (
+        ValueError,
+        r"rotary_frequencies\[0\] must hold finite",
+        {"rotary_frequencies": ([math.nan, 1.0, 1.0], 1.0)},
+    ),
+    "attention factor": (
+        ValueError,
+        r"rotary_frequencies\[1\] must be a positive finite number, not 0",
+        {"rotary_frequencies": ([1.0, 1.0, 1.0], 0)},
+    ),
+    "attention factor, type": (TypeError, r"rotary_frequencies\[1\]", {"rotary_frequencies": ([1.0] * 3, None)}),
     "rotary_dim alone": (ValueError, "rotary_dim needs rotary_base", {"rotary_dim": 2}),
     "interleaved": (TypeError, "rotary_interleaved must be True or False", {"rotary_interleaved": 2}),
 }
@@ -1078,6 +1138,9 @@ def test_context_is_needed(rng):
         layer(normal(rng, 2, 9, 24))
     layer = fastattn.MultiHeadAttention(**parameters(rng, rotary_base=10.0))
     with pytest.raises(ValueError, match="context and rotary_base do not go together"):
+        layer(normal(rng, 2, 9, 24), normal(rng, 2, 9, 24))
+    layer = fastattn.MultiHeadAttention(**parameters(rng, rotary_frequencies=([1.0, 1.0, 1.0], 1.0)))
+    with pytest.raises(ValueError, match="context and rotary_frequencies do not go together"):
         layer(normal(rng, 2, 9, 24), normal(rng, 2, 9, 24))
     with pytest.raises(ValueError, match="head_dim=5 is odd, give rotary_dim"):
         fastattn.MultiHeadAttention(**parameters(rng, head_dim=5, rotary_base=10.0))

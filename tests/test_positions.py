@@ -7,10 +7,17 @@ import fresh_process
 import numpy as np
 import pytest
 from problems import AWKWARD, DTYPES, HEAD_DIMS, bits, layouts, sixteen_bits
+from published_frequencies import LONG, PUBLISHED, SHORT
 
 import fastattn
 from fastattn import reference
-from fastattn.positions import alibi_slopes, apply_rotary, relative_position_buckets, sinusoidal_encoding
+from fastattn.positions import (
+    alibi_slopes,
+    apply_rotary,
+    relative_position_buckets,
+    rotary_frequencies,
+    sinusoidal_encoding,
+)
 
 ALL_DTYPES = (*DTYPES, *sixteen_bits())
 
@@ -37,7 +44,12 @@ def assert_rotary(x, result=None, *, offset=0, rotary_dim=None, reference=refere
     if x.size == 0:
         return
     real = np.float64 if storage == np.float64 else np.float32
-    farthest = np.max(np.abs(np.asarray(offset, dtype=np.float64))) + x.shape[-2]
+    if options.get("positions") is None:
+        farthest = np.max(np.abs(np.asarray(offset, dtype=np.float64))) + x.shape[-2]
+    else:
+        farthest = np.max(np.abs(np.asarray(options["positions"], dtype=np.float64))) + 1
+    if options.get("frequencies") is not None:
+        farthest = farthest * np.max(np.abs(options["frequencies"]), initial=1)
     angle_error = 4 * eps_of(np.float64) * farthest
     dim = x.shape[-1] if rotary_dim is None else rotary_dim
     size = np.abs(x.astype(np.float64))
@@ -47,6 +59,7 @@ def assert_rotary(x, result=None, *, offset=0, rotary_dim=None, reference=refere
     pair = size[..., first] + size[..., second]
     allowed = np.zeros(x.shape)
     allowed[..., first] = allowed[..., second] = pair * (3 * eps_of(real) + angle_error)
+    allowed *= options.get("attention_factor", 1)
     if storage.itemsize == 2:
         smallest = 2**-25 if storage == np.float16 else 0
         allowed[..., :dim] += np.abs(expected[..., :dim]) * eps_of(storage) + smallest
@@ -360,6 +373,7 @@ def test_memory_stays_flat():
         for i in range(warm):
             apply_rotary(x, offset=i * 5000)
             apply_rotary(x[None, :7], offset=[i], base=2.0 + i)
+            apply_rotary(x, positions=(np.arange(2000) * (i + 7)) % 10007, frequencies=np.full(32, i))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
     before, after = map(int, fresh_process.run(code).split())
@@ -368,12 +382,14 @@ def test_memory_stays_flat():
 
 def test_concurrent_calls(rng):
     x = rng.standard_normal((4, 200, 64)).astype(np.float32)
-    expected = [bits(apply_rotary(x, offset=37 * i, num_threads=1)) for i in range(8)]
+    calls = [{"offset": 37 * i} for i in range(4)]
+    calls += [{"positions": rng.integers(0, 10 ** (i + 2), 200)} for i in range(4)]
+    expected = [bits(apply_rotary(x, **call, num_threads=1)) for call in calls]
     wrong = []
 
     def work(seed):
         for i in np.random.default_rng(seed).integers(0, 8, 60):
-            if bits(apply_rotary(x, offset=37 * i)) != expected[i]:
+            if bits(apply_rotary(x, **calls[i])) != expected[i]:
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -537,6 +553,459 @@ def test_the_check_can_fail(rng):
     for wrong in (Swapped, Slow):
         with pytest.raises(AssertionError):
             assert_rotary(x, offset=3, reference=wrong)
+
+
+# Positions, frequencies, attention factor
+
+
+def scattered(rng, shape):
+    return rng.integers(-(10**6), 10**6, shape)
+
+
+POSITIONS = {
+    "in order": lambda rng, length: np.arange(length) + 5,
+    "packed": lambda rng, length: np.arange(length) % 7,
+    "backwards": lambda rng, length: np.arange(length)[::-1],
+    "shuffled": lambda rng, length: rng.permutation(length) - 3,
+    "all equal": lambda rng, length: np.full(length, 11),
+    "scattered": lambda rng, length: scattered(rng, length),
+    "a number": lambda rng, length: 4,
+    "one for all rows": lambda rng, length: np.array([4]),
+    "by sequence": lambda rng, length: (np.arange(length) + np.array([0, 40, -7])[:, None])[:, None],
+    "by sequence, scattered": lambda rng, length: scattered(rng, (3, 1, length)),
+    "by head": lambda rng, length: np.arange(length) + 2 * np.arange(2)[:, None],
+    "one a head": lambda rng, length: np.array([[3], [9]]),
+    "by all": lambda rng, length: rng.integers(0, 50, (3, 2, length)),
+    "the same for all": lambda rng, length: np.broadcast_to(np.arange(length), (3, 2, length)),
+}
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("how", POSITIONS)
+def test_positions_against_reference(rng, how, dtype):
+    for length in (1, 2, 19, 70):
+        x = rng.standard_normal((3, 2, length, 26)).astype(dtype)
+        positions = POSITIONS[how](rng, length)
+        for interleaved in (False, True):
+            assert_rotary(x, positions=positions, interleaved=interleaved, rotary_dim=22)
+
+
+@pytest.mark.parametrize("how", POSITIONS)
+def test_a_position_gives_the_bits_of_the_same_offset(rng, how):
+    """However it is told, whichever rows stand beside it, and whichever tables were there before."""
+    x = rng.standard_normal((3, 2, 40, 32)).astype(np.float32)
+    positions = POSITIONS[how](rng, 40)
+    expected = np.empty_like(x)
+    for index in np.ndindex(x.shape[:-1]):
+        at = int(np.broadcast_to(positions, x.shape[:-1])[index])
+        expected[index] = apply_rotary(x[index][None], offset=at)[0]
+    for before in (None, {"offset": -100}, {"positions": np.arange(40)[::-1] - 20}, {"positions": positions}):
+        if before is not None:
+            apply_rotary(np.ones((3, 2, 200 if "offset" in before else 40, 32), np.float32), **before)
+        for num_threads in (1, 3):
+            assert bits(apply_rotary(x, positions=positions, num_threads=num_threads)) == bits(expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64])
+def test_positions_of_any_integer_dtype(rng, dtype):
+    x = rng.standard_normal((2, 9, 8))
+    expected = bits(apply_rotary(x, offset=3))
+    positions = np.arange(3, 12, dtype=dtype)
+    assert bits(apply_rotary(x, positions=positions)) == expected
+    assert bits(apply_rotary(x, positions=positions.tolist())) == expected
+    for layout, other in layouts(np.arange(3, 12, dtype=dtype)[:, None]):
+        assert bits(apply_rotary(x, positions=other[:, 0])) == expected, layout
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_positions_whatever_the_layout_and_in_place(rng, dtype):
+    x = rng.standard_normal((3, 2, 19, 26)).astype(dtype)
+    for positions in (rng.integers(0, 30, (3, 1, 19)), scattered(rng, (2, 19))):
+        options = {"positions": positions, "attention_factor": 1.25, "frequencies": rng.standard_normal(11)}
+        options["rotary_dim"] = 22
+        expected = bits(apply_rotary(x, **options))
+        assert_rotary(x, **options)
+        for layout, other in layouts(x):
+            assert bits(apply_rotary(other, **options)) == expected, layout
+            if other.flags.writeable:
+                assert apply_rotary(other, out=other, **options) is other
+                assert bits(other) == expected, f"in place, {layout}"
+
+
+def test_positions_in_tables_too_long_to_keep(rng):
+    x = rng.standard_normal((2, 17000, 130)).astype(np.float32)
+    positions = rng.permutation(17000)
+    whole = apply_rotary(x, positions=positions, num_threads=2)
+    assert bits(whole) == bits(apply_rotary(x, positions=positions, num_threads=1))
+    assert bits(whole) == bits(apply_rotary(x[:, np.argsort(positions)])[:, positions])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *sixteen_bits()[:1]])
+def test_positions_of_many_rows_in_any_order(rng, dtype):
+    """Rows of a kept table are brought together, for many heads and threads."""
+    x = rng.standard_normal((2, 9, 1100, 130)).astype(dtype)
+    positions = rng.permutation(1100)
+    expected = bits(apply_rotary(x[:, :, np.argsort(positions)], offset=5)[:, :, positions])
+    for num_threads in (1, 2, 5):
+        assert bits(apply_rotary(x, positions=positions + 5, num_threads=num_threads)) == expected
+    both = np.stack([positions, positions[::-1]])[:, None]
+    by_sequence = apply_rotary(x, positions=both + 5)
+    assert bits(by_sequence[0]) == bits(np.frombuffer(expected, dtype).reshape(x.shape)[0])
+    assert bits(by_sequence[1]) == bits(apply_rotary(x[1], positions=positions[::-1] + 5))
+
+
+def test_far_and_near_positions_in_one_call():
+    x = np.array([[1.0, 0.0]] * 7)
+    positions = np.array([0, -1, 10**6, 1647099, -(2**31), 2**53, -(2**53)])
+    result = apply_rotary(x, positions=positions)
+    expected = [[math.cos(p), math.sin(p)] for p in positions.tolist()]
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2**-52)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_cosines_and_sines_are_right_to_the_last_digit(rng, factor, dtype):
+    """Of angles small and large, beside whole quarters of a turn, and where the C library takes over."""
+    quarters = np.arange(-40, 41) * (math.pi / 2)
+    edge = 1647099.0
+    angles = np.concatenate(
+        [
+            quarters,
+            np.nextafter(quarters, 9e9),
+            quarters + 1e-9,
+            math.pi / 4 * np.arange(1, 60, 2),
+            2.0 ** np.arange(-60, 40),
+            edge + np.array([-1.0, -0.5, 0.0, 0.5, 1.0]),
+            -edge + np.array([-1.0, -0.5, 0.0, 0.5, 1.0]),
+            rng.uniform(-edge, edge, 4001),
+            rng.uniform(-100, 100, 4001),
+        ]
+    )
+    x = np.concatenate([np.ones((1, len(angles))), np.zeros((1, len(angles)))], axis=1).astype(dtype)
+    turned = apply_rotary(x, positions=[1], frequencies=angles, attention_factor=factor)[0]
+    exact = np.concatenate([np.cos(angles.astype(np.longdouble)), np.sin(angles.astype(np.longdouble))]) * factor
+    # One rounding of the factor's product in double, one of the result.
+    assert np.max(np.abs(turned - exact)) <= factor * (2**-52 + 2 * eps_of(dtype))
+    assert_rotary(x, frequencies=angles, positions=[3])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_frequencies_and_factor_against_reference(rng, interleaved, dtype):
+    x = rng.standard_normal((2, 3, 33, 44)).astype(dtype)
+    for pairs in (0, 1, 7, 16, 22):
+        frequencies = rng.standard_normal(pairs)
+        options = {"frequencies": frequencies, "rotary_dim": 2 * pairs, "interleaved": interleaved}
+        for more in ({}, {"attention_factor": 0.7}, {"attention_factor": 1.2, "offset": -9}, {"offset": [[1] * 3] * 2}):
+            assert_rotary(x, **options, **more)
+            rest = apply_rotary(x, **options, **more)[..., 2 * pairs :]
+            np.testing.assert_array_equal(rest, x[..., 2 * pairs :])
+
+
+def test_frequencies_of_a_base_are_that_base(rng):
+    x = rng.standard_normal((2, 9, 64)).astype(np.float32)
+    for base in (10000.0, 77.0):
+        frequencies = [base ** (-i / 32) for i in range(32)]
+        expected = bits(apply_rotary(x, base=base, offset=4))
+        assert bits(apply_rotary(x, frequencies=frequencies, offset=4)) == expected
+        assert bits(apply_rotary(x, frequencies=rotary_frequencies(64, base=base)[0], offset=4)) == expected
+
+
+def test_kept_tables_know_frequencies_and_factor(rng):
+    x = rng.standard_normal((50, 32)).astype(np.float32)
+    one, other = rng.standard_normal((2, 16))
+    calls = [
+        {"offset": offset} | speeds | factor
+        for offset in (0, 10)
+        for speeds in ({}, {"base": 9.0}, {"frequencies": one}, {"frequencies": other})
+        for factor in ({}, {"attention_factor": 1.5})
+    ]
+    first = [bits(apply_rotary(x, **options)) for options in calls]
+    assert len(set(first)) == len(first)
+    for i in rng.integers(0, len(calls), 100):
+        assert bits(apply_rotary(x, **calls[i])) == first[i]
+    changed = one.copy()
+    before = bits(apply_rotary(x, frequencies=changed))
+    changed[3] += 1
+    assert bits(apply_rotary(x, frequencies=changed)) != before
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, *sixteen_bits()])
+def test_frequencies_of_other_dtypes(rng, dtype):
+    x = rng.standard_normal((4, 6))
+    frequencies = np.array([3, 1, 0]).astype(dtype)
+    expected = bits(apply_rotary(x, frequencies=[3.0, 1.0, 0.0]))
+    assert bits(apply_rotary(x, frequencies=frequencies)) == expected
+    assert bits(apply_rotary(x, frequencies=frequencies[::-1].copy()[::-1])) == expected
+
+
+def test_sections_of_pairs_by_several_calls(rng):
+    """M-RoPE: pairs turn by time, height and width. A frequency of 0 leaves a pair as it is, bit for bit."""
+    x = rng.standard_normal((2, 4, 30, 32)).astype(np.float32)
+    positions = rng.integers(0, 40, (3, 2, 1, 30))
+    frequencies = rotary_frequencies(32)[0]
+    section = np.repeat([0, 1, 2], [4, 6, 6])
+    turned = x.copy()
+    for which in range(3):
+        of_this = np.where(section == which, frequencies, 0.0)
+        before = turned.copy()
+        apply_rotary(turned, positions=positions[which], frequencies=of_this, out=turned)
+        others = np.tile(section != which, 2)
+        assert bits(turned[..., others]) == bits(before[..., others])
+    angle = positions[section].transpose(1, 2, 3, 0) * frequencies
+    first, second = x[..., :16].astype(np.float64), x[..., 16:].astype(np.float64)
+    expected = np.concatenate(
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(turned, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 3, 8), (0, 4, 8), (2, 3, 0, 8)])
+def test_positions_of_nothing(shape):
+    x = np.empty(shape, np.float32)
+    assert apply_rotary(x, positions=np.zeros(shape[:-1], int)).shape == shape
+    assert apply_rotary(x, positions=7, frequencies=np.ones(shape[-1] // 2)).shape == shape
+    if shape[-2] == 0:
+        assert apply_rotary(x, positions=[]).shape == shape
+
+
+def test_positions_and_frequencies_are_left_alone(rng):
+    x, positions, frequencies = rng.standard_normal((2, 9, 16)), np.arange(9), rng.standard_normal(8)
+    before = positions.copy(), frequencies.copy()
+    for array in (positions, frequencies):
+        array.flags.writeable = False
+    apply_rotary(x, positions=positions, frequencies=frequencies)
+    np.testing.assert_array_equal(positions, before[0])
+    np.testing.assert_array_equal(frequencies, before[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"positions": [0, 1, 2], "offset": 1}, ValueError, "offset and positions"),
+        ({"positions": [0, 1, 2], "offset": [0, 0]}, ValueError, "offset and positions"),
+        ({"positions": [0, 1]}, ValueError, r"positions has shape \(2,\).*\(2, 3\)"),
+        ({"positions": np.zeros((1, 2, 3), int)}, ValueError, r"positions has shape \(1, 2, 3\)"),
+        ({"positions": np.zeros((2, 3, 1), int)}, ValueError, "positions has shape"),
+        ({"positions": np.zeros((3, 5), int), "x": np.ones((3, 2, 5, 4))}, ValueError, r"positions\[:, None\]"),
+        ({"positions": [0.0, 1.0, 2.0]}, TypeError, "positions must be integers"),
+        ({"positions": [True, False, True]}, TypeError, "positions must be integers"),
+        ({"positions": "abc"}, TypeError, "positions must be integers"),
+        ({"positions": [[0], [1, 2]]}, TypeError, "positions"),
+        ({"positions": np.arange(3, dtype=">i8" if np.little_endian else "<i8")}, TypeError, "positions"),
+        ({"positions": np.ma.masked_array([0, 1, 2], mask=True)}, TypeError, "positions.*masked"),
+        ({"positions": [0, 1, 2**53 + 1]}, ValueError, "positions.*9007199254740992.*9007199254740993"),
+        ({"positions": [0, 1, -(2**53) - 1]}, ValueError, "positions.*-9007199254740993"),
+        ({"positions": np.array([0, 1, 2**64 - 5], np.uint64)}, ValueError, "positions.*18446744073709551611"),
+        ({"positions": [0, 1, 2**70]}, TypeError, "positions"),
+        ({"frequencies": [1.0, 1.0], "base": 500.0}, ValueError, "base=500.0 and frequencies"),
+        ({"frequencies": [1.0]}, ValueError, r"frequencies has shape \(1,\).*\(2,\).*rotary_dim"),
+        ({"frequencies": [[1.0, 1.0]]}, ValueError, "frequencies has shape"),
+        ({"frequencies": 1.0}, ValueError, "frequencies has shape"),
+        ({"frequencies": [1.0, 1.0], "rotary_dim": 2}, ValueError, r"frequencies.*\(1,\)"),
+        ({"frequencies": [1.0, math.nan]}, ValueError, "frequencies must hold finite.*number 1 is nan"),
+        ({"frequencies": [math.inf, 1.0]}, ValueError, "frequencies must hold finite"),
+        ({"frequencies": [1e300, 1.0]}, ValueError, "frequencies must hold finite"),
+        ({"frequencies": [1j, 1.0]}, TypeError, "frequencies.*complex"),
+        ({"frequencies": ["a", "b"]}, TypeError, "frequencies"),
+        ({"attention_factor": 0.0}, ValueError, "attention_factor"),
+        ({"attention_factor": -1.5}, ValueError, "attention_factor"),
+        ({"attention_factor": math.nan}, ValueError, "attention_factor"),
+        ({"attention_factor": math.inf}, ValueError, "attention_factor"),
+        ({"attention_factor": "1"}, TypeError, "attention_factor"),
+        ({"attention_factor": None}, TypeError, "attention_factor"),
+        ({"attention_factor": True}, TypeError, "attention_factor"),
+    ],
+)
+def test_position_errors_write_nothing(options, error, words):
+    x = options.pop("x", np.ones((2, 3, 4)))
+    out = np.full(x.shape, 7.0)
+    with pytest.raises(error, match=words):
+        apply_rotary(x, out=out, **options)
+    assert (out == 7).all()
+
+
+def test_rotary_out_must_not_overlap_positions_or_frequencies():
+    positions = np.zeros(4, np.int64)
+    with pytest.raises(ValueError, match="out overlaps positions"):
+        apply_rotary(np.ones((2, 4), np.float32), positions=positions[:2], out=positions.view(np.float32).reshape(2, 4))
+    frequencies = np.zeros(4)
+    with pytest.raises(ValueError, match="out overlaps frequencies"):
+        apply_rotary(np.ones((1, 4)), frequencies=frequencies[:2], out=frequencies[None])
+
+
+# Frequencies of models
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_frequencies_as_published(name):
+    (dim, base, scaling, length, max_positions), count, some, attention_factor = PUBLISHED[name]
+    before = repr(scaling)
+    frequencies, factor = rotary_frequencies(
+        dim, base=base, scaling=scaling, length=length, max_positions=max_positions
+    )
+    assert repr(scaling) == before
+    assert frequencies.dtype == np.float64
+    assert frequencies.shape == (count,)
+    # Those are float32; where two numbers are mixed, shares near 0 and 1 lose some digits.
+    np.testing.assert_allclose(frequencies[list(some)], list(some.values()), rtol=4e-6)
+    assert type(factor) is float
+    assert factor == pytest.approx(attention_factor, rel=1e-14)
+
+
+@pytest.mark.parametrize("dim", [4, 6, 64, 128])
+@pytest.mark.parametrize("base", [10000.0, 500000])
+def test_frequencies_against_reference(rng, dim, base):
+    many = {"short_factor": rng.uniform(1, 2, dim // 2), "long_factor": rng.uniform(1, 60, dim // 2).tolist()}
+    turns = {"low_freq_factor": 1, "high_freq_factor": 4}
+    length_of = {"original_max_position_embeddings": 4096}
+    for scaling in (
+        None,
+        {},
+        {"rope_type": "default", "rope_theta": 300.0},
+        {"rope_type": "linear", "factor": 3},
+        {"rope_type": "linear", "factor": 0.5, "partial_rotary_factor": 1.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0} | length_of,
+        {"rope_type": "llama3", "factor": 8.0} | turns | length_of,
+        {"rope_type": "llama3", "factor": 8.0} | turns,
+        {"rope_type": "yarn", "factor": 8.0} | length_of,
+        {"rope_type": "yarn"} | length_of,
+        {"rope_type": "yarn", "factor": 0.5, "truncate": False} | length_of,
+        {"rope_type": "yarn", "factor": 5, "mscale": 0.7, "mscale_all_dim": 0, "beta_fast": 20, "beta_slow": 3},
+        {"rope_type": "yarn", "factor": 5, "mscale": 0.7, "mscale_all_dim": 0.4} | length_of,
+        {"rope_type": "longrope"} | many | length_of,
+        {"rope_type": "longrope", "factor": 32.0} | many,
+        {"rope_type": "longrope", "factor": 0.5} | many | length_of,
+    ):
+        for length in (1, 4096, 5000, 10**6):
+            options = {"base": base, "scaling": scaling, "length": length, "max_positions": 16384}
+            ours, theirs = rotary_frequencies(dim, **options), reference.rotary_frequencies(dim, **options)
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-13)
+            assert ours[1] == pytest.approx(theirs[1], rel=1e-14)
+
+
+def test_what_the_dict_says_wins():
+    plain = rotary_frequencies(16, base=500.0)[0]
+    np.testing.assert_array_equal(rotary_frequencies(16, scaling={"rope_theta": 500.0})[0], plain)
+    np.testing.assert_array_equal(rotary_frequencies(16, base=9.0, scaling={"rope_theta": 500})[0], plain)
+    half = {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    np.testing.assert_array_equal(rotary_frequencies(32, scaling=half)[0], plain)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    far = rotary_frequencies(16, scaling=yarn, max_positions=99999)
+    np.testing.assert_array_equal(rotary_frequencies(16, scaling=yarn)[0], far[0])
+
+
+def test_older_names_and_keys_without_a_value():
+    linear = {"rope_type": "linear", "factor": 4.0}
+    expected = rotary_frequencies(16, scaling=linear)[0]
+    for scaling in (
+        {"type": "linear", "factor": 4.0},
+        {"type": "yarn", "rope_type": "linear", "factor": np.float32(4)},
+        linear | {"attention_factor": None, "mystery": None, "rope_theta": None, "partial_rotary_factor": None},
+    ):
+        np.testing.assert_array_equal(rotary_frequencies(16, scaling=scaling)[0], expected)
+    lists = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 4096}
+    for length in (None, 5000):
+        su, longrope = (
+            rotary_frequencies(12, scaling={"type": kind} | lists, length=length, max_positions=131072)
+            for kind in ("su", "longrope")
+        )
+        np.testing.assert_array_equal(su[0], longrope[0])
+        assert su[1] == longrope[1]
+
+
+def test_no_channels_have_no_frequencies():
+    assert rotary_frequencies(0)[0].shape == (0,)
+    assert apply_rotary(np.ones((3, 4)), rotary_dim=0, frequencies=rotary_frequencies(0)[0]).shape == (3, 4)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "factor": 4.0}
+
+
+def without(scaling, key):
+    return {name: x for name, x in scaling.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"dim": 5}, ValueError, "dim must be even, not 5"),
+        ({"dim": -2}, ValueError, "dim"),
+        ({"dim": 4.0}, TypeError, "dim"),
+        ({"dim": True}, TypeError, "dim"),
+        ({"base": 0}, ValueError, "base"),
+        ({"base": math.inf}, ValueError, "base"),
+        ({"base": "1"}, TypeError, "base"),
+        ({"length": -1}, ValueError, "length"),
+        ({"length": 9.5}, TypeError, "length"),
+        ({"max_positions": 1}, ValueError, "max_positions"),
+        ({"max_positions": "4096"}, TypeError, "max_positions"),
+        ({"scaling": "linear"}, TypeError, "scaling must be the dict.*str"),
+        ({"scaling": [("factor", 2.0)]}, TypeError, "scaling must be the dict"),
+        ({"scaling": {"rope_type": "ntk-by-parts"}}, ValueError, "'ntk-by-parts'; known are default, linear, dynamic"),
+        ({"scaling": {"rope_type": 3}}, ValueError, "rope_type 3; known are"),
+        ({"scaling": {"factor": 2.0}}, ValueError, "'factor' and no 'rope_type'"),
+        ({"scaling": {"full_attention": {}, "sliding_attention": {}}}, ValueError, "'full_attention', 'sliding"),
+        ({"scaling": YARN | {"mrope_section": [2, 2, 2]}}, ValueError, "the key 'mrope_section', which is not known"),
+        ({"scaling": {"rope_type": "linear"}}, ValueError, "'linear' lacks 'factor'"),
+        ({"scaling": {"rope_type": "linear", "factor": 0}}, ValueError, r"scaling\['factor'\] must be a positive"),
+        ({"scaling": {"rope_type": "linear", "factor": "2"}}, TypeError, r"scaling\['factor'\]"),
+        ({"scaling": {"rope_type": "linear", "factor": True}}, TypeError, r"scaling\['factor'\]"),
+        ({"scaling": {"rope_theta": math.nan}}, ValueError, r"scaling\['rope_theta'\]"),
+        ({"scaling": {"rope_theta": 10**400}}, ValueError, r"scaling\['rope_theta'\]"),
+        ({"scaling": {"partial_rotary_factor": 1.5}}, ValueError, "partial_rotary_factor"),
+        ({"scaling": {"partial_rotary_factor": 0.25}}, ValueError, r"partial_rotary_factor'\]=0.25.*3 of dim=12"),
+        ({"scaling": {"rope_type": "dynamic", "factor": 2.0}, "length": 9}, ValueError, "max_position_embeddings"),
+        ({"scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_positions": 9}, ValueError, "length is needed"),
+        (
+            {"dim": 2, "scaling": {"rope_type": "dynamic", "factor": 2.0}, "length": 9, "max_positions": 4},
+            ValueError,
+            "at least 4 channels",
+        ),
+        (
+            {"scaling": {"rope_type": "dynamic", "factor": 1e300}, "length": 2**60, "max_positions": 4},
+            ValueError,
+            "range of float64",
+        ),
+        ({"scaling": without(LLAMA3, "factor")}, ValueError, "'llama3' lacks 'factor'"),
+        (
+            {"scaling": without(without(LLAMA3, "low_freq_factor"), "high_freq_factor")},
+            ValueError,
+            "lacks 'low_freq_factor' and 'high_freq_factor'",
+        ),
+        ({"scaling": without(LLAMA3, "original_max_position_embeddings")}, ValueError, "lacks 'original_max"),
+        ({"scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ValueError, "high_freq_factor"),
+        ({"scaling": LLAMA3 | {"original_max_position_embeddings": 1}}, ValueError, "greater than 1"),
+        ({"scaling": without(YARN, "factor")}, ValueError, "'yarn' lacks 'factor', or both"),
+        ({"scaling": without(YARN, "original_max_position_embeddings")}, ValueError, "lacks 'original_max"),
+        ({"scaling": YARN | {"beta_fast": 1, "beta_slow": 2}}, ValueError, "'beta_fast' that is at least"),
+        ({"scaling": YARN | {"beta_fast": 0}}, ValueError, "beta_fast"),
+        ({"scaling": YARN | {"truncate": 1}}, TypeError, "truncate"),
+        ({"scaling": YARN | {"attention_factor": -1.0}}, ValueError, "attention_factor"),
+        ({"scaling": YARN | {"mscale": "1"}}, TypeError, "mscale"),
+        ({"scaling": YARN, "base": 1.0}, ValueError, "base above 1"),
+        ({"scaling": without(LONGROPE, "long_factor"), "max_positions": 9}, ValueError, "lacks 'long_factor'"),
+        ({"scaling": LONGROPE | {"short_factor": [1.0]}, "max_positions": 9}, ValueError, "has 1 numbers.* have 6"),
+        ({"scaling": LONGROPE | {"short_factor": 1.0}, "max_positions": 9}, TypeError, "list of 6 numbers"),
+        (
+            {"scaling": LONGROPE | {"long_factor": [1.0] * 5 + [0.0]}, "max_positions": 9},
+            ValueError,
+            r"scaling\['long_factor'\]\[5\] must be a positive",
+        ),
+        ({"scaling": LONGROPE}, ValueError, "lacks 'original_max_position_embeddings'"),
+        ({"scaling": without(LONGROPE, "factor"), "max_positions": 4096}, ValueError, "lacks 'factor', or both"),
+    ],
+)
+def test_frequency_errors(options, error, words):
+    with pytest.raises(error, match=words):
+        rotary_frequencies(**{"dim": 12, **options})
 
 
 # ALiBi slopes

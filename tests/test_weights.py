@@ -155,11 +155,12 @@ def test_torch_errors(rng):
 
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("out", [None, "o"])
-def test_linear(rng, x, out, biases):
+@pytest.mark.parametrize("rotary", [{"rotary_base": 100.0}, {"rotary_frequencies": ([1.0, 0.3], 1.2)}], ids=str)
+def test_linear(rng, x, rotary, out, biases):
     """4 query heads of 6, 2 heads of keys and of values of 5; with or without a last layer."""
     state = linear_layers(rng, {"a.q": 24, "a.k": 12, "a.v": 10}, 12, biases)
     state |= linear_layers(rng, {"a.o": 7}, 20, biases)
-    rotary = {"rotary_base": 100.0, "rotary_interleaved": True, "rotary_dim": 4}
+    rotary = rotary | {"rotary_interleaved": True, "rotary_dim": 4}
     layer = fastattn.MultiHeadAttention.from_linear(
         state, "q", "k", "v", out, num_heads=4, num_kv_heads=2, prefix="a.", **rotary
     )
@@ -250,6 +251,83 @@ def test_llama(rng, x, num_kv_heads, prefix, biases):
     layers = pairs(state, *(f"{prefix}layers.1.self_attn.{name}" for name in LLAMA))
     agree(ours(x, is_causal=True), expected(x, layers, 4, 2, is_causal=True, rotary_base=500.0))
     assert (ours.num_kv_heads, ours.head_dim, ours.rotary_interleaved) == (2, 6, False)
+
+
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 500.0,
+    },
+    "yarn": {"type": "yarn", "factor": 4.0, "rope_theta": 500.0, "beta_fast": 4.0},
+    "longrope of equal factors": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 2.0, 4.0],
+        "long_factor": [1.0, 2.0, 4.0],
+        "original_max_position_embeddings": 16,
+    },
+    "part of a head": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.7},
+}
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_llama_of_a_longer_context(rng, x, rope):
+    """The frequencies and the factor that rotary_frequencies gives for the same dict."""
+    state = llama_state(rng)
+    given = {"num_heads": 4, "rotary_base": 900.0}
+    ours = fastattn.MultiHeadAttention.from_llama(state, 1, **given, rope_parameters=ROPE[rope], max_positions=64)
+    frequencies = reference.rotary_frequencies(6, base=900.0, scaling=ROPE[rope], max_positions=64)
+    rotary = {"rotary_frequencies": frequencies, "rotary_dim": 4 if "part" in rope else 6}
+    layers = pairs(state, *(f"model.layers.1.self_attn.{name}" for name in LLAMA))
+    agree(ours(x, is_causal=True), expected(x, layers, 4, 2, is_causal=True, **rotary))
+    plain = fastattn.MultiHeadAttention.from_llama(state, 1, **given)
+    assert np.abs(plain(x, is_causal=True) - ours(x, is_causal=True)).max() > 1e-3
+    cache = fastattn.KVCache(2, 2, 7, 6)
+    steps = [ours(x[:, at], cache=cache, is_causal=True) for at in (slice(0, 4), slice(4, 6), slice(6, 7))]
+    agree(np.concatenate(steps, axis=1), expected(x, layers, 4, 2, is_causal=True, **rotary))
+
+
+def test_rope_theta_in_the_dict_wins(rng, x):
+    state = llama_state(rng)
+
+    def layer(**arguments):
+        return fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=np.int64(4), **arguments)
+
+    right = layer(rotary_base=300.0)
+    assert bits(layer(rotary_base=300.0, rope_parameters={})(x)) == bits(right(x))
+    for rope in ({"rope_theta": 300.0}, {"rope_type": "default", "rope_theta": 300}):
+        for base in ({}, {"rotary_base": 7.0}):
+            ours = layer(rope_parameters=rope, **base)
+            assert bits(ours(x)) == bits(right(x))
+            assert ours.rotary_base == 300.0
+    scaled = layer(rope_parameters={"rope_type": "linear", "factor": 1.0, "rope_theta": 300.0})
+    assert bits(scaled(x)) == bits(right(x))
+
+
+def test_rope_parameters_that_a_layer_cannot_follow_are_refused(rng):
+    state = llama_state(rng)
+    many = {"short_factor": [1.0, 2.0, 4.0], "long_factor": [1.0, 2.0, 5.0], "factor": 4.0}
+    for rope, message in (
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_parameters has rope_type 'dynamic', whose frequencies change"),
+        ({"type": "longrope"} | many, "rope_type 'longrope', whose frequencies change.*rotary_frequencies="),
+        ({"rope_type": "mystery"}, "rope_parameters has rope_type 'mystery'; known are"),
+        ({"rope_type": "llama3", "factor": 2.0}, "rope_parameters of rope_type 'llama3' lacks 'low_freq_factor'"),
+        ({"mrope_section": [1, 1, 1]}, "rope_parameters has the key 'mrope_section'"),
+        ({"full_attention": {"rope_theta": 1e6}}, "rope_parameters holds a dict for each kind of layer"),
+        ({"rope_theta": -1.0}, r"rope_parameters\['rope_theta'\] must be a positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4, rope_parameters=rope, max_positions=128)
+    with pytest.raises(TypeError, match="rope_parameters must be the dict"):
+        fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4, rope_parameters="yarn")
+    with pytest.raises(ValueError, match=r"lacks 'original_max_position_embeddings'.*max_positions"):
+        fastattn.MultiHeadAttention.from_llama(
+            state, 0, num_heads=4, rope_parameters={"rope_type": "yarn", "factor": 2.0}
+        )
 
 
 def test_llama_errors(rng):

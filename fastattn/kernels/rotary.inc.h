@@ -34,8 +34,8 @@ static ALWAYS_INLINE void NAME(cosine_and_sine)(wide angle, wide *cosine, wide *
     const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds to a whole number, in the lowest bits */
     const wide shifted = angle * 0.63661977236758138 + magic;
     const wide quarters = shifted - magic;
-    const wide rest = ((angle - quarters * 0x1.921fb544p+0) - quarters * 0x1.0b4611a6p-34) -
-                      quarters * 0x1.3198a2e037073p-69;
+    const wide rest =
+        ((angle - quarters * 0x1.921fb544p+0) - quarters * 0x1.0b4611a6p-34) - quarters * 0x1.3198a2e037073p-69;
     const wide square = rest * rest;
     const wide sine_of_rest = rest + rest * square * NAME(horner)(square, s, 6);
     const wide cosine_of_rest = (1 - 0.5 * square) + square * square * NAME(horner)(square, c, 6);
