@@ -11,9 +11,9 @@ from libc.stdint cimport INT64_MAX, int64_t
 
 from fastattn._arguments cimport (Problem, checked_sides, read_additive, read_bilinear, read_dot_product,
                                   read_varlen)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_FEW, FA_SPAN, Watch, allowed_threads, fa_head, fa_kernels,
-                                fa_visible_keys, fetching_helps, give_workspace, interrupted, kernels_for,
-                                raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_FEW, FA_SPAN, Team, Watch, allowed_threads, fa_head,
+                                fa_kernels, fa_visible_keys, fetching_helps, gathered, give_workspace, interrupted,
+                                join_team, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -145,7 +145,9 @@ cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int t
                        char *workspaces, size_t workspace_size, Watch *watch) noexcept nogil:
     cdef Py_ssize_t t, count = tile.shape[0]
     cdef Py_ssize_t chunk = max(1, count // (threads * 64))
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for t in prange(count, schedule="dynamic", chunksize=chunk):
             if not interrupted(watch, False):
                 # The caller's thread is number 0.
@@ -210,7 +212,9 @@ cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int thre
                     char *found, size_t span_size, Watch *watch) noexcept nogil:
     """Few queries against many keys: threads share the keys of a tile, and its spans are joined in their order."""
     cdef Py_ssize_t t
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for t in prange(span.shape[0], schedule="dynamic", chunksize=1):
             if not interrupted(watch, threadid() == 0):
                 find_span(p, kernels, tile, rows, span[t, 0], span[t, 1], span[t, 2],

@@ -17,8 +17,8 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcmp, memcpy
 
 from fastattn._arguments cimport ROW_OUT, ROW_X, Axes, Rotation, read_rotation
-from fastattn._runtime cimport (FA_F32, FA_F64, Watch, allowed_threads, fa_dtype, fa_kernels, give_workspace,
-                                interrupted, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_F32, FA_F64, Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     SMALL = 1 << 16        # numbers below which threads cost more than they bring
@@ -95,7 +95,9 @@ cdef void make_row(Table table, const fa_kernels *kernels, Py_ssize_t row) noexc
 
 cdef void make_turns(Table table, const fa_kernels *kernels, int threads) noexcept nogil:
     cdef Py_ssize_t row
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for row in prange(table.rows, schedule="static"):
             make_row(table, kernels, row)
 
@@ -247,7 +249,9 @@ cdef void run_task(Rotation p, const Cut *cut, Table table, const fa_kernels *ke
 cdef void run_parallel(Rotation p, const Cut *cut, Table table, const fa_kernels *kernels, int threads, char *scratch,
                        size_t scratch_size, Watch *watch) noexcept nogil:
     cdef Py_ssize_t task
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for task in prange(cut.tasks, schedule="dynamic", chunksize=1):
             if not interrupted(watch, threadid() == 0):
                 run_task(p, cut, table, kernels, task, scratch + threadid() * scratch_size)

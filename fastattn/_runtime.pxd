@@ -109,6 +109,16 @@ cdef int fetching_helps
 # How many threads a call with this num_threads argument may use, before the size of its work is looked at.
 cdef int allowed_threads(object num_threads) except -1
 
+# The threads of a region: the first thing before it, and the first thing in it, done by each of its threads. `gathered`
+# says how many there are: fewer than wanted where the system gives no more, which would else end the process.
+cdef struct Team:
+    int threads
+    int growing
+    void *pool
+
+cdef Team gathered(int threads) noexcept nogil
+cdef void join_team(const Team *team) noexcept nogil
+
 # Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL. estimate:
 # about `size`, computed so that it does not wrap around.
 cdef void *take_workspace(size_t size, double estimate) except NULL

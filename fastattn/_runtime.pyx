@@ -1,8 +1,9 @@
-"""What all drivers share: the kernels in force, the number of threads, scratch memory, Ctrl-C and fork.
+"""What all drivers share: the kernels in force, the threads of a region, scratch memory, Ctrl-C and fork.
 
 The C kernels of every instruction set are linked into this module; the choice is made once, at import.
 """
 import os
+import re
 import warnings
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -10,9 +11,11 @@ from libc.stdint cimport uintptr_t
 
 cdef extern from *:
     """
+    #include <stdlib.h>
     #include <time.h>
     #if defined(__linux__)
     #include <sched.h>
+    #include <sys/syscall.h>
     #endif
     #if !defined(_WIN32)
     #include <pthread.h>
@@ -31,21 +34,191 @@ cdef extern from *:
     #endif
     }
 
-    /* A child of fork() inherits the record of its parent's OpenMP threads but not the threads, and would wait for them
-     * for ever. Letting them go before the fork, in the parent, cures it; in the child it is too late. */
-    #if defined(_OPENMP) && !defined(_WIN32) && (_OPENMP >= 201811 || (__GNUC__ >= 9 && !defined(__clang__)))
-    static void fa_before_fork(void) { omp_pause_resource_all(omp_pause_soft); }
-    static void fa_watch_fork(void) { pthread_atfork(fa_before_fork, NULL, NULL); }
-    #else
-    static void fa_watch_fork(void) {}
-    #endif
-
     static double fa_seconds(void)
     {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
         return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
     }
+
+    /* The threads of a region. OpenMP ends the process where the system refuses it one (RLIMIT_NPROC, a limit on the
+     * pids of a container, no memory for a stack). It keeps as many threads with the calling one as the last region of
+     * that one had, and makes what is missing when a region begins; so before a region that needs more, as many are
+     * made, kept until all are there, and let go again, and the region is given no more than could be made.
+     */
+    #if defined(_OPENMP) && !defined(_WIN32)
+    /* One for each calling thread; belongs to it and to its workers, and goes with the last of them. */
+    typedef struct {
+        int members;     /* of these threads those that are alive: they leave by the destructor of fa_pool_key */
+        int last;        /* threads of the last region */
+        double refused;  /* when the system last gave fewer threads than were wanted */
+    } fa_pool;
+
+    static pthread_key_t fa_pool_key;
+    static __thread fa_pool *fa_own_pool;
+    static size_t fa_stack_size;  /* of OpenMP's threads; 0: the system's default */
+
+    /* Held from the trial until OpenMP has its threads, so that two threads of this process do not count on the same
+     * ones. What other processes take in these microseconds is beyond its reach. */
+    static pthread_mutex_t fa_growing = PTHREAD_MUTEX_INITIALIZER;
+
+    static void fa_leave_pool(void *pool)
+    {
+        if (__atomic_sub_fetch(&((fa_pool *)pool)->members, 1, __ATOMIC_ACQ_REL) == 0)
+            free(pool);
+    }
+
+    static void fa_enter_pool(fa_pool *pool)
+    {
+        fa_pool *left = fa_own_pool;
+        if (pthread_setspecific(fa_pool_key, pool) != 0)
+            return;
+        __atomic_add_fetch(&pool->members, 1, __ATOMIC_ACQ_REL);
+        fa_own_pool = pool;
+        if (left != NULL)
+            fa_leave_pool(left);
+    }
+
+    typedef struct {
+        pthread_mutex_t *gate;
+        pthread_t thread;
+        long id;
+    } fa_trial;
+
+    static void *fa_wait_at_gate(void *data)
+    {
+        fa_trial *trial = (fa_trial *)data;
+    #if defined(__linux__)
+        trial->id = syscall(SYS_gettid);
+    #endif
+        pthread_mutex_lock(trial->gate);
+        pthread_mutex_unlock(trial->gate);
+        return NULL;
+    }
+
+    /* How many of so many threads the system gives at the same time. */
+    static int fa_try_threads(int wanted)
+    {
+        fa_trial *trial = (fa_trial *)malloc((size_t)wanted * sizeof *trial);
+        pthread_mutex_t gate;
+        pthread_attr_t attributes;
+        int made = 0, gone = 0;
+        double begin;
+        if (trial == NULL || pthread_attr_init(&attributes) != 0) {
+            free(trial);
+            return 0;
+        }
+        if (fa_stack_size != 0)
+            pthread_attr_setstacksize(&attributes, fa_stack_size);  /* what it refuses, OpenMP refuses, too */
+        pthread_mutex_init(&gate, NULL);
+        pthread_mutex_lock(&gate);
+        while (made < wanted) {
+            trial[made].gate = &gate;
+            if (pthread_create(&trial[made].thread, &attributes, fa_wait_at_gate, &trial[made]) != 0)
+                break;
+            ++made;
+        }
+        pthread_mutex_unlock(&gate);
+        for (int i = 0; i < made; ++i)
+            pthread_join(trial[i].thread, NULL);
+        /* The system still counts a thread for a moment after it has ended. */
+        begin = fa_seconds();
+        for (int i = 0; i < made; ++i) {
+    #if defined(__linux__)
+            while (syscall(SYS_tgkill, (long)getpid(), trial[i].id, 0L) == 0 && fa_seconds() - begin < 0.1)
+                sched_yield();
+            gone += syscall(SYS_tgkill, (long)getpid(), trial[i].id, 0L) != 0;
+    #else
+            ++gone;
+    #endif
+        }
+        (void)begin;
+        pthread_mutex_destroy(&gate);
+        pthread_attr_destroy(&attributes);
+        free(trial);
+        return gone;
+    }
+
+    /* Right before a region: how many threads it may have, at most so many. growing: fa_growing is held now. */
+    static int fa_gather(int threads, void **team, int *growing)
+    {
+        fa_pool *pool = fa_own_pool;
+        int have, more;
+        *team = NULL;
+        *growing = 0;
+        if (threads <= 1)
+            return 1;
+        if (pool == NULL) {
+            pool = (fa_pool *)calloc(1, sizeof *pool);
+            if (pool == NULL)
+                return 1;
+            fa_enter_pool(pool);
+            if (fa_own_pool != pool) {
+                free(pool);
+                return 1;
+            }
+        }
+        /* The caller and its workers. Those that the last region did not need are about to end. */
+        have = __atomic_load_n(&pool->members, __ATOMIC_ACQUIRE);
+        have = have > pool->last ? pool->last : have;
+        have = have < 1 ? 1 : have;
+        if (threads > have && pool->refused != 0 && fa_seconds() - pool->refused < 1.0) {
+            threads = have;
+        } else if (threads > have) {
+            pthread_mutex_lock(&fa_growing);
+            more = fa_try_threads(threads - have);
+            pool->refused = more < threads - have ? fa_seconds() : 0;
+            threads = have + more;
+            *growing = more > 0;
+            if (!*growing)
+                pthread_mutex_unlock(&fa_growing);
+        }
+        if (threads > 1)
+            pool->last = threads;
+        *team = pool;
+        return threads;
+    }
+
+    /* The first thing that every thread of a region does. */
+    static void fa_join_team(void *team, int growing)
+    {
+        if (growing && omp_get_thread_num() == 0)
+            pthread_mutex_unlock(&fa_growing);
+        if (team != NULL && fa_own_pool != team)
+            fa_enter_pool((fa_pool *)team);
+    }
+
+    /* A child of fork() inherits the record of its parent's OpenMP threads but not the threads, and would wait for them
+     * for ever. Letting them go before the fork, in the parent, cures it; in the child it is too late. */
+    static void fa_before_fork(void)
+    {
+        pthread_mutex_lock(&fa_growing);
+    #if _OPENMP >= 201811 || (__GNUC__ >= 9 && !defined(__clang__))
+        omp_pause_resource_all(omp_pause_soft);
+    #endif
+    }
+
+    static void fa_after_fork(void) { pthread_mutex_unlock(&fa_growing); }
+
+    static void fa_in_child(void)
+    {
+        if (fa_own_pool != NULL)
+            fa_own_pool->last = 0;
+        pthread_mutex_unlock(&fa_growing);
+    }
+
+    static int fa_prepare_threads(size_t stack_size)
+    {
+        fa_stack_size = stack_size;
+        if (pthread_key_create(&fa_pool_key, fa_leave_pool) != 0)
+            return -1;
+        return pthread_atfork(fa_before_fork, fa_after_fork, fa_in_child);
+    }
+    #else
+    static int fa_gather(int threads, void **team, int *growing) { return *team = NULL, *growing = 0, 1; }
+    static void fa_join_team(void *team, int growing) {}
+    static int fa_prepare_threads(size_t stack_size) { return 0; }
+    #endif
 
     /* CPUs that this process may be scheduled on. */
     static int fa_affinity(void)
@@ -77,7 +250,9 @@ cdef extern from *:
     static void fa_store(int *p, int x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
     """
     int fa_openmp_version() noexcept nogil
-    void fa_watch_fork() noexcept
+    int fa_prepare_threads(size_t stack_size) noexcept
+    int fa_gather(int threads, void **team, int *growing) noexcept nogil
+    void fa_join_team(void *team, int growing) noexcept nogil
     double fa_seconds() noexcept nogil
     int fa_affinity() noexcept nogil
     int fa_check_signals() noexcept nogil
@@ -109,7 +284,6 @@ kernel_names = {
 }
 openmp_version = fa_openmp_version()
 cdef int fetching_helps = fa_fetching_helps()
-fa_watch_fork()
 
 
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
@@ -122,7 +296,7 @@ cdef int chosen_threads = 0  # by set_num_threads; 0: not yet
 cdef int environment_threads = 0
 cdef int quota_threads = 0
 
-# More threads than this, or than there are CPUs, never help, and a system that refuses to make them ends the process.
+# More threads than this, or than there are CPUs, never help.
 cdef enum:
     MOST_THREADS = 16
 
@@ -174,6 +348,29 @@ def _threads_from_quota():
 
 
 environment_threads = _threads_from_environment()
+
+
+def _stack_size():
+    """Bytes of the stack of OpenMP's threads, as its library reads it; 0: the system's default."""
+    for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
+        match = re.fullmatch(r"\s*(\d{1,12})\s*([bkmg]?)\s*", os.environ.get(name, "").lower())
+        if match:
+            return int(match[1]) << {"b": 0, "k": 10, "m": 20, "g": 30}[match[2] or "k"]
+    return 0
+
+
+if fa_prepare_threads(_stack_size()):
+    raise ImportError("the system has no room for the records of threads (pthread_key_create, pthread_atfork)")
+
+
+cdef Team gathered(int threads) noexcept nogil:
+    cdef Team team
+    team.threads = fa_gather(threads, &team.pool, &team.growing)
+    return team
+
+
+cdef void join_team(const Team *team) noexcept nogil:
+    fa_join_team(team.pool, team.growing)
 
 
 cdef int default_threads() except -1:

@@ -10,9 +10,9 @@ from libc.stdint cimport int64_t, uintptr_t
 
 from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
                                   read_rows)
-from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Watch,
-                                allowed_threads, fa_axes, fa_columns, fa_dtype, fa_kernels, fa_row_function,
-                                give_workspace, interrupted, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Team, Watch,
+                                allowed_threads, fa_axes, fa_columns, fa_dtype, fa_kernels, fa_row_function, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     SMALL = 1 << 14        # numbers below which threads cost more than they bring
@@ -136,7 +136,9 @@ cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, P
 cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t chunk, int threads,
                        char *scratch, size_t scratch_size, Watch *watch) noexcept nogil:
     cdef Py_ssize_t c, chunks = (p.rows + chunk - 1) // chunk
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for c in prange(chunks, schedule="dynamic", chunksize=1):
             if not interrupted(watch, threadid() == 0):
                 run_rows(p, kernels, function, c * chunk, min(p.rows, (c + 1) * chunk),
@@ -233,7 +235,9 @@ cdef void run_columns_parallel(const Columns *columns, const fa_kernels *kernels
                                Py_ssize_t chunk, int threads, char *scratch, size_t scratch_size,
                                Watch *watch) noexcept nogil:
     cdef Py_ssize_t task
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for task in prange(columns.tasks, schedule="dynamic", chunksize=chunk):
             if not interrupted(watch, threadid() == 0):
                 run_columns(columns, kernels, function, task, scratch + threadid() * scratch_size)
@@ -342,7 +346,9 @@ cdef void merge_rows(Parts p, const fa_kernels *kernels, char *out, char *lse, c
     cdef Py_ssize_t row, real = 8 if p.dtype == FA_F64 else 4
     cdef char *mine
     cdef char *merged
-    with nogil, parallel(num_threads=threads):
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
         for row in prange(p.rows, schedule="static"):
             if interrupted(watch, threadid() == 0):
                 continue

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,154 @@ def test_large_calls_use_the_threads_asked_for():
         """
     )
     assert int(used) == (2 if _runtime.openmp_version else 0)
+
+
+# ------------------------------------------------------------------- a system that gives no more threads
+
+# Everything that starts a region. The limit counts all processes of a user and does not bind root: the child becomes
+# a user that nobody else is.
+LIMITED = """
+    import os, resource, threading
+    import numpy as np
+    import fastattn
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 600, 64)).astype(np.float32)
+    keys = np.concatenate([x.reshape(1, -1, 64)] * 4, axis=1)
+    calls = {
+        "attention": lambda n: fastattn.dot_product_attention(x, x, x, num_threads=n),
+        "decoding": lambda n: fastattn.dot_product_attention(x[:1, :1], keys, keys, num_threads=n),
+        "additive": lambda n: fastattn.additive_attention(x[:4, :99], x[:4, :99], x[:4, :99], x[0, 0], num_threads=n),
+        "softmax": lambda n: fastattn.softmax(x, num_threads=n),
+        "rotary": lambda n: fastattn.apply_rotary(x, num_threads=n),
+        "merge": lambda n: (fastattn.set_num_threads(n), *fastattn.merge_attention([x, x], [x[..., 0], x[..., 1]]))[1],
+    }
+    call = calls["CALL"]
+    expected = call(1).tobytes()
+    user = 1_000_000_000 + os.getpid()
+    os.setgid(user)
+    os.setuid(user)
+    def limit(room):
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads() + room, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+    def check(n):
+        assert call(n).tobytes() == expected, "other bits"
+        return threads()
+    before = threads()
+    limit(0)
+    try:
+        threading.Thread(target=int).start()
+        print("not limited")
+        os._exit(0)
+    except RuntimeError:
+        pass
+"""
+
+
+def limited(call, code, timeout=60):
+    """Run `code` after LIMITED; without OpenBLAS' threads, which would be more of that user's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become a user without other processes, to whom the limit on threads applies")
+    text = textwrap.dedent(LIMITED).replace("CALL", call) + textwrap.dedent(code)
+    printed = fresh_process.run(text, timeout, OPENBLAS_NUM_THREADS=1)
+    if printed == "not limited\n":
+        pytest.skip("this system does not enforce RLIMIT_NPROC")
+    return printed
+
+
+@linux
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("call", ["attention", "decoding", "additive", "softmax", "rotary", "merge"])
+def test_no_more_threads(call, room):
+    """The first region, a larger one, and one after a smaller one run on the threads there are, with the same bits."""
+    printed = limited(
+        call,
+        """
+        limit(ROOM)
+        print([check(n) - before for n in (4, 2, 8)])
+        """.replace("ROOM", str(room)),
+    )
+    used = room if fastattn._runtime.openmp_version else 0
+    assert printed == f"{[used] * 3}\n"
+
+
+@linux
+def test_no_more_threads_after_larger_and_smaller_regions():
+    """OpenMP lets go of the threads that a smaller region does not need: the next one has to make them again."""
+    limited(
+        "attention",
+        """
+        limit(3)
+        check(4)
+        for n in (2, 4, 3, 8, 2, 16, 1, 4):
+            assert check(n) <= before + 3
+        """,
+    )
+
+
+@linux
+def test_no_more_threads_in_a_forked_child():
+    limited(
+        "attention",
+        """
+        limit(2)
+        check(3)
+        # The fork lets the parent's threads go; the child is one more, and finds room for one.
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for n in (3, 2, 8):
+                    check(n)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        check(8)
+        """,
+    )
+
+
+@linux
+def test_no_more_threads_for_several_callers():
+    """Each Python thread has OpenMP threads of its own; together they find no more than there are."""
+    limited(
+        "attention",
+        """
+        limit(4 + 2)
+        start = threading.Barrier(4)
+        failures = []
+        def work():
+            start.wait()
+            try:
+                for n in (2, 4, 3, 2, 8):
+                    check(n)
+            except BaseException as error:
+                failures.append(error)
+        callers = [threading.Thread(target=work) for _ in range(4)]
+        for caller in callers: caller.start()
+        for caller in callers: caller.join()
+        assert not failures, failures
+        """,
+    )
+
+
+@linux
+def test_no_memory_for_the_stacks_of_threads():
+    """A stack that the system cannot give is a thread that it cannot give; OMP_STACKSIZE is OpenMP's to read, too."""
+    fresh_process.run(
+        """
+        import resource
+        import numpy as np
+        import fastattn
+        x = np.ones((8, 600, 64), dtype=np.float32)
+        expected = fastattn.softmax(x, num_threads=1)
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        assert (fastattn.softmax(x, num_threads=4) == expected).all()
+        """,
+        OMP_STACKSIZE="1G",
+    )
 
 
 # ----------------------------------------------------------------------------------- concurrent calls
