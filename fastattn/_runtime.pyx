@@ -41,6 +41,16 @@ cdef extern from *:
         return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
     }
 
+    /* What OpenMP would take in this thread: OMP_NUM_THREADS, or what was set since, for this thread alone. */
+    static int fa_openmp_threads(void)
+    {
+    #if defined(_OPENMP)
+        return omp_get_max_threads();
+    #else
+        return 0;
+    #endif
+    }
+
     /* The threads of a region. OpenMP ends the process where the system refuses it one (RLIMIT_NPROC, a limit on the
      * pids of a container, no memory for a stack). It keeps as many threads with the calling one as the last region of
      * that one had, and makes what is missing when a region begins; so before a region that needs more, as many are
@@ -250,6 +260,7 @@ cdef extern from *:
     static void fa_store(int *p, int x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
     """
     int fa_openmp_version() noexcept nogil
+    int fa_openmp_threads() noexcept nogil
     int fa_prepare_threads(size_t stack_size) noexcept
     int fa_gather(int threads, void **team, int *growing) noexcept nogil
     void fa_join_team(void *team, int growing) noexcept nogil
@@ -292,8 +303,10 @@ cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
 
 # Threads
 
-cdef int chosen_threads = 0  # by set_num_threads; 0: not yet
-cdef int environment_threads = 0
+cdef int chosen_threads = 0       # by set_num_threads; 0: not yet
+cdef int environment_threads = 0  # FASTATTN_NUM_THREADS; 0: it says nothing
+cdef int openmp_environment = 0   # OMP_NUM_THREADS, too
+cdef int openmp_untouched = 0     # what OpenMP would take if nobody had told it otherwise since
 cdef int quota_threads = 0
 
 # More threads than this, or than there are CPUs, never help.
@@ -301,15 +314,13 @@ cdef enum:
     MOST_THREADS = 16
 
 
-def _threads_from_environment():
-    """FASTATTN_NUM_THREADS, else OMP_NUM_THREADS (of a list the first); 0 where neither says anything usable."""
-    for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "").strip()
-        if not text:
-            continue
-        first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
-        if first.isascii() and first.isdigit() and len(first) < 10 and int(first) >= 1:
-            return int(first)
+def _threads_from_environment(name):
+    """What the variable says (of OMP_NUM_THREADS, a list, the first); 0 where that is nothing usable."""
+    text = os.environ.get(name, "").strip()
+    first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
+    if first.isascii() and first.isdigit() and len(first) < 10 and int(first) >= 1:
+        return int(first)
+    if text:
         warnings.warn(f"{name}={text[:40]!r} is ignored: it must be an integer of at least 1", RuntimeWarning,
                       stacklevel=2)
     return 0
@@ -347,7 +358,13 @@ def _threads_from_quota():
     return least
 
 
-environment_threads = _threads_from_environment()
+environment_threads = _threads_from_environment("FASTATTN_NUM_THREADS")
+if not environment_threads:
+    openmp_environment = _threads_from_environment("OMP_NUM_THREADS")
+openmp_untouched = fa_openmp_threads()
+if openmp_untouched < fa_affinity() and not openmp_environment:
+    # Told by somebody before this import, and perhaps for a while only.
+    openmp_untouched = fa_affinity()
 
 
 def _stack_size():
@@ -375,10 +392,16 @@ cdef void join_team(const Team *team) noexcept nogil:
 
 cdef int default_threads() except -1:
     global quota_threads
+    cdef int openmp
     if chosen_threads:
         return chosen_threads
     if environment_threads:
         return environment_threads
+    openmp = fa_openmp_threads()
+    if openmp != openmp_untouched:
+        return openmp
+    if openmp_environment:
+        return openmp_environment
     if not quota_threads:
         quota_threads = _threads_from_quota()
     return max(1, min(fa_affinity(), quota_threads))

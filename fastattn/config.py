@@ -15,9 +15,11 @@ def get_num_threads() -> int:
     """
     Number of threads that a call may use when it has no ``num_threads`` argument.
 
-    In this order: `set_num_threads`, the environment variables ``FASTATTN_NUM_THREADS`` and ``OMP_NUM_THREADS`` (read
-    at import), the CPUs that this process may use (affinity and control-group quota). Small calls use one thread
-    whatever it says, and no result depends on it.
+    In this order: `set_num_threads`, the environment variable ``FASTATTN_NUM_THREADS`` (read at import), what OpenMP
+    would take in this thread (``OMP_NUM_THREADS``, or what `threadpoolctl.threadpool_limits`, joblib or another library
+    has set, for the thread that set it), the CPUs that this process may use (affinity and control-group quota). Small
+    calls use one thread whatever it says, a system that gives no more threads gets by with fewer, and no result depends
+    on it.
 
     Returns
     -------

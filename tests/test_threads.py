@@ -66,6 +66,12 @@ def test_malformed_environment_variable(malformed):
     assert malformed in warned
 
 
+def test_malformed_openmp_variable():
+    number, warned = threads_of_a_child(OMP_NUM_THREADS="many")
+    assert number == threads_of_a_child()[0]
+    assert "OMP_NUM_THREADS='many'" in warned
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU affinity here")
 def test_default_is_the_cpus_of_this_process():
     number, warned = threads_of_a_child()
@@ -78,6 +84,134 @@ def test_default_is_the_cpus_of_this_process():
 def test_set_num_threads_beats_the_environment():
     code = "import fastattn; fastattn.set_num_threads(2); print(fastattn.get_num_threads())"
     assert fresh_process.run(code, FASTATTN_NUM_THREADS=3) == "2\n"
+
+
+# OpenMP as others tell it: threadpoolctl and joblib. A build without OpenMP has one thread, whatever they say.
+openmp = pytest.mark.skipif(not fastattn._runtime.openmp_version, reason="a build without OpenMP")
+
+LIMITS = """
+    import threading
+    import numpy as np
+    import fastattn
+    from fastattn import get_num_threads, set_num_threads
+    from threadpoolctl import threadpool_limits
+    free = get_num_threads()
+"""
+
+
+@openmp
+def test_threadpoolctl_limits_the_thread_that_says_so():
+    fresh_process.run(
+        LIMITS
+        + """
+    for n in (1, 3, 1):
+        with threadpool_limits(n):
+            assert get_num_threads() == n
+            with threadpool_limits(2, user_api="openmp"):
+                assert get_num_threads() == 2
+            assert get_num_threads() == n
+        assert get_num_threads() == free
+    inside = []
+    with threadpool_limits(free + 3):
+        other = threading.Thread(target=lambda: inside.append(get_num_threads()))
+        other.start()
+        other.join()
+    assert inside == [free]
+    with threadpool_limits(1):
+        set_num_threads(free + 2)
+        assert get_num_threads() == free + 2, "set_num_threads goes first"
+    """
+    )
+    fresh_process.run(
+        LIMITS
+        + """
+    with threadpool_limits(1):
+        assert get_num_threads() == 7, "FASTATTN_NUM_THREADS goes first"
+    """,
+        FASTATTN_NUM_THREADS=7,
+    )
+    fresh_process.run(
+        LIMITS
+        + """
+    assert free == 5
+    for n in (1, 8):
+        with threadpool_limits(n):
+            assert get_num_threads() == n
+    assert get_num_threads() == 5
+    """,
+        OMP_NUM_THREADS=5,
+    )
+
+
+@openmp
+@linux
+def test_threadpoolctl_limits_the_threads_of_a_call():
+    fresh_process.run(
+        LIMITS
+        + """
+    import os
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+    before = threads()
+    x = np.ones((8, 600, 64), dtype=np.float32)
+    with threadpool_limits(1, user_api="openmp"):
+        fastattn.dot_product_attention(x, x, x)
+        fastattn.softmax(x)
+        assert threads() == before
+    with threadpool_limits(3, user_api="openmp"):
+        fastattn.dot_product_attention(x, x, x)
+        assert threads() == before + 2
+    with threadpool_limits(1, user_api="openmp"):
+        fastattn.dot_product_attention(x, x, x, num_threads=4)
+        assert threads() == before + 3, "num_threads goes first"
+    """
+    )
+
+
+@openmp
+@pytest.mark.parametrize("inner", [{}, {"inner_max_num_threads": 3}])
+def test_workers_of_joblib_take_the_threads_that_it_gives_them(inner):
+    """loky tells its processes by the environment how many threads each may have."""
+    pytest.importorskip("joblib")
+    printed = fresh_process.run(
+        LIMITS
+        + f"""
+    import os
+    import joblib
+    def ask():
+        import fastattn
+        x = np.ones((4, 300, 64), dtype=np.float32)
+        fastattn.dot_product_attention(x, x, x)
+        return int(os.environ["OMP_NUM_THREADS"]), fastattn.get_num_threads()
+    with joblib.parallel_config("loky", n_jobs=2, **{inner}):
+        for told, taken in joblib.Parallel()(joblib.delayed(ask)() for _ in range(2)):
+            assert told == taken
+            print(taken)
+    """
+    )
+    if inner:
+        assert printed.split() == ["3", "3"]
+
+
+@openmp
+def test_threads_of_joblib_take_the_threads_that_each_sets():
+    pytest.importorskip("joblib")
+    fresh_process.run(
+        LIMITS
+        + """
+    import joblib
+    together = threading.Barrier(3)
+    def ask(n):
+        with threadpool_limits(n, user_api="openmp"):
+            together.wait()
+            inside = get_num_threads()
+            together.wait()
+        return inside
+    with joblib.parallel_config("threading", n_jobs=3):
+        assert joblib.Parallel()(joblib.delayed(ask)(n) for n in (1, 5, 3)) == [1, 5, 3]
+    assert get_num_threads() == free
+    """
+    )
 
 
 @linux
