@@ -7,6 +7,7 @@ small call's time is mostly spent here.
 """
 import math
 import numbers
+import sys
 
 import numpy as np
 
@@ -48,11 +49,19 @@ cdef enum:
 
 # Arrays
 
+cpdef bint is_masked(object x) except -1:
+    """Whether it is a masked array. Where nobody has loaded numpy.ma there is none, and it stays unloaded."""
+    if cnp.PyArray_CheckExact(x):
+        return False
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(x, getattr(ma, "MaskedArray", ()))
+
+
 cdef cnp.ndarray as_array(object x, str name):
     """An ndarray of what came; no copy where it is one already."""
     if cnp.PyArray_CheckExact(x):
         return x
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data, and its mask inverted "
                         f"as mask= where the function takes one (True means attend)")
     try:
@@ -61,6 +70,15 @@ cdef cnp.ndarray as_array(object x, str name):
         raise
     except Exception as error:
         raise TypeError(f"{name} cannot be made into an array: {error}") from error
+
+
+cpdef cnp.ndarray converted(cnp.ndarray a, object dtype):
+    """The array in that dtype; no copy where it has it. What over- or underflows on the way is no affair of the
+    caller's np.errstate: every conversion that may do so is made here."""
+    if a.dtype is dtype or a.dtype == dtype:
+        return a
+    with np.errstate(all="ignore"):
+        return a.astype(dtype)
 
 
 cdef object bad_dtype(str name, dtype):
@@ -118,8 +136,7 @@ cdef fa_dtype promote(list arrays, tuple names) except *:
             return storage_of(arrays[0], names[0])
     dtype = common_dtype(arrays, names)
     for i in range(len(arrays)):
-        if arrays[i].dtype != dtype:
-            arrays[i] = arrays[i].astype(dtype)
+        arrays[i] = converted(arrays[i], dtype)
     return storage_of(arrays[0], names[0])
 
 
@@ -425,8 +442,7 @@ cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, 
     if a.dtype.kind not in "biu" or not a.dtype.isnative:
         storage_of(a, name)
     broadcastable(a, name, batch, ())
-    with np.errstate(over="ignore"):
-        a = a.astype(accumulation(dtype)).astype(np.float64)
+    a = converted(converted(a, accumulation(dtype)), float64)
     p.kept.append(a)
     place(p, operand, a, 0)
     return 0
@@ -521,7 +537,7 @@ cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple
     """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
     if out is None:
         return empty(shape, dtype)
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
@@ -872,8 +888,7 @@ cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype d
     cdef cnp.ndarray b = floating(x, name)
     if cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != size:
         raise ValueError(f"{name} has shape {shape_of(b)}; it must be ({size},), {why}")
-    with np.errstate(over="ignore"):
-        return b.astype(accumulation(dtype))
+    return converted(b, accumulation(dtype))
 
 
 cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object columns, str why) except -1:
@@ -884,10 +899,6 @@ cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object
         allowed = f"({rows}, {'n' if columns is None else columns})"
         raise ValueError(f"{name} has shape {shape_of(w)}; it must be {allowed}: {rows} is {x_name}'s last axis{why}")
     return 0
-
-
-cdef cnp.ndarray converted(cnp.ndarray a, object dtype):
-    return a if a.dtype is dtype else a.astype(dtype)
 
 
 cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):

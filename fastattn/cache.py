@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arguments import converted, is_masked
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -521,7 +523,7 @@ class KVCache:
 
     def _converted(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
         """A checked array, in the cache's dtype."""
-        if isinstance(x, np.ma.MaskedArray):
+        if is_masked(x):
             raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data, and lengths=")
         try:
             a = np.asarray(x)
@@ -538,7 +540,7 @@ class KVCache:
         if a.ndim != len(want) or a.shape[:-2] != want[:-2] or a.shape[-1] != want[-1]:
             allowed = ", ".join(map(str, (*want[:-2], "n", want[-1])))
             raise ValueError(f"{name} has shape {a.shape}; it must have ({allowed}), n the number of tokens")
-        return a.astype(self._dtype, copy=False)
+        return converted(a, self._dtype)
 
     def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
-from fastattn._arguments import checked_frequencies, checked_out, common_dtype, empty, floating
+from fastattn._arguments import checked_frequencies, checked_out, common_dtype, empty, floating, is_masked
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
@@ -85,7 +85,7 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
         a = np.asarray(x, object)  # of any size
     elif a.size == 0 and a is not x:  # an empty list says nothing of its dtype
         a = a.astype(np.int64)
-    elif a.dtype.kind not in "iu" or not a.dtype.isnative or isinstance(x, np.ma.MaskedArray):
+    elif a.dtype.kind not in "iu" or not a.dtype.isnative or is_masked(x):
         raise TypeError(f"{name} must be {allowed}, not {'masked' if a.dtype.kind in 'iu' else f'of dtype {a.dtype}'}")
     if a.ndim and (
         a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True))

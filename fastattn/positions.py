@@ -128,11 +128,12 @@ def sinusoidal_encoding(
         raise MemoryError(f"no memory for a table of shape {(length, dim)}") from error
     sines = (dim + 1) // 2
     speed = np.array([base ** (-2 * i / dim) for i in range(sines)])
-    angle = np.arange(offset, offset + length, dtype=np.float64)[:, None] * speed
-    if layout == "interleaved":
-        table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle[:, : dim // 2])
-    else:
-        table[:, :sines], table[:, sines:] = np.sin(angle), np.cos(angle[:, : dim // 2])
+    with np.errstate(all="ignore"):
+        angle = np.arange(offset, offset + length, dtype=np.float64)[:, None] * speed
+        if layout == "interleaved":
+            table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle[:, : dim // 2])
+        else:
+            table[:, :sines], table[:, sines:] = np.sin(angle), np.cos(angle[:, : dim // 2])
     return table
 
 

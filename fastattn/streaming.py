@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arguments import converted, is_masked
 from fastattn._attention import dot_product_attention as _dot_product_attention
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class _Tape(NamedTuple):
             capacity = max(self.capacity, 2 * (end - needed), _LEAST_CAPACITY)
             tape = _Tape.blank(self.batch, self.channels, self.dtype, room, capacity, needed)
             tape.view(needed, self.end)[...] = self.view(needed, self.end)
-        tape.view(self.end, end)[...] = frames
+        tape.view(self.end, end)[...] = converted(frames, self.dtype)
         return tape._replace(end=end)
 
     def __reduce__(self) -> Any:
@@ -137,7 +138,7 @@ def _side(x: Any, name: str) -> int | None:
 
 
 def _as_array(x: Any, name: str) -> NDArray[Any]:
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
     try:
         return np.asarray(x)

@@ -1,7 +1,9 @@
 """Hostile numbers: huge and tiny scales, NaN and infinity seen and unseen, empty rows, long rows."""
 
 import functools
+import warnings
 
+import fresh_process
 import numpy as np
 import pytest
 from problems import DTYPES, qkv
@@ -405,3 +407,189 @@ def test_sizes_beyond_the_address_space():
         fastattn.dot_product_attention(long, long, np.zeros((1, 1), np.float16))
     with pytest.raises(MemoryError):
         fastattn.logsumexp(np.broadcast_to(np.float16(0), (2**64 // 9 - 7,)))
+
+
+# ------------------------------------------------------------------------- np.errstate and warnings
+
+# Numbers that over- and underflow where they are narrowed, or in products: of float64 and float32 the largest, the
+# smallest, denormals, and what float16 and bfloat16 cannot hold.
+EXTREMES = np.array(
+    [1e-300, 1e300, 3e38, -3e38, 1e-30, 1e-39, 5e-324, -1e300, 65504.0, 7e4, 1e-8, -0.0, 1.0, 0.3, 1e-45, 2.0]
+)
+
+
+def extreme(*shape, dtype=np.float64):
+    with np.errstate(all="ignore"):
+        return np.resize(EXTREMES, shape).astype(dtype)
+
+
+def call_layer(dtype, context=False, cache=None, **arguments):
+    w = extreme(16, 16, dtype=dtype)
+    b = extreme(16)
+    layer = fastattn.MultiHeadAttention(w, w, w, w, num_heads=2, b_query=b, b_key=b, b_value=b, b_out=b, **arguments)
+    x = extreme(2, 5, 16, dtype=dtype)
+    if cache is not None:
+        cache = fastattn.KVCache(2, 2, 9, 8, dtype=cache)
+        layer(x, cache=cache, is_causal=True)
+        return layer(x[:, :1], cache=cache)
+    return layer(x, x[:, :3] if context else None, return_weights=True, alibi_slopes=extreme(2), sinks=extreme(2))
+
+
+def call_cache(dtype, cache_dtype, window=None):
+    if dtype.name == "bfloat16" and cache_dtype == "float16":
+        dtype = np.float64  # these two do not go together
+    cache = fastattn.KVCache(2, 2, 6, 8, dtype=cache_dtype, window=window)
+    for _ in range(1 if window is None else 3):
+        cache.append(extreme(2, 2, 4, 8, dtype=dtype), extreme(2, 2, 4, 8, dtype=dtype), [3, 4])
+    return cache.key
+
+
+def call_stream(dtype):
+    stream = fastattn.StreamingAttention(
+        3, 1, alibi_slopes=extreme(2), sinks=extreme(2), relative_bias=extreme(5, dtype=np.float32)
+    )
+    x = extreme(2, 9, 8, dtype=dtype)
+    return stream.push(x, x.astype(np.float32) if dtype == np.float16 else x, x), stream.flush()
+
+
+def call_projected(function, dtype):
+    q, k, v = extreme(2, 5, 8, dtype=dtype), extreme(2, 7, 8, dtype=dtype), extreme(2, 7, 8, dtype=dtype)
+    w = extreme(8, 8, dtype=dtype)
+    if function == "additive_attention":
+        return fastattn.additive_attention(q, k, v, w[0], w_query=w, w_key=w, b_hidden=extreme(8))
+    return fastattn.bilinear_attention(q, k, v, w, w, b_query=extreme(8), b_key=extreme(8))
+
+
+def call_attention(dtype, function=fastattn.dot_product_attention, arguments=(), queries=5, **keywords):
+    q, k, v = extreme(2, queries, 8, dtype=dtype), extreme(2, 7, 8, dtype=dtype), extreme(2, 7, 8, dtype=dtype)
+    return function(q, k, v, *arguments, **keywords)
+
+
+def call_merge(dtype):
+    out, lse = extreme(3, 4, dtype=dtype), extreme(3, dtype=np.float32)
+    return fastattn.merge_attention([out, out], [lse, extreme(3)])
+
+
+def call_from(name, dtype):
+    w, b = extreme(8, 8, dtype=dtype), extreme(8, dtype=dtype)
+    make = fastattn.MultiHeadAttention
+    if name == "from_keras":
+        layer = make.from_keras([w.reshape(8, 2, 4), b.reshape(2, 4)] * 3 + [w.reshape(2, 4, 8), b])
+    elif name == "from_torch":
+        state = {"in_proj_weight": extreme(24, 8, dtype=dtype), "in_proj_bias": extreme(24, dtype=dtype),
+                 "out_proj.weight": w, "out_proj.bias": b}  # fmt: skip
+        layer = make.from_torch(state, num_heads=2)
+    else:
+        at, names = {
+            "from_linear": ("", "qkvo"),
+            "from_bert": ("encoder.layer.0.attention.", ("self.query", "self.key", "self.value", "output.dense")),
+            "from_llama": ("model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        }[name]
+        state = {f"{at}{part}.{kind}": w if kind == "weight" else b for part in names for kind in ("weight", "bias")}
+        if name == "from_linear":
+            layer = make.from_linear(state, *names, num_heads=2)
+        else:
+            layer = getattr(make, name)(state, 0, num_heads=2)
+    return layer(extreme(3, 8)), layer(extreme(3, 8, dtype=np.float32)), layer(extreme(3, 8, dtype=dtype))
+
+
+# Every kind of call, with x in some dtype.
+CALLS = {
+    "softmax": lambda t: fastattn.softmax(extreme(3, 16, dtype=t)),
+    "softmax along axis 0": lambda t: fastattn.softmax(extreme(16, 3, dtype=t), 0),
+    "log_softmax": lambda t: fastattn.log_softmax(extreme(3, 16, dtype=t)),
+    "logsumexp": lambda t: fastattn.logsumexp(extreme(3, 16, dtype=t)),
+    "dot_product_attention": call_attention,
+    "one query": lambda t: call_attention(t, queries=1),
+    "slopes and sinks": lambda t: call_attention(t, alibi_slopes=extreme(2), sinks=extreme(2)),
+    "biases": lambda t: call_attention(
+        t, bias=extreme(5, 7), window_size=(2, 2), relative_bias=extreme(5), softcap=1e-300, scale=1e300
+    ),
+    "relu": lambda t: call_attention(t, activation="relu", return_weights=True),
+    "sigmoid": lambda t: call_attention(t, activation="sigmoid", return_weights=True),
+    "mixed dtypes": lambda t: fastattn.dot_product_attention(
+        extreme(5, 8, dtype=t), extreme(7, 8, dtype=np.float32), extreme(7, 8)
+    ),
+    "lists": lambda t: fastattn.dot_product_attention(*3 * [extreme(5, 8, dtype=t).tolist()]),
+    "out=": lambda t: call_attention(t, out=extreme(2, 5, 8, dtype=t)),
+    "truncated_attention": lambda t: call_attention(t, fastattn.truncated_attention, (2, 1)),
+    "varlen_attention": lambda t: call_attention(
+        t, fastattn.varlen_attention, ([0, 2, 5], [0, 3, 7]), sinks=extreme(2), alibi_slopes=extreme(2), return_lse=True
+    ),
+    "additive_attention": lambda t: call_projected("additive_attention", t),
+    "bilinear_attention": lambda t: call_projected("bilinear_attention", t),
+    "merge_attention": call_merge,
+    "self_attention": lambda t: fastattn.self_attention(extreme(5, 8, dtype=t), *3 * [extreme(8, 8, dtype=t)]),
+    "MultiHeadAttention": call_layer,
+    "MultiHeadAttention, context": lambda t: call_layer(t, context=True),
+    "MultiHeadAttention, rotary": lambda t: call_layer(t, rotary_base=1e4),
+    "MultiHeadAttention, float16 cache": lambda t: call_layer(t, cache=np.float16, rotary_base=1e4),
+    "MultiHeadAttention, float32 cache": lambda t: call_layer(t, cache=np.float32),
+    **{f"KVCache of {to}": functools.partial(call_cache, cache_dtype=to) for to in ("float32", "float16", "float64")},
+    "KVCache, window": lambda t: call_cache(t, "float16", 4),
+    "StreamingAttention": call_stream,
+    "sinusoidal_encoding": lambda t: fastattn.sinusoidal_encoding(9, 300, base=1e300, offset=2**53 - 9, dtype=t),
+    "apply_rotary": lambda t: fastattn.apply_rotary(extreme(3, 16, dtype=t), offset=2**40, base=1e-300),
+    "alibi_slopes": lambda t: fastattn.alibi_slopes(1000),
+    "relative_position_buckets": lambda t: fastattn.relative_position_buckets(3, 9, max_distance=2**50),
+    **{
+        name: functools.partial(call_from, name)
+        for name in ("from_torch", "from_linear", "from_bert", "from_llama", "from_keras")
+    },
+}
+
+
+def storage(name):
+    return np.dtype(getattr(pytest.importorskip("ml_dtypes"), name) if name == "bfloat16" else name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_floating_point_error_or_warning(name, dtype):
+    """What under- or overflows inside is the library's affair, whatever the caller has set; nothing changes by it."""
+    dtype = storage(dtype)
+    with np.errstate(all="ignore"):
+        expected = CALLS[name](dtype)
+    with np.errstate(all="raise"):
+        result = CALLS[name](dtype)
+    with np.errstate(all="warn"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CALLS[name](dtype)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (result, expected)), strict=True):
+        for c, d in zip(*(x if isinstance(x, tuple) else (x,) for x in (a, b)), strict=True):
+            np.testing.assert_array_equal(c.astype(np.float64), d.astype(np.float64))
+
+
+def test_the_table_of_calls_has_all_functions():
+    named = " ".join(CALLS)
+    for name in set(fastattn.__all__) - {"cpu_info", "show_config", "get_num_threads", "set_num_threads"}:
+        assert name in named, name
+
+
+OUTS = {
+    "attention": "fastattn.dot_product_attention(x, x, x, out=np.empty_like(x))",
+    "softmax": "fastattn.softmax(x, out=np.empty_like(x))",
+    "rotary": "fastattn.apply_rotary(x, out=np.empty_like(x))",
+    "lists": "fastattn.dot_product_attention(x.tolist(), x.tolist(), x.tolist(), key_lengths=[2])",
+    "self_attention": "fastattn.self_attention(x, x[0], x[0], x[0], out=np.empty_like(x))",
+    "MultiHeadAttention": "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1)(x, key_lengths=[2], out=1 * x)",
+    "KVCache": "fastattn.KVCache(1, 1, 9, 4).append(x[None], x[None], [2])",
+    "StreamingAttention": "fastattn.StreamingAttention(2, sinks=[0.5]).push(x, x, x)",
+}
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_a_first_call_imports_nothing(name):
+    """Least of all numpy.ma: where nobody has loaded it, no masked array can have come."""
+    fresh_process.run(
+        f"""
+        import sys
+        import numpy as np
+        import fastattn
+        fastattn.KVCache, fastattn.MultiHeadAttention, fastattn.StreamingAttention
+        x = np.ones((1, 4, 4))
+        before = set(sys.modules)
+        {OUTS[name]}
+        assert set(sys.modules) == before, set(sys.modules) - before
+        """
+    )
