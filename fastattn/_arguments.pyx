@@ -12,7 +12,9 @@ import sys
 import numpy as np
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_ExceptionMatches, PyErr_Fetch, PyErr_Restore, PyErr_SetObject
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject
 from libc.float cimport DBL_MAX
 from libc.math cimport fabs, frexp, isfinite, ldexp, sqrt
 from libc.stdint cimport INT64_MAX
@@ -20,8 +22,6 @@ from libc.string cimport memcpy
 
 from fastattn._runtime cimport (FA_ADDITIVE, FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX,
                                 fa_dtype, fa_view)
-
-from fastattn._runtime import checked_threads
 
 cnp.import_array()
 
@@ -150,17 +150,51 @@ cdef tuple shape_of(cnp.ndarray a):
 
 # Scalars
 
-cdef double real_scalar(object x, str name, str allowed) except? -1.0:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
-        raise TypeError(f"{name} must be {allowed}, not {type(x).__name__}")
+cpdef double real(object x, str name, str allowed, bint positive=False) except? -1.0:
+    """A finite real number, also of a 0-d array; not of a bool. allowed: what the message says."""
     cdef double value
+    if type(x) is not float:
+        kind = getattr(x, "dtype", None)
+        if (isinstance(x, (bool, np.bool_)) or getattr(x, "ndim", 0) or is_masked(x) or
+                not (isinstance(x, (numbers.Real, np.floating, np.integer)) or
+                     getattr(kind, "name", None) == "bfloat16" or
+                     isinstance(x, np.ndarray) and kind.kind in "fiu")):
+            raise TypeError(f"{name} must be {allowed}, not {x!r}")
     try:
         value = float(x)
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
+    if not isfinite(value) or positive and value <= 0:
         raise ValueError(f"{name} must be {allowed}, not {x}")
     return value
+
+
+cpdef object integer(object x, str name, str allowed, object least=None, object most=None):
+    """A Python int of an integer, also of a 0-d array; not of a bool. allowed: what the message says; least, most: the
+    bounds, where there are any."""
+    if type(x) is not int:
+        if (isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) or
+                is_masked(x)):
+            raise TypeError(f"{name} must be {allowed}, not {x!r}")
+        try:
+            x = x.__index__()
+        except TypeError:
+            raise TypeError(f"{name} must be {allowed}, not {x!r}") from None
+    if least is not None and x < least or most is not None and x > most:
+        raise ValueError(f"{name} must be {allowed}, not {x}")
+    return x
+
+
+cpdef bint is_one_number(object x) except -1:
+    """Whether x, where an integer or an array of them is allowed, is to be read as an integer."""
+    return type(x) is int or getattr(x, "ndim", 0) == 0 and (isinstance(x, np.ndarray) or not hasattr(x, "__len__"))
+
+
+cdef object checked_threads(object num_threads):
+    """None, or an int of at least 1."""
+    if num_threads is None:
+        return None
+    return min(integer(num_threads, "num_threads", "an integer of at least 1 or None", 1), 1 << 30)
 
 
 cdef bint flag(object x, str name) except -1:
@@ -179,18 +213,6 @@ cdef bint weights_flag(object x) except -1:
     return flag(x, "return_weights")
 
 
-cdef object integer(object x, str name, str allowed):
-    """A Python int of an integer that is not a bool."""
-    if type(x) is int:
-        return x
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0):
-        raise TypeError(f"{name} must be {allowed}, not {x!r}")
-    try:
-        return x.__index__()
-    except TypeError:
-        raise TypeError(f"{name} must be {allowed}, not {x!r}") from None
-
-
 cdef int64_t clipped(object x):
     return max(-FAR, min(FAR, x))
 
@@ -199,9 +221,7 @@ cdef int64_t window_side(object x) except? -2:
     allowed = "an integer w, or a pair (left, right), of integers that are at least 0, or -1 or None for unbounded"
     if x is None:
         return INT64_MAX
-    n = integer(x, "window_size", allowed)
-    if n < -1:
-        raise ValueError(f"window_size must be {allowed}; it contains {n}")
+    n = integer(x, "window_size", allowed, -1)
     return INT64_MAX if n == -1 or n >= FAR else n
 
 
@@ -225,8 +245,8 @@ cdef tuple checked_sides(object left, object right):
     """A window_size of truncated_attention's two arguments, which a message is to call by their own names."""
     for name, x in (("left", left), ("right", right)):
         allowed = "an integer of at least 0, or -1 or None for all keys"
-        if x is not None and integer(x, name, allowed) < -1:
-            raise ValueError(f"{name} must be {allowed}, not {x}")
+        if x is not None:
+            integer(x, name, allowed, -1)
     return left, right
 
 
@@ -237,14 +257,9 @@ cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1
         if left_chunks is not None:
             raise ValueError(f"left_chunks={left_chunks!r} needs chunk_size, the number of keys in a chunk")
         return 0
-    size = integer(chunk_size, "chunk_size", "an integer of at least 1, or None")
-    if size < 1:
-        raise ValueError(f"chunk_size must be an integer of at least 1, or None, not {size}")
-    p.shared.chunk = min(size, FAR)
+    p.shared.chunk = min(integer(chunk_size, "chunk_size", "an integer of at least 1, or None", 1), FAR)
     if left_chunks is not None:
-        n = integer(left_chunks, "left_chunks", "an integer of at least 0, or None or -1 for all")
-        if n < -1:
-            raise ValueError(f"left_chunks must be an integer of at least 0, or None or -1 for all, not {n}")
+        n = integer(left_chunks, "left_chunks", "an integer of at least 0, or None or -1 for all", -1)
         if n >= 0:
             p.shared.left_chunks = min(n, FAR)
     return 0
@@ -252,9 +267,23 @@ cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1
 
 # Batch axes
 
-cdef object bad_heads(tuple shapes):
-    return ValueError(f"the batch axes of query {shapes[0]}, key {shapes[1]} and value {shapes[2]} do not broadcast; "
-                      f"enable_gqa=True allows a query with a whole multiple of the heads (axis -3) of key and value")
+cdef str of_layout(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value):
+    """What to say of arrays whose heads do not fit and would, were the axis behind them that of the heads."""
+    cdef int axes = cnp.PyArray_NDIM(query)
+    if axes < 3 or cnp.PyArray_NDIM(key) != axes or cnp.PyArray_NDIM(value) != axes:
+        return ""
+    cdef Py_ssize_t heads = cnp.PyArray_DIM(query, axes - 2), shared = cnp.PyArray_DIM(key, axes - 2)
+    if (shared == 0 or heads % shared or cnp.PyArray_DIM(value, axes - 2) != shared or
+            cnp.PyArray_DIM(key, axes - 3) != cnp.PyArray_DIM(value, axes - 3)):
+        return ""
+    sizes = "(B, S, H, D)" if axes == 4 else "(S, H, D)" if axes == 3 else "(..., S, H, D)"
+    return f"; arrays {sizes}, with the heads behind the tokens, are passed as x.swapaxes({axes - 3}, {axes - 2})"
+
+
+cdef object bad_heads(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value):
+    return ValueError(f"the batch axes of query {shape_of(query)}, key {shape_of(key)} and value {shape_of(value)} do "
+                      f"not broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole "
+                      f"multiple of the heads (axis -3) of key and value")
 
 
 cdef int read_batch(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint grouped,
@@ -276,7 +305,7 @@ cdef int read_batch(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray v
                              f"{value_heads}")
         if query_heads != key_heads and (key_heads == 0 or query_heads % key_heads):
             raise ValueError(f"enable_gqa needs a whole multiple of key's {key_heads} heads (axis -3) in query, "
-                             f"not {query_heads}")
+                             f"not {query_heads}{of_layout(query, key, value)}")
         group[0] = query_heads // key_heads if key_heads else 1
     p.axes = axes
     p.heads = 1
@@ -292,7 +321,7 @@ cdef int read_batch(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray v
                 n *= group[0]
             if n != size and n != 1:
                 if size != 1:
-                    raise bad_heads((shape_of(query), shape_of(key), shape_of(value)))
+                    raise bad_heads(query, key, value)
                 size = n
         p.shape[axes - from_right] = size
         p.heads *= size
@@ -360,9 +389,21 @@ cdef int broadcastable(cnp.ndarray a, str name, tuple batch, tuple trailing) exc
         else:
             return 0
     what = "the batch axes"
-    if trailing:
+    if name == "mask":
+        what = f"(..., L, S){of_padding(a, batch, trailing[1])}"
+    elif trailing:
         what = "(..., L, left + right + 1)" if name == "relative_bias" else "(..., L, S)"
     raise ValueError(f"{name} has shape {shape}, which does not broadcast to {whole}, {what}")
+
+
+cdef str of_padding(cnp.ndarray mask, tuple batch, Py_ssize_t keys):
+    """What to say of a mask that looks like Hugging Face's, (B, S) with 1 for a token and 0 for padding."""
+    if len(batch) == 0 or shape_of(mask) != (batch[0], keys):
+        return ""
+    axes = ", ".join([":"] + ["None"] * len(batch) + [":"])
+    return (f". If it says which keys of each sequence are no padding, (B, S), pass mask[{axes}].astype(bool); or, "
+            f"for padding on the right, key_lengths=mask.sum(-1), with an axis for the heads, [:, None], where lengths "
+            f"have one")
 
 
 cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols, fa_dtype dtype, cnp.ndarray like):
@@ -403,7 +444,7 @@ cdef cnp.ndarray read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows,
     cdef cnp.ndarray a = as_array(mask, "mask")
     if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
         raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
-                        f"numbers that are added to the scores go to bias=")
+                        f"numbers that are added to the scores go to bias={of_padding(a, batch, cols)}")
     read_matrix(p, MASK, a, "mask", batch, rows, cols)
     p.uneven = True
     return a
@@ -453,7 +494,7 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
     """
     cdef cnp.ndarray a
     allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis"
-    if type(x) is int or not hasattr(x, "__len__") and getattr(x, "ndim", 0) == 0 and not isinstance(x, np.ndarray):
+    if is_one_number(x):
         n = integer(x, name, allowed)
         if least is not None and not least <= n <= most:
             raise ValueError(f"{name} must lie between {least} and {most}, not {n}")
@@ -775,17 +816,13 @@ cdef Problem read_rules(
     read_window(p, window_size, flag(is_causal, "is_causal"))
     read_chunks(p, chunk_size, left_chunks)
     read_activation(p, activation, sinks, with_lse)
-    p.num_threads = num_threads
-    if num_threads is not None:
-        checked_threads(num_threads)
+    p.num_threads = checked_threads(num_threads)
     if scale is not None:
-        p.shared.scale *= real_scalar(scale, "scale", "a finite real number or None")
+        p.shared.scale *= real(scale, "scale", "a finite real number or None")
         p.shared.scale = max(-DBL_MAX, min(DBL_MAX, p.shared.scale))
     p.shared.softcap = 0
     if softcap is not None:
-        p.shared.softcap = real_scalar(softcap, "softcap", "a positive finite number or None")
-        if p.shared.softcap <= 0:
-            raise ValueError(f"softcap must be a positive finite number or None, not {softcap}")
+        p.shared.softcap = real(softcap, "softcap", "a positive finite number or None", True)
 
     cdef tuple batch = None if no_rules else batch_shape(p)
     cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
@@ -1118,9 +1155,7 @@ cdef Rows read_rows(object x, object axis, object mask, object out, object num_t
     cdef tuple axes = checked_axes(axis, ndim)
     cdef Axes *to
     cdef bint keep = flag(keepdims, "keepdims")
-    if num_threads is not None:
-        checked_threads(num_threads)
-    p.num_threads = num_threads
+    p.num_threads = checked_threads(num_threads)
     p.dtype = p.out_dtype = storage_of(a, "x")
     shape = shape_of(a)
     dtype = a.dtype
@@ -1312,9 +1347,7 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
         p.pairs = dim // 2
     p.base = 10000.0
     if not (type(base) is float and <double> base == 10000.0):
-        p.base = real_scalar(base, "base", "a positive finite number")
-    if p.base <= 0:
-        raise ValueError(f"base must be a positive finite number, not {base}")
+        p.base = real(base, "base", "a positive finite number", True)
     p.frequencies = NULL
     if frequencies is not None:
         if p.base != 10000.0:
@@ -1325,13 +1358,9 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
         p.base = 0
     p.factor = 1
     if not (type(attention_factor) is float and <double> attention_factor == 1):
-        p.factor = real_scalar(attention_factor, "attention_factor", "a positive finite number")
-    if p.factor <= 0:
-        raise ValueError(f"attention_factor must be a positive finite number, not {attention_factor}")
+        p.factor = real(attention_factor, "attention_factor", "a positive finite number", True)
     p.interleaved = flag(interleaved, "interleaved")
-    if num_threads is not None:
-        checked_threads(num_threads)
-    p.num_threads = num_threads
+    p.num_threads = checked_threads(num_threads)
     p.positions = NULL
     if type(offset) is int and -FARTHEST <= offset <= FARTHEST:
         p.least = offset
@@ -1426,3 +1455,55 @@ cdef Parts read_parts(object outs, object lses):
     p.lse_dtype = np.array([<int> storage_of(a, "lses") for a in lse_arrays], np.int64)
     p.kept = [out_arrays, lse_arrays]
     return p
+
+
+# Arguments that are not there
+
+cdef extern from *:
+    """
+    #define FA_VECTORCALL(f) (*(vectorcallfunc *)((char *)(f) + Py_TYPE(f)->tp_vectorcall_offset))
+    static vectorcallfunc fa_call_of(PyObject *f) { return FA_VECTORCALL(f); }
+    static void fa_set_call(PyObject *f, vectorcallfunc call) { FA_VECTORCALL(f) = call; }
+    """
+    ctypedef PyObject *(*vectorcallfunc)(PyObject *, PyObject *const *, size_t, PyObject *) noexcept
+    vectorcallfunc fa_call_of(object f)
+    void fa_set_call(object f, vectorcallfunc call)
+    Py_ssize_t PyVectorcall_NARGS(size_t count)
+
+cdef vectorcallfunc plain_call = NULL
+
+
+cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count, PyObject *names) noexcept:
+    """The call as it was; only where it fails, what it lacks is looked for."""
+    cdef PyObject *result = plain_call(f, arguments, count, names)
+    if result == NULL and PyErr_ExceptionMatches(TypeError):
+        name_missing(<object> f, PyVectorcall_NARGS(count), () if names == NULL else <object> names)
+    return result
+
+
+cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
+    """Sets Python's own error in place of Cython's, if arguments are missing; an unknown keyword goes first."""
+    cdef PyObject *kind
+    cdef PyObject *value
+    cdef PyObject *traceback
+    PyErr_Fetch(&kind, &value, &traceback)
+    code = f.__code__
+    needed = code.co_varnames[given:code.co_argcount - len(f.__defaults__ or ())]
+    missing = [repr(name) for name in needed if name not in names]
+    unknown = set(names).difference(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
+    text = None
+    if missing and not unknown:
+        text = f"{f.__name__}() missing {len(missing)} required positional argument{'s' * (len(missing) > 1)}: "
+        text += ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[len(missing) - 1]
+    PyErr_Restore(kind, value, traceback)
+    if text is not None:
+        PyErr_SetObject(TypeError, text)
+
+
+def names_missing_arguments(f):
+    """f, a function that Cython compiled, whose errors now say which arguments are missing, not only how many."""
+    global plain_call
+    if type(f).__name__ == "cython_function_or_method" and (plain_call == NULL or plain_call == fa_call_of(f)):
+        plain_call = fa_call_of(f)
+        fa_set_call(f, naming_call)
+    return f

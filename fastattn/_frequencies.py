@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastattn._arguments import integer, real
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,26 +29,11 @@ _KEYS = frozenset(
 
 
 def _whole(x: Any, name: str, least: int) -> int:
-    allowed = f"an integer of at least {least}"
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be {allowed}, not {x!r}")
-    n: int = x.__index__()
-    if n < least:
-        raise ValueError(f"{name} must be {allowed}, not {n}")
-    return n
+    return integer(x, name, f"an integer of at least {least}", least)
 
 
 def _real(x: Any, name: str, *, positive: bool = True) -> float:
-    allowed = "a positive finite number" if positive else "a finite number"
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
-        raise TypeError(f"{name} must be {allowed}, not {x!r}")
-    try:
-        number = float(x)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise ValueError(f"{name} must be {allowed}, not {x}")
-    return number
+    return real(x, name, "a positive finite number" if positive else "a finite number", positive)
 
 
 class _Scaling:

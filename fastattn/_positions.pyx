@@ -277,7 +277,7 @@ def apply_rotary(x, offset, positions, base, frequencies, attention_factor, inte
     size = (p.channels * cut.real + 63) // 64 * 64
     if table.rows == 0 or p.positions != NULL and table.positions == NULL:
         size += (cut.rows * 2 * p.pairs * cut.real + 63) // 64 * 64
-    threads = 1 if small else <int> min(<Py_ssize_t> allowed_threads(num_threads), cut.tasks)
+    threads = 1 if small else <int> min(<Py_ssize_t> allowed_threads(p.num_threads), cut.tasks)
     scratch = <char *> take_workspace(size * threads, 24.0 * threads * (p.channels + 64))
     try:
         if small:

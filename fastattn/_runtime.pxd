@@ -106,7 +106,7 @@ cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
 # fa_problem.fetch on this CPU.
 cdef int fetching_helps
 
-# How many threads a call with this num_threads argument may use, before the size of its work is looked at.
+# How many threads a call with this num_threads argument (checked) may use, before the size of its work is looked at.
 cdef int allowed_threads(object num_threads) except -1
 
 # The threads of a region: the first thing before it, and the first thing in it, done by each of its threads. `gathered`

@@ -407,27 +407,17 @@ cdef int default_threads() except -1:
     return max(1, min(fa_affinity(), quota_threads))
 
 
-def checked_threads(num_threads):
-    """The argument as an int of at least 1."""
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__") or getattr(num_threads, "ndim", 0):
-        raise TypeError(f"num_threads must be an integer of at least 1 or None, not {type(num_threads).__name__}")
-    count = num_threads.__index__()
-    if count < 1:
-        raise ValueError(f"num_threads must be at least 1, not {count}")
-    return min(count, 1 << 30)
-
-
 def get_threads():
     return default_threads()
 
 
 def set_threads(num_threads):
     global chosen_threads
-    chosen_threads = checked_threads(num_threads)
+    chosen_threads = min(num_threads, 1 << 30)
 
 
 cdef int allowed_threads(object num_threads) except -1:
-    cdef int count = default_threads() if num_threads is None else checked_threads(num_threads)
+    cdef int count = default_threads() if num_threads is None else num_threads
     if not openmp_version:
         return 1
     return min(count, max(MOST_THREADS, fa_affinity()))

@@ -6,6 +6,7 @@ row of scratch. The bits of a row are the same each way.
 """
 cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uintptr_t
 
 from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
@@ -315,6 +316,20 @@ def logsumexp(x, axis, keepdims, mask, out, num_threads):
     return answer[()] if out is None else answer
 
 
+cdef void empty_part(char *lse, const char *row, Py_ssize_t value_dim, bint is_double) noexcept nogil:
+    """+inf beside an output of zeros is FlashAttention's mark of a part without keys, here -inf."""
+    cdef Py_ssize_t i
+    if (<double *> lse)[0] != INFINITY if is_double else (<float *> lse)[0] != INFINITY:
+        return
+    for i in range(value_dim):
+        if (<const double *> row)[i] != 0 if is_double else (<const float *> row)[i] != 0:
+            return
+    if is_double:
+        (<double *> lse)[0] = -INFINITY
+    else:
+        (<float *> lse)[0] = -INFINITY
+
+
 cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *out, char *lse,
                     char *scratch) noexcept nogil:
     """scratch: parts pointers, then parts numbers, then parts rows, in the accumulation dtype."""
@@ -337,6 +352,7 @@ cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *ou
         kernels.gather(lses + part * size, lse_part, size, 1, <fa_dtype> p.lse_dtype[part])
         kernels.gather(rows + part * p.value_dim * size, out_part, p.out_strides[part, p.shape.shape[0]], p.value_dim,
                        <fa_dtype> p.out_dtype[part])
+        empty_part(lses + part * size, rows + part * p.value_dim * size, p.value_dim, size == 8)
         pointers[part] = rows + part * p.value_dim * size
     kernels.merge(out, lse, pointers, lses, p.parts, p.value_dim)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastattn._arguments import integer
 from fastattn._frequencies import kind_of, scaled_frequencies
 
 if TYPE_CHECKING:
@@ -156,12 +157,7 @@ def _opened(state: Any) -> Iterator[_Tensors]:
 
 
 def _layer_number(layer: Any) -> int:
-    if isinstance(layer, (bool, np.bool_)) or not hasattr(layer, "__index__"):
-        raise TypeError(f"layer must be an integer of at least 0, not {layer!r}")
-    n: int = layer.__index__()
-    if n < 0:
-        raise ValueError(f"layer must be an integer of at least 0, not {n}")
-    return n
+    return integer(layer, "layer", "an integer of at least 0", 0)
 
 
 def from_torch(state: Any, prefix: str) -> dict[str, Any]:
@@ -262,9 +258,10 @@ def from_llama(
         arguments = tensors.linears(**{which: at + name for which, name in names.items()})
     columns, kv_columns = arguments["w_query"].shape[1], arguments["w_key"].shape[1]
     arguments |= {"num_kv_heads": num_kv_heads, "rotary_base": rotary_base}
-    if columns % num_heads:
+    heads = integer(num_heads, "num_heads", "an integer of at least 1", 1)
+    if columns % heads:
         return arguments  # which the layer refuses
-    head_dim = columns // num_heads
+    head_dim = columns // heads
     if num_kv_heads is None:
         # As many heads as there are columns for.
         num_kv_heads = kv_columns // head_dim if head_dim and kv_columns % head_dim == 0 else None

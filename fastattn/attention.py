@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastattn._arguments import names_missing_arguments
 from fastattn._attention import additive_attention as _additive_attention
 from fastattn._attention import bilinear_attention as _bilinear_attention
 from fastattn._attention import dot_product_attention as _dot_product_attention
@@ -124,6 +125,8 @@ def dot_product_attention(
 
     Notes
     -----
+    An array without axes is a number wherever a number is taken.
+
     All rules combine; a key counts only where every rule given allows it. What a query does not see, be it NaN or
     infinite, never reaches its output. A row that sees no key, or only scores of -inf, gives output 0, weights 0 and
     log-sum-exp -inf (the sink, if there is one). Bounds (causal, window, lengths) cost no memory, and what lies outside
@@ -638,7 +641,8 @@ def merge_attention(
     outs : sequence of array_like, each of shape (..., L, E)
         Outputs for disjoint parts of the keys, from the same queries.
     lses : sequence of array_like, each of shape (..., L)
-        Their log-sum-exps. A part with -inf saw no key and does not count.
+        Their log-sum-exps. A part with -inf saw no key and does not count; nor does one with +inf whose output is
+        all 0, which is how FlashAttention marks a part without keys.
 
     Returns
     -------
@@ -669,3 +673,14 @@ def merge_attention(
     True
     """
     return _merge_attention(outs, lses)
+
+
+for _function in (
+    dot_product_attention,
+    additive_attention,
+    bilinear_attention,
+    truncated_attention,
+    varlen_attention,
+    merge_attention,
+):
+    names_missing_arguments(_function)

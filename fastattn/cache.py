@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import converted, is_masked
+from fastattn._arguments import converted, integer, is_masked, is_one_number
 
 if TYPE_CHECKING:
     from typing import Self
@@ -15,17 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
-def _integer(x: Any, name: str, least: int, allowed: str) -> int:
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be {allowed}, not {x!r}")
-    n: int = x.__index__()
-    if n < least:
-        raise ValueError(f"{name} must be {allowed}, not {n}")
-    return n
-
-
 def _size(x: Any, name: str, least: int) -> int:
-    return _integer(x, name, least, f"an integer of at least {least}")
+    return integer(x, name, f"an integer of at least {least}", least)
 
 
 def _read_only(x: NDArray[Any]) -> NDArray[Any]:
@@ -160,7 +151,7 @@ class KVCache:
     ) -> None:
         sizes = batch_shape if isinstance(batch_shape, (tuple, list)) else (batch_shape,)
         allowed = "an integer or a tuple of integers, of at least 0"
-        self._batch = tuple(_integer(size, "batch_shape", 0, allowed) for size in sizes)
+        self._batch = tuple(integer(size, "batch_shape", allowed, 0) for size in sizes)
         heads = _size(num_kv_heads, "num_kv_heads", 1)
         self._capacity = _size(capacity, "capacity", 1)
         key_dim = _size(head_dim, "head_dim", 0)
@@ -587,10 +578,10 @@ class KVCache:
 
     @staticmethod
     def _integers(x: Any, name: str, allowed: str) -> NDArray[Any]:
-        if isinstance(x, np.ma.MaskedArray):
+        if is_masked(x):
             raise TypeError(f"{name} must be {allowed}, not masked")
         try:
-            a = np.asarray(x)
+            a = np.asarray(integer(x, name, allowed) if is_one_number(x) else x)
         except ValueError as error:
             raise TypeError(f"{name} must be {allowed}: {error}") from error
         # An empty list says nothing of its dtype.

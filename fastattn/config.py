@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import numpy
 
 from fastattn import _runtime
+from fastattn._arguments import integer
 
 
 def get_num_threads() -> int:
@@ -58,7 +59,7 @@ def set_num_threads(num_threads: int) -> None:
     1
     >>> fastattn.set_num_threads(before)
     """
-    _runtime.set_threads(num_threads)
+    _runtime.set_threads(integer(num_threads, "num_threads", "an integer of at least 1", 1))
 
 
 def cpu_info() -> dict[str, Any]:

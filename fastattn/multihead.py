@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
-from fastattn._arguments import checked_frequencies, checked_out, common_dtype, empty, floating, is_masked
+from fastattn._arguments import (
+    checked_frequencies,
+    checked_out,
+    common_dtype,
+    empty,
+    floating,
+    integer,
+    is_masked,
+    is_one_number,
+    real,
+)
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
@@ -64,12 +74,7 @@ def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any
 
 
 def _heads(x: Any, name: str) -> int:
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be an integer of at least 1, not {x!r}")
-    n: int = x.__index__()
-    if n < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {n}")
-    return n
+    return integer(x, name, "an integer of at least 1", 1)
 
 
 def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = None) -> Any:
@@ -77,26 +82,27 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
     if x is None:
         return None
     allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis of x"
+    if is_one_number(x):
+        n = integer(x, name, allowed)
+        if most is not None and not 0 <= n <= most:
+            raise ValueError(f"{name} must lie between 0 and {most}, not {n}")
+        return n
     try:
         a = np.asarray(x)
     except ValueError as error:
         raise TypeError(f"{name} must be {allowed}: {error}") from error
-    if type(x) is int:
-        a = np.asarray(x, object)  # of any size
-    elif a.size == 0 and a is not x:  # an empty list says nothing of its dtype
+    if a.size == 0 and a is not x:  # an empty list says nothing of its dtype
         a = a.astype(np.int64)
     elif a.dtype.kind not in "iu" or not a.dtype.isnative or is_masked(x):
         raise TypeError(f"{name} must be {allowed}, not {'masked' if a.dtype.kind in 'iu' else f'of dtype {a.dtype}'}")
-    if a.ndim and (
-        a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True))
-    ):
+    if a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True)):
         raise ValueError(
             f"{name} has shape {a.shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}. "
             f"The heads have no axis here"
         )
     if most is not None and a.size and not (0 <= a.min() and a.max() <= most):
         raise ValueError(f"{name} must lie between 0 and {most}, not {a.min() if a.min() < 0 else a.max()}")
-    return a[..., None] if a.ndim else a.item()
+    return a[..., None]
 
 
 def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Any) -> None:
@@ -1185,15 +1191,9 @@ def _check_reach(window: int, window_size: Any, chunk_size: Any, left_chunks: An
 
 
 def _rotary_base(x: Any) -> float | None:
-    return None if x is None else _positive(x, "rotary_base", " or None")
-
-
-def _positive(x: Any, name: str, other: str = "") -> float:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{name} must be a positive finite number{other}, not {x!r}")
-    if not 0 < x < math.inf:
-        raise ValueError(f"{name} must be a positive finite number{other}, not {x}")
-    return float(x)
+    if x is None:
+        return None
+    return real(x, "rotary_base", "a positive finite number or None", True)
 
 
 def _rotary_dim(x: Any, head_dim: int, rotates: bool) -> int | None:
@@ -1206,10 +1206,8 @@ def _rotary_dim(x: Any, head_dim: int, rotates: bool) -> int | None:
             raise ValueError(f"rotary encoding turns pairs of channels: head_dim={head_dim} is odd, give rotary_dim")
         return head_dim
     allowed = f"an even integer from 0 to head_dim={head_dim}"
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"rotary_dim must be {allowed}, not {x!r}")
-    n: int = x.__index__()
-    if n % 2 or not 0 <= n <= head_dim:
+    n = integer(x, "rotary_dim", allowed, 0, head_dim)
+    if n % 2:
         raise ValueError(f"rotary_dim must be {allowed}, not {n}")
     return n
 
@@ -1225,6 +1223,6 @@ def _rotary_frequencies(x: Any, rotary_dim: int | None) -> tuple[NDArray[np.floa
             f"returns it, not {type(x).__name__ if not isinstance(x, (tuple, list)) else f'{len(x)} things'}"
         )
     frequencies = checked_frequencies(x[0], "rotary_frequencies[0]", rotary_dim // 2).copy()
-    attention_factor = _positive(x[1], "rotary_frequencies[1]")
+    attention_factor = real(x[1], "rotary_frequencies[1]", "a positive finite number", True)
     frequencies.flags.writeable = False
     return frequencies, attention_factor

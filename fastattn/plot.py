@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arguments import integer
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
@@ -186,7 +188,7 @@ def heatmap(
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be a string, not {type(title).__name__}")
     if columns is not None:
-        _integer(columns, "columns", 1)
+        columns = integer(columns, "columns", "an integer of at least 1", 1)
     if ax is not None and count > 1:
         raise ValueError(f"ax takes one head, not {count}: choose one, as in weights[0], or leave ax out")
     vmin, vmax = _scale(heads, vmin, vmax)
@@ -319,18 +321,10 @@ def _heads(weights: ArrayLike) -> NDArray[Any]:
     return x
 
 
-def _integer(x: Any, name: str, least: int) -> int:
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be an integer, not {x!r}")
-    if x.__index__() < least:
-        raise ValueError(f"{name} must be at least {least}, not {x}")
-    return int(x.__index__())
-
-
 def _sides(band: Any, width: int) -> tuple[int, int]:
     if not isinstance(band, (tuple, list)) or len(band) != 2:
         raise TypeError(f"band must be two integers (left, right), not {band!r}")
-    left, right = (_integer(side, "band's left and right", 0) for side in band)
+    left, right = (integer(side, "band's left and right", "integers of at least 0", 0) for side in band)
     if left + right + 1 != width:
         raise ValueError(
             f"band=({left}, {right}) has {left + right + 1} keys a query, the last axis of weights {width}: "
@@ -344,9 +338,7 @@ def _on_the_diagonal(bands: NDArray[Any], left: int, num_keys: int, query_offset
     count, num_queries, width = bands.shape
     offset = num_keys - num_queries
     if query_offset is not None:
-        if not hasattr(query_offset, "__index__"):
-            raise TypeError(f"query_offset must be an integer, not {query_offset!r}")
-        offset = query_offset.__index__()
+        offset = integer(query_offset, "query_offset", "an integer or None")
     i, w = np.indices((num_queries, width))
     j = i + offset - left + w
     inside = (j >= 0) & (j < num_keys)

@@ -6,12 +6,12 @@ A learned table of absolute positions needs no function; it is an array, and is 
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastattn import _positions
+from fastattn._arguments import integer, real
 from fastattn._frequencies import scaled_frequencies
 
 if TYPE_CHECKING:
@@ -23,25 +23,7 @@ _FARTHEST = 1 << 53  # float64 tells all whole numbers up to here apart
 
 
 def _integer(x: Any, name: str, least: int, most: int = _FARTHEST) -> int:
-    allowed = f"an integer from {least} to {most}"
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{name} must be {allowed}, not {x!r}")
-    n: int = x.__index__()
-    if not least <= n <= most:
-        raise ValueError(f"{name} must be {allowed}, not {n}")
-    return n
-
-
-def _positive(x: Any, name: str) -> float:
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (numbers.Real, np.floating, np.integer)):
-        raise TypeError(f"{name} must be a positive finite number, not {x!r}")
-    try:
-        number = float(x)
-    except OverflowError:
-        number = math.inf
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, not {x}")
-    return number
+    return integer(x, name, f"an integer from {least} to {most}", least, most)
 
 
 def sinusoidal_encoding(
@@ -116,7 +98,7 @@ def sinusoidal_encoding(
     (2, 3, 4)
     """
     length, dim = _integer(length, "length", 0), _integer(dim, "dim", 0)
-    base, offset = _positive(base, "base"), _integer(offset, "offset", -_FARTHEST)
+    base, offset = real(base, "base", "a positive finite number", True), _integer(offset, "offset", -_FARTHEST)
     if layout not in ("interleaved", "split"):
         raise ValueError(f"layout must be 'interleaved' or 'split', not {layout!r}")
     to = np.dtype(dtype)

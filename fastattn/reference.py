@@ -857,7 +857,8 @@ def merge_attention(outs, lses):
     outs : sequence of array_like, each (..., L, E)
         Outputs over disjoint parts of the key axis.
     lses : sequence of array_like, each (..., L)
-        Their log-sum-exps: the parts count in proportion to ``exp(lse)``.
+        Their log-sum-exps: the parts count in proportion to ``exp(lse)``. One of -inf counts for nothing, and so does
+        one of +inf beside an output of zeros, FlashAttention's mark of a part without keys.
 
     Returns
     -------
@@ -867,6 +868,7 @@ def merge_attention(outs, lses):
     """
     outs = np.stack([np.asarray(part, dtype=np.float64) for part in outs])
     lses = np.stack([np.asarray(part, dtype=np.float64) for part in lses])
+    lses = np.where((lses == np.inf) & np.all(outs == 0, axis=-1), -np.inf, lses)
     with np.errstate(all="ignore"):
         weights, lse = normalise(lses, lses != -np.inf, axis=0)
         parts = np.where(lses[..., None] == -np.inf, 0.0, weights[..., None] * outs)

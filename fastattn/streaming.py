@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import converted, is_masked
+from fastattn._arguments import converted, integer, is_masked
 from fastattn._attention import dot_product_attention as _dot_product_attention
 
 if TYPE_CHECKING:
@@ -126,14 +126,9 @@ class _State(NamedTuple):
 
 def _side(x: Any, name: str) -> int | None:
     """`left` or `right`; None where it is unbounded."""
-    allowed = f"{name} must be an integer of at least 0, or -1 or None for unbounded"
     if x is None:
         return None
-    if isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) != 0:
-        raise TypeError(f"{allowed}, not {x!r}")
-    n: int = x.__index__()
-    if n < -1:
-        raise ValueError(f"{allowed}, not {n}")
+    n = integer(x, name, "an integer of at least 0, or -1 or None for unbounded", -1)
     return None if n == -1 else n
 
 
@@ -257,6 +252,9 @@ class StreamingAttention:
         self._scale, self._softcap, self._activation = scale, softcap, activation
         self._enable_gqa, self._num_threads = enable_gqa, num_threads
         self._check_arguments(chunk_size, left_chunks)
+        # Numbers of their own, since what came may be arrays without axes.
+        self._scale, self._softcap = (None if x is None else float(x) for x in (scale, softcap))
+        self._num_threads = None if num_threads is None else num_threads.__index__()
         if self._right is None and chunk_size is None:
             raise ValueError(
                 "right=None, an unbounded look-ahead, needs chunk_size: no row would be complete before the stream ends"

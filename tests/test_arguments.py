@@ -1,6 +1,7 @@
 """Bad arguments: the kind of error, a message that names the argument, and an `out` that stays untouched."""
 
 import functools
+import inspect
 import re
 
 import numpy as np
@@ -515,3 +516,213 @@ def test_out_must_not_overlap_an_input_that_is_converted():
     x = np.arange(16).reshape(4, 4)
     with pytest.raises(ValueError, match="out overlaps query"):
         fastattn.dot_product_attention(x, x, x, out=x.view(np.float64))
+
+
+# ------------------------------------------------------------------------- 0-d arrays as numbers
+
+X = np.random.default_rng(5).standard_normal((2, 3, 6, 4)).astype(np.float32)
+ATTENTION_INTEGERS = {"window_size": 2, "query_offset": 1, "key_lengths": 4, "query_lengths": 5, "num_threads": 2}
+
+
+def layer(num_heads=2, **arguments):
+    return fastattn.MultiHeadAttention(*3 * [np.eye(4)], num_heads=num_heads, **arguments)
+
+
+def cached(batch_shape=2, num_kv_heads=3, capacity=9, head_dim=4, value_dim=4, window=5, lengths=3):
+    cache = fastattn.KVCache(batch_shape, num_kv_heads, capacity, head_dim, value_dim, window=window)
+    cache.append(X, X, lengths)
+    return cache.key, cache.lengths
+
+
+def streamed(left=2, right=1, **arguments):
+    stream = fastattn.StreamingAttention(left, right, **arguments)
+    return stream.push(X, X, X)
+
+
+def from_llama(layer, num_heads):
+    state = {f"model.layers.1.self_attn.{name}_proj.weight": np.eye(4) for name in "qkvo"}
+    return fastattn.MultiHeadAttention.from_llama(state, layer, num_heads=num_heads)(X)
+
+
+# Everything that takes an integer: (function, the argument's name, an integer).
+INTEGERS = [
+    *((lambda **k: fastattn.dot_product_attention(X, X, X, **k), name, n) for name, n in ATTENTION_INTEGERS.items()),
+    (lambda n: fastattn.dot_product_attention(X, X, X, window_size=(n, 1)), "n", 2),
+    (lambda **k: fastattn.dot_product_attention(X, X, X, **k), "chunk_size", 2),
+    (lambda n: fastattn.dot_product_attention(X, X, X, chunk_size=2, left_chunks=n), "n", 1),
+    (lambda **k: fastattn.truncated_attention(X, X, X, **k), "left", 2),
+    (lambda **k: fastattn.truncated_attention(X, X, X, 1, **k), "right", 2),
+    (lambda n: fastattn.softmax(X, n), "n", 1),
+    (lambda n: fastattn.logsumexp(X, (n, 2)), "n", 1),
+    (lambda **k: fastattn.softmax(X, **k), "num_threads", 2),
+    (lambda **k: fastattn.apply_rotary(X, **k), "offset", 2),
+    (lambda **k: fastattn.apply_rotary(X, **k), "rotary_dim", 2),
+    (lambda **k: fastattn.apply_rotary(X, **k), "num_threads", 2),
+    (lambda **k: fastattn.sinusoidal_encoding(dim=4, **k), "length", 2),
+    (lambda **k: fastattn.sinusoidal_encoding(3, **k), "dim", 2),
+    (lambda **k: fastattn.sinusoidal_encoding(3, 4, **k), "offset", 2),
+    (fastattn.alibi_slopes, "num_heads", 3),
+    (lambda **k: fastattn.relative_position_buckets(key_length=3, **k), "query_length", 2),
+    (lambda **k: fastattn.relative_position_buckets(3, **k), "key_length", 2),
+    (lambda **k: fastattn.relative_position_buckets(3, 9, **k), "num_buckets", 8),
+    (lambda **k: fastattn.relative_position_buckets(3, 9, **k), "max_distance", 50),
+    (lambda **k: fastattn.relative_position_buckets(3, 9, **k), "query_offset", 2),
+    *((cached, name, n) for name, n in (("batch_shape", 2), ("num_kv_heads", 3), ("capacity", 8), ("head_dim", 4),
+                                        ("value_dim", 4), ("window", 2), ("lengths", 2))),
+    *((streamed, name, n) for name, n in (("left", 1), ("right", 2), ("chunk_size", 3), ("num_threads", 2))),
+    (lambda n: streamed(chunk_size=2, left_chunks=n), "n", 1),
+    (lambda n: layer(n)(X), "n", 2),
+    (lambda **k: layer(**k)(X), "num_kv_heads", 2),
+    (lambda **k: layer(rotary_base=10.0, **k)(X), "rotary_dim", 2),
+    (lambda **k: layer()(X, **k), "key_lengths", 2),
+    (lambda **k: layer()(X, **k), "query_lengths", 2),
+    (lambda **k: layer()(X, **k), "query_offset", 2),
+    (lambda n: from_llama(n, 2), "n", 1),
+    (lambda n: from_llama(1, n), "n", 2),
+]  # fmt: skip
+INTEGER_NAMES = [f"{i} {name}" for i, (_, name, _) in enumerate(INTEGERS)]
+
+REALS = [
+    (lambda **k: fastattn.dot_product_attention(X, X, X, **k), "scale", 0.5),
+    (lambda **k: fastattn.dot_product_attention(X, X, X, **k), "softcap", 0.5),
+    (lambda **k: streamed(**k), "scale", 0.5),
+    (lambda **k: streamed(**k), "softcap", 0.5),
+    (lambda **k: fastattn.apply_rotary(X, **k), "base", 100.0),
+    (lambda **k: fastattn.sinusoidal_encoding(3, 4, **k), "base", 100.0),
+    (lambda **k: layer(**k)(X), "rotary_base", 100.0),
+]
+REAL_NAMES = [f"{i} {name}" for i, (_, name, _) in enumerate(REALS)]
+
+
+def same(a, b):
+    for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", ">i4"])
+@pytest.mark.parametrize(("function", "name", "number"), INTEGERS, ids=INTEGER_NAMES)
+def test_integer_arrays_without_axes_are_integers(function, name, number, dtype):
+    same(function(**{name: np.array(number, dtype)}), function(**{name: number}))
+
+
+@pytest.mark.parametrize("bad", [True, np.array(True), np.bool_(True), np.array(2.0), 2.0, np.ma.masked_array(2), "2"],
+                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize(("function", "name", "number"), INTEGERS, ids=INTEGER_NAMES)
+def test_what_is_no_integer_is_refused(function, name, number, bad):
+    with pytest.raises(TypeError, match=name if name != "n" else "integer"):
+        function(**{name: bad})
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "longdouble", "int64", "bfloat16"])
+@pytest.mark.parametrize(("function", "name", "number"), REALS, ids=REAL_NAMES)
+def test_real_arrays_without_axes_are_numbers(function, name, number, dtype):
+    if dtype == "int64":
+        number = 2
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    same(function(**{name: np.array(number, dtype)}), function(**{name: number}))
+    same(function(**{name: np.array(number, dtype)[()]}), function(**{name: number}))
+
+
+@pytest.mark.parametrize("bad", [True, np.array(True), np.array(1j), np.ma.masked_array(2.0), np.array([2.0]), "2"],
+                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize(("function", "name", "number"), REALS, ids=REAL_NAMES)
+def test_what_is_no_real_number_is_refused(function, name, number, bad):
+    with pytest.raises(TypeError, match=name):
+        function(**{name: bad})
+
+
+def test_numbers_of_a_stream_are_its_own():
+    """An array that changes between two pushes changes nothing."""
+    numbers = {"scale": np.array(0.5), "softcap": np.array(2.0), "num_threads": np.array(2), "chunk_size": np.array(2)}
+    stream, expected = fastattn.StreamingAttention(3, 0, **numbers), streamed(3, 0, scale=0.5, softcap=2, chunk_size=2)
+    for number in numbers.values():
+        number[...] = 7
+    same(stream.push(X, X, X), expected)
+
+
+@pytest.mark.parametrize("name", ["is_causal", "enable_gqa", "return_weights", "return_lse"])
+@pytest.mark.parametrize("number", [0, 1, np.int64(1), np.array(1)], ids=repr)
+def test_integers_are_no_flags(name, number):
+    refuse(TypeError, name, **{name: number})
+
+
+# --------------------------------------------------------------------------- messages that show the way
+
+
+@pytest.mark.parametrize("name", ["dot_product_attention", "additive_attention", "bilinear_attention",
+                                  "truncated_attention", "varlen_attention", "merge_attention", "softmax",
+                                  "self_attention", "apply_rotary"])  # fmt: skip
+def test_missing_arguments_are_named(name):
+    function = getattr(fastattn, name)
+    parameters = inspect.signature(function).parameters
+    required = [p.name for p in parameters.values() if p.default is p.empty]
+    assert required[0] in ("query", "x", "outs")
+    for count in range(len(required)):
+        missing = ".*".join(f"'{n}'" for n in required[count:])
+        with pytest.raises(TypeError, match=rf"^{name}\(\) missing {len(required) - count} required .*{missing}$"):
+            function(*[np.ones((2, 2))] * count)
+        given = {n: np.ones((2, 2)) for n in required if n != required[count]}
+        with pytest.raises(TypeError, match=rf"^{name}\(\) missing 1 required .*'{required[count]}'$"):
+            function(**given)
+    with pytest.raises(TypeError, match="unheard_of"):
+        function(*[np.ones((2, 2))] * len(required), unheard_of=1)
+
+
+def test_left_of_truncated_attention_is_named():
+    with pytest.raises(TypeError, match="left"):
+        fastattn.truncated_attention(X, X, X)
+    parameter = inspect.signature(fastattn.truncated_attention).parameters
+    assert parameter["left"].default is inspect.Parameter.empty
+    assert parameter["right"].default == 0
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.float32, bool])
+def test_a_mask_of_tokens_and_padding_shows_how_to_pass_it(dtype):
+    """(B, S) of 0 and 1, as Hugging Face's tokenizers give it: what the message says is then right."""
+    x = np.ones((2, 3, 6, 4), np.float32) * np.arange(6, dtype=np.float32)[:, None]
+    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], dtype)
+    with pytest.raises(ERRORS, match=re.escape("mask[:, None, None, :].astype(bool)")) as caught:
+        fastattn.dot_product_attention(x, x, x, mask=mask)
+    assert "key_lengths=mask.sum(-1)" in str(caught.value)
+    assert "[:, None]" in str(caught.value)
+    same(
+        fastattn.dot_product_attention(x, x, x, mask=mask[:, None, None, :].astype(bool)),
+        fastattn.dot_product_attention(x, x, x, key_lengths=mask.astype(int).sum(-1)[:, None]),
+    )
+    tokens = x[:, 0]
+    with pytest.raises(ERRORS, match=re.escape("mask[:, None, None, :].astype(bool)")):
+        layer()(tokens, mask=mask)
+    np.testing.assert_allclose(
+        layer()(tokens, mask=mask[:, None, None, :].astype(bool)),
+        layer()(tokens, key_lengths=mask.astype(int).sum(-1)),
+    )
+    with pytest.raises(ERRORS, match=re.escape("mask[:, None, :].astype(bool)")):
+        fastattn.dot_product_attention(tokens, tokens, tokens, mask=mask)
+
+
+def test_other_masks_are_not_taken_for_padding():
+    for mask in (np.ones((6, 6), int), np.ones((5, 6), bool), np.ones((2, 1, 1, 5), bool), np.ones(5, bool)):
+        with pytest.raises(ERRORS, match="mask") as caught:
+            fastattn.dot_product_attention(X, X, X, mask=mask)
+        assert "padding" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("enable_gqa", [False, True])
+def test_heads_behind_the_tokens_show_swapaxes(kv_heads, enable_gqa):
+    query, key = np.ones((2, 5, 4, 8), np.float32), np.ones((2, 7, kv_heads, 8), np.float32)
+    with pytest.raises(ValueError, match=re.escape("x.swapaxes(1, 2)")) as caught:
+        fastattn.dot_product_attention(query, key, key, enable_gqa=enable_gqa)
+    if not enable_gqa:
+        assert str(caught.value).index("swapaxes(1, 2)") < str(caught.value).index("enable_gqa")
+    query, key = query.swapaxes(1, 2), key.swapaxes(1, 2)
+    assert fastattn.dot_product_attention(query, key, key, enable_gqa=True).shape == (2, 4, 5, 8)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (5, 7), (3, 64)])
+def test_heads_before_the_tokens_do_not_show_swapaxes(queries, keys):
+    query, key = np.ones((2, 6, queries, 8), np.float32), np.ones((2, 3, keys, 8), np.float32)
+    with pytest.raises(ValueError, match="enable_gqa") as caught:
+        fastattn.dot_product_attention(query, key, key)
+    assert "swapaxes" not in str(caught.value)

@@ -241,3 +241,29 @@ def test_many_short_sequences_and_a_long_one():
     x = np.ones((8, 2 * count, 1), np.float32)
     out = fastattn.varlen_attention(x, x, x, starts, window_size=0, num_threads=2)
     assert (out == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_a_part_marked_empty_by_flash_attention(rng, dtype):
+    """lse = +inf beside an output of zeros is a part without keys; beside any other number it stays what it is."""
+    outs = [rng.standard_normal((2, 5, 3)).astype(dtype) for _ in range(3)]
+    lses = [rng.standard_normal((2, 5)).astype(np.float32) for _ in range(3)]
+    outs[1][0], lses[1][0] = 0, np.inf
+    outs[2][0, 2], lses[2][0, 2] = -0.0, np.inf
+    for k in range(3):
+        outs[k][1, 3], lses[k][1, 3] = 0, np.inf
+    out, lse = fastattn.merge_attention(outs, lses)
+    expected_out, expected_lse = reference.merge_attention(outs, lses)
+    eps = 8 * np.finfo(dtype).eps
+    np.testing.assert_allclose(out, expected_out, rtol=eps, atol=eps)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6)
+    np.testing.assert_array_equal(out[0, 2], outs[0][0, 2])
+    assert (out[1, 3] == 0).all()
+    assert lse[1, 3] == -np.inf
+    marked = [np.where(np.isinf(x), -np.inf, x) for x in lses]
+    for a, b in zip(fastattn.merge_attention(outs, marked), (out, lse), strict=True):
+        np.testing.assert_array_equal(a, b)
+    outs[1][0, 0, 1] = 1
+    out, lse = fastattn.merge_attention(outs, lses)
+    assert np.isnan(out[0, 0]).any()
+    assert lse[0, 0] == np.inf
