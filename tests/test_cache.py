@@ -419,8 +419,8 @@ BAD_TOKENS = {
     "lengths, shape": (ValueError, r"lengths has shape \(2,\)", (KEY, VALUE, [1, 2])),
     "lengths, too large": (ValueError, "lengths must lie between 0 and 2.*not 3", (KEY, VALUE, 3)),
     "lengths, negative": (ValueError, "lengths must lie between 0 and 2.*not -1", (KEY, VALUE, [[0, 1], [-1, 0]])),
-    "lengths, dtype": (TypeError, "lengths must be .* not of dtype float64", (KEY, VALUE, 1.0)),
-    "lengths, bool": (TypeError, "lengths must be .* not of dtype bool", (KEY, VALUE, True)),
+    "lengths, dtype": (TypeError, "lengths must be .* not 1.0", (KEY, VALUE, 1.0)),
+    "lengths, bool": (TypeError, "lengths must be .* not True", (KEY, VALUE, True)),
     "no room": (
         ValueError,
         r"capacity=8 tokens: 6 are there and 3 came in sequence 0, 0",
