@@ -11,6 +11,7 @@ from libc.stdint cimport uintptr_t
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <stdlib.h>
     #include <time.h>
     #if defined(__linux__)
@@ -18,7 +19,10 @@ cdef extern from *:
     #include <sys/syscall.h>
     #endif
     #if !defined(_WIN32)
+    #include <fcntl.h>
     #include <pthread.h>
+    #include <string.h>
+    #include <sys/file.h>
     #include <unistd.h>
     #endif
     #if defined(_OPENMP)
@@ -54,8 +58,12 @@ cdef extern from *:
     /* The threads of a region. OpenMP ends the process where the system refuses it one (RLIMIT_NPROC, a limit on the
      * pids of a container, no memory for a stack). It keeps as many threads with the calling one as the last region of
      * that one had, and makes what is missing when a region begins; so before a region that needs more, as many are
-     * made, kept until all are there, and let go again, and the region is given no more than could be made.
+     * made, kept until all are there, and let go again, and the region is given no more than could be made. What others
+     * take in the microseconds from there to the region could still be too much; so a few are left over for them, and
+     * processes that use this library do so one after the other.
      */
+    enum { FA_LEFT_OVER = 2 };
+
     #if defined(_OPENMP) && !defined(_WIN32)
     /* One for each calling thread; belongs to it and to its workers, and goes with the last of them. */
     typedef struct {
@@ -68,9 +76,36 @@ cdef extern from *:
     static __thread fa_pool *fa_own_pool;
     static size_t fa_stack_size;  /* of OpenMP's threads; 0: the system's default */
 
-    /* Held from the trial until OpenMP has its threads, so that two threads of this process do not count on the same
-     * ones. What other processes take in these microseconds is beyond its reach. */
+    /* Both are held from the trial until OpenMP has its threads, so that no two count on the same ones: the mutex among
+     * the threads of this process, and among processes a lock on the file of this module, which is there wherever the
+     * module is. */
     static pthread_mutex_t fa_growing = PTHREAD_MUTEX_INITIALIZER;
+    static char *fa_lock_path;
+    static int fa_lock = -1;
+
+    static void fa_end_growing(void)
+    {
+        if (fa_lock >= 0)
+            close(fa_lock);
+        fa_lock = -1;
+        pthread_mutex_unlock(&fa_growing);
+    }
+
+    /* Whether it is this thread's turn; not if others do not come to an end. */
+    static int fa_begin_growing(void)
+    {
+        double begin = fa_seconds();
+        pthread_mutex_lock(&fa_growing);
+        fa_lock = fa_lock_path != NULL ? open(fa_lock_path, O_RDONLY | O_CLOEXEC) : -1;
+        while (fa_lock >= 0 && flock(fa_lock, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
+            if (fa_seconds() - begin > 0.05) {
+                fa_end_growing();
+                return 0;
+            }
+            usleep(50);
+        }
+        return 1;
+    }
 
     static void fa_leave_pool(void *pool)
     {
@@ -149,11 +184,12 @@ cdef extern from *:
         return gone;
     }
 
-    /* Right before a region: how many threads it may have, at most so many. growing: fa_growing is held now. */
+    /* Right before a region: how many threads it may have, at most so many. growing: until they
+     * are there it is this thread's turn. */
     static int fa_gather(int threads, void **team, int *growing)
     {
         fa_pool *pool = fa_own_pool;
-        int have, more;
+        int have, missing, more;
         *team = NULL;
         *growing = 0;
         if (threads <= 1)
@@ -175,13 +211,16 @@ cdef extern from *:
         if (threads > have && pool->refused != 0 && fa_seconds() - pool->refused < 1.0) {
             threads = have;
         } else if (threads > have) {
-            pthread_mutex_lock(&fa_growing);
-            more = fa_try_threads(threads - have);
-            pool->refused = more < threads - have ? fa_seconds() : 0;
+            missing = threads - have;
+            *growing = fa_begin_growing();
+            more = *growing ? fa_try_threads(missing + FA_LEFT_OVER) - FA_LEFT_OVER : 0;
+            more = more < 0 ? 0 : more;
+            pool->refused = more < missing ? fa_seconds() : 0;
             threads = have + more;
-            *growing = more > 0;
-            if (!*growing)
-                pthread_mutex_unlock(&fa_growing);
+            if (*growing && more == 0) {
+                *growing = 0;
+                fa_end_growing();
+            }
         }
         if (threads > 1)
             pool->last = threads;
@@ -193,7 +232,7 @@ cdef extern from *:
     static void fa_join_team(void *team, int growing)
     {
         if (growing && omp_get_thread_num() == 0)
-            pthread_mutex_unlock(&fa_growing);
+            fa_end_growing();
         if (team != NULL && fa_own_pool != team)
             fa_enter_pool((fa_pool *)team);
     }
@@ -217,9 +256,10 @@ cdef extern from *:
         pthread_mutex_unlock(&fa_growing);
     }
 
-    static int fa_prepare_threads(size_t stack_size)
+    static int fa_prepare_threads(size_t stack_size, const char *lock_path)
     {
         fa_stack_size = stack_size;
+        fa_lock_path = strdup(lock_path);
         if (pthread_key_create(&fa_pool_key, fa_leave_pool) != 0)
             return -1;
         return pthread_atfork(fa_before_fork, fa_after_fork, fa_in_child);
@@ -227,7 +267,7 @@ cdef extern from *:
     #else
     static int fa_gather(int threads, void **team, int *growing) { return *team = NULL, *growing = 0, 1; }
     static void fa_join_team(void *team, int growing) {}
-    static int fa_prepare_threads(size_t stack_size) { return 0; }
+    static int fa_prepare_threads(size_t stack_size, const char *lock_path) { return 0; }
     #endif
 
     /* CPUs that this process may be scheduled on. */
@@ -261,7 +301,7 @@ cdef extern from *:
     """
     int fa_openmp_version() noexcept nogil
     int fa_openmp_threads() noexcept nogil
-    int fa_prepare_threads(size_t stack_size) noexcept
+    int fa_prepare_threads(size_t stack_size, const char *lock_path) noexcept
     int fa_gather(int threads, void **team, int *growing) noexcept nogil
     void fa_join_team(void *team, int growing) noexcept nogil
     double fa_seconds() noexcept nogil
@@ -376,7 +416,7 @@ def _stack_size():
     return 0
 
 
-if fa_prepare_threads(_stack_size()):
+if fa_prepare_threads(_stack_size(), os.fsencode(__file__)):
     raise ImportError("the system has no room for the records of threads (pthread_key_create, pthread_atfork)")
 
 
