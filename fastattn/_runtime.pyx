@@ -94,8 +94,9 @@ cdef extern from *:
     /* Whether it is this thread's turn; not if others do not come to an end. */
     static int fa_begin_growing(void)
     {
-        double begin = fa_seconds();
+        double begin;
         pthread_mutex_lock(&fa_growing);
+        begin = fa_seconds();
         fa_lock = fa_lock_path != NULL ? open(fa_lock_path, O_RDONLY | O_CLOEXEC) : -1;
         while (fa_lock >= 0 && flock(fa_lock, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
             if (fa_seconds() - begin > 0.05) {
