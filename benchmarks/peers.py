@@ -702,27 +702,27 @@ def _torch_compiled_exp_additive(case, threads):
 
 
 def _fastattn_softmax(case, threads):
-    yield Variant("", functools.partial(fastattn.softmax, *case.inputs()))
+    yield Variant("", functools.partial(fastattn.softmax, *case.inputs(), axis=case.axis))
 
 
 def _fastattn_softmax_out(case, threads):
     (x,) = case.inputs()
-    yield Variant("", functools.partial(fastattn.softmax, x, out=np.empty_like(x)))
+    yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
 
 
 def _numpy_softmax(case, threads):
-    yield Variant("", functools.partial(baselines.softmax, *case.inputs()))
+    yield Variant("", functools.partial(baselines.softmax, *case.inputs(), case.axis))
 
 
 def _scipy_softmax(case, threads):
     from scipy.special import softmax
 
-    yield Variant("", functools.partial(softmax, *case.inputs(), axis=-1))
+    yield Variant("", functools.partial(softmax, *case.inputs(), axis=case.axis))
 
 
 def _torch_softmax(case, threads):
     x = _torch(threads).from_numpy(case.inputs()[0])
-    yield Variant("", lambda: x.softmax(-1))
+    yield Variant("", lambda: x.softmax(case.axis))
 
 
 def _those_that_work(*makers):
@@ -893,7 +893,7 @@ def _expected(case):
         return baselines.expected_rotary(*case.inputs())
     if case.kind == "minilm":
         return _expected_embeddings(case)
-    return baselines.softmax(case.inputs()[0].astype(np.float64))
+    return baselines.softmax(case.inputs()[0].astype(np.float64), case.axis)
 
 
 def _check(variant, expected, case, name, notes):

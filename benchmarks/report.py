@@ -94,7 +94,7 @@ def _softmax(records):
             others = [_beside(samples, name) for name in names]
             outcome = _outcome(goals.missed(record))
             rows.append([label, *numbers, _percent(share), _percent(goal), *others, outcome])
-        yield _table(f"Softmax over the last axis, {threads_in_words(threads)}", heads, rows)
+        yield _table(f"Softmax, {threads_in_words(threads)}", heads, rows)
 
 
 def _additive(records):

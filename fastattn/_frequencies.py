@@ -236,7 +236,8 @@ def scaled_frequencies(dim: Any, base: Any, scaling: Any, name: str, length: Any
             )
         raise ValueError(f"dim must be even, not {channels}")
     try:
-        frequencies, attention_factor = _KINDS[given.kind](given, base, turning, length)
+        with np.errstate(all="ignore"):  # what comes out is looked at below
+            frequencies, attention_factor = _KINDS[given.kind](given, base, turning, length)
     except OverflowError:
         frequencies, attention_factor = np.array([math.inf]), 1.0
     if not np.isfinite(frequencies).all():

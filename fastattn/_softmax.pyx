@@ -149,7 +149,7 @@ cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function functi
 # Rows side by side
 
 cdef double bytes_touched(Rows p, Py_ssize_t stride, int which, Py_ssize_t run) noexcept:
-    """Bytes of memory for each number of an operand along an axis with this stride, `run` of which follow each other."""
+    """Bytes of memory for each number of an operand along an axis with this stride, `run` of them in a run."""
     cdef Py_ssize_t size = 1 if which == ROW_MASK else size_of(p.dtype)
     return min(<double> LINE, max(<double> abs(stride), min(<double> size, <double> LINE / max(run, 1))))
 

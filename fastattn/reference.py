@@ -234,10 +234,18 @@ def activate(scores, visible, activation):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def add_up(weights, visible, value):
-    """``weights @ value`` over the visible keys only: 0 * NaN is NaN, so an unseen NaN must not take part."""
+def add_up(weights, visible, value, is_mean):
+    """``weights @ value`` over the visible keys only: 0 * NaN is NaN, so an unseen NaN must not take part.
+
+    Half of the values are added up, and the sum is doubled: rounding may carry a mean of the largest numbers a little
+    beyond them, and no further.
+    """
     finite = np.isfinite(value)
-    out = weights @ np.where(finite, value, 0.0)
+    known = np.where(finite, value, 0.0)
+    half = weights @ (known / 2)
+    if is_mean:
+        half = np.clip(half, -np.finfo(np.float64).max / 2, np.finfo(np.float64).max / 2)
+    out = 2 * half
     other_axes = (*range(value.ndim - 2), value.ndim - 1)
     for j in np.flatnonzero(~finite.all(axis=other_axes)):
         bad_value = np.where(finite[..., j, None, :], 0.0, value[..., j, None, :])
@@ -259,7 +267,7 @@ def attend(scores, value, visible, *, sinks=None, activation="softmax", return_w
         weights = np.where(scores == -np.inf, 0.0, weights)  # also in a row of NaN
     else:
         weights, lse = activate(scores, visible, activation), None
-    result = add_up(weights, visible, value)
+    result = add_up(weights, visible, value, activation == "softmax")
 
     if out is not None:
         out[...] = result

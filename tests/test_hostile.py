@@ -6,7 +6,7 @@ import warnings
 import fresh_process
 import numpy as np
 import pytest
-from problems import DTYPES, qkv
+from problems import DTYPES, bits, qkv, sixteen_bits
 from tolerances import assert_attention, assert_within
 
 import fastattn
@@ -531,6 +531,9 @@ CALLS = {
     "sinusoidal_encoding": lambda t: fastattn.sinusoidal_encoding(9, 300, base=1e300, offset=2**53 - 9, dtype=t),
     "apply_rotary": lambda t: fastattn.apply_rotary(extreme(3, 16, dtype=t), offset=2**40, base=1e-300),
     "alibi_slopes": lambda t: fastattn.alibi_slopes(1000),
+    "rotary_frequencies": lambda t: fastattn.rotary_frequencies(
+        300, base=1e300, scaling={"rope_type": "linear", "factor": 1e300}
+    )[0],
     "relative_position_buckets": lambda t: fastattn.relative_position_buckets(3, 9, max_distance=2**50),
     **{
         name: functools.partial(call_from, name)
@@ -593,3 +596,135 @@ def test_a_first_call_imports_nothing(name):
         assert set(sys.modules) == before, set(sys.modules) - before
         """
     )
+
+
+# ---------------------------------------------------------------- sums and products out of range
+
+
+def finfo_of(dtype):
+    """NumPy's, or for bfloat16 the one of its own package."""
+    try:
+        return np.finfo(dtype)
+    except ValueError:
+        import ml_dtypes
+
+        return ml_dtypes.finfo(dtype)
+
+
+def largest_values(dtype, keys):
+    """Values up to the largest finite number: all of it, minus it, of either sign, up to it, and ordinary ones."""
+    largest = finfo_of(dtype).max
+    sign = np.where(np.arange(keys) % 2, 1, -1)
+    ramp = np.linspace(-1, 1, keys) if keys > 1 else np.ones(1)
+    columns = [np.ones(keys), -np.ones(keys), sign, ramp]
+    return np.stack([*(np.asarray(c * float(largest), dtype) for c in columns), np.ones(keys, dtype)], axis=-1)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *sixteen_bits()])
+@pytest.mark.parametrize("keys", [1, 2, 7, 300, 5000])
+@pytest.mark.parametrize("queries", [1, 3, 9, 40])
+def test_a_mean_is_no_larger_than_its_numbers(rng, queries, keys, dtype):
+    query, key, _ = qkv(rng, (), queries, keys, 8, dtype=dtype)
+    value = largest_values(dtype, keys)
+    largest = float(finfo_of(dtype).max)
+    eps = float(max(finfo_of(dtype).eps, np.finfo(np.float64 if dtype == np.float64 else np.float32).eps))
+    out, weights, lse = fastattn.dot_product_attention(query, key, value, return_weights=True, return_lse=True)
+    assert np.isfinite(out.astype(np.float64)).all()
+    quarter = reference.dot_product_attention(query, key, value.astype(np.float64) / largest)
+    assert_within(out.astype(np.float64) / largest, quarter, 60 * eps, "a share of the largest number")
+    # What does not overflow has the bits of a call without what does.
+    alone = fastattn.dot_product_attention(query, key, value[:, 4:], return_weights=True, return_lse=True)
+    assert bits(out[:, 4:]) == bits(alone[0])
+    assert bits(weights) == bits(alone[1])
+    assert bits(lse) == bits(alone[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overflow_in_one_row_leaves_the_others_alone(rng, dtype):
+    """Promise 2: a row has the bits it has alone, whichever rows of its tile overflow; so do infinite and NaN rows."""
+    query, key, value = qkv(rng, (), 40, 90, 8, dtype=dtype)
+    value[60:] = np.finfo(dtype).max
+    value[50:60, 0] = np.finfo(dtype).smallest_subnormal * 3
+    value[80, 1] = np.inf
+    mask = rng.random((40, 90)) < 0.5
+    mask[::3, 60:] = False
+    mask[1::3, 80] = False
+    out = fastattn.dot_product_attention(query, key, value, mask=mask)
+    for i in range(40):
+        rows = np.repeat(query[i : i + 1], 40, axis=0)
+        assert bits(fastattn.dot_product_attention(rows, key, value, mask=mask[i])[7]) == bits(out[i])
+    assert np.isfinite(out[::3]).all() and np.isfinite(out[1::3]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_score_and_relu(rng, dtype):
+    x = rng.standard_normal((2, 30, 8)).astype(dtype)
+    value = np.full((2, 30, 3), 0.9 * np.finfo(dtype).max, dtype)
+    w = rng.standard_normal(8).astype(dtype)
+    window = fastattn.truncated_attention(x, x, value, 3, 3)
+    outs = [
+        fastattn.additive_attention(x, x, value, w),
+        fastattn.bilinear_attention(x, x, value, np.eye(8, dtype=dtype)),
+        window,
+        fastattn.varlen_attention(x, x, value, [0, 10, 30]),
+        fastattn.dot_product_attention(x[:, :1], x, value, sinks=[-9.0]),
+        fastattn.dot_product_attention(np.ones_like(x), np.ones_like(x) / 8, value, scale=1.0, activation="relu"),
+        fastattn.merge_attention([window] * 3, [np.zeros((2, 30), dtype)] * 3)[0],
+    ]
+    for out in outs:
+        np.testing.assert_allclose(out / value[:, : out.shape[-2]], 1, rtol=1e-2)
+    stream = fastattn.StreamingAttention(3, 3)
+    streamed = np.concatenate([stream.push(x, x, value), stream.flush()], axis=-2)
+    assert bits(streamed) == bits(window)
+    # An infinite result that is right stays, and so does what is infinite in one part.
+    with np.errstate(all="ignore"):
+        top = np.full((1, 2, 1), np.finfo(dtype).max, dtype)
+        assert fastattn.dot_product_attention(x[:1], x[:1, :2] * 0 + 9, top * 0 + np.inf)[0, 0, 0] == np.inf
+        merged = fastattn.merge_attention([top] * 3 + [-top], [np.zeros((1, 2), dtype)] * 4)[0]
+        assert np.isfinite(merged).all()
+        assert fastattn.merge_attention([top, top * 0 - np.inf], [np.zeros((1, 2), dtype)] * 2)[0].max() == -np.inf
+
+
+def test_a_split_cache_overflows_no_more_than_a_whole_one(rng):
+    """Few queries against many keys, which several threads share."""
+    query, key, _ = qkv(rng, (2,), 1, 9000, 64)
+    value = np.full((2, 9000, 64), 3e38, np.float32)
+    outs = [fastattn.dot_product_attention(query, key, value, num_threads=n) for n in (1, 2, 4)]
+    np.testing.assert_allclose(outs[0], 3e38, rtol=1e-5)
+    assert len({bits(out) for out in outs}) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 300, 64), (8, 70, 5), (20, 300, 64)], ids=str)
+@pytest.mark.parametrize("query_exponent", range(-36, 38, 8))
+@pytest.mark.parametrize("key_exponent", range(-36, 38, 8))
+def test_scores_in_range_of_products_that_are_not(rng, shape, query_exponent, key_exponent):
+    """The scale brings scores back to a few units: within the bound, wherever query and key lie in float32."""
+    queries, keys, dim = shape
+    query = (rng.choice([-1, 1], (queries, dim)) * rng.uniform(0.5, 1, (queries, dim)) * 10.0**query_exponent).astype(
+        "f4"
+    )
+    key = (rng.choice([-1, 1], (keys, dim)) * rng.uniform(0.5, 1, (keys, dim)) * 10.0**key_exponent).astype("f4")
+    value = rng.standard_normal((keys, 5), dtype=np.float32)
+    scale = 3 * dim**-0.5 * 10.0 ** -(query_exponent + key_exponent)
+    assert_attention(query, key, value, scale=scale)
+    assert_attention(query, key, value, scale=-scale, softcap=2.0, alibi_slopes=0.1, sinks=0.5)
+
+
+def test_scores_in_range_by_hand():
+    value = np.array([[1.0], [0.0]], np.float32)
+    for dtype in (np.float32, *(t for t in sixteen_bits() if t != np.float16)):
+        for q, k, scale in ((1e20, 1e20, 1e-40), (1e-25, 1e-25, 1e50), (1e30, 1e-38, 1e8), (1e38, 1e38, 1e-76)):
+            query, key = np.array([[q]], dtype), np.array([[k], [0]], dtype)
+            score = float(query[0, 0]) * float(key[0, 0]) * scale
+            _, weights = fastattn.dot_product_attention(
+                query, key, value.astype(dtype), scale=scale, return_weights=True
+            )
+            np.testing.assert_allclose(weights[0, 0], 1 / (1 + np.exp(-score)), rtol=1e-6)
+    # float64, where the products are beyond its own range.
+    query, key = np.array([[1e200]]), np.array([[1e200], [0.0]])
+    weights = fastattn.dot_product_attention(query, key, np.eye(2), scale=1e-300 * 1e-100 or 5e-324)
+    assert np.isfinite(weights).all()
+    weights = fastattn.dot_product_attention(query * 1e-50, key * 1e-50, np.eye(2), scale=1e-300)
+    np.testing.assert_allclose(weights[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-14)
+    weights = fastattn.dot_product_attention(query * 1e100, key * 1e8, np.eye(2), scale=1e-300)
+    np.testing.assert_allclose(weights, [[1, 0]], atol=1e-15)

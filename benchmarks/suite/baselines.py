@@ -5,10 +5,10 @@ import functools
 import numpy as np
 
 
-def softmax(x):
-    weights = x - x.max(axis=-1, keepdims=True)
+def softmax(x, axis=-1):
+    weights = x - x.max(axis=axis, keepdims=True)
     np.exp(weights, out=weights)
-    weights /= weights.sum(axis=-1, keepdims=True)
+    weights /= weights.sum(axis=axis, keepdims=True)
     return weights
 
 

@@ -57,21 +57,23 @@ class Attention:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax over the last axis."""
+    """Softmax over an axis."""
 
     shape: tuple
     dtype: str = "float32"
+    axis: int = -1
     kind = "softmax"
 
     @property
     def name(self):
         words = ["softmax", "x".join(map(str, self.shape))]
+        words += [f"axis{self.axis}"] if self.axis != -1 else []
         words += [self.dtype] if self.dtype != "float32" else []
         return "-".join(words)
 
     @property
     def label(self):
-        return ", ".join(map(str, self.shape))
+        return ", ".join(map(str, self.shape)) + (f" along axis {self.axis}" if self.axis != -1 else "")
 
     @property
     def nbytes(self):
@@ -431,6 +433,9 @@ SOFTMAX = (
     Softmax((100_000, 64)),
     Softmax((16, 1_000_000)),
     Softmax((1024, 1024), "float64"),
+    Softmax((512, 4096), axis=0),
+    Softmax((512, 4096), "float64", axis=0),
+    Softmax((8, 256, 32, 32), axis=1),
 )
 
 # The middle, tails in every axis, from one channel to very many, a long sequence.

@@ -1,4 +1,4 @@
-"""asv: softmax over the last axis, by shapes, dtypes and threads, beside its NumPy baseline."""
+"""asv: softmax along an axis, by shapes, dtypes and threads, beside its NumPy baseline."""
 
 import functools
 
@@ -9,22 +9,22 @@ from . import baselines, cases
 
 # Cached rather than an asv `setup` hook: see attention.py.
 @functools.cache
-def _call(shape, dtype, threads, implementation):
+def _call(shape, axis, dtype, threads, implementation):
     (x,) = cases.Softmax(shape, dtype).inputs()
     if implementation == "numpy":
-        return functools.partial(baselines.softmax, x)
-    return functools.partial(fastattn.softmax, x, num_threads=threads)
+        return functools.partial(baselines.softmax, x, axis)
+    return functools.partial(fastattn.softmax, x, axis, num_threads=threads)
 
 
 class Softmax:
     # NumPy's softmax uses one thread whatever it is told, so it stands once, as the baseline of both.
     params = [
-        sorted({case.shape for case in cases.SOFTMAX if case.nbytes <= 2**26}),
+        sorted({(case.shape, case.axis) for case in cases.SOFTMAX if case.nbytes <= 2**26}),
         ["float32", "float64"],
         ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"],
     ]
-    param_names = ["shape", "dtype", "implementation"]
+    param_names = ["shape and axis", "dtype", "implementation"]
 
-    def time_softmax(self, shape, dtype, implementation):
+    def time_softmax(self, shape_and_axis, dtype, implementation):
         name, _, threads = implementation.partition(", ")
-        _call(shape, dtype, int(threads[0]) if threads else 1, name)()
+        _call(*shape_and_axis, dtype, int(threads[0]) if threads else 1, name)()

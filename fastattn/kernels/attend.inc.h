@@ -91,11 +91,16 @@ static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int6
 {
     NAME(tile) *tile = workspace;
     NAME(lay_out)(tile, problem, rows, head->keys, workspace);
+    tile->row = row;
     const double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
     const double factor = NAME(late_scale)(problem) ? 1 : problem->scale * unit;
-    if (problem->score == FA_ADDITIVE)
+    if (problem->score == FA_ADDITIVE) {
+        for (int64_t r = 0; NAME(late_scale)(problem) && r < rows; r++)
+            tile->after[r] = problem->scale;
         NAME(additive_queries)(problem, head, row, rows, factor, tile);
-    else
+    } else if (NAME(late_scale)(problem)) {
+        NAME(pack_wide_queries)(problem, head, row, rows, tile->group, tile->channels, tile->q, tile->after);
+    } else
         NAME(pack_queries)(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
     NAME(reset_state)(problem, rows, tile->m, tile->l);
     for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
@@ -168,8 +173,9 @@ static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_h
         take_bits(sight, group);
         for (int r = 0; r < group; r++) {
             if (rules) {
+                const double after = NAME(late_scale)(problem) ? tile->after[i + r - tile->row] : 1;
                 NAME(apply_rules)
-                (problem, head, i + r, r, block, v_first, v_last, &sight->bits[r], s, tile->extra,
+                (problem, head, i + r, r, block, v_first, v_last, after, &sight->bits[r], s, tile->extra,
                  tile->extra + FA_BLOCK);
             } else {
                 NAME(hide)(&whole, &sight->bits[r], s + r * FA_BLOCK);
@@ -373,11 +379,16 @@ static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int
 }
 
 /* n numbers of an output row, divided by the sum of its weights; a multiple of LANES. + 0 makes -0 a 0, so that it does
- * not matter which zeros were added. */
-static ALWAYS_INLINE void NAME(finish_row)(real *to, const real *o, int64_t n, vec scale, int seen)
+ * not matter which zeros were added. Whether all are finite. */
+static ALWAYS_INLINE int NAME(finish_row)(real *to, const real *o, int64_t n, vec scale, int seen)
 {
-    for (int64_t c = 0; c < n; c += LANES)
-        NAME(store)(to + c, seen ? NAME(load)(o + c) * scale + (vec){0} : (vec){0});
+    vec sum = {0};
+    for (int64_t c = 0; c < n; c += LANES) {
+        const vec x = seen ? NAME(load)(o + c) * scale + (vec){0} : (vec){0};
+        sum = NAME(fma)(x, (vec){0}, sum);
+        NAME(store)(to + c, x);
+    }
+    return !NAME(true_bits)(sum != (vec){0});
 }
 
 /* Contract: fastattn.h. */
@@ -416,6 +427,109 @@ static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int6
     memcpy(tile->o, o, (size_t)(rows * tile->value_row) * sizeof(real));
 }
 
+/* What the sum of a row's weighted values, row r of the tile, is to be multiplied by; and the row's log-sum-exp. 0: it
+ * has seen nothing. */
+static ALWAYS_INLINE real NAME(row_factor)(const fa_problem *problem, const fa_head *head, int64_t r,
+                                           const NAME(tile) * tile, const int natural, double *lse, int *seen)
+{
+    real sum = NAME(total)(NAME(load)(tile->l + r * LANES));
+    if (problem->activation == FA_SIGMOID)
+        sum = sum > 0; /* its weights are not divided by anything */
+    double share = 1;  /* of all exponentials, sink included, in those of the keys */
+    *seen = sum != 0;
+    *lse = sum == 0 ? -INFINITY : 0;
+    if (head->lse.data || problem->has_sink) {
+        if (sum != 0)
+            *lse = (double)tile->m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
+        const double sink = problem->has_sink ? NAME(per_row)(head, &head->sink, tile->row + r) : -INFINITY;
+        if (sink != -INFINITY) {
+            const double keys_lse = *lse;
+            const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
+            const double least = keys_lse < sink ? keys_lse : sink;
+            *lse = least == -INFINITY ? most : most + log1p(exp(least - most));
+            share = exp(keys_lse - *lse);
+        }
+    }
+    return sum == 0 ? 0 : (real)(share / (double)sum);
+}
+
+/* The requested weights of row i: visit_block left its scores there; now the row's maximum and sum are known. */
+static void NAME(finish_weights)(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
+                                 const int natural)
+{
+    int64_t first, last, begin, end;
+    weights_range(problem, head, i, &first, &last);
+    real *w = NAME(weight)(problem, head, i, first); /* keys count from `first` on here */
+    fa_visible_keys(problem, head, i, 1, &begin, &end);
+    if (begin >= end)
+        begin = end = first;
+    begin -= first, end -= first, last -= first;
+    const real most = maximum == -(real)INFINITY ? 0 : maximum;
+    memset(w, 0, (size_t)begin * sizeof(real));
+    memset(w + end, 0, (size_t)(last - end) * sizeof(real));
+    for (int64_t j = begin; j < end; j += LANES) {
+        real some[LANES];
+        const int n = end - j < LANES ? (int)(end - j) : LANES;
+        memset(some, 0, sizeof some);
+        memcpy(some, w + j, (size_t)n * sizeof(real));
+        vec x = NAME(load)(some);
+        ivec gone = x == NAME(fill)(-(real)INFINITY);
+        if (problem->activation == FA_SOFTMAX) {
+            x -= most;
+            x = NAME(exp2)(natural ? x * (real)1.44269504088896340736 : x);
+        }
+        NAME(store)(some, NAME(pick)(gone, (vec){0}, x * scale));
+        memcpy(w + j, some, (size_t)n * sizeof(real));
+    }
+}
+
+/* The state of a tile becomes that of all keys. */
+static void NAME(gather_spans)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
+{
+    NAME(clear_unseen)(rows, tile);
+    for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
+        if (tile->several[g])
+            NAME(take_totals)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
+}
+
+/* Outputs that are not finite, once more from the first key on, with values that are 2**64 times smaller: where a sum
+ * overflowed before it was divided, they are finite now. The others keep their bits, and so do those that are infinite
+ * or NaN by right. */
+static NEVER_INLINE void NAME(sum_again)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                         NAME(tile) * tile)
+{
+    fa_problem smaller = *problem;
+    fa_head bare = *head;
+    int64_t begin, end, stop;
+    double lse;
+    int seen;
+    smaller.value_shift = 64;
+    bare.weights.data = bare.lse.data = NULL; /* they are finished */
+    NAME(open_tile)(&smaller, &bare, row, rows, tile);
+    fa_visible_keys(&smaller, &bare, row, rows, &begin, &end);
+    for (; begin < end; begin = stop) {
+        stop = (begin / FA_SPAN + 1) * FA_SPAN < end ? (begin / FA_SPAN + 1) * FA_SPAN : end;
+        NAME(visit_keys)(&smaller, &bare, row, rows, begin, stop, tile);
+    }
+    NAME(gather_spans)(&smaller, &bare, rows, tile);
+    const real shrunk = NAME(value_factor)(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
+    for (int64_t r = 0; r < rows; r++) {
+        const real factor = NAME(row_factor)(&smaller, &bare, r, tile, NAME(natural)(problem, head), &lse, &seen);
+        const real *o = tile->o + r * tile->value_row;
+        char *to = fa_row(head, &head->out, row + r);
+        NAME(gather)(tile->part, to, head->out.col, problem->value_dim, problem->dtype);
+        for (int64_t c = 0; c < problem->value_dim; c++) {
+            real x = o[c] * factor;
+            /* Rounding must not carry a mean beyond the largest of its numbers. */
+            if (problem->activation == FA_SOFTMAX && isfinite(x))
+                x = x > most ? most : x < -most ? -most : x;
+            if (!isfinite(tile->part[c]))
+                tile->part[c] = x / shrunk;
+        }
+        NAME(scatter)(to, head->out.col, tile->part, problem->value_dim, problem->dtype);
+    }
+}
+
 /* Contract: fastattn.h. */
 static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
@@ -423,70 +537,29 @@ static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int
     const int natural = NAME(natural)(problem, head);
     const int direct =
         problem->dtype == (REAL_DTYPE) && head->out.col == (ptrdiff_t)sizeof(real) && problem->value_dim % LANES == 0;
-    real *m = tile->m, *l = tile->l, *o = tile->o;
-    NAME(clear_unseen)(rows, tile);
-    for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
-        if (tile->several[g])
-            NAME(take_totals)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
+    int finite = 1;
+    NAME(gather_spans)(problem, head, rows, tile);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;
-        real *o_i = o + r * tile->value_row;
-        real sum = NAME(total)(NAME(load)(l + r * LANES));
-        if (problem->activation == FA_SIGMOID)
-            sum = sum > 0; /* its weights are not divided by anything */
-        double lse = sum == 0 ? -INFINITY : 0;
-        double share = 1; /* of all exponentials, sink included, in those of the keys */
-        if (head->lse.data || problem->has_sink) {
-            if (sum != 0)
-                lse = (double)m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
-            const double sink = problem->has_sink ? NAME(per_row)(head, &head->sink, i) : -INFINITY;
-            if (sink != -INFINITY) {
-                const double keys_lse = lse;
-                const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
-                const double least = keys_lse < sink ? keys_lse : sink;
-                lse = least == -INFINITY ? most : most + log1p(exp(least - most));
-                share = exp(keys_lse - lse);
-            }
-        }
-        const real factor = sum == 0 ? 0 : (real)(share / (double)sum);
+        double lse;
+        int seen;
+        real *o = tile->o + r * tile->value_row;
+        const real factor = NAME(row_factor)(problem, head, r, tile, natural, &lse, &seen);
         const vec scale = NAME(fill)(factor);
         char *to = fa_row(head, &head->out, i);
         if (direct) {
-            NAME(finish_row)((real *)to, o_i, problem->value_dim, scale, sum != 0);
+            finite &= NAME(finish_row)((real *)to, o, problem->value_dim, scale, seen);
         } else {
-            NAME(finish_row)(o_i, o_i, tile->value_row, scale, sum != 0);
-            NAME(scatter)(to, head->out.col, o_i, problem->value_dim, problem->dtype);
+            finite &= NAME(finish_row)(o, o, tile->value_row, scale, seen);
+            NAME(scatter)(to, head->out.col, o, problem->value_dim, problem->dtype);
         }
         if (head->lse.data) {
             const real rounded = (real)lse;
             memcpy(fa_row(head, &head->lse, i), &rounded, sizeof rounded);
         }
-        if (head->weights.data) {
-            /* The scores that visit_block left there, now that the row's maximum and sum are known. */
-            int64_t first, last, begin, end;
-            weights_range(problem, head, i, &first, &last);
-            real *w = NAME(weight)(problem, head, i, first); /* keys count from `first` on here */
-            fa_visible_keys(problem, head, i, 1, &begin, &end);
-            if (begin >= end)
-                begin = end = first;
-            begin -= first, end -= first, last -= first;
-            const real most = m[r] == -(real)INFINITY ? 0 : m[r];
-            memset(w, 0, (size_t)begin * sizeof(real));
-            memset(w + end, 0, (size_t)(last - end) * sizeof(real));
-            for (int64_t j = begin; j < end; j += LANES) {
-                real some[LANES];
-                const int n = end - j < LANES ? (int)(end - j) : LANES;
-                memset(some, 0, sizeof some);
-                memcpy(some, w + j, (size_t)n * sizeof(real));
-                vec x = NAME(load)(some);
-                ivec gone = x == NAME(fill)(-(real)INFINITY);
-                if (problem->activation == FA_SOFTMAX) {
-                    x -= most;
-                    x = NAME(exp2)(natural ? x * (real)1.44269504088896340736 : x);
-                }
-                NAME(store)(some, NAME(pick)(gone, (vec){0}, x * scale));
-                memcpy(w + j, some, (size_t)n * sizeof(real));
-            }
-        }
+        if (head->weights.data)
+            NAME(finish_weights)(problem, head, i, tile->m[r], scale, natural);
     }
+    if (!finite)
+        NAME(sum_again)(problem, head, row, rows, tile);
 }

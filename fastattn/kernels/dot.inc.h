@@ -26,6 +26,41 @@ static void NAME(pack_queries)(const fa_problem *problem, const fa_head *head, i
     }
 }
 
+/* Queries for a scale that is far from 1 (late_scale). The scale goes into the query, so that the product is the score
+ * and has its range; but for a power of two, different for each row, where the query would leave the range then: that
+ * is multiplied by after the product, after[row]. A query of 1e20 and keys of 1e20 with a scale of 1e-40 have scores
+ * of 1.
+ */
+static NEVER_INLINE void NAME(pack_wide_queries)(const fa_problem *problem, const fa_head *head, int64_t row,
+                                                 int64_t rows, int group, int64_t channels, real *to, double *after)
+{
+    const int most = BITS == 32 ? 100 : 900; /* exponent of a row's largest number */
+    NAME(pack_queries)(problem, head, row, rows, group, 1, channels, to);
+    for (int64_t i = 0; i < rows; i++) {
+        real *q = to + i / group * NAME(group_size)(channels) + i % group * STRIP;
+        double largest = 0;
+        int of_query = 0, of_scale = 0, shift = 0;
+        for (int64_t c = 0; c < problem->head_dim; c++) {
+            const double size = fabs((double)q[c / STRIP * (ROWS * STRIP) + c % STRIP]);
+            if (size > largest && size < INFINITY)
+                largest = size;
+        }
+        frexp(largest, &of_query);
+        frexp(problem->scale, &of_scale);
+        const int exponent = of_query + of_scale;
+        if (largest > 0 && exponent > most)
+            shift = (exponent - most + 1) / 2 * 2; /* even, so that its root is a power of two, too */
+        else if (largest > 0 && exponent < -most)
+            shift = -((-most - exponent + 1) / 2 * 2);
+        const double factor = ldexp(problem->scale, -shift);
+        after[i] = ldexp(1, shift);
+        for (int64_t c = 0; c < problem->head_dim; c++) {
+            real *q_c = q + c / STRIP * (ROWS * STRIP) + c % STRIP;
+            *q_c = (real)((double)*q_c * factor);
+        }
+    }
+}
+
 /* Keys [begin, end) of the block, whose first key lies at `keys`, into panels: [panel][channel][key of the panel].
  * Whole vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
 static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,

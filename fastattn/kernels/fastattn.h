@@ -70,6 +70,7 @@ typedef struct {
     int band;                   /* of the weights only the window is wanted */
     int few;                    /* so few queries in a head that keys are read where they lie, and not packed */
     int fetch;                  /* few: ask for them before (fa_fetching_helps) */
+    int value_shift;            /* 0; kernels set it where a sum of values overflows: they are taken times 2**-shift */
 } fa_problem;
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */

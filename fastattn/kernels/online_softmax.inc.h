@@ -13,12 +13,6 @@ static ALWAYS_INLINE double NAME(per_row)(const fa_head *head, const fa_view *nu
     return x;
 }
 
-/* A scale that might carry a query, or itself, out of the range of its dtype waits until the product is taken. */
-static ALWAYS_INLINE int NAME(late_scale)(const fa_problem *problem)
-{
-    return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
-}
-
 /* Whether scores change between product and activation. */
 static ALWAYS_INLINE int NAME(ruled)(const fa_problem *problem, const fa_head *head)
 {
@@ -63,12 +57,13 @@ static ALWAYS_INLINE void NAME(hide_outside)(int first, int last, int from, int 
 }
 
 /* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
- * and the activation, where that is more than to hide. Hidden keys become -inf, also where score or bias are NaN. */
+ * and the activation, where that is more than to hide; after: what the raw score is multiplied by. Hidden keys become
+ * -inf, also where score or bias are NaN. */
 static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block,
-                              int first, int last, key_bits *seen, real *s, real *extra, real *other)
+                              int first, int last, double after, key_bits *seen, real *s, real *extra, real *other)
 {
     const vec hidden = NAME(fill)(-(real)INFINITY);
-    const int late = NAME(late_scale)(problem), capped = problem->softcap != 0;
+    const int late = after != 1, capped = problem->softcap != 0;
     real cap = 0, per_cap = 0, root = 0, scale = 0; /* roots and quotients only where they are needed: a small call's */
     if (capped) {                                   /* time is made of such things */
         /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
@@ -77,8 +72,8 @@ static void NAME(apply_rules)(const fa_problem *problem, const fa_head *head, in
         per_cap = 1 / cap;
     }
     if (late) {
-        root = (real)sqrt(fabs(problem->scale));
-        scale = (real)(problem->scale / (double)root);
+        root = (real)sqrt(fabs(after)); /* in two steps: it may be beyond the range of real */
+        scale = (real)(after / (double)root);
     }
     const real slope = problem->has_slope ? (real)NAME(per_row)(head, &head->slope, i) : 0;
     const real distance = (real)(block - (head->offset + fa_query_of(head, i)));

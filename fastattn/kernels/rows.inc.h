@@ -234,4 +234,17 @@ static void NAME(merge)(void *out_, void *lse_, const void *const *outs, const v
         for (int64_t c = 0; c < n; c++)
             out[c] += share * part[c];
     }
+    /* Rounding must not carry a mean beyond the largest of its numbers, and that beyond the largest there is. */
+    for (int64_t c = 0; c < n; c++) {
+        real largest = 0, half = 0;
+        for (int64_t p = 0; p < parts && !isfinite(out[c]); p++) {
+            const real x = ((const real *)outs[p])[c];
+            if (lses[p] == -(real)INFINITY)
+                continue;
+            largest = isfinite(x) && fabs((double)x) <= (double)largest ? largest : (real)fabs((double)x);
+            half += (real)(exp((double)lses[p] - base) / total) * (x / 2);
+        }
+        if (!isfinite(out[c]) && isfinite(half))
+            out[c] = half >= largest / 2 ? largest : half <= -largest / 2 ? -largest : 2 * half;
+    }
 }

@@ -22,6 +22,8 @@ typedef struct {
     real *part;      /* [ROWS][value_row] their weighted sum; [rows][value_row] of few */
     real *chunk;     /* [FEW_ROWS][value_row] a part of that, where queries are few */
     real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
+    double *after;   /* [rows] what scores are multiplied by after the product, where that is anything (late_scale) */
+    int64_t row;     /* the first row of the tile */
     int64_t *span;   /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
@@ -46,6 +48,13 @@ static ALWAYS_INLINE int64_t NAME(keys_of_run)(int64_t rows)
 /* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
 static ALWAYS_INLINE int NAME(term_begin)(int lo) { return lo / STEPS * STEPS; }
 static ALWAYS_INLINE int NAME(term_end)(int hi) { return (hi + STEPS - 1) / STEPS * STEPS; }
+
+/* A scale that might carry a query, or itself, out of the range of its dtype is given to each row in two parts, before
+ * and after the product (pack_wide_queries). */
+static ALWAYS_INLINE int NAME(late_scale)(const fa_problem *problem)
+{
+    return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
+}
 
 static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
 {
@@ -123,6 +132,8 @@ static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_
     tile->part = (real *)NAME(take)(&at, (problem->few ? rows : ROWS) * value_row);
     tile->chunk = (real *)NAME(take)(&at, problem->few ? FEW_ROWS * value_row : 0);
     tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
+    tile->after =
+        (double *)NAME(take)(&at, NAME(late_scale)(problem) ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);
     tile->span = (int64_t *)NAME(take)(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
     tile->several = NAME(take)(&at, groups);
     tile->m = (real *)NAME(take)(&at, rows);

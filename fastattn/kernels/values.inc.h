@@ -5,10 +5,16 @@ typedef struct {
     ptrdiff_t row;
 } NAME(value_rows);
 
+/* What values are multiplied by where their sum would overflow. */
+static ALWAYS_INLINE real NAME(value_factor)(const fa_problem *problem)
+{
+    return (real)ldexp(1, -problem->value_shift);
+}
+
 /* rows: that share a value. */
 static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value, int64_t rows)
 {
-    if (!NAME(readable)(problem->dtype, value) || problem->value_dim % LANES != 0)
+    if (!NAME(readable)(problem->dtype, value) || problem->value_dim % LANES != 0 || problem->value_shift)
         return 0;
     if (problem->few)
         return 1;
@@ -19,7 +25,8 @@ static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const 
     return rows < WORTH_COPYING || ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0;
 }
 
-/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms. */
+/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms; times
+ * 2**-value_shift. */
 static void NAME(copy_values)(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
                               real *to, int64_t to_row, int64_t value_row)
 {
@@ -27,6 +34,8 @@ static void NAME(copy_values)(const fa_problem *problem, const char *values, con
         int64_t c = 0;
         if (j >= begin && j < end) {
             NAME(gather)(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
+            for (const real factor = NAME(value_factor)(problem); problem->value_shift && c < problem->value_dim; c++)
+                to[j * to_row + c] *= factor;
             c = problem->value_dim;
         }
         for (; c < value_row; c++)
