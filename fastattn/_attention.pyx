@@ -1,6 +1,6 @@
 """The driver: cuts a problem into tiles of query rows, gives them to threads, and walks each over the keys it may see.
 
-It knows tiles, threads and scratch memory; what a tile computes is the kernels' affair (kernels/fastattn.h). Outputs of
+It knows tiles, threads and scratch memory; what a tile computes is the kernels' affair (kernels/contract.h). Outputs of
 tiles are disjoint and the bits of a row do not depend on its tile, so the order and the number of threads cannot change
 a result.
 """

@@ -1,7 +1,7 @@
 # What all drivers share, and the kernels' contract as Cython sees it.
 from libc.stdint cimport int64_t
 
-cdef extern from "kernels/fastattn.h" nogil:
+cdef extern from "kernels/contract.h" nogil:
     enum:
         FA_BLOCK
         FA_SPAN
@@ -18,6 +18,7 @@ cdef extern from "kernels/fastattn.h" nogil:
         FA_F64
         FA_F16
         FA_BF16
+        FA_DTYPES
 
     ctypedef enum fa_score:
         FA_DOT
@@ -91,10 +92,9 @@ cdef extern from "kernels/fastattn.h" nogil:
 
     ctypedef struct fa_instruction_set:
         const char *name
-        const fa_kernels *f32
-        const fa_kernels *f64
+        const fa_kernels *kernels[<int> FA_DTYPES]
 
-    int fa_runnable(const fa_instruction_set **sets, int room)
+    int fa_runnable(fa_instruction_set *sets, int room)
     int fa_fetching_helps()
     void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                          int64_t *begin, int64_t *end)

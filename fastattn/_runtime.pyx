@@ -315,9 +315,9 @@ cdef extern from *:
 
 # Instruction sets
 
-cdef const fa_instruction_set *sets[8]
+cdef fa_instruction_set sets[8]
 cdef int set_count = fa_runnable(sets, 8)
-cdef const fa_instruction_set *selected_set = sets[0]
+cdef fa_instruction_set *selected_set = &sets[0]
 
 runnable = [sets[i].name.decode() for i in range(set_count)]
 
@@ -325,21 +325,21 @@ _forced = os.environ.get("FASTATTN_ISA", "")
 if _forced:
     if _forced not in runnable:
         raise ImportError(f"FASTATTN_ISA={_forced!r}: this CPU and build can run {', '.join(runnable)}")
-    selected_set = sets[runnable.index(_forced)]
+    selected_set = &sets[<int> runnable.index(_forced)]
 
 selected = selected_set.name.decode()
 kernel_names = {
-    "float32": selected_set.f32.name.decode(),
-    "float64": selected_set.f64.name.decode(),
-    "float16": selected_set.f32.name.decode(),
-    "bfloat16": selected_set.f32.name.decode(),
+    "float32": selected_set.kernels[<int> FA_F32].name.decode(),
+    "float64": selected_set.kernels[<int> FA_F64].name.decode(),
+    "float16": selected_set.kernels[<int> FA_F16].name.decode(),
+    "bfloat16": selected_set.kernels[<int> FA_BF16].name.decode(),
 }
 openmp_version = fa_openmp_version()
 cdef int fetching_helps = fa_fetching_helps()
 
 
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
-    return selected_set.f64 if dtype == FA_F64 else selected_set.f32
+    return selected_set.kernels[<int> dtype]
 
 
 # Threads

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-# FA_SPAN of kernels/fastattn.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
+# FA_SPAN of kernels/contract.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
 # every call's first key is at such a multiple, they are cut where those of the offline call are.
 _SPAN = 2048
 # Frames that are taken in at once; of a longer push, the tapes need not hold all.

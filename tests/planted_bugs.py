@@ -97,7 +97,7 @@ BUGS = (
     ),
     Bug(
         "the last key of a chunk is hidden",
-        "fastattn.h",
+        "contract.h",
         "hi = (last_chunk + 1) * problem->chunk - before;",
         "hi = (last_chunk + 1) * problem->chunk - before - 1;",
         "test_truncated.py",
@@ -118,7 +118,7 @@ BUGS = (
     ),
     Bug(
         "grouped heads lie where queries do",
-        "fastattn.h",
+        "contract.h",
         "i % head->heads * matrix->head",
         "i % head->heads * matrix->row",
         "test_dot_product.py test_decode.py -k group",

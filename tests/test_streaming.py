@@ -261,7 +261,7 @@ def test_reference(rng):
 
 
 def test_spans_are_the_kernels():
-    header = (pathlib.Path(fastattn.__file__).parent / "kernels" / "fastattn.h").read_text()
+    header = (pathlib.Path(fastattn.__file__).parent / "kernels" / "contract.h").read_text()
     assert int(re.search(r"FA_SPAN = (\d+)", header)[1]) == streaming._SPAN
 
 

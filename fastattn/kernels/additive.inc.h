@@ -14,14 +14,14 @@
  * score is made in this way or that is a matter of its own row and its own key, so no bit of it depends on what is
  * computed beside it.
  */
-static const real NAME(ADDITIVE_LIMIT) = BITS == 32 ? 43 : 350;
-static const real NAME(MOST_DENOMINATOR) = BITS == 32 ? (real)0x1p31 : (real)0x1p100;
+static const real ADDITIVE_LIMIT = BITS == 32 ? 43 : 350;
+static const real MOST_DENOMINATOR = BITS == 32 ? (real)0x1p31 : (real)0x1p100;
 
 /* Weights and queries of a tile. factor: of the scores. */
-static void NAME(additive_queries)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
-                                   double factor, NAME(tile) * tile)
+static void additive_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, double factor,
+                             struct tile *tile)
 {
-    NAME(additive) *additive = &tile->additive;
+    struct additive *additive = &tile->additive;
     const int64_t channels = tile->channels;
     double sum = 0;
     additive->all_wide = 0;
@@ -32,62 +32,62 @@ static void NAME(additive_queries)(const fa_problem *problem, const fa_head *hea
         additive->all_wide |= !isfinite(w); /* infinity divided by anything would lose the sign of tanh */
     }
     additive->w_sum = (real)sum;
-    NAME(pack_queries)(problem, head, row, rows, ROWS, 1, channels, additive->q_raw);
-    const vec limit = NAME(fill)(NAME(ADDITIVE_LIMIT));
+    pack_queries(problem, head, row, rows, ROWS, 1, channels, additive->q_raw);
+    const vec limit = v_fill(ADDITIVE_LIMIT);
     for (int64_t i = 0; i < rows; i++) {
-        int64_t at = i / ROWS * NAME(group_size)(channels) + i % ROWS * STRIP;
+        int64_t at = i / ROWS * group_size(channels) + i % ROWS * STRIP;
         ivec wide = {0};
         for (int64_t c = 0; c < channels; c += STRIP, at += ROWS * STRIP) {
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
             for (int64_t h = all; h % LANES; h++)
                 additive->q_raw[at + h] = 0;
             for (int64_t h = 0; h < all; h += LANES) {
-                const vec a = NAME(load)(additive->q_raw + at + h);
-                wide |= ~(NAME(abs)(a) <= limit); /* a NaN is wide too */
-                NAME(store)(tile->q + at + h, NAME(exp)(a + a));
+                const vec a = v_load(additive->q_raw + at + h);
+                wide |= ~(v_abs(a) <= limit); /* a NaN is wide too */
+                v_store(tile->q + at + h, v_exp(a + a));
             }
         }
-        additive->row_is_wide[i] = (char)(additive->all_wide || NAME(true_bits)(wide != 0));
+        additive->row_is_wide[i] = (char)(additive->all_wide || v_true_bits(wide != 0));
     }
 }
 
 /* Keys [begin, end) of a block. The exponentials lie vector by vector, [vector][channel][LANES]: in wider panels the
  * lines of one vector would crowd into a few sets of the first cache. */
-static void NAME(additive_keys)(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
-                                NAME(tile) * tile)
+static void additive_keys(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
+                          struct tile *tile)
 {
-    NAME(additive) *additive = &tile->additive;
+    struct additive *additive = &tile->additive;
     const int64_t channels = tile->channels;
-    const vec limit = NAME(fill)(NAME(ADDITIVE_LIMIT));
-    NAME(pack_keys)(problem, keys, key, begin, end, channels, additive->k_raw);
+    const vec limit = v_fill(ADDITIVE_LIMIT);
+    pack_keys(problem, keys, key, begin, end, channels, additive->k_raw);
     memset(&additive->wide_keys, 0, sizeof additive->wide_keys);
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
-        const int64_t at = j / NAME(PANEL) * NAME(PANEL) * channels + j % NAME(PANEL);
+        const int64_t at = j / PANEL * PANEL * channels + j % PANEL;
         ivec wide = {0};
         for (int64_t h = 0; h < channels; h++) {
-            const vec b = NAME(load)(additive->k_raw + at + h * NAME(PANEL));
-            wide |= ~(NAME(abs)(b) <= limit);
-            NAME(store)(tile->k + j * channels + h * LANES, NAME(exp)(b + b));
+            const vec b = v_load(additive->k_raw + at + h * PANEL);
+            wide |= ~(v_abs(b) <= limit);
+            v_store(tile->k + j * channels + h * LANES, v_exp(b + b));
         }
-        additive->wide_keys.word[j / 64] |= (uint64_t)NAME(true_bits)(wide != 0) << j % 64;
+        additive->wide_keys.word[j / 64] |= (uint64_t)v_true_bits(wide != 0) << j % 64;
     }
 }
 
 /* s[row][key] += the terms of n channels, for one vector of keys. */
-static ALWAYS_INLINE void NAME(additive_sums)(const real *restrict q, const real *restrict k, const real *restrict w,
-                                              int n, real *restrict s, const int rows)
+static ALWAYS_INLINE void additive_sums(const real *restrict q, const real *restrict k, const real *restrict w, int n,
+                                        real *restrict s, const int rows)
 {
-    const vec one = NAME(fill)(1), most = NAME(fill)(NAME(MOST_DENOMINATOR));
+    const vec one = v_fill(1), most = v_fill(MOST_DENOMINATOR);
     vec sum[ROWS];
     UNROLL(8)
     for (int r = 0; r < rows; r++)
-        sum[r] = NAME(load)(s + r * FA_BLOCK);
+        sum[r] = v_load(s + r * FA_BLOCK);
     for (int h = 0; h < n; h += SHARE) {
         const real *k_h = k + h * LANES;
         vec w_h[SHARE];
         UNROLL(8)
         for (int i = 0; i < SHARE; i++)
-            w_h[i] = NAME(fill)(w[h + i]);
+            w_h[i] = v_fill(w[h + i]);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             vec d[SHARE];
@@ -96,38 +96,32 @@ static ALWAYS_INLINE void NAME(additive_sums)(const real *restrict q, const real
 #endif
             UNROLL(8)
             for (int i = 0; i < SHARE; i++)
-                d[i] = NAME(min)(NAME(fma)(NAME(fill)(q[r * STRIP + h + i]), NAME(load)(k_h + i * LANES), one), most);
+                d[i] = v_min(v_fma(v_fill(q[r * STRIP + h + i]), v_load(k_h + i * LANES), one), most);
             const vec left = d[0] * d[1], right = d[2] * d[3];
-            const vec left_sum = NAME(fma)(w_h[1], d[0], w_h[0] * d[1]);
-            const vec right_sum = NAME(fma)(w_h[3], d[2], w_h[2] * d[3]);
-            sum[r] += NAME(fma)(right_sum, left, left_sum * right) / (left * right);
+            const vec left_sum = v_fma(w_h[1], d[0], w_h[0] * d[1]);
+            const vec right_sum = v_fma(w_h[3], d[2], w_h[2] * d[3]);
+            sum[r] += v_fma(right_sum, left, left_sum * right) / (left * right);
         }
     }
     UNROLL(8)
     for (int r = 0; r < rows; r++)
-        NAME(store)(s + r * FA_BLOCK, sum[r]);
+        v_store(s + r * FA_BLOCK, sum[r]);
 }
 
-typedef void (*NAME(additive_function))(const real *q, const real *k, const real *w, int n, real *s);
-#define ADDITIVE_SUMS(rows)                                                                                          \
-    static NEVER_INLINE void NAME(additive_sums_##rows)(const real *q, const real *k, const real *w, int n, real *s) \
-    {                                                                                                                \
-        NAME(additive_sums)(q, k, w, n, s, rows);                                                                    \
+typedef void (*additive_function)(const real *q, const real *k, const real *w, int n, real *s);
+#define ADDITIVE_SUMS(rows, name)                                                                       \
+    static NEVER_INLINE void name##_##rows(const real *q, const real *k, const real *w, int n, real *s) \
+    {                                                                                                   \
+        name(q, k, w, n, s, rows);                                                                      \
     }
-ADDITIVE_SUMS(1)
-ADDITIVE_SUMS(2)
-ADDITIVE_SUMS(3)
-ADDITIVE_SUMS(4)
-ADDITIVE_SUMS(5)
-ADDITIVE_SUMS(6)
-static const NAME(additive_function)
-    NAME(additive_rows)[ROWS] = {NAME(additive_sums_1), NAME(additive_sums_2), NAME(additive_sums_3),
-                                 NAME(additive_sums_4), NAME(additive_sums_5), NAME(additive_sums_6)};
+#define ADDITIVE_NAME(rows, name) name##_##rows,
+FOR_ROWS(ADDITIVE_SUMS, additive_sums)
+static const additive_function additive_rows[ROWS] = {FOR_ROWS(ADDITIVE_NAME, additive_sums)};
 #undef ADDITIVE_SUMS
 
 /* The same of one row and any arguments: tanh |x| = (1 - e) / (1 + e) with e = e^-2|x|. Small arguments lose the last
  * bits of their own tanh here, which is nothing beside sum |w|. */
-static NEVER_INLINE vec NAME(additive_direct)(const real *q_raw, const real *k_raw, const real *w, int64_t channels)
+static NEVER_INLINE vec additive_direct(const real *q_raw, const real *k_raw, const real *w, int64_t channels)
 {
     vec sum = {0};
     for (int64_t c = 0; c < channels; c += STRIP, q_raw += ROWS * STRIP)
@@ -135,42 +129,42 @@ static NEVER_INLINE vec NAME(additive_direct)(const real *q_raw, const real *k_r
             vec d[SHARE], n[SHARE];
             UNROLL(8)
             for (int i = 0; i < SHARE; i++) {
-                const vec x = NAME(fill)(q_raw[h + i - c]) + NAME(load)(k_raw + (h + i) * NAME(PANEL));
-                const vec e = NAME(exp2)(NAME(abs)(x) * (real)-2.88539008177792681472);
+                const vec x = v_fill(q_raw[h + i - c]) + v_load(k_raw + (h + i) * PANEL);
+                const vec e = v_exp2(v_abs(x) * (real)-2.88539008177792681472);
                 const vec t = (vec)((ivec)(1 - e) | ((ivec)x & (ivec)(-(vec){0})));
-                n[i] = NAME(fill)(w[h + i] * (real)-0.5) * t;
+                n[i] = v_fill(w[h + i] * (real)-0.5) * t;
                 d[i] = 1 + e;
             }
             const vec left = d[0] * d[1], right = d[2] * d[3];
-            const vec left_sum = NAME(fma)(n[1], d[0], n[0] * d[1]);
-            const vec right_sum = NAME(fma)(n[3], d[2], n[2] * d[3]);
-            sum += NAME(fma)(right_sum, left, left_sum * right) / (left * right);
+            const vec left_sum = v_fma(n[1], d[0], n[0] * d[1]);
+            const vec right_sum = v_fma(n[3], d[2], n[2] * d[3]);
+            sum += v_fma(right_sum, left, left_sum * right) / (left * right);
         }
     return sum;
 }
 
 /* Scores of the group whose first row is row `first` of the tile, against the vectors [from, to) of a block. */
-static void NAME(additive_scores)(const NAME(tile) * tile, int64_t first, int rows, int from, int to, real *s)
+static void additive_scores(const struct tile *tile, int64_t first, int rows, int from, int to, real *s)
 {
-    const NAME(additive) *additive = &tile->additive;
-    const int64_t channels = tile->channels, group = first / ROWS * NAME(group_size)(channels);
+    const struct additive *additive = &tile->additive;
+    const int64_t channels = tile->channels, group = first / ROWS * group_size(channels);
     for (int v = from; v < to; v++) {
-        const int64_t key = v * LANES * channels, raw_key = v / VECS * NAME(PANEL) * channels + v % VECS * LANES;
+        const int64_t key = v * LANES * channels, raw_key = v / VECS * PANEL * channels + v % VECS * LANES;
         const unsigned wide = bits_at(&additive->wide_keys, v * LANES, LANES);
         for (int r = 0; r < rows; r++)
-            NAME(store)(s + r * FA_BLOCK + v * LANES, NAME(fill)(additive->w_sum));
+            v_store(s + r * FA_BLOCK + v * LANES, v_fill(additive->w_sum));
         for (int64_t c = 0; c < channels; c += STRIP) {
             const int n = channels - c < STRIP ? (int)(channels - c) : STRIP;
-            NAME(additive_rows)
-            [rows - 1](tile->q + group + c * ROWS, tile->k + key + c * LANES, additive->w + c, n, s + v * LANES);
+            additive_rows[rows - 1](tile->q + group + c * ROWS, tile->k + key + c * LANES, additive->w + c, n,
+                                    s + v * LANES);
         }
         for (int r = 0; r < rows; r++) {
             const unsigned direct = additive->row_is_wide[first + r] ? (1u << LANES) - 1u : wide;
             if (direct) {
                 real *s_v = s + r * FA_BLOCK + v * LANES;
-                const vec x = NAME(additive_direct)(additive->q_raw + group + r * STRIP, additive->k_raw + raw_key,
-                                                    additive->w, channels);
-                NAME(store)(s_v, NAME(pick_bits)(direct, x, NAME(load)(s_v)));
+                const vec x = additive_direct(additive->q_raw + group + r * STRIP, additive->k_raw + raw_key,
+                                              additive->w, channels);
+                v_store(s_v, v_pick_bits(direct, x, v_load(s_v)));
             }
         }
     }

@@ -18,7 +18,7 @@
 
 #include "online_softmax.inc.h"
 
-static void NAME(reset_state)(const fa_problem *problem, int64_t rows, real *m, real *l)
+static void reset_state(const fa_problem *problem, int64_t rows, real *m, real *l)
 {
     const real least = problem->activation == FA_SOFTMAX ? -(real)INFINITY : 0; /* the others are relative to nothing */
     for (int64_t r = 0; r < rows; r++)
@@ -27,90 +27,89 @@ static void NAME(reset_state)(const fa_problem *problem, int64_t rows, real *m, 
 }
 
 /* Rows of the group that begins at row `first` of a tile. */
-static ALWAYS_INLINE int NAME(rows_from)(const NAME(tile) * tile, int64_t first, int64_t rows)
+static ALWAYS_INLINE int rows_from(const struct tile *tile, int64_t first, int64_t rows)
 {
     return rows - first < tile->group ? (int)(rows - first) : tile->group;
 }
 
 /* Clears the outputs of groups that have seen nothing. */
-static void NAME(clear_unseen)(int64_t rows, NAME(tile) * tile)
+static void clear_unseen(int64_t rows, struct tile *tile)
 {
     for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
         if (tile->span[g] == NO_SPAN)
             memset(tile->o + first * tile->value_row, 0,
-                   (size_t)(NAME(rows_from)(tile, first, rows) * tile->value_row) * sizeof(real));
+                   (size_t)(rows_from(tile, first, rows) * tile->value_row) * sizeof(real));
 }
 
 /* The state of group g, rows `first` and on, joins that of the spans before it. */
-static NEVER_INLINE void NAME(end_span)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first,
-                                        int group, NAME(tile) * tile)
+static NEVER_INLINE void end_span(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
+                                  struct tile *tile)
 {
     const int64_t value_row = tile->value_row, l = first * LANES, o = first * value_row;
-    if (!tile->several[g]) {
-        NAME(reset_state)(problem, group, tile->m_all + first, tile->l_all + l);
+    if (!tile->many_spans[g]) {
+        reset_state(problem, group, tile->m_all + first, tile->l_all + l);
         memset(tile->o_all + o, 0, (size_t)(group * value_row) * sizeof(real));
-        memset(tile->l_lost + l, 0, (size_t)(group * LANES) * sizeof(real));
-        memset(tile->o_lost + o, 0, (size_t)(group * value_row) * sizeof(real));
-        tile->several[g] = 1;
+        memset(tile->l_error + l, 0, (size_t)(group * LANES) * sizeof(real));
+        memset(tile->o_error + o, 0, (size_t)(group * value_row) * sizeof(real));
+        tile->many_spans[g] = 1;
     }
-    NAME(fold)
-    (tile->m_all + first, tile->l_all + l, tile->l_lost + l, tile->o_all + o, tile->o_lost + o, tile->m + first,
-     tile->l + l, tile->o + o, group, value_row, NAME(natural)(problem, head));
+    fold(tile->m_all + first, tile->l_all + l, tile->l_error + l, tile->o_all + o, tile->o_error + o, tile->m + first,
+         tile->l + l, tile->o + o, group, value_row, scores_are_natural(problem, head));
 }
 
 /* The state of a group that has seen several spans becomes that of all of them. */
-static void NAME(take_totals)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
-                              NAME(tile) * tile)
+static void take_totals(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
+                        struct tile *tile)
 {
-    NAME(end_span)(problem, head, g, first, group, tile);
+    end_span(problem, head, g, first, group, tile);
     for (int64_t r = first; r < first + group; r++)
         tile->m[r] = tile->m_all[r];
     for (int64_t c = first * LANES; c < (first + group) * LANES; c += LANES)
-        NAME(store)(tile->l + c, NAME(load)(tile->l_all + c) + NAME(load)(tile->l_lost + c));
+        v_store(tile->l + c, v_load(tile->l_all + c) + v_load(tile->l_error + c));
     for (int64_t c = first * tile->value_row; c < (first + group) * tile->value_row; c += LANES)
-        NAME(store)(tile->o + c, NAME(load)(tile->o_all + c) + NAME(load)(tile->o_lost + c));
+        v_store(tile->o + c, v_load(tile->o_all + c) + v_load(tile->o_error + c));
 }
 
 /* Makes the state of a group that of a span, if it is another's; whether it has seen nothing of it yet. */
-static ALWAYS_INLINE int NAME(begin_span)(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first,
-                                          int group, int64_t span, NAME(tile) * tile)
+static ALWAYS_INLINE int begin_span(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
+                                    int64_t span, struct tile *tile)
 {
     int64_t *own = tile->span + g;
     if (*own == span)
         return 0;
     if (*own != NO_SPAN) {
-        NAME(end_span)(problem, head, g, first, group, tile);
-        NAME(reset_state)(problem, group, tile->m + first, tile->l + first * LANES);
+        end_span(problem, head, g, first, group, tile);
+        reset_state(problem, group, tile->m + first, tile->l + first * LANES);
     }
     *own = span;
     return 1;
 }
 
-/* Contract: fastattn.h. */
-static void NAME(open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
+/* Contract: contract.h. */
+static void open_tile(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
-    NAME(tile) *tile = workspace;
-    NAME(lay_out)(tile, problem, rows, head->keys, workspace);
+    struct tile *tile = workspace;
+    lay_out(tile, problem, rows, head->keys, workspace);
     tile->row = row;
-    const double unit = NAME(natural)(problem, head) ? 1 : 1.44269504088896340736;
-    const double factor = NAME(late_scale)(problem) ? 1 : problem->scale * unit;
+    const double unit = scores_are_natural(problem, head) ? 1 : 1.44269504088896340736;
+    const double factor = scale_after_product(problem) ? 1 : problem->scale * unit;
     if (problem->score == FA_ADDITIVE) {
-        for (int64_t r = 0; NAME(late_scale)(problem) && r < rows; r++)
+        for (int64_t r = 0; scale_after_product(problem) && r < rows; r++)
             tile->after[r] = problem->scale;
-        NAME(additive_queries)(problem, head, row, rows, factor, tile);
-    } else if (NAME(late_scale)(problem)) {
-        NAME(pack_wide_queries)(problem, head, row, rows, tile->group, tile->channels, tile->q, tile->after);
+        additive_queries(problem, head, row, rows, factor, tile);
+    } else if (scale_after_product(problem)) {
+        pack_wide_queries(problem, head, row, rows, tile->group, tile->channels, tile->q, tile->after);
     } else
-        NAME(pack_queries)(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
-    NAME(reset_state)(problem, rows, tile->m, tile->l);
+        pack_queries(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
+    reset_state(problem, rows, tile->m, tile->l);
     for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
         tile->span[g] = NO_SPAN;
-        tile->several[g] = 0;
+        tile->many_spans[g] = 0;
     }
 }
 
 /* Where the weight of key j lies, which has a place. */
-static ALWAYS_INLINE real *NAME(weight)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t j)
+static ALWAYS_INLINE real *weight(const fa_problem *problem, const fa_head *head, int64_t i, int64_t j)
 {
     int64_t first, last;
     weights_range(problem, head, i, &first, &last);
@@ -118,41 +117,41 @@ static ALWAYS_INLINE real *NAME(weight)(const fa_problem *problem, const fa_head
 }
 
 /* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
-static ALWAYS_INLINE real *NAME(weights_block)(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
-                                               int *begin, int *end)
+static ALWAYS_INLINE real *weights_block(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
+                                         int *begin, int *end)
 {
     rows_range(problem, head, i, 1, block, begin, end);
     if (*begin >= *end)
         return NULL;
-    return NAME(weight)(problem, head, i, block + *begin);
+    return weight(problem, head, i, block + *begin);
 }
 
 /* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
-static void NAME(hide_weights)(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block)
+static void hide_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block)
 {
     for (int r = 0; r < rows; r++) {
         int begin, end;
-        real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
+        real *w = weights_block(problem, head, i + r, block, &begin, &end);
         for (int j = begin; j < end; j++)
             w[j - begin] = -(real)INFINITY;
     }
 }
 
 /* Scores, or weights that are not divided yet, of a group into the requested weights, for close_tile to finish. */
-static void NAME(keep_weights)(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
-                               const real *s)
+static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                         const real *s)
 {
     for (int r = 0; r < rows; r++) {
         int begin, end;
-        real *w = NAME(weights_block)(problem, head, i + r, block, &begin, &end);
+        real *w = weights_block(problem, head, i + r, block, &begin, &end);
         for (int j = begin; j < end; j++)
             w[j - begin] = s[r * FA_BLOCK + j];
     }
 }
 
 /* Asks for rows [begin, end) of a matrix with a row for each query to come into the second cache. */
-static ALWAYS_INLINE void NAME(prefetch_queries)(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
-                                                 int64_t bytes)
+static ALWAYS_INLINE void prefetch_queries(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
+                                           int64_t bytes)
 {
     for (int64_t i = begin; i < end; i++)
         for (int64_t b = 0; b < bytes; b += 64)
@@ -161,72 +160,70 @@ static ALWAYS_INLINE void NAME(prefetch_queries)(const fa_head *head, const fa_v
 
 /* The scores of a group after softcap, biases and what hides keys; also into the requested weights, which softmax
  * finishes in close_tile. Whether terms of the sum have keys that are not seen. */
-static ALWAYS_INLINE int NAME(rule_scores)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                           int64_t block, group_sight *sight, NAME(tile) * tile, real *s)
+static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
+                                     int64_t block, struct visible *visible, struct tile *tile, real *s)
 {
-    const int rules = NAME(ruled)(problem, head);
-    const int v_first = sight->lo / LANES, v_last = (sight->hi + LANES - 1) / LANES;
-    const int term_lo = NAME(term_begin)(sight->lo), term_hi = NAME(term_end)(sight->hi);
+    const int rules = scores_change(problem, head);
+    const int v_first = visible->lo / LANES, v_last = (visible->hi + LANES - 1) / LANES;
+    const int term_lo = term_begin(visible->lo), term_hi = term_end(visible->hi);
     int partial = 0;
-    if (rules || sight->has_bits) {
+    if (rules || visible->use_bits) {
         const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), terms = bits_of_range(term_lo, term_hi);
-        take_bits(sight, group);
+        make_bits(visible, group);
         for (int r = 0; r < group; r++) {
             if (rules) {
-                const double after = NAME(late_scale)(problem) ? tile->after[i + r - tile->row] : 1;
-                NAME(apply_rules)
-                (problem, head, i + r, r, block, v_first, v_last, after, &sight->bits[r], s, tile->extra,
-                 tile->extra + FA_BLOCK);
+                const double after = scale_after_product(problem) ? tile->after[i + r - tile->row] : 1;
+                apply_rules(problem, head, i + r, r, block, v_first, v_last, after, &visible->bits[r], s, tile->extra,
+                            tile->extra + FA_BLOCK);
             } else {
-                NAME(hide)(&whole, &sight->bits[r], s + r * FA_BLOCK);
+                hide(&whole, &visible->bits[r], s + r * FA_BLOCK);
             }
-            partial |= !bits_equal(&sight->bits[r], &terms);
+            partial |= !bits_equal(&visible->bits[r], &terms);
         }
-    } else if (!sight->alike || v_first * LANES != sight->lo || v_last * LANES != sight->hi) {
+    } else if (!visible->same_for_all || v_first * LANES != visible->lo || v_last * LANES != visible->hi) {
         for (int r = 0; r < group; r++) {
-            NAME(hide_outside)(v_first, v_last, sight->from[r], sight->to[r], s + r * FA_BLOCK);
-            partial |= sight->from[r] != term_lo || sight->to[r] != term_hi;
+            hide_outside(v_first, v_last, visible->from[r], visible->to[r], s + r * FA_BLOCK);
+            partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
         }
     } /* otherwise whole vectors, all seen: nothing to hide */
     if (head->weights.data && problem->activation == FA_SOFTMAX)
-        NAME(keep_weights)(problem, head, i, group, block, s);
+        keep_weights(problem, head, i, group, block, s);
     return partial;
 }
 
 /* Scores become weights where they are not softmax's. */
-static ALWAYS_INLINE void NAME(weigh_pointwise)(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                                int64_t block, group_sight *sight, real *s, real *l)
+static ALWAYS_INLINE void weigh_pointwise(const fa_problem *problem, const fa_head *head, int64_t i, int group,
+                                          int64_t block, struct visible *visible, real *s, real *l)
 {
-    take_bits(sight, group);
-    NAME(pointwise)(problem, s, group, sight->lo / LANES, (sight->hi + LANES - 1) / LANES, sight->bits, l);
+    make_bits(visible, group);
+    pointwise(problem, s, group, visible->lo / LANES, (visible->hi + LANES - 1) / LANES, visible->bits, l);
     if (head->weights.data)
-        NAME(keep_weights)(problem, head, i, group, block, s);
+        keep_weights(problem, head, i, group, block, s);
 }
 
 /* The values of the keys [begin, end) of a block, where a sum can read them; rows: that share one. */
-static ALWAYS_INLINE NAME(value_rows) NAME(values_of)(const fa_problem *problem, const fa_head *head, int64_t block,
-                                                      int begin, int end, int64_t rows, const NAME(tile) * tile)
+static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
+                                                 int begin, int end, int64_t rows, const struct tile *tile)
 {
     const char *values = head->value.data + block * head->value.row;
-    if (begin % STEPS == 0 && end % STEPS == 0 && NAME(values_in_place)(problem, &head->value, rows))
-        return (NAME(value_rows)){values, head->value.row};
-    NAME(copy_values)(problem, values, &head->value, begin, end, tile->v, tile->v_row, tile->value_row);
-    return (NAME(value_rows)){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+    if (begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, &head->value, rows))
+        return (struct value_rows){values, head->value.row};
+    copy_values(problem, values, &head->value, begin, end, tile->v, tile->v_row, tile->value_row);
+    return (struct value_rows){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
 }
 
 /* The weighted sum of a block joins the output of `rows` rows, whose earlier output shrinks. */
-static ALWAYS_INLINE void NAME(join_sum)(real *o, const real *sum, int rows, int64_t value_row, const real *shrink)
+static ALWAYS_INLINE void join_sum(real *o, const real *sum, int rows, int64_t value_row, const real *shrink)
 {
     for (int r = 0; r < rows; r++) {
-        const vec keep = NAME(fill)(shrink[r]);
+        const vec keep = v_fill(shrink[r]);
         for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
-            NAME(store)(o + c, NAME(fma)(NAME(load)(o + c), keep, NAME(load)(sum + c)));
+            v_store(o + c, v_fma(v_load(o + c), keep, v_load(sum + c)));
     }
 }
 
 /* The most rows of a tile that see any of so many keys that lie together. */
-static ALWAYS_INLINE int64_t NAME(rows_seeing)(const fa_problem *problem, const fa_head *head, int64_t keys,
-                                               int64_t rows)
+static ALWAYS_INLINE int64_t rows_seeing(const fa_problem *problem, const fa_head *head, int64_t keys, int64_t rows)
 {
     if (problem->left >= rows || problem->right >= rows - problem->left)
         return rows;
@@ -235,191 +232,188 @@ static ALWAYS_INLINE int64_t NAME(rows_seeing)(const fa_problem *problem, const 
 }
 
 /* The next rows of a matrix, to ask memory for while groups take turns with a block. */
-typedef struct {
+struct next_rows {
     const char *data;
     ptrdiff_t row;
-    int64_t bytes, rows, of_turn; /* of_turn: rows */
-    NAME(asks) asks;              /* used if those are many: a CPU that is asked for much at once waits */
-} NAME(coming);
+    int64_t bytes, rows, rows_per_step; /* of_turn: rows */
+    struct prefetch prefetch;           /* used if those are many: a CPU that is asked for much at once waits */
+};
 
 /* times: how often a group's product asks; 0: never. */
-static ALWAYS_INLINE NAME(coming)
-    NAME(coming_rows)(const fa_view *matrix, int64_t from, int64_t end, int64_t numbers, int64_t turns, int64_t times)
+static ALWAYS_INLINE struct next_rows find_next_rows(const fa_view *matrix, int64_t from, int64_t end, int64_t numbers,
+                                                     int64_t turns, int64_t times)
 {
-    const int64_t rows = end - from < FA_BLOCK ? end - from : FA_BLOCK, of_turn = (FA_BLOCK + turns - 1) / turns;
-    NAME(coming)
-    coming = {matrix->data + from * matrix->row, matrix->row, NAME(bytes_of)(matrix, numbers), rows, of_turn, {0}};
-    if (rows > 0 && of_turn * coming.bytes > BYTES_AT_ONCE)
-        coming.asks = NAME(lines_to_ask)(coming.data, coming.row, coming.bytes, rows, turns * times);
-    return coming;
+    const int64_t rows = end - from < FA_BLOCK ? end - from : FA_BLOCK, rows_per_step = (FA_BLOCK + turns - 1) / turns;
+    struct next_rows next = {
+        matrix->data + from * matrix->row, matrix->row, bytes_of(matrix, numbers), rows, rows_per_step, {0}};
+    if (rows > 0 && rows_per_step * next.bytes > PREFETCH_AT_ONCE)
+        next.prefetch = prefetch_of_rows(next.data, next.row, next.bytes, rows, turns * times);
+    return next;
 }
 
 /* Asks for the rows of a turn, or returns what its product asks for. */
-static ALWAYS_INLINE NAME(asks) * NAME(take_turn)(NAME(coming) * coming, int64_t turn)
+static ALWAYS_INLINE struct prefetch *prefetch_step(struct next_rows *next, int64_t turn)
 {
-    if (coming->asks.pace)
-        return &coming->asks;
-    const int64_t from = turn * coming->of_turn, to = from + coming->of_turn;
-    for (int64_t j = from; j < to && j < coming->rows; j++)
-        for (int64_t b = 0; b < coming->bytes; b += 64)
-            __builtin_prefetch(coming->data + j * coming->row + b, 0, 2);
+    if (next->prefetch.pace)
+        return &next->prefetch;
+    const int64_t from = turn * next->rows_per_step, to = from + next->rows_per_step;
+    for (int64_t j = from; j < to && j < next->rows; j++)
+        for (int64_t b = 0; b < next->bytes; b += 64)
+            __builtin_prefetch(next->data + j * next->row + b, 0, 2);
     return NULL;
 }
 
 /* One block, of which the tile sees the keys [begin, end). */
-static void NAME(visit_block)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
-                              int begin, int end, int64_t tile_end, NAME(tile) * tile)
+static void visit_block(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
+                        int begin, int end, int64_t tile_end, struct tile *tile)
 {
-    const int natural = NAME(natural)(problem, head);
+    const int natural_log = scores_are_natural(problem, head);
     const char *keys = head->key.data + block * head->key.row;
-    NAME(value_rows) value = {NULL, 0};
+    struct value_rows value = {NULL, 0};
     /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
      * may be the next tile's. */
-    const int64_t next = block + FA_BLOCK,
-                  groups = (NAME(rows_seeing)(problem, head, FA_BLOCK, rows) + ROWS - 1) / ROWS;
+    const int64_t next = block + FA_BLOCK, groups = (rows_seeing(problem, head, FA_BLOCK, rows) + ROWS - 1) / ROWS;
     const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows / head->heads : tile_end;
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
-    const int64_t times_k = problem->score == FA_ADDITIVE ? 0 : NAME(times_to_ask)(FA_BLOCK / LANES, tile->channels);
-    const int64_t times_v = NAME(times_to_ask)(tile->value_row / LANES, FA_BLOCK);
-    NAME(coming) next_keys = NAME(coming_rows)(&head->key, next, fetch_end, problem->head_dim, groups, times_k);
-    NAME(coming) next_values = NAME(coming_rows)(&head->value, next, fetch_end, problem->value_dim, groups, times_v);
-    const int64_t sharing = NAME(rows_seeing)(problem, head, 1, rows);
+    const int64_t times_k = problem->score == FA_ADDITIVE ? 0 : prefetches_of_product(FA_BLOCK / LANES, tile->channels);
+    const int64_t times_v = prefetches_of_product(tile->value_row / LANES, FA_BLOCK);
+    struct next_rows next_keys = find_next_rows(&head->key, next, fetch_end, problem->head_dim, groups, times_k);
+    struct next_rows next_values = find_next_rows(&head->value, next, fetch_end, problem->value_dim, groups, times_v);
+    const int64_t sharing = rows_seeing(problem, head, 1, rows);
     int64_t turn = 0;
     int packed = 0, finite = -1;
     for (int64_t g = 0, first = 0; first < rows; g++, first += ROWS) {
         const int group = rows - first < ROWS ? (int)(rows - first) : ROWS;
-        group_sight sight;
-        see_block(problem, head, row + first, group, block, &sight);
-        const int lo = sight.lo, hi = sight.hi;
+        struct visible visible;
+        find_visible(problem, head, row + first, group, block, &visible);
+        const int lo = visible.lo, hi = visible.hi;
         if (lo >= hi)
             continue;
-        if (sight.masked) {
+        if (visible.masked) {
             if (head->weights.data)
-                NAME(hide_weights)(problem, head, row + first, group, block);
+                hide_weights(problem, head, row + first, group, block);
             continue;
         }
         if (!packed) {
             if (problem->score == FA_ADDITIVE)
-                NAME(additive_keys)(problem, keys, &head->key, begin, end, tile);
+                additive_keys(problem, keys, &head->key, begin, end, tile);
             else
-                NAME(pack_keys)(problem, keys, &head->key, begin, end, tile->channels, tile->k);
-            value = NAME(values_of)(problem, head, block, begin, end, sharing, tile);
+                pack_keys(problem, keys, &head->key, begin, end, tile->channels, tile->k);
+            value = values_of(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
-        const int unseen = tile->span[g] == NO_SPAN;
-        const int fresh = NAME(begin_span)(problem, head, g, first, group, block / FA_SPAN, tile);
+        const int first_block = tile->span[g] == NO_SPAN;
+        const int span_begins = begin_span(problem, head, g, first, group, block / FA_SPAN, tile);
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
-        const real *q = tile->q + g * NAME(group_size)(tile->channels);
-        NAME(asks) *asks = NAME(take_turn)(&next_keys, turn);
+        const real *q = tile->q + g * group_size(tile->channels);
+        struct prefetch *prefetch = prefetch_step(&next_keys, turn);
         if (problem->score == FA_ADDITIVE)
-            NAME(additive_scores)(tile, first, group, v_first, v_last, s);
+            additive_scores(tile, first, group, v_first, v_last, s);
         else
-            NAME(dot_scores)(q, tile->channels, group, tile->k, v_first, v_last, asks, s);
+            dot_scores(q, tile->channels, group, tile->k, v_first, v_last, prefetch, s);
 
-        if (unseen) { /* the output comes too, and the next tile's queries */
+        if (first_block) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
-            NAME(prefetch_queries)
-            (head, &head->query, next_row, next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
-             problem->head_dim * (int64_t)sizeof(real));
-            NAME(prefetch_queries)
-            (head, &head->out, row + first, row + first + group, problem->value_dim * (int64_t)sizeof(real));
+            prefetch_queries(head, &head->query, next_row,
+                             next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
+                             problem->head_dim * (int64_t)sizeof(real));
+            prefetch_queries(head, &head->out, row + first, row + first + group,
+                             problem->value_dim * (int64_t)sizeof(real));
         }
-        const int partial = NAME(rule_scores)(problem, head, row + first, group, block, &sight, tile, s);
+        const int partial = rule_scores(problem, head, row + first, group, block, &visible, tile, s);
         real shrink[ROWS];
         if (problem->activation != FA_SOFTMAX) {
-            NAME(weigh_pointwise)(problem, head, row + first, group, block, &sight, s, l);
+            weigh_pointwise(problem, head, row + first, group, block, &visible, s, l);
             for (int r = 0; r < group; r++)
                 shrink[r] = 1;
-        } else if (natural) {
-            NAME(exponentials)(s, group, v_first, v_last, 1, m, l, shrink);
+        } else if (natural_log) {
+            exponentials(s, group, v_first, v_last, 1, m, l, shrink);
         } else {
-            NAME(exponentials)(s, group, v_first, v_last, 0, m, l, shrink);
+            exponentials(s, group, v_first, v_last, 0, m, l, shrink);
         }
 
         if (partial && finite < 0)
-            finite = NAME(all_finite)(value, begin, end, tile->value_row); /* what pads the terms is */
-        real *o = tile->o + first * tile->value_row, *sum = fresh ? o : tile->part;
-        asks = NAME(take_turn)(&next_values, turn);
+            finite = all_finite(value, begin, end, tile->value_row); /* what pads the terms is */
+        real *o = tile->o + first * tile->value_row, *sum = span_begins ? o : tile->part;
+        prefetch = prefetch_step(&next_values, turn);
         if (partial && !finite) {
-            take_bits(&sight, group);
-            NAME(weighted_sum_of_seen)(s, group, sight.bits, value, lo, hi, tile->value_row, sum);
+            make_bits(&visible, group);
+            weighted_sum_of_seen(s, group, visible.bits, value, lo, hi, tile->value_row, sum);
         } else {
-            NAME(weighted_columns)
-            (s, group, value, NAME(term_begin)(lo), NAME(term_end)(hi), 0, tile->value_row, tile->value_row, sum, 0,
-             asks);
+            weighted_columns(s, group, value, term_begin(lo), term_end(hi), 0, tile->value_row, tile->value_row, sum, 0,
+                             prefetch);
         }
         turn++;
-        if (!fresh)
-            NAME(join_sum)(o, sum, group, tile->value_row, shrink);
+        if (!span_begins)
+            join_sum(o, sum, group, tile->value_row, shrink);
     }
 }
 
 #include "few.inc.h"
 
-/* Contract: fastattn.h. */
-static void NAME(visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
-                             int64_t key_begin, int64_t key_end, void *workspace)
+/* Contract: contract.h. */
+static void visit_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
+                       int64_t key_end, void *workspace)
 {
-    NAME(tile) *tile = workspace;
-    const int64_t step = problem->few ? NAME(keys_of_run)(rows) : FA_BLOCK;
+    struct tile *tile = workspace;
+    const int64_t step = problem->few ? keys_of_run(rows) : FA_BLOCK;
     for (int64_t from = key_begin, to; from < key_end; from = to) {
         to = from / FA_BLOCK * FA_BLOCK + step < key_end ? from / FA_BLOCK * FA_BLOCK + step : key_end;
         if (!problem->few) {
             const int64_t block = from / FA_BLOCK * FA_BLOCK;
-            NAME(visit_block)(problem, head, row, rows, block, (int)(from - block), (int)(to - block), key_end, tile);
-        } else if (rows <= tile->group && NAME(natural)(problem, head)) {
-            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, 1, 0);
+            visit_block(problem, head, row, rows, block, (int)(from - block), (int)(to - block), key_end, tile);
+        } else if (rows <= tile->group && scores_are_natural(problem, head)) {
+            visit_run(problem, head, row, (int)rows, from, to, tile, 1, 0);
         } else if (rows <= tile->group) {
-            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, 0, 0);
+            visit_run(problem, head, row, (int)rows, from, to, tile, 0, 0);
         } else {
-            NAME(visit_run)(problem, head, row, (int)rows, from, to, tile, NAME(natural)(problem, head), 1);
+            visit_run(problem, head, row, (int)rows, from, to, tile, scores_are_natural(problem, head), 1);
         }
     }
 }
 
 /* n numbers of an output row, divided by the sum of its weights; a multiple of LANES. + 0 makes -0 a 0, so that it does
  * not matter which zeros were added. Whether all are finite. */
-static ALWAYS_INLINE int NAME(finish_row)(real *to, const real *o, int64_t n, vec scale, int seen)
+static ALWAYS_INLINE int finish_row(real *to, const real *o, int64_t n, vec scale, int seen)
 {
     vec sum = {0};
     for (int64_t c = 0; c < n; c += LANES) {
-        const vec x = seen ? NAME(load)(o + c) * scale + (vec){0} : (vec){0};
-        sum = NAME(fma)(x, (vec){0}, sum);
-        NAME(store)(to + c, x);
+        const vec x = seen ? v_load(o + c) * scale + (vec){0} : (vec){0};
+        sum = v_fma(x, (vec){0}, sum);
+        v_store(to + c, x);
     }
-    return !NAME(true_bits)(sum != (vec){0});
+    return !v_true_bits(sum != (vec){0});
 }
 
-/* Contract: fastattn.h. */
-static size_t NAME(span_size)(const fa_problem *problem, int64_t rows)
+/* Contract: contract.h. */
+static size_t span_size(const fa_problem *problem, int64_t rows)
 {
     const int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
     const int64_t numbers = (rows + LANES - 1) / LANES * LANES + rows * (LANES + value_row);
     return ((size_t)numbers * sizeof(real) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
 }
 
-/* Contract: fastattn.h. */
-static void NAME(save_span)(const fa_problem *problem, int64_t rows, void *workspace, void *span)
+/* Contract: contract.h. */
+static void save_span(const fa_problem *problem, int64_t rows, void *workspace, void *span)
 {
-    NAME(tile) *tile = workspace;
+    struct tile *tile = workspace;
     real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
     (void)problem;
-    NAME(clear_unseen)(rows, tile);
+    clear_unseen(rows, tile);
     memcpy(m, tile->m, (size_t)rows * sizeof(real));
     memcpy(l, tile->l, (size_t)(rows * LANES) * sizeof(real));
     memcpy(o, tile->o, (size_t)(rows * tile->value_row) * sizeof(real));
 }
 
-/* Contract: fastattn.h. */
-static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace,
-                            const void *span)
+/* Contract: contract.h. */
+static void join_span(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace, const void *span)
 {
-    NAME(tile) *tile = workspace;
+    struct tile *tile = workspace;
     const real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
     for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group) {
         if (tile->span[g] != NO_SPAN)
-            NAME(end_span)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
+            end_span(problem, head, g, first, rows_from(tile, first, rows), tile);
         tile->span[g] = JOINED_SPAN;
     }
     memcpy(tile->m, m, (size_t)rows * sizeof(real));
@@ -429,10 +423,10 @@ static void NAME(join_span)(const fa_problem *problem, const fa_head *head, int6
 
 /* What the sum of a row's weighted values, row r of the tile, is to be multiplied by; and the row's log-sum-exp. 0: it
  * has seen nothing. */
-static ALWAYS_INLINE real NAME(row_factor)(const fa_problem *problem, const fa_head *head, int64_t r,
-                                           const NAME(tile) * tile, const int natural, double *lse, int *seen)
+static ALWAYS_INLINE real row_factor(const fa_problem *problem, const fa_head *head, int64_t r, const struct tile *tile,
+                                     const int natural_log, double *lse, int *seen)
 {
-    real sum = NAME(total)(NAME(load)(tile->l + r * LANES));
+    real sum = v_total(v_load(tile->l + r * LANES));
     if (problem->activation == FA_SIGMOID)
         sum = sum > 0; /* its weights are not divided by anything */
     double share = 1;  /* of all exponentials, sink included, in those of the keys */
@@ -440,8 +434,8 @@ static ALWAYS_INLINE real NAME(row_factor)(const fa_problem *problem, const fa_h
     *lse = sum == 0 ? -INFINITY : 0;
     if (head->lse.data || problem->has_sink) {
         if (sum != 0)
-            *lse = (double)tile->m[r] * (natural ? 1 : 0.69314718055994530942) + log((double)sum);
-        const double sink = problem->has_sink ? NAME(per_row)(head, &head->sink, tile->row + r) : -INFINITY;
+            *lse = (double)tile->m[r] * (natural_log ? 1 : 0.69314718055994530942) + log((double)sum);
+        const double sink = problem->has_sink ? per_row(head, &head->sink, tile->row + r) : -INFINITY;
         if (sink != -INFINITY) {
             const double keys_lse = *lse;
             const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
@@ -454,12 +448,12 @@ static ALWAYS_INLINE real NAME(row_factor)(const fa_problem *problem, const fa_h
 }
 
 /* The requested weights of row i: visit_block left its scores there; now the row's maximum and sum are known. */
-static void NAME(finish_weights)(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
-                                 const int natural)
+static void finish_weights(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
+                           const int natural_log)
 {
     int64_t first, last, begin, end;
     weights_range(problem, head, i, &first, &last);
-    real *w = NAME(weight)(problem, head, i, first); /* keys count from `first` on here */
+    real *w = weight(problem, head, i, first); /* keys count from `first` on here */
     fa_visible_keys(problem, head, i, 1, &begin, &end);
     if (begin >= end)
         begin = end = first;
@@ -472,31 +466,31 @@ static void NAME(finish_weights)(const fa_problem *problem, const fa_head *head,
         const int n = end - j < LANES ? (int)(end - j) : LANES;
         memset(some, 0, sizeof some);
         memcpy(some, w + j, (size_t)n * sizeof(real));
-        vec x = NAME(load)(some);
-        ivec gone = x == NAME(fill)(-(real)INFINITY);
+        vec x = v_load(some);
+        ivec gone = x == v_fill(-(real)INFINITY);
         if (problem->activation == FA_SOFTMAX) {
             x -= most;
-            x = NAME(exp2)(natural ? x * (real)1.44269504088896340736 : x);
+            x = v_exp2(natural_log ? x * (real)1.44269504088896340736 : x);
         }
-        NAME(store)(some, NAME(pick)(gone, (vec){0}, x * scale));
+        v_store(some, v_pick(gone, (vec){0}, x * scale));
         memcpy(w + j, some, (size_t)n * sizeof(real));
     }
 }
 
 /* The state of a tile becomes that of all keys. */
-static void NAME(gather_spans)(const fa_problem *problem, const fa_head *head, int64_t rows, NAME(tile) * tile)
+static void gather_spans(const fa_problem *problem, const fa_head *head, int64_t rows, struct tile *tile)
 {
-    NAME(clear_unseen)(rows, tile);
+    clear_unseen(rows, tile);
     for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)
-        if (tile->several[g])
-            NAME(take_totals)(problem, head, g, first, NAME(rows_from)(tile, first, rows), tile);
+        if (tile->many_spans[g])
+            take_totals(problem, head, g, first, rows_from(tile, first, rows), tile);
 }
 
 /* Outputs that are not finite, once more from the first key on, with values that are 2**64 times smaller: where a sum
  * overflowed before it was divided, they are finite now. The others keep their bits, and so do those that are infinite
  * or NaN by right. */
-static NEVER_INLINE void NAME(sum_again)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
-                                         NAME(tile) * tile)
+static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                   struct tile *tile)
 {
     fa_problem smaller = *problem;
     fa_head bare = *head;
@@ -505,19 +499,19 @@ static NEVER_INLINE void NAME(sum_again)(const fa_problem *problem, const fa_hea
     int seen;
     smaller.value_shift = 64;
     bare.weights.data = bare.lse.data = NULL; /* they are finished */
-    NAME(open_tile)(&smaller, &bare, row, rows, tile);
+    open_tile(&smaller, &bare, row, rows, tile);
     fa_visible_keys(&smaller, &bare, row, rows, &begin, &end);
     for (; begin < end; begin = stop) {
         stop = (begin / FA_SPAN + 1) * FA_SPAN < end ? (begin / FA_SPAN + 1) * FA_SPAN : end;
-        NAME(visit_keys)(&smaller, &bare, row, rows, begin, stop, tile);
+        visit_keys(&smaller, &bare, row, rows, begin, stop, tile);
     }
-    NAME(gather_spans)(&smaller, &bare, rows, tile);
-    const real shrunk = NAME(value_factor)(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
+    gather_spans(&smaller, &bare, rows, tile);
+    const real shrunk = value_factor(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
     for (int64_t r = 0; r < rows; r++) {
-        const real factor = NAME(row_factor)(&smaller, &bare, r, tile, NAME(natural)(problem, head), &lse, &seen);
+        const real factor = row_factor(&smaller, &bare, r, tile, scores_are_natural(problem, head), &lse, &seen);
         const real *o = tile->o + r * tile->value_row;
         char *to = fa_row(head, &head->out, row + r);
-        NAME(gather)(tile->part, to, head->out.col, problem->value_dim, problem->dtype);
+        gather(tile->part, to, head->out.col, problem->value_dim, problem->dtype);
         for (int64_t c = 0; c < problem->value_dim; c++) {
             real x = o[c] * factor;
             /* Rounding must not carry a mean beyond the largest of its numbers. */
@@ -526,40 +520,40 @@ static NEVER_INLINE void NAME(sum_again)(const fa_problem *problem, const fa_hea
             if (!isfinite(tile->part[c]))
                 tile->part[c] = x / shrunk;
         }
-        NAME(scatter)(to, head->out.col, tile->part, problem->value_dim, problem->dtype);
+        scatter(to, head->out.col, tile->part, problem->value_dim, problem->dtype);
     }
 }
 
-/* Contract: fastattn.h. */
-static void NAME(close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
+/* Contract: contract.h. */
+static void close_tile(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
-    NAME(tile) *tile = workspace;
-    const int natural = NAME(natural)(problem, head);
+    struct tile *tile = workspace;
+    const int natural_log = scores_are_natural(problem, head);
     const int direct =
         problem->dtype == (REAL_DTYPE) && head->out.col == (ptrdiff_t)sizeof(real) && problem->value_dim % LANES == 0;
     int finite = 1;
-    NAME(gather_spans)(problem, head, rows, tile);
+    gather_spans(problem, head, rows, tile);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;
         double lse;
         int seen;
         real *o = tile->o + r * tile->value_row;
-        const real factor = NAME(row_factor)(problem, head, r, tile, natural, &lse, &seen);
-        const vec scale = NAME(fill)(factor);
+        const real factor = row_factor(problem, head, r, tile, natural_log, &lse, &seen);
+        const vec scale = v_fill(factor);
         char *to = fa_row(head, &head->out, i);
         if (direct) {
-            finite &= NAME(finish_row)((real *)to, o, problem->value_dim, scale, seen);
+            finite &= finish_row((real *)to, o, problem->value_dim, scale, seen);
         } else {
-            finite &= NAME(finish_row)(o, o, tile->value_row, scale, seen);
-            NAME(scatter)(to, head->out.col, o, problem->value_dim, problem->dtype);
+            finite &= finish_row(o, o, tile->value_row, scale, seen);
+            scatter(to, head->out.col, o, problem->value_dim, problem->dtype);
         }
         if (head->lse.data) {
             const real rounded = (real)lse;
             memcpy(fa_row(head, &head->lse, i), &rounded, sizeof rounded);
         }
         if (head->weights.data)
-            NAME(finish_weights)(problem, head, i, tile->m[r], scale, natural);
+            finish_weights(problem, head, i, tile->m[r], scale, natural_log);
     }
     if (!finite)
-        NAME(sum_again)(problem, head, row, rows, tile);
+        sum_again(problem, head, row, rows, tile);
 }

@@ -7,39 +7,36 @@
  * and summed a block later: the order of a sum would miss the first cache at every step (512 rows: 0.92 -> 0.70 ns a
  * number).
  */
-enum { NAME(COLUMN_VECS) = 4, NAME(COLUMN_ROWS) = NAME(COLUMN_VECS) * LANES, NAME(KEPT_BYTES) = 1 << 18 };
+enum { COLUMN_VECS = 4, COLUMN_ROWS = COLUMN_VECS * LANES, KEPT_BYTES = 1 << 18 };
 
-typedef struct {
-    NAME(row_sum) sum[LANES][NAME(COLUMN_VECS)];
-    vec base[NAME(COLUMN_VECS)], scale[NAME(COLUMN_VECS)];
-    double total[NAME(COLUMN_ROWS)];
-    real terms[NAME(ROW_BLOCK) * NAME(COLUMN_ROWS) + NAME(TREE) * 64 / sizeof(real)]; /* exponentials of a block */
+struct columns_state {
+    struct row_sum sum[LANES][COLUMN_VECS];
+    vec base[COLUMN_VECS], scale[COLUMN_VECS];
+    double total[COLUMN_ROWS];
+    real terms[ROW_BLOCK * COLUMN_ROWS + TREE * 64 / sizeof(real)]; /* exponentials of a block */
     /* Of the numbers of a block, as they follow each other in a row: how far they lie behind the first. */
-    ptrdiff_t at[FA_ROW_OPERANDS][NAME(ROW_BLOCK)];
+    ptrdiff_t at[FA_ROW_OPERANDS][ROW_BLOCK];
     int64_t index[FA_ROW_AXES], next[FA_ROW_OPERANDS]; /* where the next block begins */
-} NAME(columns_state);
+};
 
 /* Whether rows of so many numbers are kept in scratch. */
-static ALWAYS_INLINE int NAME(columns_fit)(int64_t length)
+static ALWAYS_INLINE int columns_fit(int64_t length)
 {
-    return length <= NAME(KEPT_BYTES) / (NAME(COLUMN_ROWS) * (int64_t)sizeof(real));
+    return length <= KEPT_BYTES / (COLUMN_ROWS * (int64_t)sizeof(real));
 }
 
 /* Where number t of rows that are kept lies. A line is left out after every LANES of them: a sum reads one in LANES,
  * and those would crowd into a few sets of the first cache. */
-static ALWAYS_INLINE int64_t NAME(kept_at)(int64_t t)
-{
-    return t * NAME(COLUMN_ROWS) + t / LANES * (64 / (int64_t)sizeof(real));
-}
+static ALWAYS_INLINE int64_t kept_at(int64_t t) { return t * COLUMN_ROWS + t / LANES * (64 / (int64_t)sizeof(real)); }
 
-/* Contract: fastattn.h. */
-static size_t NAME(columns_workspace)(int64_t length)
+/* Contract: contract.h. */
+static size_t columns_workspace(int64_t length)
 {
-    return sizeof(NAME(columns_state)) + (NAME(columns_fit)(length) ? (size_t)NAME(kept_at)(length) * sizeof(real) : 0);
+    return sizeof(struct columns_state) + (columns_fit(length) ? (size_t)kept_at(length) * sizeof(real) : 0);
 }
 
 /* Goes back to the first number of the rows. */
-static void NAME(first_block)(const fa_columns *c, NAME(columns_state) * state)
+static void first_block(const fa_columns *c, struct columns_state *state)
 {
     for (int axis = 0; axis < c->row->count; axis++)
         state->index[axis] = 0;
@@ -48,7 +45,7 @@ static void NAME(first_block)(const fa_columns *c, NAME(columns_state) * state)
 }
 
 /* Finds the next n numbers of the rows. */
-static void NAME(next_block)(const fa_columns *c, int n, NAME(columns_state) * state)
+static void next_block(const fa_columns *c, int n, struct columns_state *state)
 {
     const fa_axes *row = c->row;
     const int last = row->count - 1;
@@ -76,13 +73,13 @@ static void NAME(next_block)(const fa_columns *c, int n, NAME(columns_state) * s
 }
 
 /* Rows of vector v: LANES, or what is left. */
-static ALWAYS_INLINE int NAME(rows_in_lanes)(const fa_columns *c, int v)
+static ALWAYS_INLINE int rows_in_lanes(const fa_columns *c, int v)
 {
     return c->rows - v * LANES < LANES ? (int)(c->rows - v * LANES) : LANES;
 }
 
 /* Bit i set where the mask lets lane i of vector v count, at an offset of the mask. */
-static ALWAYS_INLINE unsigned NAME(column_bits)(const fa_columns *c, ptrdiff_t at, int v, int live)
+static ALWAYS_INLINE unsigned column_bits(const fa_columns *c, ptrdiff_t at, int v, int live)
 {
     const char *mask = c->mask + at + v * LANES * c->next[FA_ROW_MASK];
     unsigned bits = 0;
@@ -94,50 +91,49 @@ static ALWAYS_INLINE unsigned NAME(column_bits)(const fa_columns *c, ptrdiff_t a
 }
 
 /* Numbers of the rows of vector v, one of each; -inf where the mask hides. whole: they are vectors in memory. */
-static ALWAYS_INLINE vec NAME(column_vector)(const fa_columns *c, const NAME(columns_state) * state, int t, int v,
-                                             const int whole)
+static ALWAYS_INLINE vec column_vector(const fa_columns *c, const struct columns_state *state, int t, int v,
+                                       const int whole)
 {
     const char *x = c->x + state->at[FA_ROW_X][t];
-    const int live = whole ? LANES : NAME(rows_in_lanes)(c, v);
+    const int live = whole ? LANES : rows_in_lanes(c, v);
     vec numbers;
     if (whole) {
-        numbers = NAME(load)(x + v * VECTOR_BYTES);
+        numbers = v_load(x + v * VECTOR_BYTES);
     } else {
         real some[LANES] = {0};
-        NAME(gather)(some, x + v * LANES * c->next[FA_ROW_X], c->next[FA_ROW_X], live, c->dtype);
-        numbers = NAME(load)(some);
+        gather(some, x + v * LANES * c->next[FA_ROW_X], c->next[FA_ROW_X], live, c->dtype);
+        numbers = v_load(some);
     }
     if (c->mask) {
-        const unsigned bits = NAME(column_bits)(c, state->at[FA_ROW_MASK][t], v, live);
-        numbers = NAME(pick_bits)(bits, numbers, NAME(fill)(-(real)INFINITY));
+        const unsigned bits = column_bits(c, state->at[FA_ROW_MASK][t], v, live);
+        numbers = v_pick_bits(bits, numbers, v_fill(-(real)INFINITY));
     }
     return numbers;
 }
 
-static ALWAYS_INLINE void NAME(store_column)(const fa_columns *c, const NAME(columns_state) * state, int t, int v,
-                                             vec numbers, const int whole)
+static ALWAYS_INLINE void store_column(const fa_columns *c, const struct columns_state *state, int t, int v,
+                                       vec numbers, const int whole)
 {
     char *out = c->out + state->at[FA_ROW_OUT][t];
     if (whole) {
-        NAME(store)(out + v * VECTOR_BYTES, numbers);
+        v_store(out + v * VECTOR_BYTES, numbers);
     } else {
         real some[LANES];
-        NAME(store)(some, numbers);
-        NAME(scatter)
-        (out + v * LANES * c->next[FA_ROW_OUT], c->next[FA_ROW_OUT], some, NAME(rows_in_lanes)(c, v), c->out_dtype);
+        v_store(some, numbers);
+        scatter(out + v * LANES * c->next[FA_ROW_OUT], c->next[FA_ROW_OUT], some, rows_in_lanes(c, v), c->out_dtype);
     }
 }
 
 /* The sum of an infinite maximum is infinite, unless there is a true NaN: the logarithm of the rest. */
-static NEVER_INLINE double NAME(rest_of_infinity)(const fa_columns *c, NAME(columns_state) * state, int r)
+static NEVER_INLINE double rest_of_infinity(const fa_columns *c, struct columns_state *state, int r)
 {
     double rest = 0;
-    NAME(first_block)(c, state);
-    for (int64_t j = 0; j < c->length; j += NAME(ROW_BLOCK)) {
-        const int n = c->length - j < NAME(ROW_BLOCK) ? (int)(c->length - j) : NAME(ROW_BLOCK);
-        NAME(next_block)(c, n, state);
+    first_block(c, state);
+    for (int64_t j = 0; j < c->length; j += ROW_BLOCK) {
+        const int n = c->length - j < ROW_BLOCK ? (int)(c->length - j) : ROW_BLOCK;
+        next_block(c, n, state);
         for (int t = 0; t < n; t++) {
-            const vec x = NAME(column_vector)(c, state, t, r / LANES, 0);
+            const vec x = column_vector(c, state, t, r / LANES, 0);
             if (x[r % LANES] != x[r % LANES])
                 rest = (double)x[r % LANES];
         }
@@ -147,35 +143,34 @@ static NEVER_INLINE double NAME(rest_of_infinity)(const fa_columns *c, NAME(colu
 
 /* The sums of the rows' exponentials into state->total, in the order of rows_of; with `keep` the exponentials take the
  * place of what is kept. */
-static ALWAYS_INLINE void NAME(sums_of_columns)(const fa_columns *c, NAME(columns_state) * state, real *kept,
-                                                const int keep, const int which, const int vecs, const int x_whole)
+static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_state *state, real *kept, const int keep,
+                                          const int which, const int vecs, const int x_whole)
 {
     for (int v = 0; v < vecs; v++)
         for (int l = 0; l < LANES; l++)
-            state->sum[l][v] = (NAME(row_sum)){{0}, {0}};
-    NAME(first_block)(c, state);
-    for (int64_t j = 0; j < c->length; j += NAME(ROW_BLOCK)) {
-        const int n = c->length - j < NAME(ROW_BLOCK) ? (int)(c->length - j) : NAME(ROW_BLOCK);
-        real *terms = kept && keep ? kept + NAME(kept_at)(j) : state->terms;
+            state->sum[l][v] = (struct row_sum){{0}, {0}};
+    first_block(c, state);
+    for (int64_t j = 0; j < c->length; j += ROW_BLOCK) {
+        const int n = c->length - j < ROW_BLOCK ? (int)(c->length - j) : ROW_BLOCK;
+        real *terms = kept && keep ? kept + kept_at(j) : state->terms;
         if (!kept)
-            NAME(next_block)(c, n, state);
+            next_block(c, n, state);
         for (int t = 0; t < n; t++) {
             UNROLL(4)
             for (int v = 0; v < vecs; v++) {
-                const vec x = kept ? NAME(load)(kept + NAME(kept_at)(j + t) + v * LANES)
-                                   : NAME(column_vector)(c, state, t, v, x_whole);
-                NAME(store)(terms + NAME(kept_at)(t) + v * LANES, NAME(row_term)(x, state->base[v], which, 1));
+                const vec x = kept ? v_load(kept + kept_at(j + t) + v * LANES) : column_vector(c, state, t, v, x_whole);
+                v_store(terms + kept_at(t) + v * LANES, row_term(x, state->base[v], which, 1));
             }
         }
         for (int l = 0; l < LANES && l < n; l++)
             for (int v = 0; v < vecs; v++) {
-                vec term[NAME(TREE)];
+                vec term[TREE];
                 UNROLL(8)
-                for (int i = 0; i < NAME(TREE); i++) {
+                for (int i = 0; i < TREE; i++) {
                     const int t = l + i * LANES;
-                    term[i] = t < n ? NAME(load)(terms + NAME(kept_at)(t) + v * LANES) : (vec){0};
+                    term[i] = t < n ? v_load(terms + kept_at(t) + v * LANES) : (vec){0};
                 }
-                NAME(add_tree)(&state->sum[l][v], term);
+                add_tree(&state->sum[l][v], term);
             }
     }
     for (int v = 0; v < vecs; v++) {
@@ -191,42 +186,41 @@ static ALWAYS_INLINE void NAME(sums_of_columns)(const fa_columns *c, NAME(column
 }
 
 /* vecs: vectors of rows; x_whole, out_whole: all of them are whole, and contiguous in memory. */
-static ALWAYS_INLINE void NAME(columns_of)(const fa_row_function function, const fa_columns *c,
-                                           NAME(columns_state) * state, real *kept, const int vecs, const int x_whole,
-                                           const int out_whole)
+static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_columns *c, struct columns_state *state,
+                                     real *kept, const int vecs, const int x_whole, const int out_whole)
 {
-    const vec none = NAME(fill)(-(real)INFINITY);
+    const vec none = v_fill(-(real)INFINITY);
     const int64_t length = c->length;
-    vec most[NAME(COLUMN_VECS)];
+    vec most[COLUMN_VECS];
     for (int v = 0; v < vecs; v++)
         most[v] = none;
-    NAME(first_block)(c, state);
-    for (int64_t j = 0; j < length; j += NAME(ROW_BLOCK)) {
-        const int n = length - j < NAME(ROW_BLOCK) ? (int)(length - j) : NAME(ROW_BLOCK);
-        NAME(next_block)(c, n, state);
+    first_block(c, state);
+    for (int64_t j = 0; j < length; j += ROW_BLOCK) {
+        const int n = length - j < ROW_BLOCK ? (int)(length - j) : ROW_BLOCK;
+        next_block(c, n, state);
         for (int t = 0; t < n; t++) {
             UNROLL(4)
             for (int v = 0; v < vecs; v++) {
-                const vec x = NAME(column_vector)(c, state, t, v, x_whole);
-                most[v] = NAME(max)(x, most[v]);
+                const vec x = column_vector(c, state, t, v, x_whole);
+                most[v] = v_max(x, most[v]);
                 if (kept)
-                    NAME(store)(kept + NAME(kept_at)(j + t) + v * LANES, x);
+                    v_store(kept + kept_at(j + t) + v * LANES, x);
             }
         }
     }
     for (int v = 0; v < vecs; v++)
-        state->base[v] = NAME(pick)(most[v] == none, (vec){0}, most[v]);
-    int one_is_most = 0;
-    NAME(sums_of_columns)(c, state, kept, function == FA_ROW_SOFTMAX, NAME(ALL), vecs, x_whole);
+        state->base[v] = v_pick(most[v] == none, (vec){0}, most[v]);
+    int dominated = 0;
+    sums_of_columns(c, state, kept, function == FA_ROW_SOFTMAX, ALL, vecs, x_whole);
     for (int r = 0; r < c->rows; r++)
-        one_is_most |= NAME(one_is_most)(state->total[r]);
+        dominated |= one_is_most(state->total[r]);
     if (function != FA_ROW_SOFTMAX) {
-        double all[NAME(COLUMN_ROWS)];
+        double all[COLUMN_ROWS];
         memcpy(all, state->total, sizeof all);
-        if (one_is_most)
-            NAME(sums_of_columns)(c, state, kept, 0, NAME(OTHERS), vecs, x_whole);
+        if (dominated)
+            sums_of_columns(c, state, kept, 0, OTHERS, vecs, x_whole);
         for (int r = 0; r < c->rows; r++)
-            state->total[r] = NAME(one_is_most)(all[r]) ? log1p(state->total[r]) : log(all[r]);
+            state->total[r] = one_is_most(all[r]) ? log1p(state->total[r]) : log(all[r]);
     }
     for (int r = 0; r < c->rows; r++) {
         const real base = state->base[r / LANES][r % LANES];
@@ -236,66 +230,65 @@ static ALWAYS_INLINE void NAME(columns_of)(const fa_row_function function, const
             continue;
         }
         if (base == (real)INFINITY)
-            total = NAME(rest_of_infinity)(c, state, r);
+            total = rest_of_infinity(c, state, r);
         state->scale[r / LANES][r % LANES] = (real)total;
         if (function == FA_ROW_LOGSUMEXP) {
             const real answer = (real)((double)base + total);
-            NAME(scatter)(c->out + r * c->next[FA_ROW_OUT], (ptrdiff_t)sizeof(real), &answer, 1, c->out_dtype);
+            scatter(c->out + r * c->next[FA_ROW_OUT], (ptrdiff_t)sizeof(real), &answer, 1, c->out_dtype);
         }
     }
     if (function == FA_ROW_LOGSUMEXP)
         return;
-    NAME(first_block)(c, state);
-    for (int64_t j = 0; j < length; j += NAME(ROW_BLOCK)) {
-        const int n = length - j < NAME(ROW_BLOCK) ? (int)(length - j) : NAME(ROW_BLOCK);
-        NAME(next_block)(c, n, state);
+    first_block(c, state);
+    for (int64_t j = 0; j < length; j += ROW_BLOCK) {
+        const int n = length - j < ROW_BLOCK ? (int)(length - j) : ROW_BLOCK;
+        next_block(c, n, state);
         for (int t = 0; t < n; t++) {
             UNROLL(4)
             for (int v = 0; v < vecs; v++) {
-                vec x = kept ? NAME(load)(kept + NAME(kept_at)(j + t) + v * LANES)
-                             : NAME(column_vector)(c, state, t, v, x_whole);
+                vec x = kept ? v_load(kept + kept_at(j + t) + v * LANES) : column_vector(c, state, t, v, x_whole);
                 if (function == FA_ROW_SOFTMAX) {
                     if (!kept)
-                        x = NAME(exp_below)(x - state->base[v], 1);
+                        x = v_exp_below(x - state->base[v], 1);
                     x *= state->scale[v];
                     if (c->mask) { /* a hidden entry stays 0 in a row of NaN */
-                        const int live = NAME(rows_in_lanes)(c, v);
-                        x = NAME(pick_bits)(NAME(column_bits)(c, state->at[FA_ROW_MASK][t], v, live), x, (vec){0});
+                        const int live = rows_in_lanes(c, v);
+                        x = v_pick_bits(column_bits(c, state->at[FA_ROW_MASK][t], v, live), x, (vec){0});
                     }
                 } else {
-                    x = NAME(pick)(x == none, none, (x - state->base[v]) - state->scale[v]);
+                    x = v_pick(x == none, none, (x - state->base[v]) - state->scale[v]);
                 }
-                NAME(store_column)(c, state, t, v, x, out_whole);
+                store_column(c, state, t, v, x, out_whole);
             }
         }
     }
 }
 
 /* The usual case, whole vectors of x and of out, is known to the compiler. */
-static ALWAYS_INLINE void NAME(columns_by)(const fa_row_function function, const fa_columns *c,
-                                           NAME(columns_state) * state, real *kept)
+static ALWAYS_INLINE void columns_by(const fa_row_function function, const fa_columns *c, struct columns_state *state,
+                                     real *kept)
 {
     const ptrdiff_t size = sizeof(real);
-    const int vecs = (int)((c->rows + LANES - 1) / LANES), full = c->rows == NAME(COLUMN_ROWS);
+    const int vecs = (int)((c->rows + LANES - 1) / LANES), full = c->rows == COLUMN_ROWS;
     const int x_whole = full && c->dtype == REAL_DTYPE && c->next[FA_ROW_X] == size;
     const int out_whole = full && c->out_dtype == REAL_DTYPE && c->next[FA_ROW_OUT] == size;
     if (x_whole && out_whole && kept)
-        NAME(columns_of)(function, c, state, kept, NAME(COLUMN_VECS), 1, 1);
+        columns_of(function, c, state, kept, COLUMN_VECS, 1, 1);
     else if (x_whole && out_whole)
-        NAME(columns_of)(function, c, state, NULL, NAME(COLUMN_VECS), 1, 1);
+        columns_of(function, c, state, NULL, COLUMN_VECS, 1, 1);
     else
-        NAME(columns_of)(function, c, state, kept, vecs, x_whole, out_whole);
+        columns_of(function, c, state, kept, vecs, x_whole, out_whole);
 }
 
-/* Contract: fastattn.h. */
-static void NAME(columns)(fa_row_function function, const fa_columns *c, void *workspace)
+/* Contract: contract.h. */
+static void columns(fa_row_function function, const fa_columns *c, void *workspace)
 {
-    NAME(columns_state) *state = workspace;
-    real *kept = NAME(columns_fit)(c->length) ? (real *)((char *)workspace + sizeof *state) : NULL;
+    struct columns_state *state = workspace;
+    real *kept = columns_fit(c->length) ? (real *)((char *)workspace + sizeof *state) : NULL;
     if (function == FA_ROW_SOFTMAX)
-        NAME(columns_by)(FA_ROW_SOFTMAX, c, state, kept);
+        columns_by(FA_ROW_SOFTMAX, c, state, kept);
     else if (function == FA_ROW_LOG_SOFTMAX)
-        NAME(columns_by)(FA_ROW_LOG_SOFTMAX, c, state, kept);
+        columns_by(FA_ROW_LOG_SOFTMAX, c, state, kept);
     else
-        NAME(columns_by)(FA_ROW_LOGSUMEXP, c, state, kept);
+        columns_by(FA_ROW_LOGSUMEXP, c, state, kept);
 }

@@ -2,24 +2,24 @@
  * a few queries, scores against keys where they lie, PLACE_ROWS rows at a time. */
 
 /* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
-static void NAME(pack_queries)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int group,
-                               real factor, int64_t channels, real *restrict to)
+static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int group,
+                         real factor, int64_t channels, real *restrict to)
 {
-    const int in_place = NAME(readable)(problem->score_dtype, &head->query);
+    const int in_place = readable(problem->score_dtype, &head->query);
     for (int64_t i = 0; i < rows; i++) {
-        real *q = to + i / group * NAME(group_size)(channels) + i % group * STRIP;
+        real *q = to + i / group * group_size(channels) + i % group * STRIP;
         const char *q_i = fa_row(head, &head->query, row + i);
         for (int64_t c = 0; c < channels; c += STRIP, q += ROWS * STRIP) {
             const int64_t live = problem->head_dim - c < STRIP ? problem->head_dim - c : STRIP;
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
             const real *from = (const real *)(q_i + c * head->query.col);
             if (!in_place) {
-                NAME(gather)(q, q_i + c * head->query.col, head->query.col, live, problem->score_dtype);
+                gather(q, q_i + c * head->query.col, head->query.col, live, problem->score_dtype);
                 from = q;
             }
             int64_t k = 0;
             for (; k + LANES <= live; k += LANES)
-                NAME(store)(q + k, NAME(load)(from + k) * factor);
+                v_store(q + k, v_load(from + k) * factor);
             for (; k < all; k++)
                 q[k] = k < live ? from[k] * factor : 0;
         }
@@ -31,13 +31,13 @@ static void NAME(pack_queries)(const fa_problem *problem, const fa_head *head, i
  * is multiplied by after the product, after[row]. A query of 1e20 and keys of 1e20 with a scale of 1e-40 have scores
  * of 1.
  */
-static NEVER_INLINE void NAME(pack_wide_queries)(const fa_problem *problem, const fa_head *head, int64_t row,
-                                                 int64_t rows, int group, int64_t channels, real *to, double *after)
+static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                           int group, int64_t channels, real *to, double *after)
 {
     const int most = BITS == 32 ? 100 : 900; /* exponent of a row's largest number */
-    NAME(pack_queries)(problem, head, row, rows, group, 1, channels, to);
+    pack_queries(problem, head, row, rows, group, 1, channels, to);
     for (int64_t i = 0; i < rows; i++) {
-        real *q = to + i / group * NAME(group_size)(channels) + i % group * STRIP;
+        real *q = to + i / group * group_size(channels) + i % group * STRIP;
         double largest = 0;
         int of_query = 0, of_scale = 0, shift = 0;
         for (int64_t c = 0; c < problem->head_dim; c++) {
@@ -63,41 +63,41 @@ static NEVER_INLINE void NAME(pack_wide_queries)(const fa_problem *problem, cons
 
 /* Keys [begin, end) of the block, whose first key lies at `keys`, into panels: [panel][channel][key of the panel].
  * Whole vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
-static void NAME(pack_keys)(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
-                            int64_t padded, real *restrict to)
+static void pack_keys(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
+                      int64_t padded, real *restrict to)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = NAME(readable)(problem->score_dtype, key);
+    const int in_place = readable(problem->score_dtype, key);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
-        real *panel = to + j / NAME(PANEL) * NAME(PANEL) * padded + j % NAME(PANEL);
+        real *panel = to + j / PANEL * PANEL * padded + j % PANEL;
         const char *k_j = keys + j * key->row;
         const int live = end - j < LANES ? end - j : LANES;
         for (int64_t c = 0; c < channels; c += LANES) {
             const int n = channels - c < LANES ? (int)(channels - c) : LANES;
             if (in_place && n == LANES && live == LANES && j >= begin) {
-                NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), k_j + c * key->col, key->row);
+                v_transpose(panel + c * PANEL, PANEL, k_j + c * key->col, key->row);
                 continue;
             }
             for (int i = 0; i < LANES; i++)
-                NAME(store)(square + i * LANES, (vec){0});
+                v_store(square + i * LANES, (vec){0});
             for (int i = begin > j ? begin - j : 0; i < live; i++)
-                NAME(gather)(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->score_dtype);
+                gather(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->score_dtype);
             if (n == LANES)
-                NAME(transpose)(panel + c * NAME(PANEL), NAME(PANEL), (const char *)square, sizeof(real) * LANES);
+                v_transpose(panel + c * PANEL, PANEL, (const char *)square, sizeof(real) * LANES);
             else
                 for (int t = 0; t < LANES && c + t < padded; t++)
                     for (int i = 0; i < LANES; i++)
-                        panel[(c + t) * NAME(PANEL) + i] = square[i * LANES + t];
+                        panel[(c + t) * PANEL + i] = square[i * LANES + t];
         }
         for (int64_t c = (channels + LANES - 1) / LANES * LANES; c < padded; c++)
-            NAME(store)(panel + c * NAME(PANEL), (vec){0});
+            v_store(panel + c * PANEL, (vec){0});
     }
 }
 
 /* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
-static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const real *k, int first, int last,
-                             NAME(asks) * asks, real *s)
+static void dot_scores(const real *q, int64_t channels, int rows, const real *k, int first, int last,
+                       struct prefetch *prefetch, real *s)
 {
     int64_t c = 0;
     do {
@@ -106,11 +106,10 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
             const int in_panel = v % VECS, left = last - v;
             const int panels = in_panel || left < VECS ? 1 : left / VECS;
             const int vecs = left < VECS - in_panel ? left : VECS - in_panel;
-            const NAME(product_function) product = NAME(query_products)[rows - 1][vecs - 1];
-            const real *panel = k + v / VECS * NAME(PANEL) * channels + c * NAME(PANEL) + in_panel * LANES;
-            product(q, (const char *)panel, NAME(PANEL) * sizeof(real),
-                    NAME(PANEL) * channels * (ptrdiff_t)sizeof(real), panels, 0, n, s + v * LANES, FA_BLOCK, c > 0,
-                    asks);
+            const product_function product = query_products[rows - 1][vecs - 1];
+            const real *panel = k + v / VECS * PANEL * channels + c * PANEL + in_panel * LANES;
+            product(q, (const char *)panel, PANEL * sizeof(real), PANEL * channels * (ptrdiff_t)sizeof(real), panels, 0,
+                    n, s + v * LANES, FA_BLOCK, c > 0, prefetch);
             v += panels * vecs;
         }
         c += STRIP;
@@ -119,22 +118,22 @@ static void NAME(dot_scores)(const real *q, int64_t channels, int rows, const re
 }
 
 /* Where a few rows' queries have channel c: of the first row, the others STRIP numbers apart. */
-static ALWAYS_INLINE const real *NAME(query_at)(const real *q, int64_t c)
+static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
 {
     return q + c / STRIP * (ROWS * STRIP) + c % STRIP;
 }
 
 /* Products of a vector of `rows` queries and one of `count` keys, added by lanes; the last may have fewer numbers. */
-static ALWAYS_INLINE void NAME(add_products)(const real *q_c, const char *k, ptrdiff_t key_row, int numbers,
-                                             vec (*sum)[4], const int rows, const int count)
+static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t key_row, int numbers, vec (*sum)[4],
+                                       const int rows, const int count)
 {
     vec k_c[4];
     UNROLL(4)
     for (int i = 0; i < count; i++) {
         if (numbers == LANES)
-            k_c[i] = NAME(load)(k + i * key_row);
+            k_c[i] = v_load(k + i * key_row);
         else
-            k_c[i] = NAME(load_some)(k + i * key_row, numbers);
+            k_c[i] = v_load_some(k + i * key_row, numbers);
         if (rows > 2)
             HOLD(k_c[i]);
     }
@@ -142,16 +141,16 @@ static ALWAYS_INLINE void NAME(add_products)(const real *q_c, const char *k, ptr
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
         for (int i = 0; i < count; i++)
-            sum[r][i] = NAME(fma)(NAME(load)(q_c + r * STRIP), k_c[i], sum[r][i]);
+            sum[r][i] = v_fma(v_load(q_c + r * STRIP), k_c[i], sum[r][i]);
     }
 }
 
 /* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
  * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no
  * gaps between them. */
-static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
-                                                  int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
-                                                  const int rows, const int count)
+static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
+                                            int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
+                                            const int rows, const int count)
 {
     const ptrdiff_t apart = whole ? VECTOR_BYTES : key_row;
     const char *k = keys + begin * (int64_t)sizeof(real);
@@ -163,16 +162,16 @@ static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *key
             sum[r][i] = (vec){0};
     }
     for (int64_t c = begin, stop; c < end; c = stop) {
-        const real *q_c = NAME(query_at)(q, c);
+        const real *q_c = query_at(q, c);
         stop = end - c < STRIP ? end : c + STRIP;
         for (; c < stop; c += LANES, q_c += LANES, k += VECTOR_BYTES) {
             if (stop - c < LANES) {
-                NAME(add_products)(q_c, k, key_row, (int)(stop - c), sum, rows, count);
+                add_products(q_c, k, key_row, (int)(stop - c), sum, rows, count);
                 break;
             }
-            NAME(add_products)(q_c, k, key_row, LANES, sum, rows, count);
+            add_products(q_c, k, key_row, LANES, sum, rows, count);
             if (ahead) { /* after what is needed now */
-                NAME(ask_for)(ask, apart, count);
+                prefetch_vectors(ask, apart, count);
                 ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
             }
         }
@@ -180,17 +179,15 @@ static ALWAYS_INLINE void NAME(chain_of_products)(const real *q, const char *key
 }
 
 /* The same over all channels: chains of CHAIN vectors, then their sum. */
-static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                             ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows,
-                                             const int count)
+static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                       ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows, const int count)
 {
     const int64_t chain = CHAIN * LANES;
-    NAME(chain_of_products)
-    (q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
+    chain_of_products(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
     for (int64_t c = chain; c < channels; c += chain) {
         vec part[PLACE_ROWS][4];
         const int64_t end = channels - c < chain ? channels : c + chain;
-        NAME(chain_of_products)(q, keys, key_row, c, end, ahead, part, whole, rows, count);
+        chain_of_products(q, keys, key_row, c, end, ahead, part, whole, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -203,15 +200,14 @@ static ALWAYS_INLINE void NAME(key_products)(const real *q, const char *keys, pt
 /* Scores of `rows` rows against n keys, a multiple of four, lanes along the channel; those `ahead` bytes further on are
  * asked for (0: none). `count` keys are read at a time, in a loop that is not unrolled: where keys come from memory, it
  * sees one stream then, and its prefetchers few instructions with short strides. */
-static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                              int n, ptrdiff_t ahead, real *s, const int whole, const int rows,
-                                              const int count)
+static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
+                                        ptrdiff_t ahead, real *s, const int whole, const int rows, const int count)
 {
     for (int j = 0; j < n; j += 4) {
         vec sum[PLACE_ROWS][4], some[PLACE_ROWS][4];
         NOT_UNROLLED
         for (int i = 0; i < 4; i += count, keys += count * key_row) {
-            NAME(key_products)(q, keys, key_row, channels, ahead, some, whole, rows, count);
+            key_products(q, keys, key_row, channels, ahead, some, whole, rows, count);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
                 UNROLL(4)
@@ -221,13 +217,13 @@ static ALWAYS_INLINE void NAME(run_of_scores)(const real *q, const char *keys, p
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++)
-            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
 /* Products with one key, the i-th of four, summed by lanes. */
-static ALWAYS_INLINE void NAME(products_in_registers)(vec (*q_c)[MOST_VECS], const char *key, ptrdiff_t ahead,
-                                                      vec (*sum)[4], int i, const int rows, const int vecs)
+static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const char *key, ptrdiff_t ahead, vec (*sum)[4],
+                                                int i, const int rows, const int vecs)
 {
     IN_ORDER(key);
     UNROLL(16)
@@ -235,13 +231,13 @@ static ALWAYS_INLINE void NAME(products_in_registers)(vec (*q_c)[MOST_VECS], con
         const char *k = key + c * VECTOR_BYTES;
         if (ahead && c * VECTOR_BYTES % 64 == 0)
             __builtin_prefetch(k + ahead, 0, 3);
-        const vec k_c = NAME(load)(k);
+        const vec k_c = v_load(k);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
             if (c == 0)
                 sum[r][i] = q_c[r][c] * k_c;
             else
-                sum[r][i] = NAME(fma)(q_c[r][c], k_c, sum[r][i]);
+                sum[r][i] = v_fma(q_c[r][c], k_c, sum[r][i]);
         }
     }
 }
@@ -249,37 +245,37 @@ static ALWAYS_INLINE void NAME(products_in_registers)(vec (*q_c)[MOST_VECS], con
 /* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
  * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
  * (docs/performance.md). */
-static ALWAYS_INLINE void NAME(scores_in_registers)(const real *q, const char *keys, ptrdiff_t key_row, int n,
-                                                    ptrdiff_t ahead, real *s, const int rows, const int vecs)
+static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, ptrdiff_t key_row, int n,
+                                              ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {
     vec q_c[2][MOST_VECS];
     UNROLL(16)
     for (int r = 0; r < rows; r++) {
         UNROLL(16)
         for (int c = 0; c < vecs; c++)
-            q_c[r][c] = NAME(load)(NAME(query_at)(q, c * LANES) + r * STRIP);
+            q_c[r][c] = v_load(query_at(q, c * LANES) + r * STRIP);
     }
     for (int j = 0; j < n; j += 4) {
         vec sum[2][4];
         if (vecs < LONG_VECS) {
             UNROLL(4)
             for (int i = 0; i < 4; i++, keys += key_row)
-                NAME(products_in_registers)(q_c, keys, ahead, sum, i, rows, vecs);
+                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
         } else {
             NOT_UNROLLED
             for (int i = 0; i < 4; i++, keys += key_row)
-                NAME(products_in_registers)(q_c, keys, ahead, sum, i, rows, vecs);
+                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
         }
         UNROLL(2)
         for (int r = 0; r < rows; r++)
-            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
 /* The same for an even number of vectors, up to CHAIN, and keys without gaps between them: of each of four keys two
  * vectors are read in a turn. */
-static ALWAYS_INLINE void NAME(run_of_pairs)(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
-                                             real *s, const int rows)
+static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
+                                       real *s, const int rows)
 {
     for (int j = 0; j < n; j += 4) {
         vec sum[PLACE_ROWS][4];
@@ -291,76 +287,76 @@ static ALWAYS_INLINE void NAME(run_of_pairs)(const real *q, const char *keys, pt
         }
         const char *ask = keys + ahead;
         for (int64_t c = 0; c < key_row; c += 2 * VECTOR_BYTES, keys += 2 * VECTOR_BYTES) {
-            const real *q_c = NAME(query_at)(q, c / (int64_t)sizeof(real));
+            const real *q_c = query_at(q, c / (int64_t)sizeof(real));
             vec k_c[2][4];
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
                 UNROLL(4)
                 for (int i = 0; i < 4; i++) {
-                    k_c[v][i] = NAME(load)(keys + i * key_row + v * VECTOR_BYTES);
+                    k_c[v][i] = v_load(keys + i * key_row + v * VECTOR_BYTES);
                     HOLD(k_c[v][i]);
                 }
             }
             if (ahead)
-                NAME(ask_for)(ask, VECTOR_BYTES, 8);
+                prefetch_vectors(ask, VECTOR_BYTES, 8);
             ask += 8 * VECTOR_BYTES;
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
                 UNROLL(8)
                 for (int r = 0; r < rows; r++) {
-                    const vec q_r = NAME(load)(q_c + r * STRIP + v * LANES);
+                    const vec q_r = v_load(q_c + r * STRIP + v * LANES);
                     UNROLL(4)
                     for (int i = 0; i < 4; i++)
-                        sum[r][i] = NAME(fma)(q_r, k_c[v][i], sum[r][i]);
+                        sum[r][i] = v_fma(q_r, k_c[v][i], sum[r][i]);
                 }
             }
         }
         keys += 3 * key_row;
         UNROLL(8)
         for (int r = 0; r < rows; r++)
-            NAME(four_totals)(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
 /* Scores of `rows` rows against n keys. More than two rows are arithmetic more than reading, so they share their loads.
  * One and two rows know the usual numbers of channels: up to three times as fast. */
-static ALWAYS_INLINE void NAME(scores_of_rows)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                               int n, ptrdiff_t ahead, real *s, const int rows)
+static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
+                                         ptrdiff_t ahead, real *s, const int rows)
 {
     const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
     /* Two vectors of four keys, and the sums of more than four rows, are too much for the registers. */
     const int in_pairs = rows <= 4 && whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
     if (rows <= 2 && channels % LANES == 0)
         switch (channels / LANES) {
-#define IN_REGISTERS(vecs)                                                    \
-    case vecs:                                                                \
-        if (rows > MOST_VECS / vecs)                                          \
-            break;                                                            \
-        NAME(scores_in_registers)(q, keys, key_row, n, ahead, s, rows, vecs); \
+#define IN_REGISTERS(vecs)                                              \
+    case vecs:                                                          \
+        if (rows > MOST_VECS / vecs)                                    \
+            break;                                                      \
+        scores_in_registers(q, keys, key_row, n, ahead, s, rows, vecs); \
         return;
             FOR_USUAL(IN_REGISTERS)
 #undef IN_REGISTERS
         }
-    if (rows <= 2 && channels <= FEW_VECS * LANES)
-        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
+    if (rows <= 2 && channels <= DECODE_VECS * LANES)
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
     else if (rows <= 2)
-        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
     else if (in_pairs && ahead) /* whether there is something to ask for is known to the compiler: one test less */
-        NAME(run_of_pairs)(q, keys, key_row, n, ahead, s, rows);
+        run_of_pairs(q, keys, key_row, n, ahead, s, rows);
     else if (in_pairs)
-        NAME(run_of_pairs)(q, keys, key_row, n, 0, s, rows);
+        run_of_pairs(q, keys, key_row, n, 0, s, rows);
     else if (whole)
-        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
     else
-        NAME(run_of_scores)(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
 }
 
 /* Not inlined: compilers run out of registers in one large function, and clang does not unroll all of its loops. */
-#define SCORES_OF(name, rows)                                                                                        \
-    static NEVER_INLINE void NAME(name)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
-                                        ptrdiff_t ahead, real *s)                                                    \
-    {                                                                                                                \
-        NAME(scores_of_rows)(q, keys, key_row, channels, n, ahead, s, rows);                                         \
+#define SCORES_OF(name, rows)                                                                                  \
+    static NEVER_INLINE void name(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
+                                  ptrdiff_t ahead, real *s)                                                    \
+    {                                                                                                          \
+        scores_of_rows(q, keys, key_row, channels, n, ahead, s, rows);                                         \
     }
 SCORES_OF(scores_of_one, 1)
 SCORES_OF(scores_of_two, 2)
@@ -376,11 +372,11 @@ SCORES_OF(scores_of_six, 6)
  * where they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the
  * next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
  * `ahead` bytes further on are asked for (0: none). scratch: room for four keys. */
-static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
-                             fa_dtype dtype, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
+static void row_scores(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
+                       fa_dtype dtype, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = NAME(readable)(dtype, key);
+    const int in_place = readable(dtype, key);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, ask = ahead;
@@ -393,8 +389,8 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
                 real *to = scratch + i * channels;
                 if (ahead)
-                    NAME(fetch)(k + i * key->row + ahead, channels);
-                NAME(gather)(to, keys + seen * key->row, key->col, channels, dtype);
+                    prefetch_numbers(k + i * key->row + ahead, channels);
+                gather(to, keys + seen * key->row, key->col, channels, dtype);
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
@@ -405,18 +401,18 @@ static void NAME(row_scores)(const fa_problem *problem, const real *q, int rows,
             real *s_r = s + r * FA_BLOCK + j;
             together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
             if (together == 1)
-                NAME(scores_of_one)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_one(q_r, k, k_row, channels, n, ask, s_r);
             else if (together == 2)
-                NAME(scores_of_two)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_two(q_r, k, k_row, channels, n, ask, s_r);
 #if PLACE_ROWS > 2
             else if (together == 3)
-                NAME(scores_of_three)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_three(q_r, k, k_row, channels, n, ask, s_r);
             else if (together == 4)
-                NAME(scores_of_four)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_four(q_r, k, k_row, channels, n, ask, s_r);
             else if (together == 5)
-                NAME(scores_of_five)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_five(q_r, k, k_row, channels, n, ask, s_r);
             else
-                NAME(scores_of_six)(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_six(q_r, k, k_row, channels, n, ask, s_r);
 #endif
         }
     }

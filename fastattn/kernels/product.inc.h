@@ -19,52 +19,52 @@ _Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a c
 
 /* Lines of a matrix to ask memory for, in their order and some at a time, while other rows are worked on: a CPU that is
  * asked for much at once waits, and follows best what goes one way. */
-typedef struct {
+struct prefetch {
     const char *at;        /* the next line; `in_row` bytes are left of its row */
     int64_t in_row, bytes; /* of each row */
     ptrdiff_t row;
     int left, pace; /* lines, and how many of them at a time */
-} NAME(asks);
+};
 
-static ALWAYS_INLINE void NAME(ask_for_lines)(NAME(asks) * asks, int lines)
+static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
 {
-    lines = lines < asks->left ? lines : asks->left;
-    asks->left -= lines;
+    lines = lines < prefetch->left ? lines : prefetch->left;
+    prefetch->left -= lines;
     for (; lines > 0; lines--) {
-        __builtin_prefetch(asks->at, 0, 3);
-        asks->at += 64;
-        asks->in_row -= 64;
-        if (asks->in_row <= 0) {
-            asks->at += asks->row + asks->in_row - asks->bytes;
-            asks->in_row = asks->bytes;
+        __builtin_prefetch(prefetch->at, 0, 3);
+        prefetch->at += 64;
+        prefetch->in_row -= 64;
+        if (prefetch->in_row <= 0) {
+            prefetch->at += prefetch->row + prefetch->in_row - prefetch->bytes;
+            prefetch->in_row = prefetch->bytes;
         }
     }
 }
 
 /* How often a product of so many vectors and numbers t asks. */
-static ALWAYS_INLINE int64_t NAME(times_to_ask)(int64_t vectors, int64_t numbers)
+static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numbers)
 {
-    const int of_turn = STEPS > 1 ? 2 : VECS;
-    return (vectors + of_turn - 1) / of_turn * (numbers / STEPS);
+    const int rows_per_step = STEPS > 1 ? 2 : VECS;
+    return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
 }
 
 /* The lines of `rows` rows, from `data` on, for who asks so many times. */
-static ALWAYS_INLINE NAME(asks)
-    NAME(lines_to_ask)(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows, int64_t times)
+static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows,
+                                                      int64_t times)
 {
     const int64_t lines = rows * ((bytes + 63) / 64);
-    return (NAME(asks)){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
+    return (struct prefetch){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
 }
 
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
  * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: for
  * some of these lines in every step, once for each load of vectors of b; may be NULL. */
-typedef void (*NAME(product_function))(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels,
-                                       int from, int to, real *out, ptrdiff_t out_row, int add, NAME(asks) * asks);
+typedef void (*product_function)(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels, int from,
+                                 int to, real *out, ptrdiff_t out_row, int add, struct prefetch *prefetch);
 
-static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a_row, const char *restrict b,
-                                             ptrdiff_t b_row, int from, int to, real *restrict out, ptrdiff_t out_row,
-                                             int add, NAME(asks) * asks, const int rows, const int vecs)
+static ALWAYS_INLINE void product_tile(const real *restrict a, const int a_row, const char *restrict b, ptrdiff_t b_row,
+                                       int from, int to, real *restrict out, ptrdiff_t out_row, int add,
+                                       struct prefetch *prefetch, const int rows, const int vecs)
 {
     int t = from;
     do {
@@ -82,14 +82,14 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             UNROLL(8)
             for (int v = 0; v < vecs; v += 2) {
                 const int n = vecs - v < 2 ? vecs - v : 2;
-                if (asks)
-                    NAME(ask_for_lines)(asks, asks->pace);
+                if (prefetch)
+                    prefetch_lines(prefetch, prefetch->pace);
                 vec b_v[STEPS][2];
                 UNROLL(8)
                 for (int k = 0; k < STEPS; k++) {
                     UNROLL(2)
                     for (int i = 0; i < n; i++)
-                        b_v[k][i] = NAME(load)(b_t + k * b_row + (v + i) * VECTOR_BYTES);
+                        b_v[k][i] = v_load(b_t + k * b_row + (v + i) * VECTOR_BYTES);
                 }
                 FORGET(a_t); /* or the broadcasts would be kept for the next v, and not all fit */
                 UNROLL(8)
@@ -97,13 +97,13 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
                     vec term[2];
                     UNROLL(8)
                     for (int k = 0; k < STEPS; k++) {
-                        const vec a_rk = NAME(fill)(a_t[r * a_row + k]);
+                        const vec a_rk = v_fill(a_t[r * a_row + k]);
                         UNROLL(2)
                         for (int i = 0; i < n; i++) {
                             if (k == 0)
                                 term[i] = a_rk * b_v[0][i];
                             else
-                                term[i] = NAME(fma)(a_rk, b_v[k][i], term[i]);
+                                term[i] = v_fma(a_rk, b_v[k][i], term[i]);
                         }
                     }
                     UNROLL(2)
@@ -113,17 +113,17 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             }
 #else
             vec b_v[VECS];
-            if (asks)
-                NAME(ask_for_lines)(asks, asks->pace);
+            if (prefetch)
+                prefetch_lines(prefetch, prefetch->pace);
             UNROLL(8)
             for (int v = 0; v < vecs; v++)
-                b_v[v] = NAME(load)(b_t + v * VECTOR_BYTES);
+                b_v[v] = v_load(b_t + v * VECTOR_BYTES);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
-                const vec a_rt = NAME(fill)(a_t[r * a_row]);
+                const vec a_rt = v_fill(a_t[r * a_row]);
                 UNROLL(8)
                 for (int v = 0; v < vecs; v++)
-                    sum[r][v] = NAME(fma)(a_rt, b_v[v], sum[r][v]);
+                    sum[r][v] = v_fma(a_rt, b_v[v], sum[r][v]);
             }
 #endif
         }
@@ -132,7 +132,7 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
             UNROLL(8)
             for (int v = 0; v < vecs; v++) {
                 real *o = out + r * out_row + v * LANES;
-                NAME(store)(o, add ? NAME(load)(o) + sum[r][v] : sum[r][v]);
+                v_store(o, add ? v_load(o) + sum[r][v] : sum[r][v]);
             }
         }
         add = 1;
@@ -140,33 +140,37 @@ static ALWAYS_INLINE void NAME(product_tile)(const real *restrict a, const int a
 }
 
 /* For every number of rows and vectors. */
-#define PRODUCT(kind, a_row, rows, vecs)                                                                              \
-    static NEVER_INLINE void NAME(kind##_##rows##_##vecs)(const real *a, const char *b, ptrdiff_t b_row,              \
-                                                          ptrdiff_t b_panel, int panels, int from, int to, real *out, \
-                                                          ptrdiff_t out_row, int add, NAME(asks) * asks)              \
+#if ROWS == 4
+#define FOR_ROWS(f, ...) f(1, __VA_ARGS__) f(2, __VA_ARGS__) f(3, __VA_ARGS__) f(4, __VA_ARGS__)
+#elif ROWS == 6
+#define FOR_ROWS(f, ...) \
+    f(1, __VA_ARGS__) f(2, __VA_ARGS__) f(3, __VA_ARGS__) f(4, __VA_ARGS__) f(5, __VA_ARGS__) f(6, __VA_ARGS__)
+#else
+#define FOR_ROWS(f, ...)                                                                                        \
+    f(1, __VA_ARGS__) f(2, __VA_ARGS__) f(3, __VA_ARGS__) f(4, __VA_ARGS__) f(5, __VA_ARGS__) f(6, __VA_ARGS__) \
+        f(7, __VA_ARGS__) f(8, __VA_ARGS__)
+#endif
+#if VECS == 1
+#define FOR_VECS(f, ...) f(1, __VA_ARGS__)
+#elif VECS == 2
+#define FOR_VECS(f, ...) f(1, __VA_ARGS__) f(2, __VA_ARGS__)
+#elif VECS == 3
+#define FOR_VECS(f, ...) f(1, __VA_ARGS__) f(2, __VA_ARGS__) f(3, __VA_ARGS__)
+#else
+#define FOR_VECS(f, ...) f(1, __VA_ARGS__) f(2, __VA_ARGS__) f(3, __VA_ARGS__) f(4, __VA_ARGS__)
+#endif
+#define PRODUCT(vecs, rows, kind, a_row)                                                                              \
+    static NEVER_INLINE void kind##_##rows##_##vecs(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, \
+                                                    int panels, int from, int to, real *out, ptrdiff_t out_row,       \
+                                                    int add, struct prefetch *prefetch)                               \
     {                                                                                                                 \
         for (; panels > 0; panels--, b += b_panel, out += vecs * LANES)                                               \
-            NAME(product_tile)(a, a_row, b, b_row, from, to, out, out_row, add, asks, rows, vecs);                    \
+            product_tile(a, a_row, b, b_row, from, to, out, out_row, add, prefetch, rows, vecs);                      \
     }
-#if VECS == 4
-#define FOR_VECS(kind, a_row, rows) \
-    PRODUCT(kind, a_row, rows, 1)   \
-    PRODUCT(kind, a_row, rows, 2) PRODUCT(kind, a_row, rows, 3) PRODUCT(kind, a_row, rows, 4)
-#define LIST_VECS(kind, rows) \
-    {NAME(kind##_##rows##_1), NAME(kind##_##rows##_2), NAME(kind##_##rows##_3), NAME(kind##_##rows##_4)}
-#else
-#define FOR_VECS(kind, a_row, rows) PRODUCT(kind, a_row, rows, 1) PRODUCT(kind, a_row, rows, 2)
-#define LIST_VECS(kind, rows) {NAME(kind##_##rows##_1), NAME(kind##_##rows##_2)}
-#endif
-#define PRODUCTS(kind, a_row)                                                                 \
-    FOR_VECS(kind, a_row, 1)                                                                  \
-    FOR_VECS(kind, a_row, 2)                                                                  \
-    FOR_VECS(kind, a_row, 3)                                                                  \
-    FOR_VECS(kind, a_row, 4)                                                                  \
-    FOR_VECS(kind, a_row, 5)                                                                  \
-    FOR_VECS(kind, a_row, 6)                                                                  \
-    static const NAME(product_function)                                                       \
-        NAME(kind)[ROWS][VECS] = {LIST_VECS(kind, 1), LIST_VECS(kind, 2), LIST_VECS(kind, 3), \
-                                  LIST_VECS(kind, 4), LIST_VECS(kind, 5), LIST_VECS(kind, 6)};
-PRODUCTS(query_products, STRIP)
-PRODUCTS(weight_products, FA_BLOCK)
+#define PRODUCTS_OF_ROWS(rows, kind, a_row) FOR_VECS(PRODUCT, rows, kind, a_row)
+#define PRODUCT_NAME(vecs, rows, kind) kind##_##rows##_##vecs,
+#define PRODUCT_NAMES(rows, kind) {FOR_VECS(PRODUCT_NAME, rows, kind)},
+FOR_ROWS(PRODUCTS_OF_ROWS, query_products, STRIP)
+FOR_ROWS(PRODUCTS_OF_ROWS, weight_products, FA_BLOCK)
+static const product_function query_products[ROWS][VECS] = {FOR_ROWS(PRODUCT_NAMES, query_products)};
+static const product_function weight_products[ROWS][VECS] = {FOR_ROWS(PRODUCT_NAMES, weight_products)};

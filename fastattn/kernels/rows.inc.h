@@ -6,45 +6,45 @@
  * A sum adds eight vectors as a tree, and trees with their rounding errors (TwoSum), so that its error does not grow
  * with the length.
  */
-enum { NAME(ROWS_AT_ONCE) = 4, NAME(TREE) = 8, NAME(ROW_BLOCK) = NAME(TREE) * LANES };
+enum { ROWS_AT_ONCE = 4, TREE = 8, ROW_BLOCK = TREE * LANES };
 
 /* Numbers j .. j + LANES - 1 of a row; -inf past its end and where the mask hides. */
-static ALWAYS_INLINE vec NAME(row_vector)(const real *x, const char *mask, int64_t j, int64_t n)
+static ALWAYS_INLINE vec row_vector(const real *x, const char *mask, int64_t j, int64_t n)
 {
-    const vec hidden = NAME(fill)(-(real)INFINITY);
+    const vec hidden = v_fill(-(real)INFINITY);
     const int live = n - j < LANES ? (int)(n - j) : LANES;
     if (live == LANES) {
-        vec v = NAME(load)(x + j);
+        vec v = v_load(x + j);
         if (mask)
-            v = NAME(pick_bits)((unsigned)bits_of_mask(mask + j, LANES), v, hidden);
+            v = v_pick_bits((unsigned)bits_of_mask(mask + j, LANES), v, hidden);
         return v;
     }
     real some[LANES];
-    NAME(store)(some, hidden);
+    v_store(some, hidden);
     for (int i = 0; i < live; i++)
         if (!mask || mask[j + i])
             some[i] = x[j + i];
-    return NAME(load)(some);
+    return v_load(some);
 }
 
-static ALWAYS_INLINE void NAME(store_row)(real *out, int64_t j, int64_t n, vec v)
+static ALWAYS_INLINE void store_row(real *out, int64_t j, int64_t n, vec v)
 {
     if (n - j >= LANES) {
-        NAME(store)(out + j, v);
+        v_store(out + j, v);
     } else {
         real some[LANES];
-        NAME(store)(some, v);
+        v_store(some, v);
         for (int i = 0; i < n - j; i++)
             out[j + i] = some[i];
     }
 }
 
 /* A sum and what rounding has taken from it. */
-typedef struct {
+struct row_sum {
     vec sum, lost;
-} NAME(row_sum);
+};
 
-static ALWAYS_INLINE void NAME(add_tree)(NAME(row_sum) * to, const vec *e)
+static ALWAYS_INLINE void add_tree(struct row_sum *to, const vec *e)
 {
     const vec x = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
     const vec part = x - to->lost, now = to->sum + part;
@@ -53,67 +53,66 @@ static ALWAYS_INLINE void NAME(add_tree)(NAME(row_sum) * to, const vec *e)
 }
 
 /* What pass 2 sums: all exponentials, or those of the numbers below the maximum. */
-enum { NAME(ALL), NAME(OTHERS) };
+enum { ALL, OTHERS };
 
-static ALWAYS_INLINE vec NAME(row_term)(vec x, vec base, const int which, const int far)
+static ALWAYS_INLINE vec row_term(vec x, vec base, const int which, const int far)
 {
-    const vec d = x - base, e = NAME(exp_below)(d, far);
-    return which == NAME(ALL) ? e : (vec)((ivec)e & ~(d == (vec){0}));
+    const vec d = x - base, e = v_exp_below(d, far);
+    return which == ALL ? e : (vec)((ivec)e & ~(d == (vec){0}));
 }
 
 /* Whether the maximum is most of a sum of exponentials relative to it: then the logarithm is log1p(others), lest the
  * largest number swallow what the others add to it. */
-static ALWAYS_INLINE int NAME(one_is_most)(double total) { return total < 2 && total > 0; }
+static ALWAYS_INLINE int one_is_most(double total) { return total < 2 && total > 0; }
 
 /* The exponentials of the numbers of a row from j on, a block or what is left of the row, and their sum. */
-static ALWAYS_INLINE void NAME(row_block)(const real *x, const char *mask, int64_t j, int64_t n, vec base, real *out,
-                                          NAME(row_sum) * sum, const int which, const int far, const int whole)
+static ALWAYS_INLINE void row_block(const real *x, const char *mask, int64_t j, int64_t n, vec base, real *out,
+                                    struct row_sum *sum, const int which, const int far, const int whole)
 {
-    vec term[NAME(TREE)];
+    vec term[TREE];
     UNROLL(8)
-    for (int i = 0; i < NAME(TREE); i++) {
+    for (int i = 0; i < TREE; i++) {
         const int64_t at = j + i * LANES;
         if (!whole && at >= n) {
             term[i] = (vec){0};
             continue;
         }
-        term[i] = NAME(row_term)(NAME(row_vector)(x, mask, at, whole ? INT64_MAX : n), base, which, far);
+        term[i] = row_term(row_vector(x, mask, at, whole ? INT64_MAX : n), base, which, far);
     }
     UNROLL(8)
-    for (int i = 0; out && i < NAME(TREE); i++) {
+    for (int i = 0; out && i < TREE; i++) {
         const int64_t at = j + i * LANES;
         if (whole || at < n)
-            NAME(store_row)(out, at, whole ? INT64_MAX : n, term[i]);
+            store_row(out, at, whole ? INT64_MAX : n, term[i]);
     }
-    NAME(add_tree)(sum, term);
+    add_tree(sum, term);
 }
 
-static ALWAYS_INLINE double NAME(sum_of_row)(const real *x, const char *mask, int64_t n, real base, real *out,
-                                             const int which, const int far)
+static ALWAYS_INLINE double sum_of_row(const real *x, const char *mask, int64_t n, real base, real *out,
+                                       const int which, const int far)
 {
-    NAME(row_sum) sum = {{0}, {0}};
+    struct row_sum sum = {{0}, {0}};
     int64_t j = 0;
-    for (; j + NAME(ROW_BLOCK) <= n; j += NAME(ROW_BLOCK))
-        NAME(row_block)(x, mask, j, n, NAME(fill)(base), out, &sum, which, far, 1);
+    for (; j + ROW_BLOCK <= n; j += ROW_BLOCK)
+        row_block(x, mask, j, n, v_fill(base), out, &sum, which, far, 1);
     if (j < n)
-        NAME(row_block)(x, mask, j, n, NAME(fill)(base), out, &sum, which, 1, 0);
-    return (double)NAME(total)(sum.sum - sum.lost);
+        row_block(x, mask, j, n, v_fill(base), out, &sum, which, 1, 0);
+    return (double)v_total(sum.sum - sum.lost);
 }
 
-static NEVER_INLINE double NAME(sum_of_others)(const real *x, const char *mask, int64_t n, real base)
+static NEVER_INLINE double sum_of_others(const real *x, const char *mask, int64_t n, real base)
 {
-    return NAME(sum_of_row)(x, mask, n, base, NULL, NAME(OTHERS), 1);
+    return sum_of_row(x, mask, n, base, NULL, OTHERS, 1);
 }
 
-static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const char *x, ptrdiff_t x_row,
-                                        const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n,
-                                        const int count)
+static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask,
+                                  ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n, const int count)
 {
-    const vec none = NAME(fill)(-(real)INFINITY);
+    const vec none = v_fill(-(real)INFINITY);
     const int64_t whole = n / LANES * LANES;
-    real base[NAME(ROWS_AT_ONCE)];
-    double total[NAME(ROWS_AT_ONCE)]; /* its logarithm where that is wanted */
-    int far[NAME(ROWS_AT_ONCE)];      /* whether exponentials may be denormal or 0 */
+    real base[ROWS_AT_ONCE];
+    double total[ROWS_AT_ONCE]; /* its logarithm where that is wanted */
+    int far[ROWS_AT_ONCE];      /* whether exponentials may be denormal or 0 */
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
@@ -122,37 +121,37 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
         for (; j + 4 * LANES <= n; j += 4 * LANES) {
             UNROLL(4)
             for (int i = 0; i < 4; i++) {
-                const vec numbers = NAME(row_vector)(x_r, mask_r, j + i * LANES, INT64_MAX);
-                most[i] = NAME(max)(numbers, most[i]);
+                const vec numbers = row_vector(x_r, mask_r, j + i * LANES, INT64_MAX);
+                most[i] = v_max(numbers, most[i]);
                 if (!EXP_REACHES_FAR)
-                    least[i] = NAME(min)(numbers, least[i]);
+                    least[i] = v_min(numbers, least[i]);
             }
         }
         for (; j < n; j += LANES) {
-            const vec numbers = NAME(row_vector)(x_r, mask_r, j, n);
-            most[0] = NAME(max)(numbers, most[0]);
+            const vec numbers = row_vector(x_r, mask_r, j, n);
+            most[0] = v_max(numbers, most[0]);
             if (!EXP_REACHES_FAR && j + LANES <= n)
-                least[0] = NAME(min)(numbers, least[0]);
+                least[0] = v_min(numbers, least[0]);
         }
-        base[r] = NAME(spread_max)(NAME(max)(NAME(max)(most[0], most[1]), NAME(max)(most[2], most[3])))[0];
+        base[r] = v_spread_max(v_max(v_max(most[0], most[1]), v_max(most[2], most[3])))[0];
         if (base[r] == -(real)INFINITY)
             base[r] = 0;
-        least[0] = NAME(min)(NAME(min)(least[0], least[1]), NAME(min)(least[2], least[3]));
-        far[r] = !(-NAME(spread_max)(-least[0])[0] - base[r] >= NAME(LOG_OF_NORMAL));
+        least[0] = v_min(v_min(least[0], least[1]), v_min(least[2], least[3]));
+        far[r] = !(-v_spread_max(-least[0])[0] - base[r] >= LOG_OF_NORMAL);
     }
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         real *out_r = function == FA_ROW_SOFTMAX ? (real *)(out + r * out_row) : NULL;
         if (EXP_REACHES_FAR || !far[r])
-            total[r] = NAME(sum_of_row)(x_r, mask_r, n, base[r], out_r, NAME(ALL), 0);
+            total[r] = sum_of_row(x_r, mask_r, n, base[r], out_r, ALL, 0);
         else
-            total[r] = NAME(sum_of_row)(x_r, mask_r, n, base[r], out_r, NAME(ALL), 1);
+            total[r] = sum_of_row(x_r, mask_r, n, base[r], out_r, ALL, 1);
     }
     for (int r = 0; r < count && function != FA_ROW_SOFTMAX; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
-        total[r] = NAME(one_is_most)(total[r]) ? log1p(NAME(sum_of_others)(x_r, mask_r, n, base[r])) : log(total[r]);
+        total[r] = one_is_most(total[r]) ? log1p(sum_of_others(x_r, mask_r, n, base[r])) : log(total[r]);
         /* inf - inf has made a NaN of the sum; the sum itself is infinite, unless there is a true NaN. */
         if (base[r] == (real)INFINITY) {
             total[r] = 0;
@@ -175,35 +174,34 @@ static ALWAYS_INLINE void NAME(rows_of)(const fa_row_function function, const ch
                 continue;
             }
             for (int64_t j = 0; j < whole; j += LANES)
-                NAME(store)(out_r + j, NAME(load)(out_r + j) * scale);
+                v_store(out_r + j, v_load(out_r + j) * scale);
             for (int64_t j = whole; j < n; j++)
                 out_r[j] *= scale;
         } else {
             const real log_total = (real)total[r];
             for (int64_t j = 0; j < n; j += LANES) {
-                const vec y = NAME(row_vector)(x_r, mask_r, j, n);
-                NAME(store_row)(out_r, j, n, NAME(pick)(y == none, none, (y - base[r]) - log_total));
+                const vec y = row_vector(x_r, mask_r, j, n);
+                store_row(out_r, j, n, v_pick(y == none, none, (y - base[r]) - log_total));
             }
         }
     }
 }
 
-/* Contract: fastattn.h. */
-static void NAME(rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
-                       char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
+/* Contract: contract.h. */
+static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
+                 char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
 {
-    const int at_once =
-        n * (int64_t)sizeof(real) <= 4096 ? NAME(ROWS_AT_ONCE) : 1; /* they are to stay in the first cache */
+    const int at_once = n * (int64_t)sizeof(real) <= 4096 ? ROWS_AT_ONCE : 1; /* they are to stay in the first cache */
     while (rows > 0) {
         const int count = rows < at_once ? (int)rows : at_once;
         if (function == FA_ROW_SOFTMAX && !mask)
-            NAME(rows_of)(FA_ROW_SOFTMAX, x, x_row, NULL, 0, out, out_row, n, count);
+            rows_of(FA_ROW_SOFTMAX, x, x_row, NULL, 0, out, out_row, n, count);
         else if (function == FA_ROW_SOFTMAX)
-            NAME(rows_of)(FA_ROW_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(FA_ROW_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
         else if (function == FA_ROW_LOG_SOFTMAX)
-            NAME(rows_of)(FA_ROW_LOG_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(FA_ROW_LOG_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
         else
-            NAME(rows_of)(FA_ROW_LOGSUMEXP, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(FA_ROW_LOGSUMEXP, x, x_row, mask, mask_row, out, out_row, n, count);
         rows -= count;
         x += count * x_row;
         out += count * out_row;
@@ -212,8 +210,8 @@ static void NAME(rows)(fa_row_function function, const char *x, ptrdiff_t x_row,
     }
 }
 
-/* Contract: fastattn.h. A part with lse -inf saw no key and is left out. */
-static void NAME(merge)(void *out_, void *lse_, const void *const *outs, const void *lses_, int64_t parts, int64_t n)
+/* Contract: contract.h. A part with lse -inf saw no key and is left out. */
+static void merge(void *out_, void *lse_, const void *const *outs, const void *lses_, int64_t parts, int64_t n)
 {
     real *out = out_, *lse = lse_;
     const real *lses = lses_;

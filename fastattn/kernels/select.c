@@ -1,24 +1,61 @@
 /* What this CPU, and this operating system, can run, and what suits it. Compiled for the plain target. */
-#include "fastattn.h"
+#include "contract.h"
 
-extern const fa_instruction_set fa_baseline;
+extern const fa_kernels fa_baseline_f32, fa_baseline_f64;
 #if defined(__x86_64__)
-extern const fa_instruction_set fa_avx2, fa_avx512;
+extern const fa_kernels fa_avx2_f32, fa_avx2_f64, fa_avx512_f32, fa_avx512_f64;
+
+/* These ask CPUID, and XGETBV for the registers that the system saves. */
+static int runs_avx512(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+
+static int runs_avx2(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 #endif
 
-int fa_runnable(const fa_instruction_set *sets[], int room)
+static int runs_always(void) { return 1; }
+
+/* Best first. A slot that is empty is taken from the next row that fills it; 16-bit dtypes, where no row does, from the
+ * slot of their accumulation dtype. */
+static const struct {
+    const char *name;
+    int (*runs)(void);
+    const fa_kernels *kernels[FA_DTYPES];
+} instruction_sets[] = {
+#if defined(__x86_64__)
+    {"avx512", runs_avx512, {[FA_F32] = &fa_avx512_f32, [FA_F64] = &fa_avx512_f64}},
+    {"avx2", runs_avx2, {[FA_F32] = &fa_avx2_f32, [FA_F64] = &fa_avx2_f64}},
+#endif
+    {"baseline", runs_always, {[FA_F32] = &fa_baseline_f32, [FA_F64] = &fa_baseline_f64}},
+};
+enum { ROWS_OF_TABLE = sizeof instruction_sets / sizeof instruction_sets[0] };
+
+static const fa_kernels *find_kernels(int row, fa_dtype dtype)
+{
+    for (int i = row; i < ROWS_OF_TABLE; i++)
+        if (instruction_sets[i].runs() && instruction_sets[i].kernels[dtype])
+            return instruction_sets[i].kernels[dtype];
+    return find_kernels(row, FA_F32);
+}
+
+int fa_runnable(fa_instruction_set *sets, int room)
 {
     int n = 0;
-#if defined(__x86_64__)
-    __builtin_cpu_init(); /* asks CPUID, and XGETBV for the registers that the system saves */
-    if (n < room && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-        sets[n++] = &fa_avx512;
-    if (n < room && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-        sets[n++] = &fa_avx2;
-#endif
-    if (n < room)
-        sets[n++] = &fa_baseline;
+    for (int i = 0; i < ROWS_OF_TABLE && n < room; i++) {
+        if (!instruction_sets[i].runs())
+            continue;
+        sets[n].name = instruction_sets[i].name;
+        for (int dtype = 0; dtype < FA_DTYPES; dtype++)
+            sets[n].kernels[dtype] = find_kernels(i, (fa_dtype)dtype);
+        n++;
+    }
     return n;
 }
 

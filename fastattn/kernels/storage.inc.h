@@ -1,7 +1,7 @@
 /* Numbers in memory: strided, perhaps misaligned, of a storage dtype; in the kernels: contiguous and of type real.
  * The one place that knows the bits of the 16-bit dtypes. A new dtype is a pair of cases here. */
 
-static ALWAYS_INLINE float NAME(from_f16)(uint16_t h)
+static ALWAYS_INLINE float from_f16(uint16_t h)
 {
     /* Shift exponent and mantissa into place; multiplying by 2**112 mends the bias and makes denormals normal. */
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = (uint32_t)(h & 0x7fffu) << 13;
@@ -17,7 +17,7 @@ static ALWAYS_INLINE float NAME(from_f16)(uint16_t h)
     return x;
 }
 
-static ALWAYS_INLINE uint16_t NAME(to_f16)(float x)
+static ALWAYS_INLINE uint16_t to_f16(float x)
 {
     uint32_t u;
     memcpy(&u, &x, 4);
@@ -36,7 +36,7 @@ static ALWAYS_INLINE uint16_t NAME(to_f16)(float x)
     return sign | (uint16_t)(u >> 13);
 }
 
-static ALWAYS_INLINE float NAME(from_bf16)(uint16_t h)
+static ALWAYS_INLINE float from_bf16(uint16_t h)
 {
     uint32_t u = (uint32_t)h << 16;
     float x;
@@ -44,7 +44,7 @@ static ALWAYS_INLINE float NAME(from_bf16)(uint16_t h)
     return x;
 }
 
-static ALWAYS_INLINE uint16_t NAME(to_bf16)(float x)
+static ALWAYS_INLINE uint16_t to_bf16(float x)
 {
     uint32_t u;
     memcpy(&u, &x, 4);
@@ -53,7 +53,7 @@ static ALWAYS_INLINE uint16_t NAME(to_bf16)(float x)
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-static ALWAYS_INLINE real NAME(read_number)(const char *from, const fa_dtype dtype)
+static ALWAYS_INLINE real read_number(const char *from, const fa_dtype dtype)
 {
     float f;
     double d;
@@ -67,14 +67,14 @@ static ALWAYS_INLINE real NAME(read_number)(const char *from, const fa_dtype dty
         return (real)d;
     case FA_F16:
         memcpy(&h, from, 2);
-        return (real)NAME(from_f16)(h);
+        return (real)from_f16(h);
     default:
         memcpy(&h, from, 2);
-        return (real)NAME(from_bf16)(h);
+        return (real)from_bf16(h);
     }
 }
 
-static ALWAYS_INLINE void NAME(write_number)(char *to, real x, const fa_dtype dtype)
+static ALWAYS_INLINE void write_number(char *to, real x, const fa_dtype dtype)
 {
     const float f = (float)x;
     const double d = (double)x;
@@ -87,11 +87,11 @@ static ALWAYS_INLINE void NAME(write_number)(char *to, real x, const fa_dtype dt
         memcpy(to, &d, 8);
         break;
     case FA_F16:
-        h = NAME(to_f16)(f);
+        h = to_f16(f);
         memcpy(to, &h, 2);
         break;
     case FA_BF16:
-        h = NAME(to_bf16)(f);
+        h = to_bf16(f);
         memcpy(to, &h, 2);
         break;
     }
@@ -115,13 +115,13 @@ static ALWAYS_INLINE void NAME(write_number)(char *to, real x, const fa_dtype dt
     }
 #define READ_ALL(dtype)             \
     for (int64_t i = 0; i < n; i++) \
-    to[i] = NAME(read_number)(from + i * stride, dtype)
+    to[i] = read_number(from + i * stride, dtype)
 #define WRITE_ALL(dtype)            \
     for (int64_t i = 0; i < n; i++) \
-    NAME(write_number)(to + i * stride, from[i], dtype)
+    write_number(to + i * stride, from[i], dtype)
 
-/* Contract: fastattn.h. */
-static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
+/* Contract: contract.h. */
+static void gather(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
 {
     real *restrict to = to_;
     if (dtype == REAL_DTYPE && stride == (ptrdiff_t)sizeof(real)) {
@@ -131,8 +131,8 @@ static void NAME(gather)(void *to_, const char *from, ptrdiff_t stride, int64_t 
     FOR_DTYPE(dtype, READ_ALL)
 }
 
-/* Contract: fastattn.h. */
-static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa_dtype dtype)
+/* Contract: contract.h. */
+static void scatter(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa_dtype dtype)
 {
     const real *restrict from = from_;
     if (dtype == REAL_DTYPE && stride == (ptrdiff_t)sizeof(real)) {
@@ -146,7 +146,7 @@ static void NAME(scatter)(char *to, ptrdiff_t stride, const void *from_, int64_t
 #undef WRITE_ALL
 
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
-static ALWAYS_INLINE int NAME(readable)(fa_dtype dtype, const fa_view *matrix)
+static ALWAYS_INLINE int readable(fa_dtype dtype, const fa_view *matrix)
 {
     return dtype == REAL_DTYPE && matrix->col == (ptrdiff_t)sizeof(real) &&
            ((uintptr_t)matrix->data | (uintptr_t)matrix->row) % sizeof(real) == 0;

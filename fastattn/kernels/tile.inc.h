@@ -1,16 +1,16 @@
 /* The workspace of a tile: what lies where. Sizes depend on shapes only. */
 
 /* What additive scores need besides (additive.inc.h). */
-typedef struct {
+struct additive {
     real *w;             /* [channels] their weights, times -2 and the scale; zeros */
     real w_sum;          /* the same without -2, summed */
     real *q_raw, *k_raw; /* what q and k are the exponentials of */
     char *row_is_wide;   /* [rows] whether a row has an argument beyond ADDITIVE_LIMIT */
     key_bits wide_keys;  /* the same of the block's keys */
     int all_wide;
-} NAME(additive);
+};
 
-typedef struct {
+struct tile {
     int group;         /* rows of a group: ROWS, or of few queries as many in each as it goes */
     int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (few); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
@@ -27,36 +27,36 @@ typedef struct {
     int64_t *span;   /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
-    char *several; /* [groups] */
-    real *m_all, *l_all, *l_lost, *o_all, *o_lost;
-    NAME(additive) additive;
-} NAME(tile);
+    char *many_spans; /* [groups] */
+    real *m_all, *l_all, *l_error, *o_all, *o_error;
+    struct additive additive;
+};
 
-enum { NAME(PANEL) = VECS * LANES }; /* keys in a panel */
+enum { PANEL = VECS * LANES }; /* keys in a panel */
 
 /* Rows of a run's blocks, at most (keys_of_run). */
-enum { NAME(ROWS_OF_RUN) = FEW_ROWS * FA_SPAN / FA_BLOCK > FA_FEW ? FEW_ROWS *FA_SPAN / FA_BLOCK : FA_FEW };
+enum { ROWS_OF_RUN = DECODE_ROWS * FA_SPAN / FA_BLOCK > FA_FEW ? DECODE_ROWS *FA_SPAN / FA_BLOCK : FA_FEW };
 
 /* How many keys of a span a tile of few queries passes over at a time: memory likes long runs of keys, and then long
  * runs of values, but the scores of a run should stay in the first cache. */
-static ALWAYS_INLINE int64_t NAME(keys_of_run)(int64_t rows)
+static ALWAYS_INLINE int64_t keys_of_run(int64_t rows)
 {
-    const int64_t keys = rows <= FEW_ROWS ? FA_SPAN : FA_SPAN * FEW_ROWS / rows / FA_BLOCK * FA_BLOCK;
+    const int64_t keys = rows <= DECODE_ROWS ? FA_SPAN : FA_SPAN * DECODE_ROWS / rows / FA_BLOCK * FA_BLOCK;
     return keys > FA_BLOCK ? keys : FA_BLOCK;
 }
 
 /* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
-static ALWAYS_INLINE int NAME(term_begin)(int lo) { return lo / STEPS * STEPS; }
-static ALWAYS_INLINE int NAME(term_end)(int hi) { return (hi + STEPS - 1) / STEPS * STEPS; }
+static ALWAYS_INLINE int term_begin(int lo) { return lo / STEPS * STEPS; }
+static ALWAYS_INLINE int term_end(int hi) { return (hi + STEPS - 1) / STEPS * STEPS; }
 
 /* A scale that might carry a query, or itself, out of the range of its dtype is given to each row in two parts, before
  * and after the product (pack_wide_queries). */
-static ALWAYS_INLINE int NAME(late_scale)(const fa_problem *problem)
+static ALWAYS_INLINE int scale_after_product(const fa_problem *problem)
 {
     return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
 }
 
-static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
+static ALWAYS_INLINE char *take(char **at, int64_t numbers)
 {
     char *here = *at;
     *at += (numbers * (int64_t)sizeof(real) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
@@ -64,33 +64,30 @@ static ALWAYS_INLINE char *NAME(take)(char **at, int64_t numbers)
 }
 
 /* Numbers of a group's queries. */
-static ALWAYS_INLINE int64_t NAME(group_size)(int64_t channels)
-{
-    return (channels + STRIP - 1) / STRIP * STRIP * ROWS;
-}
+static ALWAYS_INLINE int64_t group_size(int64_t channels) { return (channels + STRIP - 1) / STRIP * STRIP * ROWS; }
 
 /* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
  * rows without gaps some CPUs follow by themselves. */
-static ALWAYS_INLINE int NAME(needs_fetching)(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
+static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
     return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
 }
 
 /* How many rows of n numbers are FETCH_BYTES. */
-static ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(int64_t n)
+static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
 {
     const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
-    return (FETCH_BYTES + bytes - 1) / bytes;
+    return (PREFETCH_BYTES + bytes - 1) / bytes;
 }
 
 /* Bytes of n numbers in a row, or as many as they would be next to each other. */
-static ALWAYS_INLINE int64_t NAME(bytes_of)(const fa_view *matrix, int64_t n)
+static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
 {
     return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
 }
 
 /* Asks for n numbers to come into the first cache. */
-static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
+static ALWAYS_INLINE void prefetch_numbers(const char *row, int64_t n)
 {
     for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
         __builtin_prefetch(row + at, 0, 3);
@@ -99,7 +96,7 @@ static ALWAYS_INLINE void NAME(fetch)(const char *row, int64_t n)
 /* Asks for the lines that `count` vectors so far apart begin in, unless a vector right before one of them does. Where
  * rows without gaps between them are read together, memory likes best to be asked in its own order, rather than in that
  * of the loads: the next few vectors then, rather than one of each row. */
-static ALWAYS_INLINE void NAME(ask_for)(const char *at, ptrdiff_t apart, const int count)
+static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count)
 {
     UNROLL(8)
     for (int i = 0; i < count; i++, at += apart)
@@ -108,55 +105,55 @@ static ALWAYS_INLINE void NAME(ask_for)(const char *at, ptrdiff_t apart, const i
 }
 
 /* Lays a tile out from `base` on; returns its size. */
-static size_t NAME(lay_out)(NAME(tile) * tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
+static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
 {
-    char *at = base + (sizeof(NAME(tile)) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
+    char *at = base + (sizeof(struct tile) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
     const int additive = problem->score == FA_ADDITIVE;
     const int whole = problem->few ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
-    int64_t scores = !problem->few ? ROWS : rows * blocks < NAME(ROWS_OF_RUN) ? rows * blocks : NAME(ROWS_OF_RUN);
+    int64_t scores = !problem->few ? ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
     int64_t groups = (rows + ROWS - 1) / ROWS;
     tile->group = problem->few && groups ? (int)((rows + groups - 1) / groups) : ROWS;
-    int64_t panels = (block + NAME(PANEL) - 1) / NAME(PANEL);
+    int64_t panels = (block + PANEL - 1) / PANEL;
     tile->channels = channels;
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
-    tile->q = (real *)NAME(take)(&at, groups * NAME(group_size)(channels));
-    tile->k = (real *)NAME(take)(&at, problem->few ? (4 + PASS_KEYS) * channels : panels * NAME(PANEL) * channels);
-    tile->v = (real *)NAME(take)(&at, block * tile->v_row);
-    tile->s = (real *)NAME(take)(&at, scores * FA_BLOCK);
-    tile->part = (real *)NAME(take)(&at, (problem->few ? rows : ROWS) * value_row);
-    tile->chunk = (real *)NAME(take)(&at, problem->few ? FEW_ROWS * value_row : 0);
-    tile->extra = (real *)NAME(take)(&at, 2 * FA_BLOCK);
+    tile->q = (real *)take(&at, groups * group_size(channels));
+    tile->k = (real *)take(&at, problem->few ? (4 + PASS_KEYS) * channels : panels * PANEL * channels);
+    tile->v = (real *)take(&at, block * tile->v_row);
+    tile->s = (real *)take(&at, scores * FA_BLOCK);
+    tile->part = (real *)take(&at, (problem->few ? rows : ROWS) * value_row);
+    tile->chunk = (real *)take(&at, problem->few ? DECODE_ROWS * value_row : 0);
+    tile->extra = (real *)take(&at, 2 * FA_BLOCK);
     tile->after =
-        (double *)NAME(take)(&at, NAME(late_scale)(problem) ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);
-    tile->span = (int64_t *)NAME(take)(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
-    tile->several = NAME(take)(&at, groups);
-    tile->m = (real *)NAME(take)(&at, rows);
-    tile->l = (real *)NAME(take)(&at, rows * LANES);
-    tile->o = (real *)NAME(take)(&at, rows * value_row);
+        (double *)take(&at, scale_after_product(problem) ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);
+    tile->span = (int64_t *)take(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
+    tile->many_spans = take(&at, groups);
+    tile->m = (real *)take(&at, rows);
+    tile->l = (real *)take(&at, rows * LANES);
+    tile->o = (real *)take(&at, rows * value_row);
     if (additive) {
-        tile->additive.w = (real *)NAME(take)(&at, channels);
-        tile->additive.q_raw = (real *)NAME(take)(&at, groups * NAME(group_size)(channels));
-        tile->additive.k_raw = (real *)NAME(take)(&at, panels * NAME(PANEL) * channels);
-        tile->additive.row_is_wide = NAME(take)(&at, rows);
+        tile->additive.w = (real *)take(&at, channels);
+        tile->additive.q_raw = (real *)take(&at, groups * group_size(channels));
+        tile->additive.k_raw = (real *)take(&at, panels * PANEL * channels);
+        tile->additive.row_is_wide = take(&at, rows);
     }
     if (keys > FA_SPAN) {
-        tile->m_all = (real *)NAME(take)(&at, rows);
-        tile->l_all = (real *)NAME(take)(&at, rows * LANES);
-        tile->l_lost = (real *)NAME(take)(&at, rows * LANES);
-        tile->o_all = (real *)NAME(take)(&at, rows * value_row);
-        tile->o_lost = (real *)NAME(take)(&at, rows * value_row);
+        tile->m_all = (real *)take(&at, rows);
+        tile->l_all = (real *)take(&at, rows * LANES);
+        tile->l_error = (real *)take(&at, rows * LANES);
+        tile->o_all = (real *)take(&at, rows * value_row);
+        tile->o_error = (real *)take(&at, rows * value_row);
     }
     return (size_t)(at - base);
 }
 
-static size_t NAME(tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys)
+static size_t tile_workspace(const fa_problem *problem, int64_t rows, int64_t keys)
 {
-    NAME(tile) tile; /* only its size is asked for: the addresses are not used */
-    return NAME(lay_out)(&tile, problem, rows, keys, (char *)(uintptr_t)FA_ALIGN);
+    struct tile tile; /* only its size is asked for: the addresses are not used */
+    return lay_out(&tile, problem, rows, keys, (char *)(uintptr_t)FA_ALIGN);
 }

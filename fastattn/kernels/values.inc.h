@@ -1,20 +1,17 @@
 /* The weighted sum of values: from memory where the rows allow it, else from a copy of the block. */
 
-typedef struct {
+struct value_rows {
     const char *data; /* of the block's key 0; only rows that are seen may be touched */
     ptrdiff_t row;
-} NAME(value_rows);
+};
 
 /* What values are multiplied by where their sum would overflow. */
-static ALWAYS_INLINE real NAME(value_factor)(const fa_problem *problem)
-{
-    return (real)ldexp(1, -problem->value_shift);
-}
+static ALWAYS_INLINE real value_factor(const fa_problem *problem) { return (real)ldexp(1, -problem->value_shift); }
 
 /* rows: that share a value. */
-static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const fa_view *value, int64_t rows)
+static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_view *value, int64_t rows)
 {
-    if (!NAME(readable)(problem->dtype, value) || problem->value_dim % LANES != 0 || problem->value_shift)
+    if (!readable(problem->dtype, value) || problem->value_dim % LANES != 0 || problem->value_shift)
         return 0;
     if (problem->few)
         return 1;
@@ -27,14 +24,14 @@ static ALWAYS_INLINE int NAME(values_in_place)(const fa_problem *problem, const 
 
 /* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms; times
  * 2**-value_shift. */
-static void NAME(copy_values)(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
-                              real *to, int64_t to_row, int64_t value_row)
+static void copy_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
+                        real *to, int64_t to_row, int64_t value_row)
 {
     for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
         int64_t c = 0;
         if (j >= begin && j < end) {
-            NAME(gather)(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
-            for (const real factor = NAME(value_factor)(problem); problem->value_shift && c < problem->value_dim; c++)
+            gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
+            for (const real factor = value_factor(problem); problem->value_shift && c < problem->value_dim; c++)
                 to[j * to_row + c] *= factor;
             c = problem->value_dim;
         }
@@ -45,47 +42,46 @@ static void NAME(copy_values)(const fa_problem *problem, const char *values, con
 
 /* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms, and
  * `columns` columns from `from` on. */
-static void NAME(weighted_columns)(const real *p, int rows, NAME(value_rows) value, int begin, int end, int64_t from,
-                                   int64_t columns, int64_t value_row, real *part, int add, NAME(asks) * asks)
+static void weighted_columns(const real *p, int rows, struct value_rows value, int begin, int end, int64_t from,
+                             int64_t columns, int64_t value_row, real *part, int add, struct prefetch *prefetch)
 {
-    const NAME(product_function) *products = NAME(weight_products)[rows - 1];
-    const int panels = (int)(columns / NAME(PANEL)), left = (int)(columns % NAME(PANEL)) / LANES;
+    const product_function *products = weight_products[rows - 1];
+    const int panels = (int)(columns / PANEL), left = (int)(columns % PANEL) / LANES;
     const char *v = value.data + from * (int64_t)sizeof(real);
-    const int64_t done = panels * NAME(PANEL);
+    const int64_t done = panels * PANEL;
     part += from;
     if (panels)
-        products[VECS - 1](p, v, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, add, asks);
+        products[VECS - 1](p, v, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, add, prefetch);
     if (left)
         products[left - 1](p, v + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done, value_row,
-                           add, panels ? NULL : asks);
+                           add, panels ? NULL : prefetch);
 }
 
 /* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
  * (0: nothing). */
-static ALWAYS_INLINE void NAME(add_value)(const real *p, const char *v, ptrdiff_t ahead, int first,
-                                          vec (*term)[MOST_VECS], const int rows, const int vecs)
+static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[MOST_VECS],
+                                    const int rows, const int vecs)
 {
     UNROLL(16)
     for (int c = 0; c < vecs; c++) {
         if (ahead && c * VECTOR_BYTES % 64 == 0)
             __builtin_prefetch(v + c * VECTOR_BYTES + ahead, 0, 3);
-        const vec v_c = NAME(load)(v + c * VECTOR_BYTES);
+        const vec v_c = v_load(v + c * VECTOR_BYTES);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
-            const vec p_r = NAME(fill)(p[r * FA_BLOCK]);
+            const vec p_r = v_fill(p[r * FA_BLOCK]);
             if (first)
                 term[r][c] = p_r * v_c;
             else
-                term[r][c] = NAME(fma)(p_r, v_c, term[r][c]);
+                term[r][c] = v_fma(p_r, v_c, term[r][c]);
         }
     }
 }
 
 /* Columns of the weighted sum over the values [begin, end) of up to two rows, whole terms, one value after the other:
  * added to `part`, or in place of what it holds (first). */
-static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
-                                            int first, ptrdiff_t ahead, real *part, int64_t value_row, const int rows,
-                                            const int vecs)
+static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                                      ptrdiff_t ahead, real *part, int64_t value_row, const int rows, const int vecs)
 {
     const int in_memory = STEPS > 1 && rows * vecs > 8; /* what a chunk sums up to: terms need the registers */
     vec sum[2][MOST_VECS], term[2][MOST_VECS];
@@ -96,17 +92,17 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
         for (int i = 0; i < rows * vecs; i++) {
             sum[i / vecs][i % vecs] = (vec){0};
             if (in_memory)
-                NAME(store)(chunk + i * LANES, (vec){0});
+                v_store(chunk + i * LANES, (vec){0});
         }
         for (; t < stop; t += STEPS) {
             if (STEPS == 1) {
-                NAME(add_value)(p + t, v, ahead, 0, sum, rows, vecs);
+                add_value(p + t, v, ahead, 0, sum, rows, vecs);
                 v += v_row;
             } else if (vecs < LONG_VECS && !in_memory) {
                 UNROLL(4)
                 for (int k = 0; k < STEPS; k++, v += v_row) {
                     IN_ORDER(v);
-                    NAME(add_value)(p + t + k, v, ahead, k == 0, term, rows, vecs);
+                    add_value(p + t + k, v, ahead, k == 0, term, rows, vecs);
                 }
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++)
@@ -117,12 +113,12 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
                     term[i / vecs][i % vecs] = (vec){0};
                 NOT_UNROLLED
                 for (int k = 0; k < STEPS; k++, v += v_row)
-                    NAME(add_value)(p + t + k, v, ahead, 0, term, rows, vecs);
+                    add_value(p + t + k, v, ahead, 0, term, rows, vecs);
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++) {
                     real *at = chunk + i * LANES;
                     if (in_memory)
-                        NAME(store)(at, NAME(load)(at) + term[i / vecs][i % vecs]);
+                        v_store(at, v_load(at) + term[i / vecs][i % vecs]);
                     else
                         sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
                 }
@@ -131,23 +127,23 @@ static ALWAYS_INLINE void NAME(sum_columns)(const real *p, const char *v, ptrdif
         UNROLL(16)
         for (int i = 0; i < rows * vecs; i++) {
             real *at = part + i / vecs * value_row + i % vecs * LANES;
-            const vec s = in_memory ? NAME(load)(chunk + i * LANES) : sum[i / vecs][i % vecs];
-            NAME(store)(at, first ? s : NAME(load)(at) + s);
+            const vec s = in_memory ? v_load(chunk + i * LANES) : sum[i / vecs][i % vecs];
+            v_store(at, first ? s : v_load(at) + s);
         }
         first = 0;
     }
 }
 
 /* The same over whole values: usual ones in one go, others chunk by chunk, while it is in the cache. */
-static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
-                                           ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
+static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                     real *part, int64_t value_row, const int rows)
 {
     switch (value_row / LANES) {
-#define AT_ONCE(vecs)                                                                         \
-    case vecs:                                                                                \
-        if (rows > MOST_VECS / vecs)                                                          \
-            break;                                                                            \
-        NAME(sum_columns)(p, v, v_row, begin, end, 1, ahead, part, vecs * LANES, rows, vecs); \
+#define AT_ONCE(vecs)                                                                  \
+    case vecs:                                                                         \
+        if (rows > MOST_VECS / vecs)                                                   \
+            break;                                                                     \
+        sum_columns(p, v, v_row, begin, end, 1, ahead, part, vecs *LANES, rows, vecs); \
         return;
         FOR_USUAL(AT_ONCE)
 #undef AT_ONCE
@@ -157,50 +153,50 @@ static ALWAYS_INLINE void NAME(sum_values)(const real *p, const char *v, ptrdiff
         int64_t c = 0;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * VECTOR_BYTES)
-            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 8);
+            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 8);
         for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
-            NAME(sum_columns)(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
+            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
     }
 }
 
 /* For one row and for two, which the compiler must know, with and without asking; not inlined, to have them once. */
-static NEVER_INLINE void NAME(sum_of_one)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
-                                          ptrdiff_t ahead, real *part, int64_t value_row)
+static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                    real *part, int64_t value_row)
 {
     if (ahead)
-        NAME(sum_values)(p, v, v_row, begin, end, ahead, part, value_row, 1);
+        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 1);
     else
-        NAME(sum_values)(p, v, v_row, begin, end, 0, part, value_row, 1);
+        sum_values(p, v, v_row, begin, end, 0, part, value_row, 1);
 }
 
-static NEVER_INLINE void NAME(sum_of_two)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end,
-                                          ptrdiff_t ahead, real *part, int64_t value_row)
+static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                    real *part, int64_t value_row)
 {
     if (ahead)
-        NAME(sum_values)(p, v, v_row, begin, end, ahead, part, value_row, 2);
+        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 2);
     else
-        NAME(sum_values)(p, v, v_row, begin, end, 0, part, value_row, 2);
+        sum_values(p, v, v_row, begin, end, 0, part, value_row, 2);
 }
 
-#if FEW_ROWS > 2
+#if DECODE_ROWS > 2
 /* The same for more rows: `count` vectors of each of LINKS values are read in a turn; weights stay in registers. whole:
  * values have no gaps between them. */
 _Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
-static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v, ptrdiff_t v_row, int n,
-                                                   ptrdiff_t ahead, real *to, int64_t value_row, const int rows,
-                                                   const int whole, const int count)
+static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
+                                             real *to, int64_t value_row, const int rows, const int whole,
+                                             const int count)
 {
     for (int64_t c = 0; c < rows * value_row; c += LANES)
-        NAME(store)(to + c, (vec){0});
+        v_store(to + c, (vec){0});
     const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = (whole ? LINKS : 1) * count * VECTOR_BYTES;
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
         const char *v_c = v, *ask = v + ahead;
-        vec w[FEW_ROWS][LINKS];
+        vec w[DECODE_ROWS][LINKS];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(8)
             for (int k = 0; k < LINKS; k++)
-                w[r][k] = NAME(fill)(p[r * FA_BLOCK + t + k]);
+                w[r][k] = v_fill(p[r * FA_BLOCK + t + k]);
         }
         for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, ask += step) {
             vec v_k[2][LINKS];
@@ -208,12 +204,12 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
             for (int i = 0; i < count; i++) {
                 UNROLL(8)
                 for (int k = 0; k < LINKS; k++) {
-                    v_k[i][k] = NAME(load)(v_c + k * v_row + i * VECTOR_BYTES);
+                    v_k[i][k] = v_load(v_c + k * v_row + i * VECTOR_BYTES);
                     HOLD(v_k[i][k]);
                 }
             }
             if (ahead)
-                NAME(ask_for)(ask, apart, LINKS * count);
+                prefetch_vectors(ask, apart, LINKS * count);
             UNROLL(2)
             for (int i = 0; i < count; i++) {
                 UNROLL(8)
@@ -222,8 +218,8 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
                     vec term = w[r][0] * v_k[i][0];
                     UNROLL(8)
                     for (int k = 1; k < LINKS; k++)
-                        term = NAME(fma)(w[r][k], v_k[i][k], term);
-                    NAME(store)(at, NAME(load)(at) + term);
+                        term = v_fma(w[r][k], v_k[i][k], term);
+                    v_store(at, v_load(at) + term);
                 }
             }
         }
@@ -231,19 +227,19 @@ static ALWAYS_INLINE void NAME(sum_values_at_once)(const real *p, const char *v,
 }
 
 /* Whether there is something to ask for is known to the compiler in the usual case: a test in the loop takes 4 %. */
-#define SUM_OF(name, rows)                                                                                     \
-    static NEVER_INLINE void NAME(name)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, \
-                                        real *to, int64_t value_row)                                           \
-    {                                                                                                          \
-        const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                        \
-        if (whole && ahead && value_row % (2 * LANES) == 0)                                                    \
-            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                        \
-        else if (whole && value_row % (2 * LANES) == 0)                                                        \
-            NAME(sum_values_at_once)(p, v, v_row, n, 0, to, value_row, rows, 1, 2);                            \
-        else if (whole)                                                                                        \
-            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                        \
-        else                                                                                                   \
-            NAME(sum_values_at_once)(p, v, v_row, n, ahead, to, value_row, rows, 0, 1);                        \
+#define SUM_OF(name, rows)                                                                                         \
+    static NEVER_INLINE void name(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, real *to, \
+                                  int64_t value_row)                                                               \
+    {                                                                                                              \
+        const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                            \
+        if (whole && ahead && value_row % (2 * LANES) == 0)                                                        \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                                  \
+        else if (whole && value_row % (2 * LANES) == 0)                                                            \
+            sum_values_at_once(p, v, v_row, n, 0, to, value_row, rows, 1, 2);                                      \
+        else if (whole)                                                                                            \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                                  \
+        else                                                                                                       \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 0, 1);                                  \
     }
 SUM_OF(sum_of_three, 3)
 SUM_OF(sum_of_four, 4)
@@ -252,62 +248,60 @@ SUM_OF(sum_of_four, 4)
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
  * bits. chunk: [rows][value_row] numbers, for up to FEW_ROWS rows. */
-static NEVER_INLINE void NAME(streamed_sum)(const fa_problem *problem, const real *p, int rows, NAME(value_rows) value,
-                                            int begin, int end, int64_t value_row, real *part, real *chunk)
+static NEVER_INLINE void streamed_sum(const fa_problem *problem, const real *p, int rows, struct value_rows value,
+                                      int begin, int end, int64_t value_row, real *part, real *chunk)
 {
-    const ptrdiff_t ahead =
-        NAME(needs_fetching)(problem, rows, value_row, value.row) ? NAME(rows_ahead)(value_row) * value.row : 0;
+    const ptrdiff_t ahead = needs_prefetch(problem, rows, value_row, value.row) ? rows_ahead(value_row) * value.row : 0;
     if (rows == 1) {
-        NAME(sum_of_one)(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        sum_of_one(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
         return;
     }
     if (rows == 2) {
-        NAME(sum_of_two)(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        sum_of_two(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
         return;
     }
     (void)chunk; /* for the others, where there are any */
-#if FEW_ROWS > 2
+#if DECODE_ROWS > 2
     for (int t = begin, stop; t < end; t = stop) {
         const char *v = value.data + t * value.row;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         if (rows == 3)
-            NAME(sum_of_three)(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+            sum_of_three(p + t, v, value.row, stop - t, ahead, chunk, value_row);
         else
-            NAME(sum_of_four)(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+            sum_of_four(p + t, v, value.row, stop - t, ahead, chunk, value_row);
         for (int64_t c = 0; c < rows * value_row; c += LANES)
-            NAME(store)(part + c, t == begin ? NAME(load)(chunk + c) : NAME(load)(part + c) + NAME(load)(chunk + c));
+            v_store(part + c, t == begin ? v_load(chunk + c) : v_load(part + c) + v_load(chunk + c));
     }
 #endif
 }
 
 /* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row
  * does not see must be left out of its sum rather than added with weight zero. */
-static NEVER_INLINE void NAME(weighted_sum_of_seen)(const real *p, int rows, const key_bits *seen,
-                                                    NAME(value_rows) value, int begin, int end, int64_t value_row,
-                                                    real *part)
+static NEVER_INLINE void weighted_sum_of_seen(const real *p, int rows, const key_bits *seen, struct value_rows value,
+                                              int begin, int end, int64_t value_row, real *part)
 {
     for (int r = 0; r < rows; r++)
         for (int64_t c = 0; c < value_row; c += LANES) {
             vec all = {0}, sum = {0}, term = {0};
             for (int j = begin; j < end; j++) {
                 if (seen[r].word[j / 64] >> j % 64 & 1) {
-                    const vec p_rj = NAME(fill)(p[r * FA_BLOCK + j]);
-                    const vec v_j = NAME(load)(value.data + j * value.row + c * (int64_t)sizeof(real));
+                    const vec p_rj = v_fill(p[r * FA_BLOCK + j]);
+                    const vec v_j = v_load(value.data + j * value.row + c * (int64_t)sizeof(real));
                     if (STEPS > 1)
-                        term = NAME(fma)(p_rj, v_j, term);
+                        term = v_fma(p_rj, v_j, term);
                     else
-                        sum = NAME(fma)(p_rj, v_j, sum);
+                        sum = v_fma(p_rj, v_j, sum);
                 }
                 if (STEPS > 1 && ((j + 1) % STEPS == 0 || j + 1 == end))
                     sum += term, term = (vec){0};
                 if ((j + 1) % CHUNK == 0 || j + 1 == end)
                     all += sum, sum = (vec){0};
             }
-            NAME(store)(part + r * value_row + c, all);
+            v_store(part + r * value_row + c, all);
         }
 }
 
-static int NAME(all_finite)(NAME(value_rows) value, int begin, int end, int64_t value_row)
+static int all_finite(struct value_rows value, int begin, int end, int64_t value_row)
 {
     vec sum[4] = {{0}}; /* one would be a chain of latencies */
     for (int j = begin; j < end; j++) {
@@ -316,10 +310,10 @@ static int NAME(all_finite)(NAME(value_rows) value, int begin, int end, int64_t 
         for (; c + 4 * LANES <= value_row; c += 4 * LANES) {
             UNROLL(4)
             for (int i = 0; i < 4; i++)
-                sum[i] = NAME(fma)(NAME(load)(v + c + i * LANES), (vec){0}, sum[i]);
+                sum[i] = v_fma(v_load(v + c + i * LANES), (vec){0}, sum[i]);
         }
         for (; c < value_row; c += LANES)
-            sum[0] = NAME(fma)(NAME(load)(v + c), (vec){0}, sum[0]);
+            sum[0] = v_fma(v_load(v + c), (vec){0}, sum[0]);
     }
     sum[0] += sum[1] + sum[2] + sum[3];
     for (int i = 0; i < LANES; i++)

@@ -1,8 +1,8 @@
 /* The vocabulary of all kernels: words on a vector of LANES numbers of type real.
  *
- * Included once per dtype, with REAL, BITS (of REAL), VECTOR_BYTES and NAME(word) defined. Everything is written with
- * the vector extensions that GCC and clang share, so it compiles for any target. An instruction set that does a word
- * better defines NAME(word) itself and HAS_<WORD>, before this file is included.
+ * Expects REAL, BITS (of REAL) and VECTOR_BYTES. Everything is written with the vector extensions that GCC and clang
+ * share, so it compiles for any target. An instruction set that does a word better defines v_<word> itself and
+ * HAS_<WORD>, before this file is included.
  */
 #if VECTOR_BYTES * 8 / BITS == 16 /* a literal, because names are made of it */
 #define LANES 16
@@ -14,25 +14,21 @@
 #define LANES 2
 #endif
 
-typedef REAL NAME(real);
-typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
-typedef REAL NAME(uvec) __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+typedef REAL real;
+typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL uvec __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 #if BITS == 32
-typedef int32_t NAME(ivec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #else
-typedef int64_t NAME(ivec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #endif
 
-#define real NAME(real)
-#define vec NAME(vec)
-#define ivec NAME(ivec)
-
-static ALWAYS_INLINE vec NAME(load)(const void *p) { return *(const NAME(uvec) *)p; }
-static ALWAYS_INLINE void NAME(store)(void *p, vec v) { *(NAME(uvec) *)p = v; }
-static ALWAYS_INLINE vec NAME(fill)(real x) { return x - (vec){0}; }
+static ALWAYS_INLINE vec v_load(const void *p) { return *(const uvec *)p; }
+static ALWAYS_INLINE void v_store(void *p, vec v) { *(uvec *)p = v; }
+static ALWAYS_INLINE vec v_fill(real x) { return x - (vec){0}; }
 /* n numbers, fewer than a vector has, and zeros; bytes behind them are not touched. */
 #ifndef HAS_LOAD_SOME
-static ALWAYS_INLINE vec NAME(load_some)(const void *p, int n)
+static ALWAYS_INLINE vec v_load_some(const void *p, int n)
 {
     vec v = {0};
     memcpy(&v, p, (size_t)n * sizeof(real));
@@ -41,11 +37,11 @@ static ALWAYS_INLINE vec NAME(load_some)(const void *p, int n)
 #endif
 /* Contracted to one instruction where the target has it (-ffp-contract=fast). */
 #ifndef HAS_FMA
-static ALWAYS_INLINE vec NAME(fma)(vec a, vec b, vec c) { return a * b + c; }
+static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 #endif
-static ALWAYS_INLINE vec NAME(pick)(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+static ALWAYS_INLINE vec v_pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
 
-static ALWAYS_INLINE vec NAME(lane_numbers)(void)
+static ALWAYS_INLINE vec v_lane_numbers(void)
 {
     vec v;
     for (int i = 0; i < LANES; i++)
@@ -55,28 +51,28 @@ static ALWAYS_INLINE vec NAME(lane_numbers)(void)
 
 /* The greater number; where either is NaN, the second. */
 #ifndef HAS_MAX
-static ALWAYS_INLINE vec NAME(max)(vec a, vec b) { return NAME(pick)(a > b, a, b); }
+static ALWAYS_INLINE vec v_max(vec a, vec b) { return v_pick(a > b, a, b); }
 #endif
 
 /* The lesser number; where either is NaN, the second. */
 #ifndef HAS_MIN
-static ALWAYS_INLINE vec NAME(min)(vec a, vec b) { return NAME(pick)(a < b, a, b); }
+static ALWAYS_INLINE vec v_min(vec a, vec b) { return v_pick(a < b, a, b); }
 #endif
 
 /* Lane i from a where bit i is set, else from b. */
 #ifndef HAS_PICK_BITS
-static ALWAYS_INLINE vec NAME(pick_bits)(unsigned bits, vec a, vec b)
+static ALWAYS_INLINE vec v_pick_bits(unsigned bits, vec a, vec b)
 {
     ivec lane_bit;
     for (int i = 0; i < LANES; i++)
         lane_bit[i] = 1 << i;
-    return NAME(pick)(((((ivec){0} + (int)bits) & lane_bit) != 0), a, b);
+    return v_pick(((((ivec){0} + (int)bits) & lane_bit) != 0), a, b);
 }
 #endif
 
 /* Bit i set where lane i is true (all ones). */
 #ifndef HAS_TRUE_BITS
-static ALWAYS_INLINE unsigned NAME(true_bits)(ivec where)
+static ALWAYS_INLINE unsigned v_true_bits(ivec where)
 {
     unsigned bits = 0;
     for (int i = 0; i < LANES; i++)
@@ -85,43 +81,43 @@ static ALWAYS_INLINE unsigned NAME(true_bits)(ivec where)
 }
 #endif
 
-static ALWAYS_INLINE vec NAME(abs)(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
+static ALWAYS_INLINE vec v_abs(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
 
 #ifndef HAS_FLOOR
 /* For |x| < 2**(mantissa bits - 1), which is all that exp2 needs: adding 1.5 * 2**(mantissa bits) rounds to nearest. */
-static ALWAYS_INLINE vec NAME(floor)(vec x)
+static ALWAYS_INLINE vec v_floor(vec x)
 {
-    const vec magic = NAME(fill)(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
+    const vec magic = v_fill(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
     vec nearest = (x + magic) - magic;
-    return nearest - NAME(pick)(nearest > x, NAME(fill)(1), (vec){0});
+    return nearest - v_pick(nearest > x, v_fill(1), (vec){0});
 }
 #endif
 
 /* 2**n for integral n in the normal range; anything for other n. */
-static ALWAYS_INLINE vec NAME(power_of_two)(vec n)
+static ALWAYS_INLINE vec v_power_of_two(vec n)
 {
     const int mantissa_bits = BITS == 32 ? 23 : 52;
-    const vec magic = NAME(fill)(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
-    return (vec)((ivec)NAME(fill)(1) + ((ivec)(n + magic) << mantissa_bits));
+    const vec magic = v_fill(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
+    return (vec)((ivec)v_fill(1) + ((ivec)(n + magic) << mantissa_bits));
 }
 
 /* x - floor(x); anything for infinities. */
 #ifndef HAS_FRACTION
-static ALWAYS_INLINE vec NAME(fraction)(vec x) { return x - NAME(floor)(x); }
+static ALWAYS_INLINE vec v_fraction(vec x) { return x - v_floor(x); }
 #endif
 
 /* p * 2**floor(x) for x <= 0; 0 where that is below the normal range, whatever p is. NaN stays NaN. */
 #ifndef HAS_SCALE_DOWN
-static ALWAYS_INLINE vec NAME(scale_down)(vec p, vec x)
+static ALWAYS_INLINE vec v_scale_down(vec p, vec x)
 {
     const ivec tiny = x < (BITS == 32 ? (real)-126 : (real)-1022);
-    return (vec)(~tiny & (ivec)(p * NAME(power_of_two)(NAME(floor)(x))));
+    return (vec)(~tiny & (ivec)(p * v_power_of_two(v_floor(x))));
 }
 #endif
 
 /* 2**x for x <= 0 (x may be -inf: 0). Splits x into floor and fraction; 2**fraction is a minimax polynomial with
  * constant term exactly 1, so that 2**0 == 1. Relative error: float 8.2e-8 plus roundings, double 3.2e-18 plus. */
-static ALWAYS_INLINE vec NAME(exp2)(vec x)
+static ALWAYS_INLINE vec v_exp2(vec x)
 {
 #if BITS == 32
     static const real c[] = {0.693151311875379983f, 0.24016444957351056f, 0.0557999146725179008f,
@@ -133,16 +129,16 @@ static ALWAYS_INLINE vec NAME(exp2)(vec x)
                              6.55952851070143074e-9, 6.26346767397140156e-10};
 #endif
     const int n = sizeof(c) / sizeof(c[0]);
-    vec f = NAME(fraction)(x);
-    vec p = NAME(fill)(c[n - 1]);
+    vec f = v_fraction(x);
+    vec p = v_fill(c[n - 1]);
     for (int i = n - 2; i >= 0; i--)
-        p = NAME(fma)(p, f, NAME(fill)(c[i]));
-    p = NAME(fma)(p, f, NAME(fill)(1));
-    return NAME(scale_down)(p, x);
+        p = v_fma(p, f, v_fill(c[i]));
+    p = v_fma(p, f, v_fill(1));
+    return v_scale_down(p, x);
 }
 
 /* 2**f - 1 for |f| <= 1/2, with a relative error of an eps, also near 0. */
-static ALWAYS_INLINE vec NAME(exp2_less_1)(vec f)
+static ALWAYS_INLINE vec v_exp2_less_1(vec f)
 {
 #if BITS == 32
     static const real c[] = {0.693147188026228781f,   0.240226507605681269f,   0.0555035711421907782f,
@@ -154,35 +150,35 @@ static ALWAYS_INLINE vec NAME(exp2_less_1)(vec f)
                              7.0725859492692237e-9,  4.45496059818651839e-10};
 #endif
     const int n = sizeof(c) / sizeof(c[0]);
-    vec p = NAME(fill)(c[n - 1]);
+    vec p = v_fill(c[n - 1]);
     for (int i = n - 2; i >= 0; i--)
-        p = NAME(fma)(p, f, NAME(fill)(c[i]));
+        p = v_fma(p, f, v_fill(c[i]));
     return p * f;
 }
 
 /* exp(x) where that is a normal number; anything elsewhere. log 2 in two parts: the product of the first with a whole
  * number is exact, so that the error does not grow with x. */
-static ALWAYS_INLINE vec NAME(exp)(vec x)
+static ALWAYS_INLINE vec v_exp(vec x)
 {
     const real log2e = (real)1.44269504088896340736;
     const real upper = BITS == 32 ? (real)0.693359375 : (real)6.93147180369123816490e-01;
     const real lower = BITS == 32 ? (real)-2.12194440e-4 : (real)1.90821492927058770002e-10;
-    const vec whole = NAME(floor)(x * log2e + (real)0.5);
+    const vec whole = v_floor(x * log2e + (real)0.5);
     const vec rest = (x - whole * upper) - whole * lower;
-    const vec power = NAME(power_of_two)(whole);
-    return NAME(fma)(power, NAME(exp2_less_1)(rest * log2e), power);
+    const vec power = v_power_of_two(whole);
+    return v_fma(power, v_exp2_less_1(rest * log2e), power);
 }
 
 /* exp(x) for x <= 0 (NaN stays) to within 1 eps. The nearest multiple of log 2 is taken out in two parts, so that the
  * error does not grow with x as that of exp2(x * log2 e) does; e^rest is 1 + rest + rest**2 * a minimax polynomial,
  * whose relative error is 3.1e-9 in float, 3.6e-18 in double. far: some results may be denormal, or 0 (x = -inf); the
  * bits of the others are the same with it and without. */
-static const real NAME(LOG_OF_NORMAL) = BITS == 32 ? -87 : -708; /* e to this is a normal number */
+static const real LOG_OF_NORMAL = BITS == 32 ? -87 : -708; /* e to this is a normal number */
 #ifndef EXP_REACHES_FAR
 #define EXP_REACHES_FAR 0 /* whether `far` makes no difference */
 #endif
 #if !HAS_EXP_BELOW
-static ALWAYS_INLINE vec NAME(exp_below)(vec x, const int far)
+static ALWAYS_INLINE vec v_exp_below(vec x, const int far)
 {
 #if BITS == 32
     static const real c[] = {0.4999999343212929024f, 0.1666652039904253007f, 0.04166839078354791314f,
@@ -198,63 +194,63 @@ static ALWAYS_INLINE vec NAME(exp_below)(vec x, const int far)
 #endif
     const int n = sizeof(c) / sizeof(c[0]), mantissa_bits = BITS == 32 ? 23 : 52;
     const real log2e = (real)1.44269504088896340736;
-    const vec y = NAME(pick)((ivec){0} - far, NAME(max)(NAME(fill)(least), x), x);
-    const vec nearest = NAME(fma)(y, NAME(fill)(log2e), NAME(fill)(magic)), whole = nearest - magic;
-    const vec rest = NAME(fma)(whole, NAME(fill)(-lower), NAME(fma)(whole, NAME(fill)(-upper), y));
-    vec p = NAME(fill)(c[n - 1]);
+    const vec y = v_pick((ivec){0} - far, v_max(v_fill(least), x), x);
+    const vec nearest = v_fma(y, v_fill(log2e), v_fill(magic)), whole = nearest - magic;
+    const vec rest = v_fma(whole, v_fill(-lower), v_fma(whole, v_fill(-upper), y));
+    vec p = v_fill(c[n - 1]);
     for (int i = n - 2; i >= 0; i--)
-        p = NAME(fma)(p, rest, NAME(fill)(c[i]));
-    p = NAME(fma)(NAME(fma)(p, rest, NAME(fill)(1)), rest, NAME(fill)(1));
+        p = v_fma(p, rest, v_fill(c[i]));
+    p = v_fma(v_fma(p, rest, v_fill(1)), rest, v_fill(1));
 #ifdef HAS_SCALE
     (void)mantissa_bits, (void)step;
-    return NAME(scale)(p, whole);
+    return v_scale(p, whole);
 #else
     if (far) { /* in two steps, of which only the last rounds; a 0 costs nothing, what is too small for a denormal might
                 */
         p = (vec)((ivec)p & ~(x < least));
-        return p * NAME(power_of_two)(whole + step) * NAME(power_of_two)(NAME(fill)(-step));
+        return p * v_power_of_two(whole + step) * v_power_of_two(v_fill(-step));
     }
-    return p * (vec)((ivec)NAME(fill)(1) + ((ivec)nearest << mantissa_bits));
+    return p * (vec)((ivec)v_fill(1) + ((ivec)nearest << mantissa_bits));
 #endif
 }
 #endif
 
 /* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e).
  * e = 2**n * (2**f - 1) + (2**n - 1) with n nearest, so that a small x has n = 0 and loses nothing. */
-static ALWAYS_INLINE vec NAME(tanh)(vec x)
+static ALWAYS_INLINE vec v_tanh(vec x)
 {
     const real least = BITS == 32 ? -40 : -100;
-    vec size = NAME(abs)(x);
-    vec y = NAME(max)(NAME(fill)(least), size * (real)-2.88539008177792681472);
-    vec whole = NAME(floor)(y + (real)0.5);
-    vec power = NAME(power_of_two)(whole);
-    vec e = NAME(fma)(power, NAME(exp2_less_1)(y - whole), power - 1);
+    vec size = v_abs(x);
+    vec y = v_max(v_fill(least), size * (real)-2.88539008177792681472);
+    vec whole = v_floor(y + (real)0.5);
+    vec power = v_power_of_two(whole);
+    vec e = v_fma(power, v_exp2_less_1(y - whole), power - 1);
     vec t = -e / (2 + e);
     return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
 }
 
 /* The greatest number in all lanes. */
-static ALWAYS_INLINE vec NAME(spread_max)(vec v)
+static ALWAYS_INLINE vec v_spread_max(vec v)
 {
 #if LANES > 8
-    v = NAME(max)(v, SWAP_LANES(LANES, 8, v));
+    v = v_max(v, SWAP_LANES(LANES, 8, v));
 #endif
 #if LANES > 4
-    v = NAME(max)(v, SWAP_LANES(LANES, 4, v));
+    v = v_max(v, SWAP_LANES(LANES, 4, v));
 #endif
 #if LANES > 2
-    v = NAME(max)(v, SWAP_LANES(LANES, 2, v));
+    v = v_max(v, SWAP_LANES(LANES, 2, v));
 #endif
-    v = NAME(max)(v, SWAP_LANES(LANES, 1, v));
+    v = v_max(v, SWAP_LANES(LANES, 1, v));
     return v;
 }
 
 /* The sum of the lanes, always in the same order. */
 #ifndef HAS_TOTAL
-static ALWAYS_INLINE real NAME(total)(vec v)
+static ALWAYS_INLINE real v_total(vec v)
 {
     real a[LANES];
-    NAME(store)(a, v);
+    v_store(a, v);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++)
             a[i] += a[i + half];
@@ -264,7 +260,7 @@ static ALWAYS_INLINE real NAME(total)(vec v)
 
 /* The totals of four vectors, always in the same order. */
 #ifndef HAS_FOUR_TOTALS
-static ALWAYS_INLINE void NAME(four_totals)(real *to, vec a, vec b, vec c, vec d)
+static ALWAYS_INLINE void v_four_totals(real *to, vec a, vec b, vec c, vec d)
 {
 #if LANES >= 4
     const vec ac = INTERLEAVE_LOW(LANES, a, c) + INTERLEAVE_HIGH(LANES, a, c);
@@ -289,12 +285,12 @@ static ALWAYS_INLINE void NAME(four_totals)(real *to, vec a, vec b, vec c, vec d
 /* Rows of LANES numbers at `from`, a byte stride apart, become columns of `to`, whose rows are `to_stride` numbers
  * apart: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
 #ifndef HAS_TRANSPOSE
-static ALWAYS_INLINE void NAME(transpose)(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
+static ALWAYS_INLINE void v_transpose(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
 {
     vec a[LANES], b[LANES];
     UNROLL(16)
     for (int i = 0; i < LANES; i++)
-        a[i] = NAME(load)(from + i * from_stride);
+        a[i] = v_load(from + i * from_stride);
     UNROLL(16)
     for (int width = 1; width < LANES; width *= 2) {
         UNROLL(16)
@@ -308,6 +304,6 @@ static ALWAYS_INLINE void NAME(transpose)(real *to, ptrdiff_t to_stride, const c
     }
     UNROLL(16)
     for (int i = 0; i < LANES; i++)
-        NAME(store)(to + i * to_stride, a[i]);
+        v_store(to + i * to_stride, a[i]);
 }
 #endif

@@ -1,8 +1,5 @@
 /* Which keys of a block a row sees: by position and length a range, and with a dense mask or a bias of -inf, bits: bit
  * j of a row stands for key `block + j`. */
-#ifndef FASTATTN_VISIBLE
-#define FASTATTN_VISIBLE
-
 enum { WORDS = FA_BLOCK / 64 };
 
 typedef struct {
@@ -112,59 +109,58 @@ static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head
 }
 
 /* What the rows of a group see of a block. */
-typedef struct {
+struct visible {
     int lo, hi;               /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
-    int alike;                /* all see all of it */
+    int same_for_all;         /* all see all of it */
     int masked;               /* there is a mask, and it hides all of it */
-    int has_bits;             /* whether `bits` count, which may say less than the ranges */
+    int use_bits;             /* whether `bits` count, which may say less than the ranges */
     int from[ROWS], to[ROWS]; /* what each row sees by position and length */
     key_bits bits[ROWS];
-} group_sight;
+};
 
 /* Lets the bits count, where they have not yet: most groups need none. */
-static ALWAYS_INLINE void take_bits(group_sight *sight, int rows)
+static ALWAYS_INLINE void make_bits(struct visible *visible, int rows)
 {
-    for (int r = 0; r < rows && !sight->has_bits; r++)
-        sight->bits[r] = bits_of_range(sight->from[r], sight->to[r]);
-    sight->has_bits = 1;
+    for (int r = 0; r < rows && !visible->use_bits; r++)
+        visible->bits[r] = bits_of_range(visible->from[r], visible->to[r]);
+    visible->use_bits = 1;
 }
 
 /* Of the rows [i, i + rows). */
-static inline void see_block(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
-                             group_sight *sight)
+static inline void find_visible(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                                struct visible *visible)
 {
-    sight->alike = sight->masked = sight->has_bits = 0;
-    rows_range(problem, head, i, rows, block, &sight->lo, &sight->hi);
-    if (sight->lo >= sight->hi)
+    visible->same_for_all = visible->masked = visible->use_bits = 0;
+    rows_range(problem, head, i, rows, block, &visible->lo, &visible->hi);
+    if (visible->lo >= visible->hi)
         return;
-    rows_range(problem, head, i, 1, block, &sight->from[0], &sight->to[0]);
-    rows_range(problem, head, i + rows - 1, 1, block, &sight->from[rows - 1], &sight->to[rows - 1]);
-    const int from = sight->from[0], to = sight->to[0];
+    rows_range(problem, head, i, 1, block, &visible->from[0], &visible->to[0]);
+    rows_range(problem, head, i + rows - 1, 1, block, &visible->from[rows - 1], &visible->to[rows - 1]);
+    const int from = visible->from[0], to = visible->to[0];
     /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end. */
-    sight->alike = from < to && from == sight->from[rows - 1] && to == sight->to[rows - 1];
-    sight->lo = FA_BLOCK, sight->hi = 0;
+    visible->same_for_all = from < to && from == visible->from[rows - 1] && to == visible->to[rows - 1];
+    visible->lo = FA_BLOCK, visible->hi = 0;
     for (int r = 0; r < rows; r++) {
-        if (sight->alike)
-            sight->from[r] = from, sight->to[r] = to;
+        if (visible->same_for_all)
+            visible->from[r] = from, visible->to[r] = to;
         else if (r > 0 && r < rows - 1)
-            rows_range(problem, head, i + r, 1, block, &sight->from[r], &sight->to[r]);
-        if (sight->from[r] < sight->to[r]) {
-            sight->lo = sight->from[r] < sight->lo ? sight->from[r] : sight->lo;
-            sight->hi = sight->to[r] > sight->hi ? sight->to[r] : sight->hi;
+            rows_range(problem, head, i + r, 1, block, &visible->from[r], &visible->to[r]);
+        if (visible->from[r] < visible->to[r]) {
+            visible->lo = visible->from[r] < visible->lo ? visible->from[r] : visible->lo;
+            visible->hi = visible->to[r] > visible->hi ? visible->to[r] : visible->hi;
         }
     }
-    if (head->mask.data && sight->lo < sight->hi) {
+    if (head->mask.data && visible->lo < visible->hi) {
         int any = 0;
-        take_bits(sight, rows);
+        make_bits(visible, rows);
         for (int r = 0; r < rows; r++) {
-            if (bits_any(&sight->bits[r]))
-                bits_and_mask(&sight->bits[r], fa_row(head, &head->mask, i + r) + block * head->mask.col,
-                              head->mask.col, sight->lo, sight->hi);
-            any |= bits_any(&sight->bits[r]);
+            if (bits_any(&visible->bits[r]))
+                bits_and_mask(&visible->bits[r], fa_row(head, &head->mask, i + r) + block * head->mask.col,
+                              head->mask.col, visible->lo, visible->hi);
+            any |= bits_any(&visible->bits[r]);
         }
-        sight->alike = 0;
-        sight->masked = !any;
+        visible->same_for_all = 0;
+        visible->masked = !any;
     }
 }
 
-#endif

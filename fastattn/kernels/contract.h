@@ -8,8 +8,8 @@
  * The bits of a row depend on its own query and on the keys that it sees, never on the tile that it is in: all sums
  * over keys are cut at fixed key positions (FA_BLOCK, FA_SPAN), and a hidden key adds an exact zero.
  */
-#ifndef FASTATTN_H
-#define FASTATTN_H
+#ifndef FASTATTN_CONTRACT_H
+#define FASTATTN_CONTRACT_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -23,6 +23,7 @@ enum {
 };
 
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
+enum { FA_DTYPES = FA_BF16 + 1 };
 typedef enum { FA_DOT, FA_ADDITIVE } fa_score;
 typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID } fa_activation;
 typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_function;
@@ -124,12 +125,12 @@ typedef struct {
 } fa_kernels;
 
 typedef struct {
-    const char *name; /* as in FASTATTN_ISA */
-    const fa_kernels *f32, *f64;
+    const char *name;                     /* as in FASTATTN_ISA */
+    const fa_kernels *kernels[FA_DTYPES]; /* for calls of this storage dtype */
 } fa_instruction_set;
 
 /* The instruction sets in this build that this CPU can run, best first; returns how many. */
-int fa_runnable(const fa_instruction_set *sets[], int room);
+int fa_runnable(fa_instruction_set *sets, int room);
 
 /* Whether keys that follow each other without gaps come faster from memory where instructions ask for them. */
 int fa_fetching_helps(void);

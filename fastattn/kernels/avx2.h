@@ -1,0 +1,41 @@
+/* AVX2 with FMA: 16 registers of 32 bytes. 6 x 2 sums, 2 vectors and a broadcast fill 15 of them. */
+#include <immintrin.h>
+TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+
+#define ISA avx2
+#define VECTOR_BYTES 32
+#define ROWS 6
+#define VECS 2
+#define DECODE_ROWS 2
+#define PLACE_ROWS 2
+#define STEPS 1
+#define CHUNK 32
+
+#define HAS_LOAD_SOME
+#define HAS_FMA
+#define HAS_MAX
+#define HAS_MIN
+#define HAS_TRUE_BITS
+#define HAS_FLOOR
+
+#if BITS == 32
+static ALWAYS_INLINE __m256 v_load_some(const void *p, int n)
+{
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+static ALWAYS_INLINE __m256 v_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static ALWAYS_INLINE __m256 v_max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+static ALWAYS_INLINE __m256 v_min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+static ALWAYS_INLINE unsigned v_true_bits(__m256i where) { return (unsigned)_mm256_movemask_ps((__m256)where); }
+static ALWAYS_INLINE __m256 v_floor(__m256 x) { return _mm256_floor_ps(x); }
+#else
+static ALWAYS_INLINE __m256d v_load_some(const void *p, int n)
+{
+    return _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
+}
+static ALWAYS_INLINE __m256d v_fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+static ALWAYS_INLINE __m256d v_max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+static ALWAYS_INLINE __m256d v_min(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+static ALWAYS_INLINE unsigned v_true_bits(__m256i where) { return (unsigned)_mm256_movemask_pd((__m256d)where); }
+static ALWAYS_INLINE __m256d v_floor(__m256d x) { return _mm256_floor_pd(x); }
+#endif

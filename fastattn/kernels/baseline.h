@@ -1,0 +1,29 @@
+/* What every CPU of the target runs: vectors of 16 bytes (SSE2 on x86-64, NEON on AArch64, emulated elsewhere). */
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define ISA baseline
+#define VECTOR_BYTES 16
+#define ROWS 6
+#if defined(__aarch64__) /* 32 registers */
+#define VECS 4
+#else
+#define VECS 2
+#endif
+#define DECODE_ROWS 2
+#define PLACE_ROWS 2
+#define STEPS 1
+#define CHUNK 32
+
+#if defined(__SSE2__)
+#define HAS_MAX
+#define HAS_MIN
+#if BITS == 32
+static ALWAYS_INLINE __m128 v_max(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+static ALWAYS_INLINE __m128 v_min(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+#else
+static ALWAYS_INLINE __m128d v_max(__m128d a, __m128d b) { return _mm_max_pd(a, b); }
+static ALWAYS_INLINE __m128d v_min(__m128d a, __m128d b) { return _mm_min_pd(a, b); }
+#endif
+#endif
