@@ -44,13 +44,40 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span th
  * rows are at most MOST_VECS. */
 #define FOR_USUAL(f) f(2) f(4) f(5) f(6) f(8) f(10) f(12) f(16)
 
+/* In this order: a file may use what stands above it, and nothing else. */
 #include "vector.inc.h"
 
 #include "storage.inc.h"
 
 #include "visible.inc.h"
 
+#include "tile.inc.h"
+
+#include "prefetch.inc.h"
+
 #include "product.inc.h"
+
+#include "dot.inc.h"
+
+#include "decode_scores.inc.h"
+
+#include "additive.inc.h"
+
+#include "weights.inc.h"
+
+#include "rules.inc.h"
+
+#include "softmax.inc.h"
+
+#include "state.inc.h"
+
+#include "values.inc.h"
+
+#include "decode_sums.inc.h"
+
+#include "prefill.inc.h"
+
+#include "decode.inc.h"
 
 #include "attend.inc.h"
 

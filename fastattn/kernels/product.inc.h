@@ -17,45 +17,6 @@
 _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
 _Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a chunk");
 
-/* Lines of a matrix to ask memory for, in their order and some at a time, while other rows are worked on: a CPU that is
- * asked for much at once waits, and follows best what goes one way. */
-struct prefetch {
-    const char *at;        /* the next line; `in_row` bytes are left of its row */
-    int64_t in_row, bytes; /* of each row */
-    ptrdiff_t row;
-    int left, pace; /* lines, and how many of them at a time */
-};
-
-static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
-{
-    lines = lines < prefetch->left ? lines : prefetch->left;
-    prefetch->left -= lines;
-    for (; lines > 0; lines--) {
-        __builtin_prefetch(prefetch->at, 0, 3);
-        prefetch->at += 64;
-        prefetch->in_row -= 64;
-        if (prefetch->in_row <= 0) {
-            prefetch->at += prefetch->row + prefetch->in_row - prefetch->bytes;
-            prefetch->in_row = prefetch->bytes;
-        }
-    }
-}
-
-/* How often a product of so many vectors and numbers t asks. */
-static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numbers)
-{
-    const int rows_per_step = STEPS > 1 ? 2 : VECS;
-    return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
-}
-
-/* The lines of `rows` rows, from `data` on, for who asks so many times. */
-static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows,
-                                                      int64_t times)
-{
-    const int64_t lines = rows * ((bytes + 63) / 64);
-    return (struct prefetch){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
-}
-
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
  * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: for
  * some of these lines in every step, once for each load of vectors of b; may be NULL. */

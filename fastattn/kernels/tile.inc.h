@@ -66,44 +66,6 @@ static ALWAYS_INLINE char *take(char **at, int64_t numbers)
 /* Numbers of a group's queries. */
 static ALWAYS_INLINE int64_t group_size(int64_t channels) { return (channels + STRIP - 1) / STRIP * STRIP * ROWS; }
 
-/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
- * rows without gaps some CPUs follow by themselves. */
-static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
-{
-    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
-}
-
-/* How many rows of n numbers are FETCH_BYTES. */
-static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
-{
-    const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
-    return (PREFETCH_BYTES + bytes - 1) / bytes;
-}
-
-/* Bytes of n numbers in a row, or as many as they would be next to each other. */
-static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
-{
-    return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
-}
-
-/* Asks for n numbers to come into the first cache. */
-static ALWAYS_INLINE void prefetch_numbers(const char *row, int64_t n)
-{
-    for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
-        __builtin_prefetch(row + at, 0, 3);
-}
-
-/* Asks for the lines that `count` vectors so far apart begin in, unless a vector right before one of them does. Where
- * rows without gaps between them are read together, memory likes best to be asked in its own order, rather than in that
- * of the loads: the next few vectors then, rather than one of each row. */
-static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count)
-{
-    UNROLL(8)
-    for (int i = 0; i < count; i++, at += apart)
-        if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
-            __builtin_prefetch(at, 0, 3);
-}
-
 /* Lays a tile out from `base` on; returns its size. */
 static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
 {

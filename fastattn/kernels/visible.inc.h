@@ -1,5 +1,6 @@
 /* Which keys of a block a row sees: by position and length a range, and with a dense mask or a bias of -inf, bits: bit
  * j of a row stands for key `block + j`. */
+
 enum { WORDS = FA_BLOCK / 64 };
 
 typedef struct {
@@ -97,17 +98,6 @@ static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *h
     *end = lo < hi ? (int)hi : 0;
 }
 
-/* The keys [*first, *last) that have a place in row i of the requested weights. */
-static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
-                                        int64_t *last)
-{
-    *first = 0, *last = head->keys;
-    if (problem->band) {
-        *first = head->offset + fa_query_of(head, i) - problem->left;
-        *last = *first + problem->left + problem->right + 1;
-    }
-}
-
 /* What the rows of a group see of a block. */
 struct visible {
     int lo, hi;               /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
@@ -163,4 +153,3 @@ static inline void find_visible(const fa_problem *problem, const fa_head *head, 
         visible->masked = !any;
     }
 }
-

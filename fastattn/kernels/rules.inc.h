@@ -1,9 +1,7 @@
-/* From raw scores to weights, block by block: softcap, ALiBi, bias, visibility, then the running maximum and sum of
- * Milakov and Gimelshein (2018), or ReLU or the sigmoid in place of the exponential.
+/* From raw scores to scores: what is left of the scale, softcap, ALiBi, biases, and what hides keys.
  *
  * Scores are in units of log 2 (the query carries scale * log2 e) when nothing is added to them; otherwise in their own
- * unit, because a bias such as the least float would overflow when multiplied by log2 e.
- */
+ * unit, because a bias such as the least float would overflow when multiplied by log2 e. */
 
 /* A slope or a sink. */
 static ALWAYS_INLINE double per_row(const fa_head *head, const fa_view *numbers, int64_t i)
@@ -118,118 +116,35 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* The greatest of the vectors [first, last) of a row's scores, in all lanes. */
-static ALWAYS_INLINE vec row_maximum(const real *s, int first, int last)
+/* The scores of a group after softcap, biases and what hides keys; also into the requested weights, which softmax
+ * finishes in close_tile. Whether terms of the sum have keys that are not seen. */
+static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
+                                     int64_t block, struct visible *visible, struct tile *tile, real *s)
 {
-    const vec none = v_fill(-(real)INFINITY);
-    vec x[4] = {none, none, none, none}; /* a NaN score does not become the maximum */
-    int v = first;
-    for (; v + 4 <= last; v += 4) {
-        UNROLL(4)
-        for (int i = 0; i < 4; i++)
-            x[i] = v_max(v_load(s + (v + i) * LANES), x[i]);
-    }
-    for (; v < last; v++)
-        x[0] = v_max(v_load(s + v * LANES), x[0]);
-    return v_spread_max(v_max(v_max(x[0], x[1]), v_max(x[2], x[3])));
-}
-
-/* Scores with the maximum *most join a row whose running maximum is *m. What the row's weights are relative to from now
- * on, in *most; returns what its earlier weights must be multiplied by. */
-static ALWAYS_INLINE vec raise_maximum(real *m, vec *most, const int natural_log)
-{
-    const vec log2e = v_fill((real)1.44269504088896340736);
-    const vec none = v_fill(-(real)INFINITY);
-    const vec before = v_fill(*m), now = v_max(*most, before);
-    *m = now[0];
-    /* A row that has seen nothing yet: -inf - -inf would be NaN. */
-    *most = v_pick(now == none, (vec){0}, now);
-    const vec x = before - *most;
-    return v_exp2(natural_log ? x * log2e : x);
-}
-
-/* The vectors [first, last) of a row's scores become weights; returns their sum by lanes. */
-static ALWAYS_INLINE vec row_weights(real *s, int first, int last, vec most, const int natural_log)
-{
-    const vec log2e = v_fill((real)1.44269504088896340736);
-    vec sum = {0};
-    for (int v = first; v < last; v++) {
-        const vec x = v_load(s + v * LANES) - most;
-        const vec p = v_exp2(natural_log ? x * log2e : x);
-        v_store(s + v * LANES, p);
-        sum += p;
-    }
-    return sum;
-}
-
-/* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r]
- * is what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. The maximum stays
- * in all lanes of a vector: a detour through memory would cost more than the exponentials of a vector. */
-static void exponentials(real *s, int rows, int first, int last, const int natural_log, real *m, real *l, real *shrink)
-{
-    vec most[ROWS], keep[ROWS];
-    /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
-    for (int r = 0; r < rows; r++)
-        most[r] = row_maximum(s + r * FA_BLOCK, first, last);
-    for (int r = 0; r < rows; r++) {
-        keep[r] = raise_maximum(m + r, most + r, natural_log);
-        shrink[r] = keep[r][0];
-    }
-    for (int r = 0; r < rows; r++) {
-        const vec sum = row_weights(s + r * FA_BLOCK, first, last, most[r], natural_log);
-        real *l_r = l + r * LANES;
-        v_store(l_r, v_fma(v_load(l_r), keep[r], sum));
-    }
-}
-
-/* ReLU and the sigmoid: weights need no neighbours. l counts the visible keys for ReLU. */
-static void pointwise(const fa_problem *problem, real *s, int rows, int first, int last, const key_bits *seen, real *l)
-{
-    const vec infinite = v_fill((real)INFINITY), zero = {0};
-    for (int r = 0; r < rows; r++) {
-        for (int v = first; v < last; v++) {
-            real *s_v = s + r * FA_BLOCK + v * LANES;
-            vec x = v_load(s_v), p;
-            if (problem->activation == FA_RELU) {
-                p = v_max(zero, x);
+    const int rules = scores_change(problem, head);
+    const int v_first = visible->lo / LANES, v_last = (visible->hi + LANES - 1) / LANES;
+    const int term_lo = term_begin(visible->lo), term_hi = term_end(visible->hi);
+    int partial = 0;
+    if (rules || visible->use_bits) {
+        const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), terms = bits_of_range(term_lo, term_hi);
+        make_bits(visible, group);
+        for (int r = 0; r < group; r++) {
+            if (rules) {
+                const double after = scale_after_product(problem) ? tile->after[i + r - tile->row] : 1;
+                apply_rules(problem, head, i + r, r, block, v_first, v_last, after, &visible->bits[r], s, tile->extra,
+                            tile->extra + FA_BLOCK);
             } else {
-                vec e = v_exp2(v_abs(x) * (real)-1.44269504088896340736);
-                p = v_pick(x < zero, e, zero + 1) / (1 + e);
+                hide(&whole, &visible->bits[r], s + r * FA_BLOCK);
             }
-            p = v_pick(x == infinite, x - x, p); /* a visible +inf gives NaN */
-            v_store(s_v, p);
+            partial |= !bits_equal(&visible->bits[r], &terms);
         }
-        if (problem->activation == FA_RELU)
-            l[r * LANES] += (real)bits_count(&seen[r]);
-        else
-            l[r * LANES] = 1;
-    }
-}
-
-/* total += x for a total in two parts, the sum and what rounding has taken from it so far (Knuth's TwoSum). */
-static ALWAYS_INLINE void add_exactly(real *sum, real *lost, vec keep, vec x)
-{
-    const vec before = v_load(sum) * keep, now = before + x, part = now - before;
-    const vec error = (before - (now - part)) + (x - part);
-    /* An infinite sum loses nothing; a NaN is in the sum already. */
-    v_store(lost, v_load(lost) * keep + v_pick(now - now == (vec){0}, error, (vec){0}));
-    v_store(sum, now);
-}
-
-/* The state (m, l, o) of a span joins the total of those before it, without an error that would grow with their number.
- * Joining to an empty total changes no bit. */
-static void fold(real *m_all, real *l_all, real *l_error, real *o_all, real *o_error, const real *m, const real *l,
-                 const real *o, int64_t rows, int64_t value_row, int natural_log)
-{
-    const real unit = natural_log ? (real)1.44269504088896340736 : 1;
-    for (int64_t r = 0; r < rows; r++) {
-        const real now = m[r] > m_all[r] ? m[r] : m_all[r];
-        const real safe = now == -(real)INFINITY ? 0 : now;
-        const vec keep = v_exp2(v_fill((m_all[r] - safe) * unit));
-        const vec join = v_exp2(v_fill((m[r] - safe) * unit));
-        m_all[r] = now;
-        add_exactly(l_all + r * LANES, l_error + r * LANES, keep, v_load(l + r * LANES) * join);
-        for (int64_t c = r * value_row; c < (r + 1) * value_row; c += LANES)
-            add_exactly(o_all + c, o_error + c, keep, v_load(o + c) * join);
-    }
+    } else if (!visible->same_for_all || v_first * LANES != visible->lo || v_last * LANES != visible->hi) {
+        for (int r = 0; r < group; r++) {
+            hide_outside(v_first, v_last, visible->from[r], visible->to[r], s + r * FA_BLOCK);
+            partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
+        }
+    } /* otherwise whole vectors, all seen: nothing to hide */
+    if (head->weights.data && problem->activation == FA_SOFTMAX)
+        keep_weights(problem, head, i, group, block, s);
+    return partial;
 }

@@ -1,9 +1,8 @@
 /* Few queries, of which there may be several heads: keys and values are read where they lie, a long run of keys and
  * then a long run of values, for memory is what takes the time.
  *
- * Up to FEW_ROWS rows read each vector once, from memory. More rows are groups of up to ROWS, as equal as they can be,
- * which pass one after the other over what is in the first cache by then.
- */
+ * Up to DECODE_ROWS rows read each vector once, from memory. More rows are groups of up to ROWS, as equal as they can
+ * be, which pass one after the other over what is in the first cache by then. */
 
 /* A run of keys, and what is found in it from one phase to the next. */
 struct run {

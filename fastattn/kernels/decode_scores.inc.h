@@ -1,0 +1,303 @@
+/* Dot-product scores against keys where they lie, PLACE_ROWS rows at a time: with few rows the time goes into reading
+ * the keys, and packing them would double it. */
+
+/* Where a few rows' queries have channel c: of the first row, the others STRIP numbers apart. */
+static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
+{
+    return q + c / STRIP * (ROWS * STRIP) + c % STRIP;
+}
+
+/* Products of a vector of `rows` queries and one of `count` keys, added by lanes; the last may have fewer numbers. */
+static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t key_row, int numbers, vec (*sum)[4],
+                                       const int rows, const int count)
+{
+    vec k_c[4];
+    UNROLL(4)
+    for (int i = 0; i < count; i++) {
+        if (numbers == LANES)
+            k_c[i] = v_load(k + i * key_row);
+        else
+            k_c[i] = v_load_some(k + i * key_row, numbers);
+        if (rows > 2)
+            HOLD(k_c[i]);
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int i = 0; i < count; i++)
+            sum[r][i] = v_fma(v_load(q_c + r * STRIP), k_c[i], sum[r][i]);
+    }
+}
+
+/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
+ * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no
+ * gaps between them. */
+static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
+                                            int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
+                                            const int rows, const int count)
+{
+    const ptrdiff_t apart = whole ? VECTOR_BYTES : key_row;
+    const char *k = keys + begin * (int64_t)sizeof(real);
+    const char *ask = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int i = 0; i < count; i++)
+            sum[r][i] = (vec){0};
+    }
+    for (int64_t c = begin, stop; c < end; c = stop) {
+        const real *q_c = query_at(q, c);
+        stop = end - c < STRIP ? end : c + STRIP;
+        for (; c < stop; c += LANES, q_c += LANES, k += VECTOR_BYTES) {
+            if (stop - c < LANES) {
+                add_products(q_c, k, key_row, (int)(stop - c), sum, rows, count);
+                break;
+            }
+            add_products(q_c, k, key_row, LANES, sum, rows, count);
+            if (ahead) { /* after what is needed now */
+                prefetch_vectors(ask, apart, count);
+                ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
+            }
+        }
+    }
+}
+
+/* The same over all channels: chains of CHAIN vectors, then their sum. */
+static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
+                                       ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows, const int count)
+{
+    const int64_t chain = CHAIN * LANES;
+    chain_of_products(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
+    for (int64_t c = chain; c < channels; c += chain) {
+        vec part[PLACE_ROWS][4];
+        const int64_t end = channels - c < chain ? channels : c + chain;
+        chain_of_products(q, keys, key_row, c, end, ahead, part, whole, rows, count);
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < count; i++)
+                sum[r][i] += part[r][i];
+        }
+    }
+}
+
+/* Scores of `rows` rows against n keys, a multiple of four, lanes along the channel; those `ahead` bytes further on are
+ * asked for (0: none). `count` keys are read at a time, in a loop that is not unrolled: where keys come from memory, it
+ * sees one stream then, and its prefetchers few instructions with short strides. */
+static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
+                                        ptrdiff_t ahead, real *s, const int whole, const int rows, const int count)
+{
+    for (int j = 0; j < n; j += 4) {
+        vec sum[PLACE_ROWS][4], some[PLACE_ROWS][4];
+        NOT_UNROLLED
+        for (int i = 0; i < 4; i += count, keys += count * key_row) {
+            key_products(q, keys, key_row, channels, ahead, some, whole, rows, count);
+            UNROLL(8)
+            for (int r = 0; r < rows; r++) {
+                UNROLL(4)
+                for (int k = 0; k < count; k++)
+                    sum[r][i + k] = some[r][k];
+            }
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++)
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
+/* Products with one key, the i-th of four, summed by lanes. */
+static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const char *key, ptrdiff_t ahead, vec (*sum)[4],
+                                                int i, const int rows, const int vecs)
+{
+    IN_ORDER(key);
+    UNROLL(16)
+    for (int c = 0; c < vecs; c++) {
+        const char *k = key + c * VECTOR_BYTES;
+        if (ahead && c * VECTOR_BYTES % 64 == 0)
+            __builtin_prefetch(k + ahead, 0, 3);
+        const vec k_c = v_load(k);
+        UNROLL(2)
+        for (int r = 0; r < rows; r++) {
+            if (c == 0)
+                sum[r][i] = q_c[r][c] * k_c;
+            else
+                sum[r][i] = v_fma(q_c[r][c], k_c, sum[r][i]);
+        }
+    }
+}
+
+/* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
+ * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
+ * (docs/performance.md). */
+static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, ptrdiff_t key_row, int n,
+                                              ptrdiff_t ahead, real *s, const int rows, const int vecs)
+{
+    vec q_c[2][MOST_VECS];
+    UNROLL(16)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(16)
+        for (int c = 0; c < vecs; c++)
+            q_c[r][c] = v_load(query_at(q, c * LANES) + r * STRIP);
+    }
+    for (int j = 0; j < n; j += 4) {
+        vec sum[2][4];
+        if (vecs < LONG_VECS) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++, keys += key_row)
+                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
+        } else {
+            NOT_UNROLLED
+            for (int i = 0; i < 4; i++, keys += key_row)
+                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
+        }
+        UNROLL(2)
+        for (int r = 0; r < rows; r++)
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
+/* The same for an even number of vectors, up to CHAIN, and keys without gaps between them: of each of four keys two
+ * vectors are read in a turn. */
+static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
+                                       real *s, const int rows)
+{
+    for (int j = 0; j < n; j += 4) {
+        vec sum[PLACE_ROWS][4];
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                sum[r][i] = (vec){0};
+        }
+        const char *ask = keys + ahead;
+        for (int64_t c = 0; c < key_row; c += 2 * VECTOR_BYTES, keys += 2 * VECTOR_BYTES) {
+            const real *q_c = query_at(q, c / (int64_t)sizeof(real));
+            vec k_c[2][4];
+            UNROLL(2)
+            for (int v = 0; v < 2; v++) {
+                UNROLL(4)
+                for (int i = 0; i < 4; i++) {
+                    k_c[v][i] = v_load(keys + i * key_row + v * VECTOR_BYTES);
+                    HOLD(k_c[v][i]);
+                }
+            }
+            if (ahead)
+                prefetch_vectors(ask, VECTOR_BYTES, 8);
+            ask += 8 * VECTOR_BYTES;
+            UNROLL(2)
+            for (int v = 0; v < 2; v++) {
+                UNROLL(8)
+                for (int r = 0; r < rows; r++) {
+                    const vec q_r = v_load(q_c + r * STRIP + v * LANES);
+                    UNROLL(4)
+                    for (int i = 0; i < 4; i++)
+                        sum[r][i] = v_fma(q_r, k_c[v][i], sum[r][i]);
+                }
+            }
+        }
+        keys += 3 * key_row;
+        UNROLL(8)
+        for (int r = 0; r < rows; r++)
+            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    }
+}
+
+/* Scores of `rows` rows against n keys. More than two rows are arithmetic more than reading, so they share their loads.
+ * One and two rows know the usual numbers of channels: up to three times as fast. */
+static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
+                                         ptrdiff_t ahead, real *s, const int rows)
+{
+    const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
+    /* Two vectors of four keys, and the sums of more than four rows, are too much for the registers. */
+    const int in_pairs = rows <= 4 && whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
+    if (rows <= 2 && channels % LANES == 0)
+        switch (channels / LANES) {
+#define IN_REGISTERS(vecs)                                              \
+    case vecs:                                                          \
+        if (rows > MOST_VECS / vecs)                                    \
+            break;                                                      \
+        scores_in_registers(q, keys, key_row, n, ahead, s, rows, vecs); \
+        return;
+            FOR_USUAL(IN_REGISTERS)
+#undef IN_REGISTERS
+        }
+    if (rows <= 2 && channels <= DECODE_VECS * LANES)
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
+    else if (rows <= 2)
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
+    else if (in_pairs && ahead) /* whether there is something to ask for is known to the compiler: one test less */
+        run_of_pairs(q, keys, key_row, n, ahead, s, rows);
+    else if (in_pairs)
+        run_of_pairs(q, keys, key_row, n, 0, s, rows);
+    else if (whole)
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
+    else
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
+}
+
+/* Not inlined: compilers run out of registers in one large function, and clang does not unroll all of its loops. */
+#define SCORES_OF(name, rows)                                                                                  \
+    static NEVER_INLINE void name(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
+                                  ptrdiff_t ahead, real *s)                                                    \
+    {                                                                                                          \
+        scores_of_rows(q, keys, key_row, channels, n, ahead, s, rows);                                         \
+    }
+SCORES_OF(scores_of_one, 1)
+SCORES_OF(scores_of_two, 2)
+#if PLACE_ROWS > 2
+SCORES_OF(scores_of_three, 3)
+SCORES_OF(scores_of_four, 4)
+SCORES_OF(scores_of_five, 5)
+SCORES_OF(scores_of_six, 6)
+#endif
+#undef SCORES_OF
+
+/* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several, which are read
+ * where they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the
+ * next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
+ * `ahead` bytes further on are asked for (0: none). scratch: room for four keys. */
+static void row_scores(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
+                       fa_dtype dtype, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
+{
+    const int64_t channels = problem->head_dim;
+    const int in_place = readable(dtype, key);
+    for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
+        const char *k = keys + j * key->row;
+        ptrdiff_t k_row = key->row, ask = ahead;
+        n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
+        if (rows > PLACE_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
+            n = 16;
+        if (n <= 0) {
+            n = 4;
+            for (int i = 0; i < 4; i++) {
+                const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
+                real *to = scratch + i * channels;
+                if (ahead)
+                    prefetch_numbers(k + i * key->row + ahead, channels);
+                gather(to, keys + seen * key->row, key->col, channels, dtype);
+            }
+            k = (const char *)scratch;
+            k_row = channels * (ptrdiff_t)sizeof(real);
+            ask = 0;
+        }
+        for (int r = 0, together; r < rows; r += together, ask = 0) {
+            const real *q_r = q + r * STRIP;
+            real *s_r = s + r * FA_BLOCK + j;
+            together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
+            if (together == 1)
+                scores_of_one(q_r, k, k_row, channels, n, ask, s_r);
+            else if (together == 2)
+                scores_of_two(q_r, k, k_row, channels, n, ask, s_r);
+#if PLACE_ROWS > 2
+            else if (together == 3)
+                scores_of_three(q_r, k, k_row, channels, n, ask, s_r);
+            else if (together == 4)
+                scores_of_four(q_r, k, k_row, channels, n, ask, s_r);
+            else if (together == 5)
+                scores_of_five(q_r, k, k_row, channels, n, ask, s_r);
+            else
+                scores_of_six(q_r, k, k_row, channels, n, ask, s_r);
+#endif
+        }
+    }
+}

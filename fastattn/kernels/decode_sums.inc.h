@@ -1,0 +1,220 @@
+/* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
+ * bits as the products of values.inc.h. */
+
+/* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
+ * (0: nothing). */
+static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[MOST_VECS],
+                                    const int rows, const int vecs)
+{
+    UNROLL(16)
+    for (int c = 0; c < vecs; c++) {
+        if (ahead && c * VECTOR_BYTES % 64 == 0)
+            __builtin_prefetch(v + c * VECTOR_BYTES + ahead, 0, 3);
+        const vec v_c = v_load(v + c * VECTOR_BYTES);
+        UNROLL(2)
+        for (int r = 0; r < rows; r++) {
+            const vec p_r = v_fill(p[r * FA_BLOCK]);
+            if (first)
+                term[r][c] = p_r * v_c;
+            else
+                term[r][c] = v_fma(p_r, v_c, term[r][c]);
+        }
+    }
+}
+
+/* Columns of the weighted sum over the values [begin, end) of up to two rows, whole terms, one value after the other:
+ * added to `part`, or in place of what it holds (first). */
+static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                                      ptrdiff_t ahead, real *part, int64_t value_row, const int rows, const int vecs)
+{
+    const int in_memory = STEPS > 1 && rows * vecs > 8; /* what a chunk sums up to: terms need the registers */
+    vec sum[2][MOST_VECS], term[2][MOST_VECS];
+    real chunk[MOST_VECS * LANES];
+    for (int t = begin, stop; t < end;) {
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        UNROLL(16)
+        for (int i = 0; i < rows * vecs; i++) {
+            sum[i / vecs][i % vecs] = (vec){0};
+            if (in_memory)
+                v_store(chunk + i * LANES, (vec){0});
+        }
+        for (; t < stop; t += STEPS) {
+            if (STEPS == 1) {
+                add_value(p + t, v, ahead, 0, sum, rows, vecs);
+                v += v_row;
+            } else if (vecs < LONG_VECS && !in_memory) {
+                UNROLL(4)
+                for (int k = 0; k < STEPS; k++, v += v_row) {
+                    IN_ORDER(v);
+                    add_value(p + t + k, v, ahead, k == 0, term, rows, vecs);
+                }
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++)
+                    sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
+            } else {
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++)
+                    term[i / vecs][i % vecs] = (vec){0};
+                NOT_UNROLLED
+                for (int k = 0; k < STEPS; k++, v += v_row)
+                    add_value(p + t + k, v, ahead, 0, term, rows, vecs);
+                UNROLL(16)
+                for (int i = 0; i < rows * vecs; i++) {
+                    real *at = chunk + i * LANES;
+                    if (in_memory)
+                        v_store(at, v_load(at) + term[i / vecs][i % vecs]);
+                    else
+                        sum[i / vecs][i % vecs] += term[i / vecs][i % vecs];
+                }
+            }
+        }
+        UNROLL(16)
+        for (int i = 0; i < rows * vecs; i++) {
+            real *at = part + i / vecs * value_row + i % vecs * LANES;
+            const vec s = in_memory ? v_load(chunk + i * LANES) : sum[i / vecs][i % vecs];
+            v_store(at, first ? s : v_load(at) + s);
+        }
+        first = 0;
+    }
+}
+
+/* The same over whole values: usual ones in one go, others chunk by chunk, while it is in the cache. */
+static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                     real *part, int64_t value_row, const int rows)
+{
+    switch (value_row / LANES) {
+#define AT_ONCE(vecs)                                                                  \
+    case vecs:                                                                         \
+        if (rows > MOST_VECS / vecs)                                                   \
+            break;                                                                     \
+        sum_columns(p, v, v_row, begin, end, 1, ahead, part, vecs *LANES, rows, vecs); \
+        return;
+        FOR_USUAL(AT_ONCE)
+#undef AT_ONCE
+    }
+    for (int t = begin, stop; t < end; v += (stop - t) * v_row, t = stop) {
+        const char *v_c = v;
+        int64_t c = 0;
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * VECTOR_BYTES)
+            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 8);
+        for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
+            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
+    }
+}
+
+/* For one row and for two, which the compiler must know, with and without asking; not inlined, to have them once. */
+static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                    real *part, int64_t value_row)
+{
+    if (ahead)
+        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 1);
+    else
+        sum_values(p, v, v_row, begin, end, 0, part, value_row, 1);
+}
+
+static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
+                                    real *part, int64_t value_row)
+{
+    if (ahead)
+        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 2);
+    else
+        sum_values(p, v, v_row, begin, end, 0, part, value_row, 2);
+}
+
+#if DECODE_ROWS > 2
+/* The same for more rows: `count` vectors of each of LINKS values are read in a turn; weights stay in registers. whole:
+ * values have no gaps between them. */
+_Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
+static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
+                                             real *to, int64_t value_row, const int rows, const int whole,
+                                             const int count)
+{
+    for (int64_t c = 0; c < rows * value_row; c += LANES)
+        v_store(to + c, (vec){0});
+    const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = (whole ? LINKS : 1) * count * VECTOR_BYTES;
+    for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
+        const char *v_c = v, *ask = v + ahead;
+        vec w[DECODE_ROWS][LINKS];
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(8)
+            for (int k = 0; k < LINKS; k++)
+                w[r][k] = v_fill(p[r * FA_BLOCK + t + k]);
+        }
+        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, ask += step) {
+            vec v_k[2][LINKS];
+            UNROLL(2)
+            for (int i = 0; i < count; i++) {
+                UNROLL(8)
+                for (int k = 0; k < LINKS; k++) {
+                    v_k[i][k] = v_load(v_c + k * v_row + i * VECTOR_BYTES);
+                    HOLD(v_k[i][k]);
+                }
+            }
+            if (ahead)
+                prefetch_vectors(ask, apart, LINKS * count);
+            UNROLL(2)
+            for (int i = 0; i < count; i++) {
+                UNROLL(8)
+                for (int r = 0; r < rows; r++) {
+                    real *at = to + r * value_row + c + i * LANES;
+                    vec term = w[r][0] * v_k[i][0];
+                    UNROLL(8)
+                    for (int k = 1; k < LINKS; k++)
+                        term = v_fma(w[r][k], v_k[i][k], term);
+                    v_store(at, v_load(at) + term);
+                }
+            }
+        }
+    }
+}
+
+/* Whether there is something to ask for is known to the compiler in the usual case: a test in the loop takes 4 %. */
+#define SUM_OF(name, rows)                                                                                         \
+    static NEVER_INLINE void name(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, real *to, \
+                                  int64_t value_row)                                                               \
+    {                                                                                                              \
+        const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                            \
+        if (whole && ahead && value_row % (2 * LANES) == 0)                                                        \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                                  \
+        else if (whole && value_row % (2 * LANES) == 0)                                                            \
+            sum_values_at_once(p, v, v_row, n, 0, to, value_row, rows, 1, 2);                                      \
+        else if (whole)                                                                                            \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                                  \
+        else                                                                                                       \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 0, 1);                                  \
+    }
+SUM_OF(sum_of_three, 3)
+SUM_OF(sum_of_four, 4)
+#undef SUM_OF
+#endif
+
+/* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
+ * bits. chunk: [rows][value_row] numbers, for up to FEW_ROWS rows. */
+static NEVER_INLINE void streamed_sum(const fa_problem *problem, const real *p, int rows, struct value_rows value,
+                                      int begin, int end, int64_t value_row, real *part, real *chunk)
+{
+    const ptrdiff_t ahead = needs_prefetch(problem, rows, value_row, value.row) ? rows_ahead(value_row) * value.row : 0;
+    if (rows == 1) {
+        sum_of_one(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        return;
+    }
+    if (rows == 2) {
+        sum_of_two(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        return;
+    }
+    (void)chunk; /* for the others, where there are any */
+#if DECODE_ROWS > 2
+    for (int t = begin, stop; t < end; t = stop) {
+        const char *v = value.data + t * value.row;
+        stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
+        if (rows == 3)
+            sum_of_three(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+        else
+            sum_of_four(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+        for (int64_t c = 0; c < rows * value_row; c += LANES)
+            v_store(part + c, t == begin ? v_load(chunk + c) : v_load(part + c) + v_load(chunk + c));
+    }
+#endif
+}

@@ -1,0 +1,132 @@
+/* What is prefetched, and when: the keys and values that come next, while others are worked on.
+ *
+ * Decode asks a fixed number of bytes ahead of each load (prefetch_vectors, rows_ahead); prefill spreads the rows of
+ * the next block over the products of this one (struct next_rows, struct prefetch), for a CPU that is asked for much at
+ * once waits. Addresses may lie beyond an array: a prefetch never faults. */
+
+/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
+ * rows without gaps some CPUs follow by themselves. */
+static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
+{
+    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+}
+
+/* How many rows of n numbers are FETCH_BYTES. */
+static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
+{
+    const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
+    return (PREFETCH_BYTES + bytes - 1) / bytes;
+}
+
+/* Bytes of n numbers in a row, or as many as they would be next to each other. */
+static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
+{
+    return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
+}
+
+/* Asks for n numbers to come into the first cache. */
+static ALWAYS_INLINE void prefetch_numbers(const char *row, int64_t n)
+{
+    for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
+        __builtin_prefetch(row + at, 0, 3);
+}
+
+/* Asks for the lines that `count` vectors so far apart begin in, unless a vector right before one of them does. Where
+ * rows without gaps between them are read together, memory likes best to be asked in its own order, rather than in that
+ * of the loads: the next few vectors then, rather than one of each row. */
+static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count)
+{
+    UNROLL(8)
+    for (int i = 0; i < count; i++, at += apart)
+        if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
+            __builtin_prefetch(at, 0, 3);
+}
+
+/* Lines of a matrix to ask memory for, in their order and some at a time, while other rows are worked on: a CPU that is
+ * asked for much at once waits, and follows best what goes one way. */
+struct prefetch {
+    const char *at;        /* the next line; `in_row` bytes are left of its row */
+    int64_t in_row, bytes; /* of each row */
+    ptrdiff_t row;
+    int left, pace; /* lines, and how many of them at a time */
+};
+
+static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
+{
+    lines = lines < prefetch->left ? lines : prefetch->left;
+    prefetch->left -= lines;
+    for (; lines > 0; lines--) {
+        __builtin_prefetch(prefetch->at, 0, 3);
+        prefetch->at += 64;
+        prefetch->in_row -= 64;
+        if (prefetch->in_row <= 0) {
+            prefetch->at += prefetch->row + prefetch->in_row - prefetch->bytes;
+            prefetch->in_row = prefetch->bytes;
+        }
+    }
+}
+
+/* How often a product of so many vectors and numbers t asks. */
+static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numbers)
+{
+    const int rows_per_step = STEPS > 1 ? 2 : VECS;
+    return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
+}
+
+/* The lines of `rows` rows, from `data` on, for who asks so many times. */
+static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows,
+                                                      int64_t times)
+{
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    return (struct prefetch){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
+}
+
+/* Asks for rows [begin, end) of a matrix with a row for each query to come into the second cache. */
+static ALWAYS_INLINE void prefetch_queries(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
+                                           int64_t bytes)
+{
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t b = 0; b < bytes; b += 64)
+            __builtin_prefetch(fa_row(head, matrix, i) + b, 0, 2);
+}
+
+/* The most rows of a tile that see any of so many keys that lie together. */
+static ALWAYS_INLINE int64_t rows_seeing(const fa_problem *problem, const fa_head *head, int64_t keys, int64_t rows)
+{
+    if (problem->left >= rows || problem->right >= rows - problem->left)
+        return rows;
+    const int64_t most = (keys + problem->left + problem->right) * head->heads;
+    return most < rows ? most : rows;
+}
+
+/* The next rows of a matrix, to ask memory for while groups take turns with a block. */
+struct next_rows {
+    const char *data;
+    ptrdiff_t row;
+    int64_t bytes, rows, rows_per_step; /* of_turn: rows */
+    struct prefetch prefetch;           /* used if those are many: a CPU that is asked for much at once waits */
+};
+
+/* times: how often a group's product asks; 0: never. */
+static ALWAYS_INLINE struct next_rows find_next_rows(const fa_view *matrix, int64_t from, int64_t end, int64_t numbers,
+                                                     int64_t turns, int64_t times)
+{
+    const int64_t rows = end - from < FA_BLOCK ? end - from : FA_BLOCK, rows_per_step = (FA_BLOCK + turns - 1) / turns;
+    struct next_rows next = {
+        matrix->data + from * matrix->row, matrix->row, bytes_of(matrix, numbers), rows, rows_per_step, {0}};
+    if (rows > 0 && rows_per_step * next.bytes > PREFETCH_AT_ONCE)
+        next.prefetch = prefetch_of_rows(next.data, next.row, next.bytes, rows, turns * times);
+    return next;
+}
+
+/* Asks for the rows of a turn, or returns what its product asks for. */
+static ALWAYS_INLINE struct prefetch *prefetch_step(struct next_rows *next, int64_t turn)
+{
+    if (next->prefetch.pace)
+        return &next->prefetch;
+    const int64_t from = turn * next->rows_per_step, to = from + next->rows_per_step;
+    for (int64_t j = from; j < to && j < next->rows; j++)
+        for (int64_t b = 0; b < next->bytes; b += 64)
+            __builtin_prefetch(next->data + j * next->row + b, 0, 2);
+    return NULL;
+}

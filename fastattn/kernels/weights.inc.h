@@ -1,0 +1,83 @@
+/* The weights that a call wants back: while keys are visited their scores, in close_tile the weights themselves. */
+
+/* The keys [*first, *last) that have a place in row i of the requested weights. */
+static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
+                                        int64_t *last)
+{
+    *first = 0, *last = head->keys;
+    if (problem->band) {
+        *first = head->offset + fa_query_of(head, i) - problem->left;
+        *last = *first + problem->left + problem->right + 1;
+    }
+}
+
+/* Where the weight of key j lies, which has a place. */
+static ALWAYS_INLINE real *weight(const fa_problem *problem, const fa_head *head, int64_t i, int64_t j)
+{
+    int64_t first, last;
+    weights_range(problem, head, i, &first, &last);
+    return (real *)(fa_row(head, &head->weights, i) + (j - first) * (int64_t)sizeof(real));
+}
+
+/* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
+static ALWAYS_INLINE real *weights_block(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
+                                         int *begin, int *end)
+{
+    rows_range(problem, head, i, 1, block, begin, end);
+    if (*begin >= *end)
+        return NULL;
+    return weight(problem, head, i, block + *begin);
+}
+
+/* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
+static void hide_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block)
+{
+    for (int r = 0; r < rows; r++) {
+        int begin, end;
+        real *w = weights_block(problem, head, i + r, block, &begin, &end);
+        for (int j = begin; j < end; j++)
+            w[j - begin] = -(real)INFINITY;
+    }
+}
+
+/* Scores, or weights that are not divided yet, of a group into the requested weights, for close_tile to finish. */
+static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                         const real *s)
+{
+    for (int r = 0; r < rows; r++) {
+        int begin, end;
+        real *w = weights_block(problem, head, i + r, block, &begin, &end);
+        for (int j = begin; j < end; j++)
+            w[j - begin] = s[r * FA_BLOCK + j];
+    }
+}
+
+/* The requested weights of row i: visit_block left its scores there; now the row's maximum and sum are known. */
+static void finish_weights(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
+                           const int natural_log)
+{
+    int64_t first, last, begin, end;
+    weights_range(problem, head, i, &first, &last);
+    real *w = weight(problem, head, i, first); /* keys count from `first` on here */
+    fa_visible_keys(problem, head, i, 1, &begin, &end);
+    if (begin >= end)
+        begin = end = first;
+    begin -= first, end -= first, last -= first;
+    const real most = maximum == -(real)INFINITY ? 0 : maximum;
+    memset(w, 0, (size_t)begin * sizeof(real));
+    memset(w + end, 0, (size_t)(last - end) * sizeof(real));
+    for (int64_t j = begin; j < end; j += LANES) {
+        real some[LANES];
+        const int n = end - j < LANES ? (int)(end - j) : LANES;
+        memset(some, 0, sizeof some);
+        memcpy(some, w + j, (size_t)n * sizeof(real));
+        vec x = v_load(some);
+        ivec gone = x == v_fill(-(real)INFINITY);
+        if (problem->activation == FA_SOFTMAX) {
+            x -= most;
+            x = v_exp2(natural_log ? x * (real)1.44269504088896340736 : x);
+        }
+        v_store(some, v_pick(gone, (vec){0}, x * scale));
+        memcpy(w + j, some, (size_t)n * sizeof(real));
+    }
+}
