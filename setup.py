@@ -136,9 +136,12 @@ setup(
         [
             # The kernels are linked into one module, from which the drivers get their table of functions.
             extension("_runtime", sorted(glob(f"{KERNELS}/*.c"))),
-            extension("_arguments"),
+            extension("_checks"),
+            extension("_call"),
+            extension("_scores"),
             extension("_attention"),
             extension("_softmax"),
+            extension("_merge"),
             extension("_positions"),
             # Plain Python, compiled because a small call spends a fifth of its time on the defaults of its arguments.
             extension("attention", suffix="py"),

@@ -7,8 +7,9 @@ The layers, from the top; each imports only what stands below it:
     streaming, cache                attention over a stream; keys and values for decoding
     attention, softmax, positions, config     the public functions; a docstring is the specification
     _frequencies                    what a model's configuration says of rotary encoding
-    _arguments                      every check of every argument, once -> one plain description of the problem
-    _attention, _softmax, _positions   the drivers: tiles and rows, threads, scratch memory
+    _attention, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
+    _scores, _call                  a call of attention, checked -> one plain description for its driver
+    _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the kernels in force, number of threads, Ctrl-C, fork
     kernels/*.c, *.h                the mathematics, once; an instruction set and a dtype enter as definitions
 

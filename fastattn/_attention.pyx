@@ -9,11 +9,17 @@ import numpy as np
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport INT64_MAX, int64_t
 
-from fastattn._arguments cimport (Problem, checked_sides, read_additive, read_bilinear, read_dot_product,
-                                  read_varlen)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_FEW, FA_SPAN, Team, Watch, allowed_threads, fa_head,
+from fastattn._call cimport (BIAS, KEY_LENGTHS, KEYS_BEFORE, LSE, MASK, OFFSETS, OUT, QUERY, QUERY_LENGTHS,
+                             RELATIVE_BIAS, SINKS, SLOPES, WEIGHTS, Problem, checked_sides, read_dot_product,
+                             read_varlen)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_SPAN, Team, Watch, allowed_threads, fa_head,
                                 fa_kernels, fa_visible_keys, fetching_helps, gathered, give_workspace, interrupted,
                                 join_team, kernels_for, raise_pending, take_workspace)
+from fastattn._scores cimport read_additive, read_bilinear
+
+cdef enum:
+    FEW_QUERIES = 8     # at most so many in a head: keys are read in place; packing them would cost more
+    MANY_QUERIES = 128  # from here on each head of a group packs its keys for itself: that costs little then
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -39,6 +45,46 @@ cdef enum:
 
 # ... and those of the largest tile, so that a thread is not long alone with the last one.
 cdef double MOST_WORK = 8e9
+
+
+cdef inline Py_ssize_t last_stride(Problem p, int operand) noexcept:
+    """Along the last batch axis."""
+    return p.layouts[operand].batch[p.axes - 1] if p.layouts[operand].data != NULL else 0
+
+
+cdef void choose_loops(Problem p, bint decode) noexcept:
+    """Whether keys are read in place, as in decoding; and, unless queries are many, the heads of a group become rows of
+    one head, so that keys and values are read, or packed, once for all of them: where neither lengths nor offsets
+    differ within the group."""
+    cdef Py_ssize_t group = p.group
+    p.shared.few = decode and p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
+    if (group == 1 or p.longest_query >= MANY_QUERIES or p.packed or last_stride(p, KEY_LENGTHS) or
+            last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS) or last_stride(p, KEYS_BEFORE)):
+        return
+    p.sizes.query.head = last_stride(p, QUERY)
+    p.sizes.mask.head = last_stride(p, MASK)
+    p.sizes.bias.head = last_stride(p, BIAS)
+    p.sizes.relative_bias.head = last_stride(p, RELATIVE_BIAS)
+    p.sizes.out.head = last_stride(p, OUT)
+    p.sizes.weights.head = last_stride(p, WEIGHTS)
+    p.sizes.lse.head = last_stride(p, LSE)
+    p.sizes.slope.head = last_stride(p, SLOPES)
+    p.sizes.sink.head = last_stride(p, SINKS)
+    p.sizes.heads = group
+    p.sizes.queries *= group
+    p.longest_query *= group
+    p.heads //= group
+    p.axes -= 1
+
+
+cdef bint tiles_differ(Problem p) noexcept:
+    """Whether tiles may differ in cost."""
+    cdef int n, operand
+    for n in range(p.operand_count):
+        operand = p.operands[n]
+        if operand == MASK or KEY_LENGTHS <= operand <= KEYS_BEFORE:
+            return True
+    return p.packed or p.shared.left < INT64_MAX or p.shared.right < INT64_MAX or p.shared.chunk != 0
 
 
 cdef double keys_of_row(Problem p) noexcept:
@@ -138,7 +184,7 @@ cdef object tiles_in_order(Problem p, int64_t rows):
                 cost_of[n] = -<double> (end - begin + 1) * min(rows, h.queries - row)
                 n += 1
                 row += rows
-    return table[np.argsort(cost, kind="stable")] if p.uneven else table
+    return table[np.argsort(cost, kind="stable")] if tiles_differ(p) else table
 
 
 cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
@@ -225,8 +271,10 @@ cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int thre
                            workspaces + threadid() * workspace_size, found + first[t] * span_size, span_size)
 
 
-cdef object attend(Problem p):
-    """Carries the problem out."""
+cdef object attend(Problem p, bint decode=True):
+    """Carries the problem out. decode=False: a few queries take the same loops as many, so that their bits are the
+    same."""
+    choose_loops(p, decode)
     cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
     cdef int64_t rows = rows_of_tiles(p, 1)
     cdef size_t size, span_size = 0
@@ -282,15 +330,13 @@ def dot_product_attention(
     bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
     num_threads, few_in_place=True, keys_before=None,
 ):
-    """few_in_place=False: a few queries take the same loops as many, so that their bits are the same. keys_before: how
-    many keys were before the first one and are gone, an integer of at least 0 or an array as for lengths: chunks count
-    from the first that ever was."""
+    """few_in_place: as `attend` has it. keys_before: how many keys were before the first one and are gone, an integer
+    of at least 0 or an array as for lengths: chunks count from the first that ever was."""
     cdef Problem p = read_dot_product(
         query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
         mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
         return_lse, out, num_threads, False, keys_before)
-    p.shared.few = p.shared.few and few_in_place
-    return attend(p)
+    return attend(p, few_in_place)
 
 
 def truncated_attention(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arguments import integer, real
+from fastattn._checks import integer, real
 
 if TYPE_CHECKING:
     from collections.abc import Callable

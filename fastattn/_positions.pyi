@@ -1,4 +1,7 @@
-# What the public module calls: arguments by position, unchecked as they came.
+# What Python modules call. apply_rotary: arguments by position, unchecked as they came.
 from typing import Any
 
+from numpy.typing import NDArray
+
 def apply_rotary(*arguments: Any) -> Any: ...
+def checked_frequencies(x: Any, name: str, pairs: int) -> NDArray[Any]: ...

@@ -1,4 +1,4 @@
-"""The driver of apply_rotary: runs of rows over threads, and the tables of cosines and sines.
+"""The driver of apply_rotary: the rotation, checked, its rows over threads, and the tables of cosines and sines.
 
 The same table is wanted again at once: for the key after the query, and for the next layer. So the last few are kept
 (KEPT_TABLES, and KEPT_BYTES in all; the oldest goes first). What a row of a table holds depends on its position, the
@@ -10,15 +10,27 @@ holds each position from the least to the greatest once, and a later call with a
 there; where they are scattered it holds a row for each row of x, once for all heads that share it. A table that would
 be longer than what is kept is not made: each run of rows makes its own part of it, again once for those heads.
 """
+import numpy as np
+
+cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport pow
-from libc.stdint cimport int64_t, uintptr_t
+from libc.math cimport fabs, pow
+from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
 from libc.string cimport memcmp, memcpy
 
-from fastattn._arguments cimport ROW_OUT, ROW_X, Axes, Rotation, read_rotation
-from fastattn._runtime cimport (FA_F32, FA_F64, Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered,
+from fastattn._checks cimport (as_array, checked_out, checked_threads, flag, floating, integer, integer_array,
+                               integers, real, refuse_overlap, shape_of, storage_of, too_few_axes)
+from fastattn._rows cimport MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size
+from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered,
                                 give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
+
+cnp.import_array()
+
+# float64 tells all whole numbers up to here apart: where a position is multiplied, and not compared.
+cdef int64_t FARTHEST = <int64_t> 1 << 53
+
+cdef double GREATEST_FREQUENCY = 1e290  # times the farthest position it is finite
 
 cdef enum:
     SMALL = 1 << 16        # numbers below which threads cost more than they bring
@@ -29,6 +41,236 @@ cdef enum:
     MANY_RUNS = 8          # of rows: tasks enough
     KEPT_TABLES = 4
     KEPT_BYTES = 16 << 20
+
+
+# Rows of pairs that turn by their position. The batch axes are split into those along which positions differ and the
+# others, neighbours joined; strides in a mask's place are 0.
+cdef class Rotation:
+    cdef Axes cells, members                        # along `cells` positions differ, along `members` they do not
+    cdef Py_ssize_t cell_count, member_count
+    cdef Py_ssize_t length, channels, pairs
+    cdef Py_ssize_t row[<int> ROW_OPERANDS]         # byte strides of the last two axes
+    cdef Py_ssize_t col[<int> ROW_OPERANDS]
+    cdef char *data[<int> ROW_OPERANDS]
+    cdef int64_t least, greatest                    # of all positions
+    cdef int64_t *positions                         # of all rows of all cells; NULL: least, least + 1, ... of one cell
+    cdef double base                                # 0 with frequencies
+    cdef const double *frequencies                  # one a pair, or NULL
+    cdef double factor                              # of the turned numbers
+    cdef bint interleaved
+    cdef fa_dtype dtype
+    cdef object num_threads
+    cdef list kept
+    cdef readonly object answer
+
+
+cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t out_stride) noexcept:
+    axes.shape[axes.count] = size
+    axes.strides[<int> ROW_X][axes.count] = x_stride
+    axes.strides[<int> ROW_OUT][axes.count] = out_stride
+    axes.strides[<int> ROW_MASK][axes.count] = 0
+    axes.count += 1
+
+
+cdef void note_position(Rotation p, Py_ssize_t number, int64_t position) noexcept:
+    p.positions[number] = position
+    p.least, p.greatest = min(p.least, position), max(p.greatest, position)
+
+
+cdef cnp.ndarray new_positions(Rotation p):
+    """Memory for the positions of all rows of all cells."""
+    cdef cnp.npy_intp count = p.cell_count * p.length
+    cdef cnp.ndarray a = cnp.PyArray_EMPTY(1, &count, cnp.NPY_INT64, 0)
+    p.positions = <int64_t *> cnp.PyArray_DATA(a)
+    p.least, p.greatest = INT64_MAX, -INT64_MAX
+    return a
+
+
+cdef cnp.ndarray checked_positions(object x, cnp.ndarray of):
+    """An int64 array that broadcasts to the rows of an array."""
+    cdef cnp.ndarray a = as_array(x, "positions")
+    cdef int axes = cnp.PyArray_NDIM(a), skipped = cnp.PyArray_NDIM(of) - 1 - axes, i
+    cdef bint fits = skipped >= 0
+    for i in range(axes):
+        if fits and cnp.PyArray_DIM(a, i) not in (1, cnp.PyArray_DIM(of, i + skipped)):
+            fits = False
+    if fits and cnp.PyArray_TYPE(a) == cnp.NPY_INT64 and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    rows = shape_of(of)[:cnp.PyArray_NDIM(of) - 1]
+    shape = shape_of(a)
+    allowed = f"integers that broadcast to {rows}, the shape of x without its last axis"
+    a = integer_array(x, "positions", allowed)
+    if not fits:
+        text = f"positions has shape {shape}; it must be {allowed}"
+        if len(rows) == 3 and shape == (rows[0], rows[2]):
+            text += "; those of each sequence, for all its heads, are positions[:, None]"
+        raise ValueError(text)
+    if a.dtype.kind == "u" and cnp.PyArray_ITEMSIZE(a) == 8 and cnp.PyArray_SIZE(a) and a.max() > FARTHEST:
+        raise far_position(a.max())
+    return a.astype(np.int64)
+
+
+cdef object far_position(object position):
+    return ValueError(f"positions must lie between {-FARTHEST} and {FARTHEST}, not {position}")
+
+
+cdef list read_positions(Rotation p, cnp.ndarray a, int ndim):
+    """Copies what each row's position is, in the order of the cells; a: positions, of an x with ndim axes. Returns the
+    memory."""
+    cdef Py_ssize_t shape[MOST_AXES]
+    cdef Py_ssize_t strides[MOST_AXES]
+    cdef Py_ssize_t index[MOST_AXES]
+    cdef int axes = 0, axis, skipped = ndim - 1 - cnp.PyArray_NDIM(a), i
+    cdef Py_ssize_t cell, row, step
+    cdef const char *at = <const char *> cnp.PyArray_DATA(a)
+    cdef int64_t position
+    cdef cnp.ndarray memory = new_positions(p)
+    cdef bint in_order = p.cell_count == 1
+    for i in range(cnp.PyArray_NDIM(a) - 1):
+        if varies(a, i):
+            shape[axes], strides[axes], index[axes] = cnp.PyArray_DIM(a, i), cnp.PyArray_STRIDE(a, i), 0
+            axes += 1
+    step = 0
+    if skipped < ndim - 1 and varies(a, cnp.PyArray_NDIM(a) - 1):
+        step = cnp.PyArray_STRIDE(a, cnp.PyArray_NDIM(a) - 1)
+    for cell in range(p.cell_count if p.length else 0):
+        for row in range(p.length):
+            memcpy(&position, at + row * step, 8)
+            if not -FARTHEST <= position <= FARTHEST:
+                raise far_position(position)
+            note_position(p, cell * p.length + row, position)
+            if position != p.positions[0] + row:
+                in_order = False
+        for axis in range(axes - 1, -1, -1):
+            index[axis] += 1
+            at += strides[axis]
+            if index[axis] < shape[axis]:
+                break
+            at -= index[axis] * strides[axis]
+            index[axis] = 0
+    if in_order:
+        p.positions = NULL
+    return [memory]
+
+
+cdef bint varies(cnp.ndarray a, int axis):
+    """Whether the numbers may differ along an axis."""
+    return cnp.PyArray_DIM(a, axis) > 1 and cnp.PyArray_STRIDE(a, axis) != 0
+
+
+cpdef cnp.ndarray checked_frequencies(object x, str name, Py_ssize_t pairs):
+    """A float64 array of angles a position, one a pair of channels; perhaps x itself."""
+    cdef cnp.ndarray a = floating(x, name)
+    cdef Py_ssize_t i
+    cdef double angle
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != pairs:
+        raise ValueError(f"{name} has shape {shape_of(a)}; it must be ({pairs},), one angle for each pair of the "
+                         f"{2 * pairs} channels that turn (rotary_dim, by default all)")
+    if cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISCARRAY_RO(a):
+        with np.errstate(all="ignore"):
+            a = a.astype(np.float64, order="C")
+    for i in range(pairs):
+        angle = (<double *> cnp.PyArray_DATA(a))[i]
+        if not fabs(angle) <= GREATEST_FREQUENCY:
+            raise ValueError(f"{name} must hold finite numbers, at most {GREATEST_FREQUENCY:g} in size; number {i} is "
+                             f"{angle}")
+    return a
+
+
+cdef Rotation read_rotation(object x, object offset, object positions, object base, object frequencies,
+                            object attention_factor, object interleaved, object rotary_dim, object out,
+                            object num_threads):
+    cdef Rotation p = Rotation.__new__(Rotation)
+    cdef cnp.ndarray a = floating(x, "x"), o, offsets = None, places = None, own = None
+    cdef int ndim = cnp.PyArray_NDIM(a), i, axis
+    cdef Py_ssize_t n, row
+    cdef bint cell
+    if ndim < 2:
+        raise too_few_axes("x", a, "(..., L, D)")
+    p.dtype = storage_of(a, "x")
+    p.length = cnp.PyArray_DIM(a, ndim - 2)
+    p.channels = cnp.PyArray_DIM(a, ndim - 1)
+    if rotary_dim is None:
+        if p.channels % 2:
+            raise ValueError(f"x has an odd number of channels (its last axis), {p.channels}: rotary_dim, even, says "
+                             f"how many of them turn")
+        p.pairs = p.channels // 2
+    else:
+        dim = integer(rotary_dim, "rotary_dim", "an even integer or None")
+        if not 0 <= dim <= p.channels or dim % 2:
+            raise ValueError(f"rotary_dim must be even and lie between 0 and {p.channels}, the number of x's channels "
+                             f"(its last axis), not {dim}")
+        p.pairs = dim // 2
+    p.base = 10000.0
+    if not (type(base) is float and <double> base == 10000.0):
+        p.base = real(base, "base", "a positive finite number", True)
+    p.frequencies = NULL
+    if frequencies is not None:
+        if p.base != 10000.0:
+            raise ValueError(f"base={base} and frequencies do not go together: frequencies are instead of those that "
+                             f"follow from a base")
+        own = checked_frequencies(frequencies, "frequencies", p.pairs)
+        p.frequencies = <const double *> cnp.PyArray_DATA(own)
+        p.base = 0
+    p.factor = 1
+    if not (type(attention_factor) is float and <double> attention_factor == 1):
+        p.factor = real(attention_factor, "attention_factor", "a positive finite number", True)
+    p.interleaved = flag(interleaved, "interleaved")
+    p.num_threads = checked_threads(num_threads)
+    p.positions = NULL
+    if type(offset) is int and -FARTHEST <= offset <= FARTHEST:
+        p.least = offset
+    else:
+        offsets = integers(offset, "offset", shape_of(a)[:ndim - 2], -FARTHEST, FARTHEST, &p.least)
+    if positions is not None:
+        if offsets is not None or p.least != 0:
+            raise ValueError("offset and positions do not go together: positions say where each row is, offset where "
+                             "the first of rows is that follow each other")
+        places = checked_positions(positions, a)
+
+    if out is None and p.dtype != FA_BF16 and <double> cnp.PyArray_SIZE(a) < 1e15:
+        o = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(a), cnp.PyArray_TYPE(a), 0)
+    else:
+        o = checked_out(out, shape_of(a), a.dtype, [a], ("x",), True)
+        refuse_overlap(out, (x if a.dtype != getattr(x, "dtype", None) else None, offset, positions, frequencies),
+                       ("x", "offset", "positions", "frequencies"))
+    p.answer = o
+    p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
+    p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
+    # A stride along an axis of one element means nothing.
+    p.row[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 2) if p.length > 1 else 0
+    p.row[<int> ROW_OUT] = cnp.PyArray_STRIDE(o, ndim - 2) if p.length > 1 else 0
+    p.col[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 1) if p.channels > 1 else cnp.PyArray_ITEMSIZE(a)
+    p.col[<int> ROW_OUT] = cnp.PyArray_STRIDE(o, ndim - 1) if p.channels > 1 else cnp.PyArray_ITEMSIZE(o)
+    p.cells.count = p.members.count = 0
+    p.cell_count = p.member_count = 1
+    for i in range(ndim - 2):
+        n = cnp.PyArray_DIM(a, i)
+        cell = offsets is not None and cnp.PyArray_DIM(offsets, i) > 1
+        if places is not None:
+            axis = i - (ndim - 1 - cnp.PyArray_NDIM(places))
+            cell = axis >= 0 and varies(places, axis)
+        if cell:
+            add_axis(&p.cells, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
+            p.cell_count *= n
+        else:
+            add_axis(&p.members, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
+            p.member_count *= n
+    join_axes(&p.cells)
+    join_axes(&p.members)
+    p.kept = [a, o, own]
+    if places is not None:
+        p.kept += read_positions(p, places, ndim)
+    elif offsets is not None and p.cell_count > 1:
+        p.kept.append(new_positions(p))
+        for n in range(p.cell_count):
+            for row in range(p.length):
+                note_position(p, n * p.length + row, (<int64_t *> cnp.PyArray_DATA(offsets))[n] + row)
+    else:
+        if offsets is not None and cnp.PyArray_SIZE(offsets):
+            p.least = (<int64_t *> cnp.PyArray_DATA(offsets))[0]
+        p.greatest = p.least + max(p.length, 1) - 1
+    return p
 
 
 cdef class Table:
@@ -56,14 +298,14 @@ cdef bint same_speeds(Table table, Rotation p) noexcept:
     return p.frequencies == NULL or memcmp(table.speed, p.frequencies, p.pairs * 8) == 0
 
 
-cdef Table new_table(Rotation p, fa_dtype real, Py_ssize_t rows, bint dense):
+cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint dense):
     """For a call, with its speeds; the turns are still to be made. dense: of rows that follow each other."""
     cdef Table table = Table.__new__(Table), other
     cdef Py_ssize_t i
     # Cache lines apart from each other, and turns at the start of one.
     cdef Py_ssize_t positions_size = 0 if dense else (rows * 8 + 63) // 64 * 64
     cdef Py_ssize_t speed_size = (p.pairs * 8 + 63) // 64 * 64
-    cdef Py_ssize_t turns_size = rows * p.pairs * (16 if real == FA_F64 else 8)
+    cdef Py_ssize_t turns_size = rows * p.pairs * (2 * real_size(accumulated))
     table.size = positions_size + speed_size + turns_size
     table.memory = PyMem_RawMalloc(table.size + 64)
     if table.memory == NULL:
@@ -75,7 +317,7 @@ cdef Table new_table(Rotation p, fa_dtype real, Py_ssize_t rows, bint dense):
         table.positions = <int64_t *> (table.turns + turns_size)
         memcpy(table.positions, p.positions, rows * 8)
     table.base, table.factor, table.pairs, table.rows, table.first = p.base, p.factor, p.pairs, rows, p.least
-    table.real = real
+    table.real = accumulated
     if p.frequencies != NULL:
         memcpy(table.speed, p.frequencies, p.pairs * 8)
         return table
@@ -89,7 +331,7 @@ cdef Table new_table(Rotation p, fa_dtype real, Py_ssize_t rows, bint dense):
 
 
 cdef void make_row(Table table, const fa_kernels *kernels, Py_ssize_t row) noexcept nogil:
-    kernels.turns(table.turns + row * 2 * table.pairs * (8 if table.real == FA_F64 else 4), table.speed, table.pairs,
+    kernels.turns(table.turns + row * 2 * table.pairs * (real_size(table.real)), table.speed, table.pairs,
                   table.first + row if table.positions == NULL else table.positions[row], table.factor)
 
 
@@ -110,7 +352,7 @@ cdef bint has_rows(Table table, Rotation p) noexcept:
             and memcmp(table.positions, p.positions, table.rows * 8) == 0)
 
 
-cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype real):
+cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulated):
     """A table for a call; without rows where they are too many to be held."""
     cdef Table table
     cdef Py_ssize_t total, i, rows = p.cell_count * p.length
@@ -118,7 +360,7 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype real):
     cdef bint dense
     for i in range(len(kept)):
         table = kept[i]
-        if same_speeds(table, p) and table.factor == p.factor and table.real == real and has_rows(table, p):
+        if same_speeds(table, p) and table.factor == p.factor and table.real == accumulated and has_rows(table, p):
             if i:
                 kept.insert(0, kept.pop(i))
             return table
@@ -126,8 +368,8 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype real):
     if dense:
         rows = p.greatest - p.least + 1
     if 16.0 * rows * p.pairs + 8.0 * (rows + p.pairs) > KEPT_BYTES:
-        return new_table(p, real, 0, True)
-    table = new_table(p, real, rows, dense)
+        return new_table(p, accumulated, 0, True)
+    table = new_table(p, accumulated, rows, dense)
     if rows * p.pairs < SMALL_TABLE:
         for i in range(rows):
             make_row(table, kernels, i)
@@ -157,7 +399,7 @@ cdef struct Cut:
 
 cdef Cut cut_of(Rotation p, Table table) noexcept:
     cdef Cut cut
-    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4
+    cdef Py_ssize_t size = real_size(p.dtype)
     cut.real = size
     cut.in_place = (p.dtype == FA_F64 or p.dtype == FA_F32) and p.col[<int> ROW_X] == size == p.col[<int> ROW_OUT]
     cut.rows = min(p.length, max(1, TABLE_CHUNK // max(p.pairs, 1)))

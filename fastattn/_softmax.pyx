@@ -1,19 +1,23 @@
-"""The driver of softmax, log_softmax and logsumexp: rows over threads. And of merge_attention, a softmax over parts.
+"""The driver of softmax, log_softmax and logsumexp: its rows, checked, over threads.
 
 Rows that lie contiguously in memory are read and written in place. Where a row's numbers are apart but its neighbours'
 lie side by side, many rows are taken at once, so that whole lines of the cache are used; what is left passes through a
 row of scratch. The bits of a row are the same each way.
 """
+import numpy as np
+
 cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport INFINITY
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 
-from fastattn._arguments cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Parts, Rows, read_parts,
-                                  read_rows)
+from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer, shape_of,
+                               storage_of)
+from fastattn._rows cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size, size_of)
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Team, Watch,
                                 allowed_threads, fa_axes, fa_columns, fa_dtype, fa_kernels, fa_row_function, gathered,
                                 give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
+
+cnp.import_array()
 
 cdef enum:
     SMALL = 1 << 14        # numbers below which threads cost more than they bring
@@ -22,8 +26,90 @@ cdef enum:
     LEAST_COLUMNS = 4      # rows side by side that are worth taking at once
 
 
-cdef Py_ssize_t size_of(fa_dtype dtype) noexcept nogil:
-    return 8 if dtype == FA_F64 else 4 if dtype == FA_F32 else 2
+# Rows of one or more axes: the axes of x split into those of a row and the others, neighbours that can be walked as one
+# joined.
+cdef class Rows:
+    cdef Axes row, batch
+    cdef Py_ssize_t length, rows            # numbers in a row; rows
+    cdef char *data[<int> ROW_OPERANDS]     # the mask may be NULL
+    cdef fa_dtype dtype, out_dtype
+    cdef bint aligned                       # x and out: each number at a multiple of its size
+    cdef object num_threads
+    cdef list kept
+    cdef readonly object answer
+
+
+cdef tuple checked_axes(object axis, int ndim):
+    """The axes of a row, in ascending order."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = []
+    for one in axis if isinstance(axis, (tuple, list)) else (axis,):
+        n = integer(one, "axis", "an integer, a tuple of integers, or None for all axes")
+        if ndim == 0 and n in (0, -1):
+            continue  # as in NumPy's reductions
+        if not -ndim <= n < ndim:
+            raise np.exceptions.AxisError(f"axis {n} is out of bounds for x, which has {ndim} axes")
+        axes.append(n % ndim)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis must not name an axis twice: {axis}")
+    return tuple(sorted(axes))
+
+
+cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims):
+    """reduces: the result has one number a row, in the accumulation dtype (logsumexp)."""
+    cdef Rows p = Rows.__new__(Rows)
+    cdef cnp.ndarray a = floating(x, "x"), m = None, o
+    cdef int ndim = cnp.PyArray_NDIM(a), i, k
+    cdef tuple axes = checked_axes(axis, ndim)
+    cdef Axes *to
+    cdef bint keep = flag(keepdims, "keepdims")
+    p.num_threads = checked_threads(num_threads)
+    p.dtype = p.out_dtype = storage_of(a, "x")
+    shape = shape_of(a)
+    dtype = a.dtype
+    if reduces:
+        dtype = accumulation(p.dtype)
+        p.out_dtype = FA_F64 if p.dtype == FA_F64 else FA_F32
+        shape = tuple([1 if i in axes else n for i, n in enumerate(shape) if keep or i not in axes])
+    inputs, names = [a], ("x",)
+    p.data[<int> ROW_MASK] = NULL
+    if mask is not None:
+        m = as_array(mask, "mask")
+        if cnp.PyArray_TYPE(m) != cnp.NPY_BOOL:
+            raise TypeError(f"mask must be boolean, True where an entry counts, not of dtype {m.dtype}")
+        try:
+            m = np.broadcast_to(m, shape_of(a))
+        except ValueError:
+            raise ValueError(f"mask has shape {shape_of(m)}, which does not broadcast to x's, {shape_of(a)}") from None
+        inputs, names = [a, m], ("x", "mask")
+        p.data[<int> ROW_MASK] = <char *> cnp.PyArray_DATA(m)
+    p.answer = o = checked_out(out, shape, dtype, inputs, names, not reduces)
+    if reduces and not keep:
+        o = np.expand_dims(o, axes)
+    p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
+    p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
+    p.aligned = cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISALIGNED(o)
+    p.kept = [a, m, o]
+    p.row.count = p.batch.count = 0
+    p.length = p.rows = 1
+    for i in range(ndim):
+        to = &p.row if i in axes else &p.batch
+        if i in axes:
+            p.length *= cnp.PyArray_DIM(a, i)
+        else:
+            p.rows *= cnp.PyArray_DIM(a, i)
+        k = to.count
+        to.shape[k] = cnp.PyArray_DIM(a, i)
+        to.strides[<int> ROW_X][k] = cnp.PyArray_STRIDE(a, i)
+        to.strides[<int> ROW_OUT][k] = cnp.PyArray_STRIDE(o, i)
+        to.strides[<int> ROW_MASK][k] = 0 if mask is None else cnp.PyArray_STRIDE(m, i)
+        if reduces and i in axes:
+            to.strides[<int> ROW_OUT][k] = 0
+        to.count += 1
+    join_axes(&p.row)
+    join_axes(&p.batch)
+    return p
 
 
 cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, char *scratch, fa_dtype dtype,
@@ -58,7 +144,7 @@ cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, c
 cdef bint in_place(Rows p, int which, fa_row_function function) noexcept nogil:
     """Whether the kernels can read or write the rows of an operand where they are."""
     cdef int last = p.row.count - 1
-    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4
+    cdef Py_ssize_t size = real_size(p.dtype)
     if which == ROW_MASK:
         return p.data[which] == NULL or last < 0 or last == 0 and p.row.strides[which][0] == 1
     if last > 0 or not p.aligned or (p.dtype != FA_F64 and p.dtype != FA_F32):
@@ -69,7 +155,7 @@ cdef bint in_place(Rows p, int which, fa_row_function function) noexcept nogil:
 cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t begin, Py_ssize_t end,
                   char *scratch, Watch *watch, bint caller) noexcept nogil:
     """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes, where not all is in place."""
-    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, rest = begin, r = begin, looked = begin, run
+    cdef Py_ssize_t size = real_size(p.dtype), rest = begin, r = begin, looked = begin, run
     cdef fa_dtype real = FA_F64 if p.dtype == FA_F64 else FA_F32
     cdef Py_ssize_t index[MOST_AXES]
     cdef char *at[<int> ROW_OPERANDS]
@@ -283,7 +369,7 @@ cdef object run(Rows p, fa_row_function function):
         run_by_columns(p, function, axis, kernels, small, threads)
         return p.answer
     if not (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and in_place(p, ROW_MASK, function)):
-        size = ((2 * p.length + 1) * (8 if p.dtype == FA_F64 else 4) + p.length + 63) // 64 * 64
+        size = ((2 * p.length + 1) * (real_size(p.dtype)) + p.length + 63) // 64 * 64
     if p.rows and (p.length or function == FA_ROW_LOGSUMEXP):
         threads = <int> min(<Py_ssize_t> threads, (p.rows + chunk - 1) // chunk)
         scratch = <char *> take_workspace(size * threads, 24.0 * threads * (p.length + 64))
@@ -314,83 +400,3 @@ def log_softmax(x, axis, mask, out, num_threads):
 def logsumexp(x, axis, keepdims, mask, out, num_threads):
     answer = run(read_rows(x, axis, mask, out, num_threads, True, keepdims), FA_ROW_LOGSUMEXP)
     return answer[()] if out is None else answer
-
-
-cdef void empty_part(char *lse, const char *row, Py_ssize_t value_dim, bint is_double) noexcept nogil:
-    """+inf beside an output of zeros is FlashAttention's mark of a part without keys, here -inf."""
-    cdef Py_ssize_t i
-    if (<double *> lse)[0] != INFINITY if is_double else (<float *> lse)[0] != INFINITY:
-        return
-    for i in range(value_dim):
-        if (<const double *> row)[i] != 0 if is_double else (<const float *> row)[i] != 0:
-            return
-    if is_double:
-        (<double *> lse)[0] = -INFINITY
-    else:
-        (<float *> lse)[0] = -INFINITY
-
-
-cdef void merge_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, char *out, char *lse,
-                    char *scratch) noexcept nogil:
-    """scratch: parts pointers, then parts numbers, then parts rows, in the accumulation dtype."""
-    cdef Py_ssize_t size = 8 if p.dtype == FA_F64 else 4, part, index, rest
-    cdef const void **pointers = <const void **> scratch
-    cdef char *lses = scratch + p.parts * sizeof(void *)
-    cdef char *rows = lses + p.parts * size
-    cdef const char *out_part
-    cdef const char *lse_part
-    cdef int axis
-    for part in range(p.parts):
-        out_part = <const char *> <uintptr_t> p.out_at[part]
-        lse_part = <const char *> <uintptr_t> p.lse_at[part]
-        rest = row
-        for axis in range(p.shape.shape[0] - 1, -1, -1):
-            index = rest % p.shape[axis]
-            rest //= p.shape[axis]
-            out_part += index * p.out_strides[part, axis]
-            lse_part += index * p.lse_strides[part, axis]
-        kernels.gather(lses + part * size, lse_part, size, 1, <fa_dtype> p.lse_dtype[part])
-        kernels.gather(rows + part * p.value_dim * size, out_part, p.out_strides[part, p.shape.shape[0]], p.value_dim,
-                       <fa_dtype> p.out_dtype[part])
-        empty_part(lses + part * size, rows + part * p.value_dim * size, p.value_dim, size == 8)
-        pointers[part] = rows + part * p.value_dim * size
-    kernels.merge(out, lse, pointers, lses, p.parts, p.value_dim)
-
-
-cdef void merge_rows(Parts p, const fa_kernels *kernels, char *out, char *lse, char *scratch, size_t scratch_size,
-                     int threads, Watch *watch) noexcept nogil:
-    cdef Py_ssize_t row, real = 8 if p.dtype == FA_F64 else 4
-    cdef char *mine
-    cdef char *merged
-    cdef Team team = gathered(threads)
-    with nogil, parallel(num_threads=team.threads):
-        join_team(&team)
-        for row in prange(p.rows, schedule="static"):
-            if interrupted(watch, threadid() == 0):
-                continue
-            mine = scratch + threadid() * scratch_size
-            merged = mine + p.parts * (sizeof(void *) + real + p.value_dim * real)
-            merge_row(p, kernels, row, merged, lse + row * real, mine)
-            kernels.scatter(out + row * p.value_dim * size_of(p.dtype), size_of(p.dtype), merged, p.value_dim, p.dtype)
-
-
-def merge_attention(outs, lses):
-    cdef Parts p = read_parts(outs, lses)
-    cdef const fa_kernels *kernels = kernels_for(p.dtype)
-    cdef Py_ssize_t real = 8 if p.dtype == FA_F64 else 4
-    cdef double numbers = <double> p.rows * p.parts * p.value_dim
-    cdef int threads = 1 if numbers < SMALL else allowed_threads(None)
-    cdef size_t size = (p.parts * (sizeof(void *) + real) + (p.parts + 1) * p.value_dim * real + 63) // 64 * 64
-    cdef char *out = cnp.PyArray_BYTES(p.out)
-    cdef char *lse = cnp.PyArray_BYTES(p.lse)
-    cdef char *scratch
-    cdef Watch watch = Watch(0, 0)
-    if p.rows == 0:
-        return p.out, p.lse
-    scratch = <char *> take_workspace(size * threads, 8.0 * threads * (p.parts + 2) * (p.value_dim + 2))
-    with nogil:
-        merge_rows(p, kernels, out, lse, scratch, size, threads, &watch)
-    give_workspace(scratch)
-    if watch.stop:
-        raise_pending()
-    return p.out, p.lse

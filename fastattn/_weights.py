@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arguments import integer
+from fastattn._checks import integer
 from fastattn._frequencies import kind_of, scaled_frequencies
 
 if TYPE_CHECKING:

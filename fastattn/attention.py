@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn._arguments import names_missing_arguments
 from fastattn._attention import additive_attention as _additive_attention
 from fastattn._attention import bilinear_attention as _bilinear_attention
 from fastattn._attention import dot_product_attention as _dot_product_attention
 from fastattn._attention import truncated_attention as _truncated_attention
 from fastattn._attention import varlen_attention as _varlen_attention
-from fastattn._softmax import merge_attention as _merge_attention
+from fastattn._checks import names_missing_arguments
+from fastattn._merge import merge_attention as _merge_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import converted, integer, is_masked, is_one_number
+from fastattn._checks import as_array, converted, integer, integer_array, is_one_number, memory_for
 
 if TYPE_CHECKING:
     from typing import Self
@@ -167,11 +167,9 @@ class KVCache:
         self.reset()
 
     def _make_room(self) -> None:
-        try:
+        with memory_for("a cache of shapes {} and {}", *self._shapes):
             # Zeros: what lies past the length of a sequence is in the views, too, and better nothing than anything.
             self._key, self._value = (np.zeros(shape, self._dtype) for shape in self._shapes)
-        except ValueError as error:  # sizes beyond the address space
-            raise MemoryError(f"no memory for a cache of shapes {self._shapes[0]} and {self._shapes[1]}") from error
 
     def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys and values with one batch axis. Not kept: in a copy such a view would be an array of its own."""
@@ -514,14 +512,7 @@ class KVCache:
 
     def _converted(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
         """A checked array, in the cache's dtype."""
-        if is_masked(x):
-            raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data, and lengths=")
-        try:
-            a = np.asarray(x)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise TypeError(f"{name} cannot be made into an array: {error}") from error
+        a = as_array(x, name, "pass its data, and lengths=")
         # NumPy takes complex to bfloat16 for a conversion of the same kind.
         if a.dtype.kind == "c" or not np.can_cast(a.dtype, self._dtype, "same_kind"):
             raise TypeError(
@@ -543,9 +534,8 @@ class KVCache:
         if lengths is None:
             return np.full(count, most, np.int64)
         allowed = f"an integer or an integer array of shape {batch} or {(*batch, 1)}"
-        a = self._integers(lengths, "lengths", allowed)
-        if a.dtype.kind not in "iu":
-            raise TypeError(f"lengths must be {allowed}, not of dtype {a.dtype}")
+        number = is_one_number(lengths)
+        a = integer_array(integer(lengths, "lengths", allowed) if number else lengths, "lengths", allowed)
         if a.shape not in ((), batch, (*batch, 1)):
             raise ValueError(f"lengths has shape {a.shape}; it must be {allowed}, one for each sequence")
         flat = a.ravel()
@@ -563,9 +553,7 @@ class KVCache:
         """Entries of the first batch axis, none of them negative."""
         size = self._batch[0]
         allowed = f"integers from {-size} to {size - 1}, or {size} booleans, on one axis"
-        a = self._integers(indices, "indices", allowed)
-        if a.dtype.kind not in "biu":
-            raise TypeError(f"indices must be {allowed}, not of dtype {a.dtype}")
+        a = integer_array(indices, "indices", allowed, "biu")
         if a.ndim != 1 or (a.dtype.kind == "b" and len(a) != size):
             raise ValueError(f"indices has shape {a.shape}; it must be {allowed}: batch_shape is {self._batch}")
         if a.dtype.kind == "b":
@@ -575,17 +563,6 @@ class KVCache:
             raise ValueError(f"indices must be {allowed}, not {a[wrong[0]]}: batch_shape is {self._batch}")
         a = a.astype(np.int64)
         return np.where(a < 0, a + size, a)
-
-    @staticmethod
-    def _integers(x: Any, name: str, allowed: str) -> NDArray[Any]:
-        if is_masked(x):
-            raise TypeError(f"{name} must be {allowed}, not masked")
-        try:
-            a = np.asarray(integer(x, name, allowed) if is_one_number(x) else x)
-        except ValueError as error:
-            raise TypeError(f"{name} must be {allowed}: {error}") from error
-        # An empty list says nothing of its dtype.
-        return a.astype(np.int64) if a.size == 0 and a is not x else a
 
     def _where(self, b: int) -> str:
         """Which sequence that is."""

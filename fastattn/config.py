@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy
 
 from fastattn import _runtime
-from fastattn._arguments import integer
+from fastattn._checks import integer
 
 
 def get_num_threads() -> int:

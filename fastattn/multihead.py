@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
-from fastattn._arguments import (
-    checked_frequencies,
+from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._checks import (
     checked_out,
     common_dtype,
     empty,
     floating,
     integer,
-    is_masked,
+    integer_array,
     is_one_number,
+    memory_for,
     real,
 )
-from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._positions import checked_frequencies
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
 
@@ -87,14 +88,7 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
         if most is not None and not 0 <= n <= most:
             raise ValueError(f"{name} must lie between 0 and {most}, not {n}")
         return n
-    try:
-        a = np.asarray(x)
-    except ValueError as error:
-        raise TypeError(f"{name} must be {allowed}: {error}") from error
-    if a.size == 0 and a is not x:  # an empty list says nothing of its dtype
-        a = a.astype(np.int64)
-    elif a.dtype.kind not in "iu" or not a.dtype.isnative or is_masked(x):
-        raise TypeError(f"{name} must be {allowed}, not {'masked' if a.dtype.kind in 'iu' else f'of dtype {a.dtype}'}")
+    a = integer_array(x, name, allowed)
     if a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True)):
         raise ValueError(
             f"{name} has shape {a.shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}. "
@@ -129,10 +123,8 @@ def _project(
     x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
     """x @ w + b, in one product over all tokens and one pass over its result."""
-    try:
+    with memory_for("the product of arrays of shapes {} and {}", x.shape, w.shape):
         y = np.matmul(x, w, out=out)
-    except ValueError as error:  # the shapes fit: what is left is a size beyond the address space
-        raise MemoryError(f"no memory for the product of arrays of shapes {x.shape} and {w.shape}") from error
     return y if b is None else np.add(y, b, out=y)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import integer
+from fastattn._checks import integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

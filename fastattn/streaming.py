@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import converted, integer, is_masked
 from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._checks import as_array, converted, integer
 
 if TYPE_CHECKING:
     from typing import Self
@@ -28,6 +28,7 @@ _PIECE = 2048
 _LEAST_CAPACITY = 256
 
 _NAMES = ("query", "key", "value")
+_INSTEAD = "pass its data"  # of a masked array
 
 
 class _Tape(NamedTuple):
@@ -132,20 +133,9 @@ def _side(x: Any, name: str) -> int | None:
     return None if n == -1 else n
 
 
-def _as_array(x: Any, name: str) -> NDArray[Any]:
-    if is_masked(x):
-        raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
-    try:
-        return np.asarray(x)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise TypeError(f"{name} cannot be made into an array: {error}") from error
-
-
 def _own(x: Any, name: str) -> NDArray[Any] | None:
     """A copy, so that a change between two pushes changes nothing."""
-    return None if x is None else np.array(_as_array(x, name))
+    return None if x is None else np.array(as_array(x, name, _INSTEAD))
 
 
 class StreamingAttention:
@@ -340,7 +330,7 @@ class StreamingAttention:
         state = self._state
         if state.flushed:
             raise ValueError("push after flush(), which ended the stream: reset() begins a new one")
-        arrays = _as_array(query, "query"), _as_array(key, "key"), _as_array(value, "value")
+        arrays = tuple(as_array(x, name, _INSTEAD) for x, name in zip((query, key, value), _NAMES, strict=True))
         state = self._checked(state, arrays)
         count, before = arrays[0].shape[-2], state.returned
         out = self._new_rows(state, max(self._complete(state.pushed + count) - before, 0))

@@ -1,0 +1,81 @@
+# One plain description of an attention problem, for the driver.
+from libc.stdint cimport int64_t
+
+from fastattn._runtime cimport FA_ROW_AXES, fa_head, fa_problem
+
+cdef enum:
+    MOST_AXES = FA_ROW_AXES
+
+# The arrays of a call whose address changes from head to head.
+cdef enum Operand:
+    QUERY
+    KEY
+    VALUE
+    MASK
+    BIAS
+    RELATIVE_BIAS
+    OUT
+    WEIGHTS
+    LSE
+    SLOPES
+    SINKS
+    KEY_LENGTHS
+    QUERY_LENGTHS
+    OFFSETS
+    KEYS_BEFORE
+    OPERANDS
+
+
+cdef struct Layout:
+    char *data                    # NULL: not given
+    Py_ssize_t row, col           # byte strides of the last two axes
+    Py_ssize_t batch[MOST_AXES]   # byte strides of the batch axes, 0 where the operand is broadcast
+
+
+cdef class Problem:
+    cdef fa_problem shared                # what the kernels need to know of all heads
+    cdef fa_head sizes                    # the parts of a head that do not change from head to head
+    cdef int axes                         # batch axes; with grouped heads the head axis counts as two
+    cdef Py_ssize_t shape[MOST_AXES]      # their sizes
+    cdef Py_ssize_t heads                 # their product
+    cdef Py_ssize_t group                 # query heads that share a key head
+    cdef Layout *layouts                  # [OPERANDS]; of its own, because it need not be cleared
+    cdef int operands[<int> OPERANDS]     # those that are given
+    cdef int operand_count
+    cdef int64_t longest_query, longest_key
+    cdef bint offset_is_default           # the last query lines up with the last valid key
+    # Packed sequences: where each begins in queries and keys, one number more than there are.
+    cdef bint packed
+    cdef const int64_t[::1] query_starts
+    cdef const int64_t[::1] key_starts
+    cdef Py_ssize_t sequences
+    cdef object num_threads
+    cdef object score_weights             # the array that shared.score_weights points to
+    cdef list kept                        # keeps the arrays alive that the layouts point to
+    cdef readonly object out, weights, lse
+
+    cdef object result(self)
+    cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil
+
+
+cdef Problem new_problem()
+cdef tuple checked_sides(object left, object right)
+cdef Problem read_dot_product(
+    object query, object key, object value, object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=*,
+    object keys_before=*,
+)
+cdef Problem read_varlen(
+    object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,
+    object window_size, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_lse, object out, object num_threads,
+)
+cdef Problem read_rules(
+    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
+    object keys_before=*,
+)

@@ -1,0 +1,372 @@
+# cython: wraparound=True
+"""Checks of arguments, each once: arrays and their dtypes, numbers, flags, `out`, memory, and arguments left out.
+
+Messages say which argument, what came, and what is allowed. Nothing here computes, and nothing is written to `out`. It
+is compiled because a small call's time is mostly spent here.
+"""
+import math
+import numbers
+import sys
+
+import numpy as np
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_ExceptionMatches, PyErr_Fetch, PyErr_Restore, PyErr_SetObject
+from cpython.object cimport PyObject
+from libc.math cimport isfinite
+from libc.stdint cimport int64_t
+
+from fastattn._runtime cimport FA_BF16, FA_F16, FA_F32, FA_F64, fa_dtype
+
+cnp.import_array()
+
+FAR = <int64_t> 1 << 60
+
+cdef object float16 = np.dtype(np.float16)
+cdef object float32 = np.dtype(np.float32)
+cdef object float64 = np.dtype(np.float64)
+
+
+# Arrays
+
+cdef bint is_masked(object x) except -1:
+    """Whether it is a masked array. Where nobody has loaded numpy.ma there is none, and it stays unloaded."""
+    if cnp.PyArray_CheckExact(x):
+        return False
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(x, getattr(ma, "MaskedArray", ()))
+
+
+cpdef cnp.ndarray as_array(object x, str name, str instead="pass its data, and its mask inverted as mask= where the "
+                           "function takes one (True means attend)"):
+    """An ndarray of what came; no copy where it is one already. instead: what to do with a masked array."""
+    if cnp.PyArray_CheckExact(x):
+        return x
+    if is_masked(x):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored: {instead}")
+    try:
+        return np.asarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} cannot be made into an array: {error}") from error
+
+
+cpdef cnp.ndarray converted(cnp.ndarray a, object dtype):
+    """The array in that dtype; no copy where it has it. What over- or underflows on the way is no affair of the
+    caller's np.errstate: every conversion that may do so is made here."""
+    if a.dtype is dtype or a.dtype == dtype:
+        return a
+    with np.errstate(all="ignore"):
+        return a.astype(dtype)
+
+
+cdef object bad_dtype(str name, dtype):
+    if dtype.kind in "fcbiu" and not dtype.isnative:
+        return TypeError(f"{name} has the byte order of another machine ({dtype.str}): "
+                         f"convert it with {name}.astype({name}.dtype.newbyteorder('='))")
+    return TypeError(f"{name} has dtype {dtype}: allowed are float32, float64, float16, ml_dtypes.bfloat16, "
+                     f"and integers and bools, which become float64")
+
+
+cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
+    """The storage dtype of a floating array."""
+    cdef int number = cnp.PyArray_TYPE(a)
+    if number == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F32
+    if number == cnp.NPY_FLOAT64 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F64
+    if number == cnp.NPY_FLOAT16 and cnp.PyArray_ISNOTSWAPPED(a):
+        return FA_F16
+    if a.dtype.name == "bfloat16" and a.dtype.isnative:
+        return FA_BF16
+    raise bad_dtype(name, a.dtype)
+
+
+cpdef cnp.ndarray floating(object x, str name):
+    """An array of a dtype that the kernels store; integers and bools as float64."""
+    cdef cnp.ndarray a = as_array(x, name)
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    if a.dtype.kind in "biu" and a.dtype.isnative:
+        return a.astype(np.float64)
+    storage_of(a, name)
+    return a
+
+
+cpdef object common_dtype(list arrays, tuple names):
+    """What query, key, value and weight matrices promote to."""
+    dtypes = {a.dtype for a in arrays}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if float16 in dtypes and any([d.name == "bfloat16" for d in dtypes]):
+        got = ", ".join([f"{name} {a.dtype}" for name, a in zip(names, arrays, strict=True)])
+        raise TypeError(f"float16 and bfloat16 have no common dtype ({got}): convert one of them")
+    return np.result_type(*arrays)
+
+
+cdef fa_dtype promote(list arrays, tuple names) except *:
+    """Converts the arrays, in place in the list, to their common dtype."""
+    cdef int i, number = cnp.PyArray_TYPE(arrays[0])
+    if number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64:
+        for i in range(1, len(arrays)):
+            if cnp.PyArray_TYPE(arrays[i]) != number:
+                break
+        else:
+            return storage_of(arrays[0], names[0])
+    dtype = common_dtype(arrays, names)
+    for i in range(len(arrays)):
+        arrays[i] = converted(arrays[i], dtype)
+    return storage_of(arrays[0], names[0])
+
+
+cdef object accumulation(fa_dtype dtype):
+    return float64 if dtype == FA_F64 else float32
+
+
+cdef tuple shape_of(cnp.ndarray a):
+    return (<object> a).shape
+
+
+cdef object too_few_axes(str name, cnp.ndarray a, str wanted):
+    return ValueError(f"{name} has shape {shape_of(a)}; it needs at least two axes, {wanted}")
+
+
+# Scalars
+
+cpdef double real(object x, str name, str allowed, bint positive=False) except? -1.0:
+    """A finite real number, also of a 0-d array; not of a bool. allowed: what the message says."""
+    cdef double value
+    if type(x) is not float:
+        kind = getattr(x, "dtype", None)
+        if (isinstance(x, (bool, np.bool_)) or getattr(x, "ndim", 0) or is_masked(x) or
+                not (isinstance(x, (numbers.Real, np.floating, np.integer)) or
+                     getattr(kind, "name", None) == "bfloat16" or
+                     isinstance(x, np.ndarray) and kind.kind in "fiu")):
+            raise TypeError(f"{name} must be {allowed}, not {x!r}")
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
+    if not isfinite(value) or positive and value <= 0:
+        raise ValueError(f"{name} must be {allowed}, not {x}")
+    return value
+
+
+cpdef object integer(object x, str name, str allowed, object least=None, object most=None):
+    """A Python int of an integer, also of a 0-d array; not of a bool. allowed: what the message says; least, most: the
+    bounds, where there are any."""
+    if type(x) is not int:
+        if (isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) or
+                is_masked(x)):
+            raise TypeError(f"{name} must be {allowed}, not {x!r}")
+        try:
+            x = x.__index__()
+        except TypeError:
+            raise TypeError(f"{name} must be {allowed}, not {x!r}") from None
+    if least is not None and x < least or most is not None and x > most:
+        raise ValueError(f"{name} must be {allowed}, not {x}")
+    return x
+
+
+cpdef bint is_one_number(object x) except -1:
+    """Whether x, where an integer or an array of them is allowed, is to be read as an integer."""
+    return type(x) is int or getattr(x, "ndim", 0) == 0 and (isinstance(x, np.ndarray) or not hasattr(x, "__len__"))
+
+
+cdef object checked_threads(object num_threads):
+    """None, or an int of at least 1."""
+    if num_threads is None:
+        return None
+    return min(integer(num_threads, "num_threads", "an integer of at least 1 or None", 1), 1 << 30)
+
+
+cdef bint flag(object x, str name) except -1:
+    if x is False:
+        return False
+    if x is True:
+        return True
+    if isinstance(x, np.bool_):
+        return bool(x)
+    raise TypeError(f"{name} must be True or False, not {x!r}")
+
+
+cdef int64_t clipped(object x):
+    return max(-FAR, min(FAR, x))
+
+
+cpdef cnp.ndarray integer_array(object x, str name, str allowed, str kinds="iu"):
+    """An array of integers; kinds: of dtypes that are allowed. An empty list says nothing of its dtype."""
+    cdef cnp.ndarray a
+    if is_masked(x):
+        raise TypeError(f"{name} must be {allowed}, not masked")
+    try:
+        a = as_array(x, name)
+    except TypeError as error:
+        raise TypeError(f"{name} must be {allowed}: {error}") from error
+    if cnp.PyArray_SIZE(a) == 0 and a is not x:
+        a = a.astype(np.int64)
+    if a.dtype.kind not in kinds or not a.dtype.isnative:
+        raise TypeError(f"{name} must be {allowed}, not of dtype {a.dtype}")
+    return a
+
+
+cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object most, int64_t *scalar):
+    """Lengths or offsets: None of an integer, which goes to `scalar`, or a new int64 array with exactly the batch axes.
+    """
+    cdef cnp.ndarray a
+    allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis"
+    if is_one_number(x):
+        n = integer(x, name, allowed)
+        if least is not None and not least <= n <= most:
+            raise ValueError(f"{name} must lie between {least} and {most}, not {n}")
+        scalar[0] = clipped(n)
+        return None
+    a = integer_array(x, name, allowed)
+    shape = shape_of(a)
+    if len(shape) != len(batch) or any([have != want and have != 1
+                                        for have, want in zip(shape, batch, strict=True)]):
+        text = f"{name} has shape {shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}"
+        if len(shape) < len(batch):
+            short = "lengths" if name.endswith("lengths") else name
+            index = ", ".join([":"] * len(shape) + ["None"] * (len(batch) - len(shape)))
+            text += f"; one number for each of the first axes is {short}[{index}]"
+        raise ValueError(text)
+    if least is not None and a.size:
+        low, high = a.min(), a.max()
+        if low < least or high > most:
+            raise ValueError(f"{name} must lie between {least} and {most}, not {low if low < least else high}")
+    elif a.size:
+        if a.dtype.kind == "u":
+            a = np.asarray(np.minimum(a, np.uint64(FAR)).astype(np.int64))
+        else:
+            a = np.asarray(np.clip(a.astype(np.int64), -FAR, FAR))
+    return a.astype(np.int64, order="C")
+
+
+# Memory
+
+cdef class memory_for:
+    """Makes MemoryError of the ValueError that NumPy raises for sizes beyond the address space, where the shapes are
+    known to be right. what: format of the message; details: what is filled in."""
+
+    def __init__(self, str what, *details):
+        self.what, self.details = what, details
+
+    def __enter__(self):
+        return None
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, ValueError):
+            raise MemoryError("no memory for " + self.what.format(*self.details)) from error
+
+
+cdef bint overlaps_itself(cnp.ndarray a):
+    """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
+    cdef list axes = sorted([(abs(s), n) for s, n in zip((<object> a).strides, shape_of(a), strict=True) if n > 1])
+    reach = cnp.PyArray_ITEMSIZE(a)
+    for stride, n in axes:
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+cdef bint overlap(a, b):
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
+    if out is not None:
+        for a, name in zip(inputs, names, strict=True):
+            if isinstance(a, np.ndarray) and overlap(out, a):
+                raise ValueError(f"out overlaps {name}; it needs memory of its own")
+    return 0
+
+
+cpdef object empty(tuple shape, dtype):
+    """An array that is not initialised."""
+    with memory_for("a result of shape {} and dtype {}", shape, dtype):
+        return np.empty(shape, dtype)
+
+
+cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
+    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
+    if out is None:
+        return empty(shape, dtype)
+    if not isinstance(out, np.ndarray) or is_masked(out):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out has dtype {out.dtype.str if not out.dtype.isnative else out.dtype}; it must have the "
+                        f"output's, {dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; it must be writeable")
+    if out.size == 0:
+        return out
+    if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
+        raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
+    for i in range(len(inputs)):
+        a = inputs[i]
+        if same_allowed and i == 0 and (a is out or a.ctypes.data == out.ctypes.data and a.strides == out.strides):
+            continue
+        refuse_overlap(out, (a,), (names[i],))
+    return out
+
+
+# Arguments that are not there
+
+cdef extern from *:
+    """
+    #define FA_VECTORCALL(f) (*(vectorcallfunc *)((char *)(f) + Py_TYPE(f)->tp_vectorcall_offset))
+    static vectorcallfunc fa_call_of(PyObject *f) { return FA_VECTORCALL(f); }
+    static void fa_set_call(PyObject *f, vectorcallfunc call) { FA_VECTORCALL(f) = call; }
+    """
+    ctypedef PyObject *(*vectorcallfunc)(PyObject *, PyObject *const *, size_t, PyObject *) noexcept
+    vectorcallfunc fa_call_of(object f)
+    void fa_set_call(object f, vectorcallfunc call)
+    Py_ssize_t PyVectorcall_NARGS(size_t count)
+
+cdef vectorcallfunc plain_call = NULL
+
+
+cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count, PyObject *names) noexcept:
+    """The call as it was; only where it fails, what it lacks is looked for."""
+    cdef PyObject *result = plain_call(f, arguments, count, names)
+    if result == NULL and PyErr_ExceptionMatches(TypeError):
+        name_missing(<object> f, PyVectorcall_NARGS(count), () if names == NULL else <object> names)
+    return result
+
+
+cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
+    """Sets Python's own error in place of Cython's, if arguments are missing; an unknown keyword goes first."""
+    cdef PyObject *kind
+    cdef PyObject *value
+    cdef PyObject *traceback
+    PyErr_Fetch(&kind, &value, &traceback)
+    code = f.__code__
+    needed = code.co_varnames[given:code.co_argcount - len(f.__defaults__ or ())]
+    missing = [repr(name) for name in needed if name not in names]
+    unknown = set(names).difference(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
+    text = None
+    if missing and not unknown:
+        text = f"{f.__name__}() missing {len(missing)} required positional argument{'s' * (len(missing) > 1)}: "
+        text += ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[len(missing) - 1]
+    PyErr_Restore(kind, value, traceback)
+    if text is not None:
+        PyErr_SetObject(TypeError, text)
+
+
+def names_missing_arguments(f):
+    """f, a function that Cython compiled, whose errors now say which arguments are missing, not only how many."""
+    global plain_call
+    if type(f).__name__ == "cython_function_or_method" and (plain_call == NULL or plain_call == fa_call_of(f)):
+        plain_call = fa_call_of(f)
+        fa_set_call(f, naming_call)
+    return f

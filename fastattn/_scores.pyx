@@ -1,0 +1,168 @@
+# cython: wraparound=True
+"""Scores with weights of their own, additive and bilinear: the weights checked, query and key projected.
+
+The projections are NumPy's matrix products, and their results are what the call is then about.
+"""
+import numpy as np
+
+cimport numpy as cnp
+from libc.math cimport fabs, frexp, isfinite, ldexp
+
+from fastattn._call cimport Problem, new_problem, read_rules
+from fastattn._checks cimport accumulation, converted, floating, memory_for, promote, shape_of, storage_of, too_few_axes
+from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, fa_dtype
+
+cnp.import_array()
+
+
+cdef list read_weights(tuple given, tuple names, fa_dtype *dtype):
+    """Query, key, value and weights, promoted together; a weight that is None stays None."""
+    cdef list arrays = [], present = [], present_names = []
+    cdef int i
+    cdef cnp.ndarray a
+    for i in range(len(given)):
+        if i < 3 or given[i] is not None:
+            present.append(floating(given[i], names[i]))
+            present_names.append(names[i])
+    dtype[0] = promote(present, tuple(present_names))
+    present.reverse()
+    for i in range(len(given)):
+        arrays.append(None if given[i] is None else present.pop())
+    for i in range(2):
+        a = arrays[i]
+        if cnp.PyArray_NDIM(a) < 2:
+            raise too_few_axes(names[i], a, ("(..., L, D_query)", "(..., S, D_key)")[i])
+    return arrays
+
+
+cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype dtype):
+    """A bias of a projection, in the accumulation dtype."""
+    cdef cnp.ndarray b = floating(x, name)
+    if cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != size:
+        raise ValueError(f"{name} has shape {shape_of(b)}; it must be ({size},), {why}")
+    return converted(b, accumulation(dtype))
+
+
+cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object columns, str why) except -1:
+    """Whether x @ w can be taken, and has so many columns; None: any number of them."""
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+    if (cnp.PyArray_NDIM(w) != 2 or cnp.PyArray_DIM(w, 0) != rows or
+            columns is not None and cnp.PyArray_DIM(w, 1) != columns):
+        allowed = f"({rows}, {'n' if columns is None else columns})"
+        raise ValueError(f"{name} has shape {shape_of(w)}; it must be {allowed}: {rows} is {x_name}'s last axis{why}")
+    return 0
+
+
+cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):
+    """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
+    if w is None and b is None:
+        return x
+    with memory_for("the projection of an array of shape {}", shape_of(x)), np.errstate(all="ignore"):
+        x = converted(x, accumulation(dtype))
+        if w is not None:
+            x = np.matmul(x, converted(w, accumulation(dtype)))
+        return x if b is None else np.add(x, b)
+
+
+cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
+    """Score weights in float64, the largest between 1/2 and 1, and the power of two that was taken out: with it in the
+    scale, where it may wait until the sum is taken, no product over- or underflows."""
+    cdef cnp.ndarray a
+    with memory_for("a copy of w_score, of shape {}", shape_of(w)):
+        a = cnp.PyArray_FROMANY(w, cnp.NPY_FLOAT64, 1, 1, cnp.NPY_ARRAY_CARRAY | cnp.NPY_ARRAY_ENSURECOPY)
+    cdef double *number = <double *> cnp.PyArray_DATA(a)
+    cdef double most = 0
+    cdef int exponent = 0
+    cdef Py_ssize_t i, n = cnp.PyArray_DIM(a, 0)
+    for i in range(n):
+        if isfinite(number[i]):
+            most = max(most, fabs(number[i]))
+    frexp(most, &exponent)
+    for i in range(n):
+        number[i] = ldexp(number[i], -exponent)
+    factor[0] = ldexp(1.0, exponent)
+    return a
+
+
+cdef Problem read_additive(
+    object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef list arrays
+    cdef tuple names = ("query", "key", "value", "w_score", "w_query", "w_key")
+    cdef cnp.ndarray q, k, x, w, b = None
+    cdef Py_ssize_t hidden
+    cdef int i
+    if w_score is None:
+        raise TypeError("w_score must be an array of shape (hidden,), not None")
+    arrays = read_weights((query, key, value, w_score, w_query, w_key), names, &p.shared.dtype)
+    q, k, w = arrays[0], arrays[1], arrays[3]
+    if cnp.PyArray_NDIM(w) != 1:
+        raise ValueError(f"w_score has shape {shape_of(w)}; it must have one axis, (hidden,)")
+    hidden = cnp.PyArray_DIM(w, 0)
+    for i in range(2):
+        x = arrays[i]
+        if arrays[4 + i] is not None:
+            check_matrix(arrays[4 + i], names[4 + i], x, names[i], hidden,
+                         f", and {hidden} (hidden) the length of w_score")
+        elif cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1) != hidden:
+            size = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+            raise ValueError(f"{names[i]}'s last axis is {size}; without {names[4 + i]} it must be {hidden} (hidden), "
+                             f"the length of w_score; {names[4 + i]}, of shape ({size}, {hidden}), projects it")
+    if b_hidden is not None:
+        b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
+    q, k = projected(q, arrays[4], b, p.shared.dtype), projected(k, arrays[5], None, p.shared.dtype)
+    if cnp.PyArray_TYPE(q) != cnp.PyArray_TYPE(k):
+        q, k = converted(q, accumulation(p.shared.dtype)), converted(k, accumulation(p.shared.dtype))
+    p.shared.score_dtype = storage_of(q, "query")
+    p.shared.score = FA_ADDITIVE
+    p.score_weights = normalised(w, &p.shared.scale)
+    p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
+    return read_rules(
+        p, [q, k, arrays[2]], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
+
+
+cdef Problem read_bilinear(
+    object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
+    object is_causal, object window_size, object chunk_size,
+    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
+    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
+    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
+):
+    cdef Problem p = new_problem()
+    cdef list arrays
+    cdef tuple names = ("query", "key", "value", "w_query", "w_key")
+    cdef cnp.ndarray q, k, q_matrix, k_matrix, q_bias = None, k_bias = None
+    if w_query is None:
+        raise TypeError("w_query must be a matrix of shape (D_query, n), not None")
+    arrays = read_weights((query, key, value, w_query, w_key), names, &p.shared.dtype)
+    q, k, q_matrix, k_matrix = arrays[0], arrays[1], arrays[3], arrays[4]
+    check_matrix(q_matrix, "w_query", q, "query", None, "")
+    columns = cnp.PyArray_DIM(q_matrix, 1)
+    if k_matrix is not None:
+        check_matrix(k_matrix, "w_key", k, "key", columns, f", and {columns} the number of w_query's columns")
+    else:
+        check_matrix(q_matrix, "w_query", k, "key", None, ", and without w_key both share w_query")
+        k_matrix = q_matrix
+    if b_query is not None:
+        q_bias = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.shared.dtype)
+    if b_key is not None:
+        k_bias = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.shared.dtype)
+    elif w_key is None:
+        k_bias = q_bias
+    q, k = projected(q, q_matrix, q_bias, p.shared.dtype), projected(k, k_matrix, k_bias, p.shared.dtype)
+    p.shared.score_dtype = storage_of(q, "query")
+    p.shared.score = FA_DOT
+    p.shared.scale = 1
+    return read_rules(
+        p, [q, k, arrays[2]], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
+        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
+        return_lse, out, num_threads)
