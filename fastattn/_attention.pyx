@@ -9,10 +9,9 @@ import numpy as np
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport INT64_MAX, int64_t
 
-from fastattn._call cimport (BIAS, KEY_LENGTHS, KEYS_BEFORE, LSE, MASK, OFFSETS, OUT, QUERY, QUERY_LENGTHS,
-                             RELATIVE_BIAS, SINKS, SLOPES, WEIGHTS, Problem, checked_sides, read_dot_product,
-                             read_varlen)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_SPAN, Team, Watch, allowed_threads, fa_head,
+from fastattn._call cimport (KEY, KEY_LENGTHS, KEYS_BEFORE, MASK, OFFSETS, QUERY_LENGTHS, VALUE, Problem, checked_sides,
+                             read_dot_product, read_varlen)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_OPERANDS, FA_SPAN, Team, Watch, allowed_threads, fa_head,
                                 fa_kernels, fa_visible_keys, fetching_helps, gathered, give_workspace, interrupted,
                                 join_team, kernels_for, raise_pending, take_workspace)
 from fastattn._scores cimport read_additive, read_bilinear
@@ -57,19 +56,14 @@ cdef void choose_loops(Problem p, bint decode) noexcept:
     one head, so that keys and values are read, or packed, once for all of them: where neither lengths nor offsets
     differ within the group."""
     cdef Py_ssize_t group = p.group
+    cdef int operand
     p.shared.few = decode and p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
     if (group == 1 or p.longest_query >= MANY_QUERIES or p.packed or last_stride(p, KEY_LENGTHS) or
             last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS) or last_stride(p, KEYS_BEFORE)):
         return
-    p.sizes.query.head = last_stride(p, QUERY)
-    p.sizes.mask.head = last_stride(p, MASK)
-    p.sizes.bias.head = last_stride(p, BIAS)
-    p.sizes.relative_bias.head = last_stride(p, RELATIVE_BIAS)
-    p.sizes.out.head = last_stride(p, OUT)
-    p.sizes.weights.head = last_stride(p, WEIGHTS)
-    p.sizes.lse.head = last_stride(p, LSE)
-    p.sizes.slope.head = last_stride(p, SLOPES)
-    p.sizes.sink.head = last_stride(p, SINKS)
+    for operand in range(<int> FA_OPERANDS):
+        if operand != KEY and operand != VALUE:
+            p.sizes.view[operand].head = last_stride(p, operand)
     p.sizes.heads = group
     p.sizes.queries *= group
     p.longest_query *= group

@@ -1,25 +1,27 @@
 # One plain description of an attention problem, for the driver.
 from libc.stdint cimport int64_t
 
-from fastattn._runtime cimport FA_ROW_AXES, fa_head, fa_problem
+from fastattn._runtime cimport (FA_BIAS, FA_KEY, FA_LSE, FA_MASK, FA_OPERANDS, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS,
+                                FA_ROW_AXES, FA_SINKS, FA_SLOPES, FA_VALUE, FA_WEIGHTS, fa_dtype, fa_head, fa_problem)
 
 cdef enum:
     MOST_AXES = FA_ROW_AXES
 
 # The arrays of a call whose address changes from head to head.
 cdef enum Operand:
-    QUERY
-    KEY
-    VALUE
-    MASK
-    BIAS
-    RELATIVE_BIAS
-    OUT
-    WEIGHTS
-    LSE
-    SLOPES
-    SINKS
-    KEY_LENGTHS
+    QUERY = FA_QUERY
+    KEY = FA_KEY
+    VALUE = FA_VALUE
+    MASK = FA_MASK
+    BIAS = FA_BIAS
+    RELATIVE_BIAS = FA_RELATIVE_BIAS
+    OUT = FA_OUT
+    WEIGHTS = FA_WEIGHTS
+    LSE = FA_LSE
+    SLOPES = FA_SLOPES
+    SINKS = FA_SINKS
+    # Numbers of a head, which kernels get as such.
+    KEY_LENGTHS = FA_OPERANDS
     QUERY_LENGTHS
     OFFSETS
     KEYS_BEFORE
@@ -28,6 +30,7 @@ cdef enum Operand:
 
 cdef struct Layout:
     char *data                    # NULL: not given
+    fa_dtype dtype
     Py_ssize_t row, col           # byte strides of the last two axes
     Py_ssize_t batch[MOST_AXES]   # byte strides of the batch axes, 0 where the operand is broadcast
 
@@ -51,6 +54,7 @@ cdef class Problem:
     cdef Py_ssize_t sequences
     cdef object num_threads
     cdef object score_weights             # the array that shared.score_weights points to
+    cdef object dtype                     # of the result
     cdef list kept                        # keeps the arrays alive that the layouts point to
     cdef readonly object out, weights, lse
 

@@ -12,9 +12,9 @@ from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
 
 from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked_threads, converted, empty, flag,
-                               floating, integer, integers, promote, real, refuse_overlap, shape_of, storage_of,
+                               floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
-from fastattn._runtime cimport (FA_BF16, FA_DOT, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype, fa_view)
+from fastattn._runtime cimport FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype
 
 cnp.import_array()
 
@@ -142,6 +142,16 @@ cdef tuple batch_shape(Problem p):
     return tuple([p.shape[i] for i in range(p.axes)])
 
 
+cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
+    """Of an array that has been checked; anything of a mask, or of integers."""
+    cdef int number = cnp.PyArray_TYPE(a)
+    if number == cnp.NPY_FLOAT32:
+        return FA_F32
+    if number == cnp.NPY_FLOAT64:
+        return FA_F64
+    return FA_F16 if number == cnp.NPY_FLOAT16 else FA_BF16
+
+
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
     """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are
     known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that). The
@@ -149,6 +159,7 @@ cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
     cdef Layout *layout = &p.layouts[operand]
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
+    layout.dtype = dtype_of(a)
     layout.row = layout.col = 0
     if trailing == 2:
         # A stride along an axis of one element means nothing; an address must not be made of it.
@@ -216,17 +227,17 @@ cdef str of_padding(cnp.ndarray mask, tuple batch, Py_ssize_t keys):
             f"have one")
 
 
-cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols, fa_dtype dtype, cnp.ndarray like):
-    """An array of shape p.shape + (rows, cols), not initialised; `like` has its dtype."""
+cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols):
+    """An array of shape p.shape + (rows, cols) and the result's dtype, not initialised."""
     cdef cnp.npy_intp dims[MOST_AXES]
     cdef int i
-    if dtype == FA_BF16 or p.axes + 2 > 32 or <double> p.heads * rows * cols > 1e15:
-        return empty((*batch_shape(p), rows, cols), like.dtype)
+    if p.shared.dtype == FA_BF16 or p.axes + 2 > 32 or <double> p.heads * rows * cols > 1e15:
+        return empty((*batch_shape(p), rows, cols), p.dtype)
     for i in range(p.axes):
         dims[i] = p.shape[i]
     dims[p.axes] = rows
     dims[p.axes + 1] = cols
-    return cnp.PyArray_EMPTY(p.axes + 2, dims, cnp.PyArray_TYPE(like), 0)
+    return cnp.PyArray_EMPTY(p.axes + 2, dims, (<cnp.dtype> p.dtype).type_num, 0)
 
 
 cdef cnp.ndarray widened(cnp.ndarray a, int ndim):
@@ -264,7 +275,7 @@ cdef cnp.ndarray read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows,
     if a.dtype.kind in "biu":
         raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say "
                         f"which keys count go to mask=")
-    p.shared.bias_dtype = storage_of(a, "bias")
+    storage_of(a, "bias")
     read_matrix(p, BIAS, a, "bias", batch, rows, cols)
     return a
 
@@ -281,7 +292,7 @@ cdef cnp.ndarray read_relative_bias(Problem p, object bias, tuple batch, Py_ssiz
     cdef int64_t width = band_width(p, "relative_bias")
     if a.dtype.kind in "biu":
         raise TypeError(f"relative_bias must be floating, not of dtype {a.dtype}")
-    p.shared.relative_bias_dtype = storage_of(a, "relative_bias")
+    storage_of(a, "relative_bias")
     read_matrix(p, RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
     return a
 
@@ -343,17 +354,8 @@ cdef class Problem:
             for i in range(self.axes):
                 at[operand] += index[i] * layout.batch[i]
         to[0] = self.sizes
-        to.query.data = at[<int> QUERY]
-        to.key.data = at[<int> KEY]
-        to.value.data = at[<int> VALUE]
-        to.mask.data = at[<int> MASK]
-        to.bias.data = at[<int> BIAS]
-        to.relative_bias.data = at[<int> RELATIVE_BIAS]
-        to.out.data = at[<int> OUT]
-        to.weights.data = at[<int> WEIGHTS]
-        to.lse.data = at[<int> LSE]
-        to.slope.data = at[<int> SLOPES]
-        to.sink.data = at[<int> SINKS]
+        for operand in range(<int> FA_OPERANDS):
+            to.view[operand].data = at[operand]
         if at[<int> KEY_LENGTHS] != NULL:
             to.key_length = (<int64_t *> at[<int> KEY_LENGTHS])[0]
         if at[<int> QUERY_LENGTHS] != NULL:
@@ -361,12 +363,11 @@ cdef class Problem:
         if self.packed:
             to.queries = to.query_length = self.query_starts[sequence + 1] - self.query_starts[sequence]
             to.keys = to.key_length = self.key_starts[sequence + 1] - self.key_starts[sequence]
-            to.query.data += self.query_starts[sequence] * to.query.row
-            to.out.data += self.query_starts[sequence] * to.out.row
-            to.key.data += self.key_starts[sequence] * to.key.row
-            to.value.data += self.key_starts[sequence] * to.value.row
-            if to.lse.data != NULL:
-                to.lse.data += self.query_starts[sequence] * to.lse.row
+            for operand in range(<int> FA_OPERANDS):
+                if operand == KEY or operand == VALUE:
+                    to.view[operand].data += self.key_starts[sequence] * to.view[operand].row
+                elif (operand == QUERY or operand == OUT or operand == LSE) and at[operand] != NULL:
+                    to.view[operand].data += self.query_starts[sequence] * to.view[operand].row
         if at[<int> OFFSETS] != NULL:
             to.offset = (<int64_t *> at[<int> OFFSETS])[0]
         elif self.offset_is_default:
@@ -381,6 +382,7 @@ cdef Problem new_problem():
     cdef int i
     for i in range(<int> OPERANDS):
         p.layouts[i].data = NULL
+        p.layouts[i].dtype = FA_F32
         p.layouts[i].row = p.layouts[i].col = 0
     p.operand_count = 0
     p.sequences = 1
@@ -408,7 +410,7 @@ cdef int read_activation(Problem p, object activation, object sinks, bint return
 
 
 cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) except -1:
-    """Query, key and value, of one dtype: shapes that fit, batch axes, addresses."""
+    """Query, key and value: shapes that fit, batch axes, addresses."""
     cdef cnp.ndarray query = arrays[0], key = arrays[1], value = arrays[2]
     if cnp.PyArray_NDIM(query) < 2:
         raise too_few_axes("query", query, "(..., L, D)")
@@ -438,31 +440,19 @@ cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) ex
 
 
 cdef int finish(Problem p, Py_ssize_t group) except -1:
-    """What the layouts say of the strides of a head; then the head axis is split where it is grouped."""
+    """What the layouts say of the views of a head; before, the head axis is split where it is grouped."""
+    cdef int operand
     p.group = group
     if group > 1:
         split_heads(p, group)
     p.sizes.heads = 1
-    set_strides(&p.sizes.query, &p.layouts[<int> QUERY])
-    set_strides(&p.sizes.key, &p.layouts[<int> KEY])
-    set_strides(&p.sizes.value, &p.layouts[<int> VALUE])
-    set_strides(&p.sizes.mask, &p.layouts[<int> MASK])
-    set_strides(&p.sizes.bias, &p.layouts[<int> BIAS])
-    set_strides(&p.sizes.relative_bias, &p.layouts[<int> RELATIVE_BIAS])
-    set_strides(&p.sizes.out, &p.layouts[<int> OUT])
-    set_strides(&p.sizes.weights, &p.layouts[<int> WEIGHTS])
-    set_strides(&p.sizes.lse, &p.layouts[<int> LSE])
-    set_strides(&p.sizes.slope, &p.layouts[<int> SLOPES])
-    set_strides(&p.sizes.sink, &p.layouts[<int> SINKS])
+    for operand in range(<int> FA_OPERANDS):
+        p.sizes.view[operand].data = NULL  # which locate fills in
+        p.sizes.view[operand].row = p.layouts[operand].row
+        p.sizes.view[operand].col = p.layouts[operand].col
+        p.sizes.view[operand].dtype = p.layouts[operand].dtype
+        p.sizes.view[operand].head = 0
     return 0
-
-
-cdef inline void set_strides(fa_view *view, const Layout *layout) noexcept:
-    """The part of a view that is the same for all heads; locate adds the address."""
-    view.data = NULL
-    view.row = layout.row
-    view.col = layout.col
-    view.head = 0
 
 
 cdef Problem read_rules(
@@ -472,8 +462,7 @@ cdef Problem read_rules(
     object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
     object keys_before=None,
 ):
-    """What all scores share. arrays: query and key, of one dtype, and value, of the output's; p.shared.dtype,
-    .score_dtype and .score are set. inputs, names: what came, which `out` must not overlap. keys_before: how many keys
+    """What all scores share. arrays: query, key and value, of any dtypes; p.dtype, p.shared.dtype and .score are set. inputs, names: what came, which `out` must not overlap. keys_before: how many keys
     were before the first one, of which chunks count; as query_offset."""
     cdef Py_ssize_t group
     p.shared.band = type(return_weights) is str and return_weights == "band"
@@ -482,7 +471,6 @@ cdef Problem read_rules(
     cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
                           bias is None and relative_bias is None and alibi_slopes is None and sinks is None and
                           keys_before is None)
-    p.shared.bias_dtype = FA_F32
     read_arrays(p, arrays, grouped, &group)
     read_window(p, window_size, flag(is_causal, "is_causal"))
     read_chunks(p, chunk_size, left_chunks)
@@ -524,9 +512,9 @@ cdef Problem read_rules(
         p.shared.has_sink = True
 
     if out is None:
-        p.out = new_array(p, rows, p.shared.value_dim, p.shared.dtype, arrays[2])
+        p.out = new_array(p, rows, p.shared.value_dim)
     else:
-        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), arrays[2].dtype,
+        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), p.dtype,
                             [*arrays[:3], mask_array, bias_array, relative_array],
                             ("query", "key", "value", "mask", "bias", "relative_bias"))
         refuse_overlap(out, inputs, names)
@@ -555,7 +543,7 @@ cdef Problem read_dot_product(
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef cnp.ndarray q
     p.packed = packed
-    p.shared.dtype = p.shared.score_dtype = promote(arrays, ("query", "key", "value"))
+    p.dtype = promoted(arrays, ("query", "key", "value"), &p.shared.dtype)
     p.shared.score = FA_DOT
     q = arrays[0]
     p.shared.scale = 1

@@ -13,7 +13,7 @@ cpdef cnp.ndarray converted(cnp.ndarray a, object dtype)
 cdef fa_dtype storage_of(cnp.ndarray a, str name) except *
 cpdef cnp.ndarray floating(object x, str name)
 cpdef object common_dtype(list arrays, tuple names)
-cdef fa_dtype promote(list arrays, tuple names) except *
+cdef object promoted(list arrays, tuple names, fa_dtype *storage)
 cdef object accumulation(fa_dtype dtype)
 cdef tuple shape_of(cnp.ndarray a)
 cdef object too_few_axes(str name, cnp.ndarray a, str wanted)

@@ -105,19 +105,19 @@ cpdef object common_dtype(list arrays, tuple names):
     return np.result_type(*arrays)
 
 
-cdef fa_dtype promote(list arrays, tuple names) except *:
-    """Converts the arrays, in place in the list, to their common dtype."""
+cdef object promoted(list arrays, tuple names, fa_dtype *storage):
+    """What the arrays promote to. None is converted: kernels read each dtype where it lies."""
     cdef int i, number = cnp.PyArray_TYPE(arrays[0])
     if number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64:
         for i in range(1, len(arrays)):
             if cnp.PyArray_TYPE(arrays[i]) != number:
                 break
         else:
-            return storage_of(arrays[0], names[0])
+            storage[0] = FA_F32 if number == cnp.NPY_FLOAT32 else FA_F64
+            return (<cnp.ndarray> arrays[0]).dtype
     dtype = common_dtype(arrays, names)
-    for i in range(len(arrays)):
-        arrays[i] = converted(arrays[i], dtype)
-    return storage_of(arrays[0], names[0])
+    storage[0] = FA_F32 if dtype == float32 else FA_F64 if dtype == float64 else FA_F16 if dtype == float16 else FA_BF16
+    return dtype
 
 
 cdef object accumulation(fa_dtype dtype):

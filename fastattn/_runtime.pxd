@@ -51,21 +51,35 @@ cdef extern from "kernels/contract.h" nogil:
     ctypedef struct fa_view:
         char *data
         Py_ssize_t row, col, head
+        fa_dtype dtype
+
+    enum:
+        FA_QUERY
+        FA_KEY
+        FA_VALUE
+        FA_MASK
+        FA_BIAS
+        FA_RELATIVE_BIAS
+        FA_OUT
+        FA_WEIGHTS
+        FA_LSE
+        FA_SLOPES
+        FA_SINKS
+        FA_OPERANDS
 
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
         fa_score score
         const double *score_weights
         double scale, softcap
-        fa_dtype dtype, score_dtype, bias_dtype, relative_bias_dtype
+        fa_dtype dtype
         fa_activation activation
         int has_slope, has_sink
         int64_t chunk, left_chunks
         int band, few, fetch
 
     ctypedef struct fa_head:
-        fa_view query, key, value, mask, bias, relative_bias, out, weights, lse
-        fa_view slope, sink
+        fa_view view[<int> FA_OPERANDS]
         int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
     ctypedef struct fa_kernels:

@@ -9,14 +9,14 @@ cimport numpy as cnp
 from libc.math cimport fabs, frexp, isfinite, ldexp
 
 from fastattn._call cimport Problem, new_problem, read_rules
-from fastattn._checks cimport accumulation, converted, floating, memory_for, promote, shape_of, storage_of, too_few_axes
+from fastattn._checks cimport accumulation, converted, floating, memory_for, promoted, shape_of, too_few_axes
 from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, fa_dtype
 
 cnp.import_array()
 
 
-cdef list read_weights(tuple given, tuple names, fa_dtype *dtype):
-    """Query, key, value and weights, promoted together; a weight that is None stays None."""
+cdef list read_weights(Problem p, tuple given, tuple names):
+    """Query, key, value and weights, which make the dtype of the result; a weight that is None stays None."""
     cdef list arrays = [], present = [], present_names = []
     cdef int i
     cdef cnp.ndarray a
@@ -24,7 +24,7 @@ cdef list read_weights(tuple given, tuple names, fa_dtype *dtype):
         if i < 3 or given[i] is not None:
             present.append(floating(given[i], names[i]))
             present_names.append(names[i])
-    dtype[0] = promote(present, tuple(present_names))
+    p.dtype = promoted(present, tuple(present_names), &p.shared.dtype)
     present.reverse()
     for i in range(len(given)):
         arrays.append(None if given[i] is None else present.pop())
@@ -99,7 +99,7 @@ cdef Problem read_additive(
     cdef int i
     if w_score is None:
         raise TypeError("w_score must be an array of shape (hidden,), not None")
-    arrays = read_weights((query, key, value, w_score, w_query, w_key), names, &p.shared.dtype)
+    arrays = read_weights(p, (query, key, value, w_score, w_query, w_key), names)
     q, k, w = arrays[0], arrays[1], arrays[3]
     if cnp.PyArray_NDIM(w) != 1:
         raise ValueError(f"w_score has shape {shape_of(w)}; it must have one axis, (hidden,)")
@@ -116,9 +116,6 @@ cdef Problem read_additive(
     if b_hidden is not None:
         b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
     q, k = projected(q, arrays[4], b, p.shared.dtype), projected(k, arrays[5], None, p.shared.dtype)
-    if cnp.PyArray_TYPE(q) != cnp.PyArray_TYPE(k):
-        q, k = converted(q, accumulation(p.shared.dtype)), converted(k, accumulation(p.shared.dtype))
-    p.shared.score_dtype = storage_of(q, "query")
     p.shared.score = FA_ADDITIVE
     p.score_weights = normalised(w, &p.shared.scale)
     p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
@@ -142,7 +139,7 @@ cdef Problem read_bilinear(
     cdef cnp.ndarray q, k, q_matrix, k_matrix, q_bias = None, k_bias = None
     if w_query is None:
         raise TypeError("w_query must be a matrix of shape (D_query, n), not None")
-    arrays = read_weights((query, key, value, w_query, w_key), names, &p.shared.dtype)
+    arrays = read_weights(p, (query, key, value, w_query, w_key), names)
     q, k, q_matrix, k_matrix = arrays[0], arrays[1], arrays[3], arrays[4]
     check_matrix(q_matrix, "w_query", q, "query", None, "")
     columns = cnp.PyArray_DIM(q_matrix, 1)
@@ -158,7 +155,6 @@ cdef Problem read_bilinear(
     elif w_key is None:
         k_bias = q_bias
     q, k = projected(q, q_matrix, q_bias, p.shared.dtype), projected(k, k_matrix, k_bias, p.shared.dtype)
-    p.shared.score_dtype = storage_of(q, "query")
     p.shared.score = FA_DOT
     p.shared.scale = 1
     return read_rules(

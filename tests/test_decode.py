@@ -6,6 +6,7 @@ queries and more stand beside them here, on the road of the many.
 """
 
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -585,3 +586,47 @@ def test_a_planted_bug_is_found(rng):
 
     with pytest.raises(AssertionError, match="output"):
         assert_attention(*arrays, enable_gqa=True, function=without_last_span)
+
+
+# ---------------------------------------------------------------- caches of another dtype
+
+
+@pytest.mark.parametrize("query_dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [*sixteen_bits(), np.float32], ids=lambda t: np.dtype(t).name)
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim", "value_dim"), [(1, 700, 64, 64), (1, 37, 24, 9), (3, 300, 64, 40), (9, 300, 33, 64)]
+)
+def test_a_cache_of_another_dtype_is_read_where_it_lies(
+    rng, queries, keys, head_dim, value_dim, query_dtype, cache_dtype
+):
+    """The bits of a cache that was converted before, whatever its layout, with rules and grouped heads too."""
+    query = rng.standard_normal((2, 4, queries, head_dim)).astype(query_dtype)
+    key = rng.standard_normal((2, 2, keys, head_dim)).astype(cache_dtype)
+    value = rng.standard_normal((2, 2, keys, value_dim)).astype(cache_dtype)
+    more = {"enable_gqa": True, "is_causal": True, "window_size": (keys // 2, 0), "return_lse": True}
+    placed = {
+        "plain": (key, value),
+        "backwards": (key[:, :, ::-1][:, :, ::-1], value[..., ::-1][..., ::-1]),
+        "tokens first": tuple(np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (key, value)),
+        "with gaps": tuple(np.concatenate([x, x], axis=-1)[..., : x.shape[-1]] for x in (key, value)),
+    }
+    expected = fastattn.dot_product_attention(query, key.astype(query_dtype), value.astype(query_dtype), **more)
+    for name, (k, v) in placed.items():
+        out, lse = fastattn.dot_product_attention(query, k, v, **more)
+        assert out.dtype == query_dtype
+        assert bits(out) == bits(expected[0]), name
+        assert bits(lse) == bits(expected[1]), name
+    only = fastattn.dot_product_attention(query, key, value.astype(query_dtype), **more)
+    assert bits(only[0]) == bits(expected[0])
+
+
+def test_a_cache_of_another_dtype_is_not_copied(rng):
+    key = rng.standard_normal((1, 4, 20_000, 64)).astype(np.float16)
+    query = rng.standard_normal((1, 4, 1, 64), dtype=np.float32)
+    fastattn.dot_product_attention(query, key, key)
+    tracemalloc.start()
+    try:
+        fastattn.dot_product_attention(query, key, key)
+        assert tracemalloc.get_traced_memory()[1] < key.nbytes / 50
+    finally:
+        tracemalloc.stop()

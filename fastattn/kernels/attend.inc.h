@@ -109,7 +109,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
     double lse;
     int seen;
     smaller.value_shift = 64;
-    bare.weights.data = bare.lse.data = NULL; /* they are finished */
+    bare.view[FA_WEIGHTS].data = bare.view[FA_LSE].data = NULL; /* they are finished */
     open_tile(&smaller, &bare, row, rows, tile);
     fa_visible_keys(&smaller, &bare, row, rows, &begin, &end);
     for (; begin < end; begin = stop) {
@@ -121,8 +121,8 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
     for (int64_t r = 0; r < rows; r++) {
         const real factor = row_factor(&smaller, &bare, r, tile, scores_are_natural(problem, head), &lse, &seen);
         const real *o = tile->o + r * tile->value_row;
-        char *to = fa_row(head, &head->out, row + r);
-        gather(tile->part, to, head->out.col, problem->value_dim, problem->dtype);
+        char *to = fa_row(head, &head->view[FA_OUT], row + r);
+        gather(tile->part, to, head->view[FA_OUT].col, problem->value_dim, head->view[FA_OUT].dtype);
         for (int64_t c = 0; c < problem->value_dim; c++) {
             real x = o[c] * factor;
             /* Rounding must not carry a mean beyond the largest of its numbers. */
@@ -131,7 +131,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
             if (!isfinite(tile->part[c]))
                 tile->part[c] = x / shrunk;
         }
-        scatter(to, head->out.col, tile->part, problem->value_dim, problem->dtype);
+        scatter(to, head->view[FA_OUT].col, tile->part, problem->value_dim, head->view[FA_OUT].dtype);
     }
 }
 
@@ -140,8 +140,8 @@ static void close_tile(const fa_problem *problem, const fa_head *head, int64_t r
 {
     struct tile *tile = workspace;
     const int natural_log = scores_are_natural(problem, head);
-    const int direct =
-        problem->dtype == (REAL_DTYPE) && head->out.col == (ptrdiff_t)sizeof(real) && problem->value_dim % LANES == 0;
+    const int direct = head->view[FA_OUT].dtype == REAL_DTYPE && head->view[FA_OUT].col == (ptrdiff_t)sizeof(real) &&
+                       problem->value_dim % LANES == 0;
     int finite = 1;
     gather_spans(problem, head, rows, tile);
     for (int64_t r = 0; r < rows; r++) {
@@ -151,18 +151,18 @@ static void close_tile(const fa_problem *problem, const fa_head *head, int64_t r
         real *o = tile->o + r * tile->value_row;
         const real factor = row_factor(problem, head, r, tile, natural_log, &lse, &seen);
         const vec scale = v_fill(factor);
-        char *to = fa_row(head, &head->out, i);
+        char *to = fa_row(head, &head->view[FA_OUT], i);
         if (direct) {
             finite &= finish_row((real *)to, o, problem->value_dim, scale, seen);
         } else {
             finite &= finish_row(o, o, tile->value_row, scale, seen);
-            scatter(to, head->out.col, o, problem->value_dim, problem->dtype);
+            scatter(to, head->view[FA_OUT].col, o, problem->value_dim, head->view[FA_OUT].dtype);
         }
-        if (head->lse.data) {
+        if (head->view[FA_LSE].data) {
             const real rounded = (real)lse;
-            memcpy(fa_row(head, &head->lse, i), &rounded, sizeof rounded);
+            memcpy(fa_row(head, &head->view[FA_LSE], i), &rounded, sizeof rounded);
         }
-        if (head->weights.data)
+        if (head->view[FA_WEIGHTS].data)
             finish_weights(problem, head, i, tile->m[r], scale, natural_log);
     }
     if (!finite)

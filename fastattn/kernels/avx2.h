@@ -1,6 +1,6 @@
 /* AVX2 with FMA: 16 registers of 32 bytes. 6 x 2 sums, 2 vectors and a broadcast fill 15 of them. */
 #include <immintrin.h>
-TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
+TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 
 #define ISA avx2
 #define VECTOR_BYTES 32
@@ -13,12 +13,14 @@ TARGET_BEGIN("avx2,fma,bmi,bmi2,popcnt")
 
 #define HAS_LOAD_SOME
 #define HAS_FMA
+#define HAS_WIDEN_F16
 #define HAS_MAX
 #define HAS_MIN
 #define HAS_TRUE_BITS
 #define HAS_FLOOR
 
 #if BITS == 32
+static ALWAYS_INLINE __m256 v_widen_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 static ALWAYS_INLINE __m256 v_load_some(const void *p, int n)
 {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));

@@ -14,6 +14,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 
 #define HAS_LOAD_SOME
 #define HAS_FMA
+#define HAS_WIDEN_F16
 #define HAS_MAX
 #define HAS_MIN
 #define HAS_PICK_BITS
@@ -37,6 +38,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
                        _mm_loadu_ps(row(r + 3 * step)), 3)
 
 #if BITS == 32
+static ALWAYS_INLINE __m512 v_widen_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 static ALWAYS_INLINE __m512 v_load_some(const void *p, int n)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);

@@ -46,12 +46,29 @@ typedef struct {
     fa_dtype dtype, out_dtype;
 } fa_columns;
 
-/* A strided matrix; strides in bytes, of any sign. data == NULL: there is none. */
+/* A strided matrix of numbers of a dtype; strides in bytes, of any sign. data == NULL: there is none. */
 typedef struct {
     char *data;
     ptrdiff_t row, col;
     ptrdiff_t head; /* from a row of one head to that of the next, where heads share rows (fa_head) */
+    fa_dtype dtype;
 } fa_view;
+
+/* The matrices of a head. A new one is a name here, and in _call.pyx where it is read. */
+enum {
+    FA_QUERY,         /* (queries, head_dim) */
+    FA_KEY,           /* (keys, head_dim) */
+    FA_VALUE,         /* (keys, value_dim) */
+    FA_MASK,          /* (queries, keys), optional: one byte a key, nonzero means visible */
+    FA_BIAS,          /* (queries, keys), optional */
+    FA_RELATIVE_BIAS, /* (queries, left + right + 1), optional: of the keys from position - left on */
+    FA_OUT,           /* (queries, value_dim) */
+    FA_WEIGHTS,       /* optional, accumulation dtype: (queries, keys), or as FA_RELATIVE_BIAS with band */
+    FA_LSE,           /* (queries, 1), optional, accumulation dtype */
+    FA_SLOPES,        /* doubles, by row; optional */
+    FA_SINKS,         /* the same */
+    FA_OPERANDS
+};
 
 /* What all heads of a call have in common. Accumulation is in double for FA_F64, else in float. */
 typedef struct {
@@ -61,10 +78,8 @@ typedef struct {
     const double
         *score_weights; /* FA_ADDITIVE: [head_dim], at most 1 in size where finite; head_dim is `hidden` then */
     double scale;
-    double softcap;       /* 0: none */
-    fa_dtype dtype;       /* of value and out */
-    fa_dtype score_dtype; /* of query and key: the same, or the accumulation dtype where they are products already */
-    fa_dtype bias_dtype, relative_bias_dtype;
+    double softcap; /* 0: none */
+    fa_dtype dtype; /* of the result: the drivers choose kernels by it, which look at views alone */
     fa_activation activation;
     int has_slope, has_sink;
     int64_t chunk, left_chunks; /* a query sees its own chunk of so many keys and some to the left; 0: no such rule */
@@ -76,17 +91,11 @@ typedef struct {
 
 /* One head of one sequence: where its matrices lie and how much of them counts. */
 typedef struct {
-    fa_view query, key, value;        /* (queries, head_dim), (keys, head_dim), (keys, value_dim) */
-    fa_view mask, bias;               /* (queries, keys), optional; mask: one byte a key, nonzero means visible */
-    fa_view relative_bias;            /* (queries, left + right + 1), optional: of the keys from position - left on */
-    fa_view out;                      /* (queries, value_dim) */
-    fa_view weights;                  /* optional, accumulation dtype: (queries, keys), or as relative_bias with band */
-    fa_view lse;                      /* (queries, 1), optional, accumulation dtype */
+    fa_view view[FA_OPERANDS];
     int64_t queries, keys;            /* rows */
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
     int64_t keys_before;              /* keys that came before key 0 and are gone; chunks count from the first */
-    fa_view slope, sink;              /* doubles, by row; optional */
     int64_t heads; /* whose rows take turns, all over these keys: row i is of query i / heads and head i % heads */
 } fa_head;
 

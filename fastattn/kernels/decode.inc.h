@@ -32,19 +32,19 @@ static ALWAYS_INLINE int groups_of(const struct tile *tile, int rows, const int 
 static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *head, int rows, int64_t block,
                                    const struct visible *visible, int lo, int hi, struct tile *tile, real *s)
 {
-    const fa_view *key = &head->key;
+    const fa_view *key = &head->view[FA_KEY];
     const int64_t channels = problem->head_dim, bytes = channels * (int64_t)sizeof(real);
     const int64_t fitting = bytes ? PASS_BYTES / bytes / LANES * LANES : PASS_KEYS;
     const int pass = fitting < LANES ? LANES : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
-    const int in_place = readable(problem->score_dtype, key);
+    const int in_place = readable(key);
     const ptrdiff_t ahead = rows_ahead(channels) * key->row;
-    const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real), 0};
+    const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real), 0, REAL_DTYPE};
     for (int c = lo / LANES * LANES; c < hi; c += pass) {
         const char *keys = key->data + (block + c) * key->row;
         const int last = hi - c < pass ? hi - c : pass;
         for (int j = lo > c ? lo - c : 0; j < last && !in_place; j++) {
             prefetch_numbers(keys + j * key->row + ahead, channels);
-            gather((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, problem->score_dtype);
+            gather((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, key->dtype);
         }
         for (int g = 0; g < groups_of(tile, rows, 1); g++) {
             const int group = rows_of_group(tile, rows, g, 1);
@@ -55,9 +55,9 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
             if (begin >= end)
                 continue;
             if (in_place)
-                row_scores(problem, q, group, keys, key, problem->score_dtype, begin, end, ahead, tile->k, s_g);
+                row_scores(problem, q, group, keys, key, begin, end, ahead, tile->k, s_g);
             else
-                row_scores(problem, q, group, gathered.data, &gathered, REAL_DTYPE, begin, end, 0, tile->k, s_g);
+                row_scores(problem, q, group, gathered.data, &gathered, begin, end, 0, tile->k, s_g);
         }
     }
 }
@@ -68,17 +68,18 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
                                         const int many_groups)
 {
     const int groups = groups_of(tile, rows, many_groups);
-    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, head->key.row)
-                                ? rows_ahead(problem->head_dim) * head->key.row
+    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, head->view[FA_KEY].row)
+                                ? rows_ahead(problem->head_dim) * head->view[FA_KEY].row
                                 : 0;
-    const int at_once = rows == 1 && !head->mask.data; /* scores of one row lie together, and no block is left out */
+    const int at_once =
+        rows == 1 && !head->view[FA_MASK].data; /* scores of one row lie together, and no block is left out */
     if (at_once) {
         int64_t lo, hi;
         fa_visible_keys(problem, head, row, rows, &lo, &hi);
         lo = (lo > run->begin ? lo : run->begin) - run->from, hi = (hi < run->end ? hi : run->end) - run->from;
         if (lo < hi) {
-            row_scores(problem, tile->q, 1, head->key.data + run->from * head->key.row, &head->key,
-                       problem->score_dtype, (int)lo, (int)hi, ahead, tile->k, tile->s);
+            row_scores(problem, tile->q, 1, head->view[FA_KEY].data + run->from * head->view[FA_KEY].row,
+                       &head->view[FA_KEY], (int)lo, (int)hi, ahead, tile->k, tile->s);
         }
     }
     for (int b = 0; b < run->blocks; b++) {
@@ -90,7 +91,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
             const int group = rows_of_group(tile, rows, g, many_groups);
             find_visible(problem, head, row + first, group, block, visible + g);
             if (visible[g].masked) {
-                if (head->weights.data)
+                if (head->view[FA_WEIGHTS].data)
                     hide_weights(problem, head, row + first, group, block);
                 visible[g].hi = visible[g].lo;
             }
@@ -103,8 +104,8 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
         if (many_groups) {
             pass_keys(problem, head, rows, block, visible, lo, hi, tile, s);
         } else if (lo < hi && !at_once) {
-            row_scores(problem, tile->q, rows, head->key.data + block * head->key.row, &head->key, problem->score_dtype,
-                       lo, hi, ahead, tile->k, s);
+            row_scores(problem, tile->q, rows, head->view[FA_KEY].data + block * head->view[FA_KEY].row,
+                       &head->view[FA_KEY], lo, hi, ahead, tile->k, s);
         }
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             const int group = rows_of_group(tile, rows, g, many_groups);
@@ -221,8 +222,9 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             /* What is copied has been read for this block: the next one is asked for. */
             const int copied = value.data == (const char *)tile->v;
             const ptrdiff_t ahead = copied ? FA_BLOCK : VALUES_AHEAD * rows_ahead(problem->value_dim);
-            pass_values(tile, rows, s, value, from, to, sum, head->value.data + (block + ahead) * head->value.row,
-                        head->value.row, bytes_of(&head->value, problem->value_dim));
+            pass_values(tile, rows, s, value, from, to, sum,
+                        head->view[FA_VALUE].data + (block + ahead) * head->view[FA_VALUE].row,
+                        head->view[FA_VALUE].row, bytes_of(&head->view[FA_VALUE], problem->value_dim));
         } else if (from[0] < to[0]) {
             streamed_sum(problem, s, rows, value, from[0], to[0], value_row, sum[0], tile->chunk);
         }

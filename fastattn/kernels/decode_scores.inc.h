@@ -255,12 +255,15 @@ SCORES_OF(scores_of_six, 6)
 /* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several, which are read
  * where they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the
  * next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
- * `ahead` bytes further on are asked for (0: none). scratch: room for four keys. */
+ * `ahead` bytes further on are asked for (0: none). scratch: room for KEYS_AT_ONCE keys, into which those are widened
+ * that have another dtype, or gaps. */
+enum { KEYS_AT_ONCE = 16 };
+
 static void row_scores(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
-                       fa_dtype dtype, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
+                       int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = readable(dtype, key);
+    const int in_place = readable(key);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, ask = ahead;
@@ -268,13 +271,18 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
         if (rows > PLACE_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
             n = 16;
         if (n <= 0) {
-            n = 4;
-            for (int i = 0; i < 4; i++) {
+            const int left = (end - j) / 4 * 4;
+            n = in_place || j < begin || left <= 0 ? 4 : left < KEYS_AT_ONCE ? left : KEYS_AT_ONCE;
+            if (n > 4 && key->row == key->col * channels) { /* no gaps: a row's end is the next one's beginning */
+                if (ahead)
+                    prefetch_numbers(k + ahead, n * channels / 2);
+                gather(scratch, k, key->col, n * channels, key->dtype);
+            }
+            for (int i = 0; i < n && !(n > 4 && key->row == key->col * channels); i++) {
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
-                real *to = scratch + i * channels;
                 if (ahead)
                     prefetch_numbers(k + i * key->row + ahead, channels);
-                gather(to, keys + seen * key->row, key->col, channels, dtype);
+                gather(scratch + i * channels, keys + seen * key->row, key->col, channels, key->dtype);
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);

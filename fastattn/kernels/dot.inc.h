@@ -5,16 +5,17 @@
 static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int group,
                          real factor, int64_t channels, real *restrict to)
 {
-    const int in_place = readable(problem->score_dtype, &head->query);
+    const int in_place = readable(&head->view[FA_QUERY]);
     for (int64_t i = 0; i < rows; i++) {
         real *q = to + i / group * group_size(channels) + i % group * STRIP;
-        const char *q_i = fa_row(head, &head->query, row + i);
+        const char *q_i = fa_row(head, &head->view[FA_QUERY], row + i);
         for (int64_t c = 0; c < channels; c += STRIP, q += ROWS * STRIP) {
             const int64_t live = problem->head_dim - c < STRIP ? problem->head_dim - c : STRIP;
             const int64_t all = channels - c < STRIP ? channels - c : STRIP;
-            const real *from = (const real *)(q_i + c * head->query.col);
+            const real *from = (const real *)(q_i + c * head->view[FA_QUERY].col);
             if (!in_place) {
-                gather(q, q_i + c * head->query.col, head->query.col, live, problem->score_dtype);
+                gather(q, q_i + c * head->view[FA_QUERY].col, head->view[FA_QUERY].col, live,
+                       head->view[FA_QUERY].dtype);
                 from = q;
             }
             int64_t k = 0;
@@ -67,7 +68,7 @@ static void pack_keys(const fa_problem *problem, const char *keys, const fa_view
                       int64_t padded, real *restrict to)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = readable(problem->score_dtype, key);
+    const int in_place = readable(key);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
         real *panel = to + j / PANEL * PANEL * padded + j % PANEL;
@@ -82,7 +83,7 @@ static void pack_keys(const fa_problem *problem, const char *keys, const fa_view
             for (int i = 0; i < LANES; i++)
                 v_store(square + i * LANES, (vec){0});
             for (int i = begin > j ? begin - j : 0; i < live; i++)
-                gather(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, problem->score_dtype);
+                gather(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, key->dtype);
             if (n == LANES)
                 v_transpose(panel + c * PANEL, PANEL, (const char *)square, sizeof(real) * LANES);
             else

@@ -8,7 +8,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
                         int begin, int end, int64_t tile_end, struct tile *tile)
 {
     const int natural_log = scores_are_natural(problem, head);
-    const char *keys = head->key.data + block * head->key.row;
+    const char *keys = head->view[FA_KEY].data + block * head->view[FA_KEY].row;
     struct value_rows value = {NULL, 0};
     /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
      * may be the next tile's. */
@@ -17,8 +17,10 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
     const int64_t times_k = problem->score == FA_ADDITIVE ? 0 : prefetches_of_product(FA_BLOCK / LANES, tile->channels);
     const int64_t times_v = prefetches_of_product(tile->value_row / LANES, FA_BLOCK);
-    struct next_rows next_keys = find_next_rows(&head->key, next, fetch_end, problem->head_dim, groups, times_k);
-    struct next_rows next_values = find_next_rows(&head->value, next, fetch_end, problem->value_dim, groups, times_v);
+    struct next_rows next_keys =
+        find_next_rows(&head->view[FA_KEY], next, fetch_end, problem->head_dim, groups, times_k);
+    struct next_rows next_values =
+        find_next_rows(&head->view[FA_VALUE], next, fetch_end, problem->value_dim, groups, times_v);
     const int64_t sharing = rows_seeing(problem, head, 1, rows);
     int64_t turn = 0;
     int packed = 0, finite = -1;
@@ -30,15 +32,15 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
         if (lo >= hi)
             continue;
         if (visible.masked) {
-            if (head->weights.data)
+            if (head->view[FA_WEIGHTS].data)
                 hide_weights(problem, head, row + first, group, block);
             continue;
         }
         if (!packed) {
             if (problem->score == FA_ADDITIVE)
-                additive_keys(problem, keys, &head->key, begin, end, tile);
+                additive_keys(problem, keys, &head->view[FA_KEY], begin, end, tile);
             else
-                pack_keys(problem, keys, &head->key, begin, end, tile->channels, tile->k);
+                pack_keys(problem, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
             value = values_of(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
@@ -55,10 +57,10 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
 
         if (first_block) { /* the output comes too, and the next tile's queries */
             const int64_t next_row = row + rows + first;
-            prefetch_queries(head, &head->query, next_row,
+            prefetch_queries(head, &head->view[FA_QUERY], next_row,
                              next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
                              problem->head_dim * (int64_t)sizeof(real));
-            prefetch_queries(head, &head->out, row + first, row + first + group,
+            prefetch_queries(head, &head->view[FA_OUT], row + first, row + first + group,
                              problem->value_dim * (int64_t)sizeof(real));
         }
         const int partial = rule_scores(problem, head, row + first, group, block, &visible, tile, s);

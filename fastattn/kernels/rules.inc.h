@@ -14,8 +14,8 @@ static ALWAYS_INLINE double per_row(const fa_head *head, const fa_view *numbers,
 /* Whether scores change between product and activation. */
 static ALWAYS_INLINE int scores_change(const fa_problem *problem, const fa_head *head)
 {
-    return problem->softcap != 0 || problem->has_slope || head->bias.data || head->relative_bias.data ||
-           scale_after_product(problem);
+    return problem->softcap != 0 || problem->has_slope || head->view[FA_BIAS].data ||
+           head->view[FA_RELATIVE_BIAS].data || scale_after_product(problem);
 }
 
 static ALWAYS_INLINE int scores_are_natural(const fa_problem *problem, const fa_head *head)
@@ -73,21 +73,21 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
         root = (real)sqrt(fabs(after)); /* in two steps: it may be beyond the range of real */
         scale = (real)(after / (double)root);
     }
-    const real slope = problem->has_slope ? (real)per_row(head, &head->slope, i) : 0;
+    const real slope = problem->has_slope ? (real)per_row(head, &head->view[FA_SLOPES], i) : 0;
     const real distance = (real)(block - (head->offset + fa_query_of(head, i)));
-    const int biased = head->bias.data || head->relative_bias.data;
+    const int biased = head->view[FA_BIAS].data || head->view[FA_RELATIVE_BIAS].data;
     if (biased) {
         int from, to; /* what lies outside of the matrix is not read, and of a band only what the row sees */
         rows_range(problem, head, i, 1, block, &from, &to);
         for (int j = first * LANES; j < last * LANES; j++)
             extra[j] = 0;
-        if (head->bias.data && from < to)
-            gather(extra + from, fa_row(head, &head->bias, i) + (block + from) * head->bias.col, head->bias.col,
-                   to - from, problem->bias_dtype);
-        if (head->relative_bias.data && from < to) {
+        if (head->view[FA_BIAS].data && from < to)
+            gather(extra + from, fa_row(head, &head->view[FA_BIAS], i) + (block + from) * head->view[FA_BIAS].col,
+                   head->view[FA_BIAS].col, to - from, head->view[FA_BIAS].dtype);
+        if (head->view[FA_RELATIVE_BIAS].data && from < to) {
             const int64_t in_band = block + from - (head->offset + fa_query_of(head, i)) + problem->left;
-            gather(other, fa_row(head, &head->relative_bias, i) + in_band * head->relative_bias.col,
-                   head->relative_bias.col, to - from, problem->relative_bias_dtype);
+            gather(other, fa_row(head, &head->view[FA_RELATIVE_BIAS], i) + in_band * head->view[FA_RELATIVE_BIAS].col,
+                   head->view[FA_RELATIVE_BIAS].col, to - from, head->view[FA_RELATIVE_BIAS].dtype);
             for (int j = from; j < to; j++) { /* -inf hides, whatever is added to it; a sum of others does not */
                 const real most = BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX, sum = extra[j] + other[j - from];
                 const int hides = extra[j] == -(real)INFINITY || other[j - from] == -(real)INFINITY;
@@ -144,7 +144,7 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
             partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
         }
     } /* otherwise whole vectors, all seen: nothing to hide */
-    if (head->weights.data && problem->activation == FA_SOFTMAX)
+    if (head->view[FA_WEIGHTS].data && problem->activation == FA_SOFTMAX)
         keep_weights(problem, head, i, group, block, s);
     return partial;
 }

@@ -95,6 +95,6 @@ static ALWAYS_INLINE void weigh_pointwise(const fa_problem *problem, const fa_he
 {
     make_bits(visible, group);
     pointwise(problem, s, group, visible->lo / LANES, (visible->hi + LANES - 1) / LANES, visible->bits, l);
-    if (head->weights.data)
+    if (head->view[FA_WEIGHTS].data)
         keep_weights(problem, head, i, group, block, s);
 }

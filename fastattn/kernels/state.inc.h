@@ -116,10 +116,10 @@ static ALWAYS_INLINE real row_factor(const fa_problem *problem, const fa_head *h
     double share = 1;  /* of all exponentials, sink included, in those of the keys */
     *seen = sum != 0;
     *lse = sum == 0 ? -INFINITY : 0;
-    if (head->lse.data || problem->has_sink) {
+    if (head->view[FA_LSE].data || problem->has_sink) {
         if (sum != 0)
             *lse = (double)tile->m[r] * (natural_log ? 1 : 0.69314718055994530942) + log((double)sum);
-        const double sink = problem->has_sink ? per_row(head, &head->sink, tile->row + r) : -INFINITY;
+        const double sink = problem->has_sink ? per_row(head, &head->view[FA_SINKS], tile->row + r) : -INFINITY;
         if (sink != -INFINITY) {
             const double keys_lse = *lse;
             const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */

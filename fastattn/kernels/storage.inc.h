@@ -123,11 +123,21 @@ static ALWAYS_INLINE void write_number(char *to, real x, const fa_dtype dtype)
 /* Contract: contract.h. */
 static void gather(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_dtype dtype)
 {
-    real *restrict to = to_;
+    real *to = to_;
     if (dtype == REAL_DTYPE && stride == (ptrdiff_t)sizeof(real)) {
         memcpy(to, from, (size_t)n * sizeof(real));
         return;
     }
+#if BITS == 32
+    if (stride == 2 && (dtype == FA_F16 || dtype == FA_BF16)) {
+        int64_t i = 0;
+        for (; dtype == FA_F16 && i + LANES <= n; i += LANES)
+            v_store(to + i, v_widen_f16(from + 2 * i));
+        for (; dtype == FA_BF16 && i + LANES <= n; i += LANES)
+            v_store(to + i, v_widen_bf16(from + 2 * i));
+        to += i, from += 2 * i, n -= i;
+    }
+#endif
     FOR_DTYPE(dtype, READ_ALL)
 }
 
@@ -146,8 +156,8 @@ static void scatter(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa
 #undef WRITE_ALL
 
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
-static ALWAYS_INLINE int readable(fa_dtype dtype, const fa_view *matrix)
+static ALWAYS_INLINE int readable(const fa_view *matrix)
 {
-    return dtype == REAL_DTYPE && matrix->col == (ptrdiff_t)sizeof(real) &&
+    return matrix->dtype == REAL_DTYPE && matrix->col == (ptrdiff_t)sizeof(real) &&
            ((uintptr_t)matrix->data | (uintptr_t)matrix->row) % sizeof(real) == 0;
 }

@@ -10,7 +10,7 @@ static ALWAYS_INLINE real value_factor(const fa_problem *problem) { return (real
 /* rows: that share a value. */
 static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_view *value, int64_t rows)
 {
-    if (!readable(problem->dtype, value) || problem->value_dim % LANES != 0 || problem->value_shift)
+    if (!readable(value) || problem->value_dim % LANES != 0 || problem->value_shift)
         return 0;
     if (problem->few)
         return 1;
@@ -26,10 +26,14 @@ static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_vie
 static void copy_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
                         real *to, int64_t to_row, int64_t value_row)
 {
+    const int whole = value->row == value->col * problem->value_dim && to_row == problem->value_dim;
+    if (whole) /* no gaps: a row's end is the next one's beginning */
+        gather(to + begin * to_row, values + begin * value->row, value->col, (end - begin) * to_row, value->dtype);
     for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
         int64_t c = 0;
         if (j >= begin && j < end) {
-            gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, problem->dtype);
+            if (!whole)
+                gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, value->dtype);
             for (const real factor = value_factor(problem); problem->value_shift && c < problem->value_dim; c++)
                 to[j * to_row + c] *= factor;
             c = problem->value_dim;
@@ -107,10 +111,10 @@ static int all_finite(struct value_rows value, int begin, int end, int64_t value
 static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
                                                  int begin, int end, int64_t rows, const struct tile *tile)
 {
-    const char *values = head->value.data + block * head->value.row;
-    if (begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, &head->value, rows))
-        return (struct value_rows){values, head->value.row};
-    copy_values(problem, values, &head->value, begin, end, tile->v, tile->v_row, tile->value_row);
+    const char *values = head->view[FA_VALUE].data + block * head->view[FA_VALUE].row;
+    if (begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, &head->view[FA_VALUE], rows))
+        return (struct value_rows){values, head->view[FA_VALUE].row};
+    copy_values(problem, values, &head->view[FA_VALUE], begin, end, tile->v, tile->v_row, tile->value_row);
     return (struct value_rows){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
 }
 

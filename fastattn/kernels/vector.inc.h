@@ -49,6 +49,25 @@ static ALWAYS_INLINE vec v_lane_numbers(void)
     return v;
 }
 
+#if BITS == 32
+/* LANES numbers of a 16-bit dtype. */
+typedef uint16_t hvec __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t uhvec __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
+static ALWAYS_INLINE ivec v_halves(const void *p) { return __builtin_convertvector((hvec) * (const uhvec *)p, ivec); }
+
+static ALWAYS_INLINE vec v_widen_bf16(const void *p) { return (vec)(v_halves(p) << 16); }
+
+/* Exponent and mantissa into place; multiplying by 2**112 mends the bias and makes denormals normal. */
+#ifndef HAS_WIDEN_F16
+static ALWAYS_INLINE vec v_widen_f16(const void *p)
+{
+    const ivec h = v_halves(p), rest = (h & 0x7fff) << 13, large = (h & 0x7c00) == 0x7c00;
+    const ivec finite = (ivec)((vec)rest * 0x1p112f);
+    return (vec)((large & (rest | 0x7f800000)) | (~large & finite) | (h & 0x8000) << 16);
+}
+#endif
+#endif
+
 /* The greater number; where either is NaN, the second. */
 #ifndef HAS_MAX
 static ALWAYS_INLINE vec v_max(vec a, vec b) { return v_pick(a > b, a, b); }

@@ -140,13 +140,14 @@ static inline void find_visible(const fa_problem *problem, const fa_head *head, 
             visible->hi = visible->to[r] > visible->hi ? visible->to[r] : visible->hi;
         }
     }
-    if (head->mask.data && visible->lo < visible->hi) {
+    if (head->view[FA_MASK].data && visible->lo < visible->hi) {
         int any = 0;
         make_bits(visible, rows);
         for (int r = 0; r < rows; r++) {
             if (bits_any(&visible->bits[r]))
-                bits_and_mask(&visible->bits[r], fa_row(head, &head->mask, i + r) + block * head->mask.col,
-                              head->mask.col, visible->lo, visible->hi);
+                bits_and_mask(&visible->bits[r],
+                              fa_row(head, &head->view[FA_MASK], i + r) + block * head->view[FA_MASK].col,
+                              head->view[FA_MASK].col, visible->lo, visible->hi);
             any |= bits_any(&visible->bits[r]);
         }
         visible->same_for_all = 0;

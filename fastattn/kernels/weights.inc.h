@@ -16,7 +16,7 @@ static ALWAYS_INLINE real *weight(const fa_problem *problem, const fa_head *head
 {
     int64_t first, last;
     weights_range(problem, head, i, &first, &last);
-    return (real *)(fa_row(head, &head->weights, i) + (j - first) * (int64_t)sizeof(real));
+    return (real *)(fa_row(head, &head->view[FA_WEIGHTS], i) + (j - first) * (int64_t)sizeof(real));
 }
 
 /* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
