@@ -1,8 +1,14 @@
-# What the public modules call: arguments by position, unchecked as they came.
+# What layers call, with rules that were not checked before.
+from collections.abc import Mapping
 from typing import Any
 
-def additive_attention(*arguments: Any) -> Any: ...
-def bilinear_attention(*arguments: Any) -> Any: ...
-def dot_product_attention(*arguments: Any) -> Any: ...
-def truncated_attention(*arguments: Any) -> Any: ...
-def varlen_attention(*arguments: Any) -> Any: ...
+from numpy.typing import NDArray
+
+def dot_product_attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    some: Mapping[str, Any],
+    decode: bool = ...,
+    keys_before: Any = ...,
+) -> Any: ...

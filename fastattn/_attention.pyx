@@ -9,12 +9,12 @@ import numpy as np
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport INT64_MAX, int64_t
 
-from fastattn._call cimport (KEY, KEY_LENGTHS, KEYS_BEFORE, MASK, OFFSETS, QUERY_LENGTHS, VALUE, Problem, checked_sides,
-                             read_dot_product, read_varlen)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_OPERANDS, FA_SPAN, Team, Watch, allowed_threads, fa_head,
-                                fa_kernels, fa_visible_keys, fetching_helps, gathered, give_workspace, interrupted,
-                                join_team, kernels_for, raise_pending, take_workspace)
-from fastattn._scores cimport read_additive, read_bilinear
+from fastattn._call cimport (KEY, KEY_LENGTHS, KEYS_BEFORE, MASK, OFFSETS, QUERY_LENGTHS, VALUE, Problem,
+                             read_dot_product)
+from fastattn._rules cimport rules_of
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_OPERANDS, FA_SPAN, Team, Watch,
+                                allowed_threads, fa_head, fa_kernels, fa_visible_keys, fetching_helps, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
 cdef enum:
     FEW_QUERIES = 8     # at most so many in a head: keys are read in place; packing them would cost more
@@ -76,7 +76,7 @@ cdef bint tiles_differ(Problem p) noexcept:
     cdef int n, operand
     for n in range(p.operand_count):
         operand = p.operands[n]
-        if operand == MASK or KEY_LENGTHS <= operand <= KEYS_BEFORE:
+        if operand in (MASK, KEY_LENGTHS, QUERY_LENGTHS, OFFSETS, KEYS_BEFORE):
             return True
     return p.packed or p.shared.left < INT64_MAX or p.shared.right < INT64_MAX or p.shared.chunk != 0
 
@@ -319,60 +319,7 @@ cdef object attend(Problem p, bint decode=True):
     return p.result()
 
 
-def dot_product_attention(
-    query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask,
-    bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-    num_threads, few_in_place=True, keys_before=None,
-):
-    """few_in_place: as `attend` has it. keys_before: how many keys were before the first one and are gone, an integer
-    of at least 0 or an array as for lengths: chunks count from the first that ever was."""
-    cdef Problem p = read_dot_product(
-        query, key, value, is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
-        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads, False, keys_before)
-    return attend(p, few_in_place)
-
-
-def truncated_attention(
-    query, key, value, left, right, is_causal, query_offset, key_lengths, query_lengths, mask, bias, relative_bias,
-    alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads,
-):
-    return attend(read_dot_product(
-        query, key, value, is_causal, checked_sides(left, right), None, None, query_offset, key_lengths, query_lengths,
-        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads))
-
-
-def varlen_attention(
-    query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, window_size, alibi_slopes, scale, softcap, sinks,
-    activation, enable_gqa, return_lse, out, num_threads,
-):
-    return attend(read_varlen(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, window_size, alibi_slopes, scale, softcap, sinks,
-        activation, enable_gqa, return_lse, out, num_threads))
-
-
-def additive_attention(
-    query, key, value, w_score, w_query, w_key, b_hidden,
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
-    relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-    num_threads,
-):
-    return attend(read_additive(
-        query, key, value, w_score, w_query, w_key, b_hidden,
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
-        relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-        num_threads))
-
-
-def bilinear_attention(
-    query, key, value, w_query, w_key, b_query, b_key,
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
-    relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-    num_threads,
-):
-    return attend(read_bilinear(
-        query, key, value, w_query, w_key, b_query, b_key,
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias,
-        relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out,
-        num_threads))
+def dot_product_attention(query, key, value, dict some, bint decode=True, keys_before=None):
+    """For layers: some, a dict of rules. decode: as `attend` has it. keys_before: how many keys were before the first
+    one and are gone, an integer of at least 0 or an array as for lengths: chunks count from the first that ever was."""
+    return attend(read_dot_product(query, key, value, rules_of(some), keys_before), decode)

@@ -1,6 +1,8 @@
 # One plain description of an attention problem, for the driver.
+cimport numpy as cnp
 from libc.stdint cimport int64_t
 
+from fastattn._rules cimport Rules
 from fastattn._runtime cimport (FA_BIAS, FA_KEY, FA_LSE, FA_MASK, FA_OPERANDS, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS,
                                 FA_ROW_AXES, FA_SINKS, FA_SLOPES, FA_VALUE, FA_WEIGHTS, fa_dtype, fa_head, fa_problem)
 
@@ -26,6 +28,11 @@ cdef enum Operand:
     OFFSETS
     KEYS_BEFORE
     OPERANDS
+
+
+cdef struct Shape:
+    int axes
+    const cnp.npy_intp *size
 
 
 cdef struct Layout:
@@ -63,23 +70,8 @@ cdef class Problem:
 
 
 cdef Problem new_problem()
+cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
+                       const Rules *r, object keys_before)
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*, bint packed=*)
+cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r)
 cdef tuple checked_sides(object left, object right)
-cdef Problem read_dot_product(
-    object query, object key, object value, object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=*,
-    object keys_before=*,
-)
-cdef Problem read_varlen(
-    object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,
-    object window_size, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_lse, object out, object num_threads,
-)
-cdef Problem read_rules(
-    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
-    object keys_before=*,
-)

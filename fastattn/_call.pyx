@@ -14,9 +14,15 @@ from libc.stdint cimport INT64_MAX
 from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked_threads, converted, empty, flag,
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
+from fastattn._rules cimport Rules, given, rules_of
 from fastattn._runtime cimport FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype
 
 cnp.import_array()
+
+# As in `Operand`, for messages.
+cdef tuple OPERAND_NAMES = (
+    "query", "key", "value", "mask", "bias", "relative_bias", "out", "weights", "lse", "alibi_slopes", "sinks",
+    "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
 # Rules
@@ -77,63 +83,69 @@ cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1
 
 # Batch axes
 
-cdef str of_layout(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value):
+cdef inline Shape shape(cnp.ndarray a) noexcept:
+    cdef Shape s
+    s.axes, s.size = cnp.PyArray_NDIM(a), cnp.PyArray_DIMS(a)
+    return s
+
+
+cdef tuple sizes(Shape s):
+    return tuple([s.size[i] for i in range(s.axes)])
+
+
+cdef inline Py_ssize_t from_right(Shape s, int axis) noexcept:
+    """Size of an axis, of which 1 is the last one; 1 where there is none."""
+    return s.size[s.axes - axis] if axis <= s.axes else 1
+
+
+cdef str of_layout(Shape query, Shape key, Shape value):
     """What to say of arrays whose heads do not fit and would, were the axis behind them that of the heads."""
-    cdef int axes = cnp.PyArray_NDIM(query)
-    if axes < 3 or cnp.PyArray_NDIM(key) != axes or cnp.PyArray_NDIM(value) != axes:
+    cdef int axes = query.axes
+    if axes < 3 or key.axes != axes or value.axes != axes:
         return ""
-    cdef Py_ssize_t heads = cnp.PyArray_DIM(query, axes - 2), shared = cnp.PyArray_DIM(key, axes - 2)
-    if (shared == 0 or heads % shared or cnp.PyArray_DIM(value, axes - 2) != shared or
-            cnp.PyArray_DIM(key, axes - 3) != cnp.PyArray_DIM(value, axes - 3)):
+    cdef Py_ssize_t heads = query.size[axes - 2], shared = key.size[axes - 2]
+    if (shared == 0 or heads % shared or value.size[axes - 2] != shared or
+            key.size[axes - 3] != value.size[axes - 3]):
         return ""
     sizes = "(B, S, H, D)" if axes == 4 else "(S, H, D)" if axes == 3 else "(..., S, H, D)"
     return f"; arrays {sizes}, with the heads behind the tokens, are passed as x.swapaxes({axes - 3}, {axes - 2})"
 
 
-cdef object bad_heads(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value):
-    return ValueError(f"the batch axes of query {shape_of(query)}, key {shape_of(key)} and value {shape_of(value)} do "
-                      f"not broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole "
-                      f"multiple of the heads (axis -3) of key and value")
+cdef object bad_heads(Shape query, Shape key, Shape value):
+    return ValueError(f"the batch axes of query {sizes(query)}, key {sizes(key)} and value {sizes(value)} do not "
+                      f"broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole multiple "
+                      f"of the heads (axis -3) of key and value")
 
 
-cdef int read_batch(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, bint grouped,
-                    Py_ssize_t *group) except -1:
-    """Broadcasts the batch axes of query, key and value into p.shape; group: query heads that share a key head."""
-    cdef cnp.ndarray array
-    cdef int i, axis, from_right, axes = 0
-    cdef Py_ssize_t n, size, query_heads, key_heads, value_heads
-    cdef tuple arrays = (query, key, value)
-    for array in arrays:
-        axes = max(axes, cnp.PyArray_NDIM(array) - 2)
-    group[0] = 1
-    if grouped:
-        query_heads = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 3) if cnp.PyArray_NDIM(query) > 2 else 1
-        key_heads = cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 3) if cnp.PyArray_NDIM(key) > 2 else 1
-        value_heads = cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 3) if cnp.PyArray_NDIM(value) > 2 else 1
-        if key_heads != value_heads:
-            raise ValueError(f"enable_gqa needs as many heads (axis -3) in key as in value, not {key_heads} and "
-                             f"{value_heads}")
-        if query_heads != key_heads and (key_heads == 0 or query_heads % key_heads):
-            raise ValueError(f"enable_gqa needs a whole multiple of key's {key_heads} heads (axis -3) in query, "
-                             f"not {query_heads}{of_layout(query, key, value)}")
-        group[0] = query_heads // key_heads if key_heads else 1
+cdef Py_ssize_t read_group(Shape query, Shape key, Shape value) except -1:
+    """Query heads that share a key head."""
+    cdef Py_ssize_t heads = from_right(query, 3), shared = from_right(key, 3), value_heads = from_right(value, 3)
+    if shared != value_heads:
+        raise ValueError(f"enable_gqa needs as many heads (axis -3) in key as in value, not {shared} and {value_heads}")
+    if heads != shared and (shared == 0 or heads % shared):
+        raise ValueError(f"enable_gqa needs a whole multiple of key's {shared} heads (axis -3) in query, not "
+                         f"{heads}{of_layout(query, key, value)}")
+    return heads // shared if shared else 1
+
+
+cdef int read_batch(Problem p, Shape query, Shape key, Shape value) except -1:
+    """Broadcasts the batch axes of query, key and value into p.shape; a shared key head counts for its whole group."""
+    cdef Shape[3] all_of_them = [query, key, value]
+    cdef int i, axis, axes = max(query.axes, key.axes, value.axes) - 2
+    cdef Py_ssize_t n, size
     p.axes = axes
     p.heads = 1
-    for from_right in range(1, axes + 1):
+    for axis in range(3, axes + 3):
         size = 1
         for i in range(3):
-            array = arrays[i]
-            axis = cnp.PyArray_NDIM(array) - 2 - from_right
-            if axis < 0:
-                continue
-            n = cnp.PyArray_DIM(array, axis)
-            if from_right == 1 and i > 0:
-                n *= group[0]
+            n = from_right(all_of_them[i], axis)
+            if axis == 3 and i > 0 and all_of_them[i].axes > 2:
+                n *= p.group
             if n != size and n != 1:
                 if size != 1:
                     raise bad_heads(query, key, value)
                 size = n
-        p.shape[axes - from_right] = size
+        p.shape[axes + 2 - axis] = size
         p.heads *= size
     return 0
 
@@ -153,9 +165,9 @@ cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
 
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
-    """Notes where an array lies. trailing: how many of its last axes are not batch axes (at most 2). The others are
-    known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads sees to that). The
-    caller keeps the array alive, in p.kept."""
+    """Notes where an array lies, and keeps it alive. trailing: how many of its last axes are not batch axes (at most
+    2). The others are known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads
+    sees to that)."""
     cdef Layout *layout = &p.layouts[operand]
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
@@ -178,10 +190,11 @@ cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
             layout.batch[i] = cnp.PyArray_STRIDE(a, axis)
     p.operands[p.operand_count] = operand
     p.operand_count += 1
+    p.kept.append(a)
     return 0
 
 
-cdef int split_heads(Problem p, Py_ssize_t group) except -1:
+cdef int split_heads(Problem p) except -1:
     """Makes two axes of the head axis, (key heads, group): key and value stand still along the second."""
     cdef int last = p.axes - 1, n, operand
     cdef Py_ssize_t stride
@@ -191,10 +204,10 @@ cdef int split_heads(Problem p, Py_ssize_t group) except -1:
         if operand == KEY or operand == VALUE:
             p.layouts[operand].batch[last + 1] = 0
         else:
-            p.layouts[operand].batch[last] = stride * group
+            p.layouts[operand].batch[last] = stride * p.group
             p.layouts[operand].batch[last + 1] = stride
-    p.shape[last] //= group
-    p.shape[last + 1] = group
+    p.shape[last] //= p.group
+    p.shape[last + 1] = p.group
     p.axes += 1
     return 0
 
@@ -252,7 +265,6 @@ cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batc
     """A mask or a bias: broadcasts to (..., L, S)."""
     broadcastable(a, name, batch, (rows, cols))
     a = widened(a, 2)
-    p.kept.append(a)
     place(p, operand, a, 2)
     if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 2) == 1:
         p.layouts[operand].row = 0
@@ -261,23 +273,21 @@ cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batc
     return 0
 
 
-cdef cnp.ndarray read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssize_t cols):
+cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
     cdef cnp.ndarray a = as_array(mask, "mask")
     if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
         raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
                         f"numbers that are added to the scores go to bias={of_padding(a, batch, cols)}")
-    read_matrix(p, MASK, a, "mask", batch, rows, cols)
-    return a
+    return read_matrix(p, MASK, a, "mask", batch, rows, cols)
 
 
-cdef cnp.ndarray read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols):
+cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
     cdef cnp.ndarray a = as_array(bias, "bias")
     if a.dtype.kind in "biu":
         raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say "
                         f"which keys count go to mask=")
     storage_of(a, "bias")
-    read_matrix(p, BIAS, a, "bias", batch, rows, cols)
-    return a
+    return read_matrix(p, BIAS, a, "bias", batch, rows, cols)
 
 
 cdef int64_t band_width(Problem p, str what) except -1:
@@ -287,14 +297,13 @@ cdef int64_t band_width(Problem p, str what) except -1:
     return p.shared.left + p.shared.right + 1
 
 
-cdef cnp.ndarray read_relative_bias(Problem p, object bias, tuple batch, Py_ssize_t rows):
+cdef int read_relative_bias(Problem p, object bias, tuple batch, Py_ssize_t rows) except -1:
     cdef cnp.ndarray a = as_array(bias, "relative_bias")
     cdef int64_t width = band_width(p, "relative_bias")
     if a.dtype.kind in "biu":
         raise TypeError(f"relative_bias must be floating, not of dtype {a.dtype}")
     storage_of(a, "relative_bias")
-    read_matrix(p, RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
-    return a
+    return read_matrix(p, RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
 
 
 cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, fa_dtype dtype) except -1:
@@ -304,7 +313,6 @@ cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, 
         storage_of(a, name)
     broadcastable(a, name, batch, ())
     a = converted(converted(a, accumulation(dtype)), accumulation(FA_F64))
-    p.kept.append(a)
     place(p, operand, a, 0)
     return 0
 
@@ -313,7 +321,6 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
                        int64_t *scalar) except -1:
     cdef cnp.ndarray a = integers(x, name, batch, least, most, scalar)
     if a is not None:
-        p.kept.append(a)
         place(p, operand, a, 0)
         return 0
 
@@ -385,6 +392,7 @@ cdef Problem new_problem():
         p.layouts[i].dtype = FA_F32
         p.layouts[i].row = p.layouts[i].col = 0
     p.operand_count = 0
+    p.kept = []
     p.sequences = 1
     p.packed = False
     return p
@@ -409,42 +417,37 @@ cdef int read_activation(Problem p, object activation, object sinks, bint return
     return 0
 
 
-cdef int read_arrays(Problem p, list arrays, bint grouped, Py_ssize_t *group) except -1:
-    """Query, key and value: shapes that fit, batch axes, addresses."""
-    cdef cnp.ndarray query = arrays[0], key = arrays[1], value = arrays[2]
-    if cnp.PyArray_NDIM(query) < 2:
-        raise too_few_axes("query", query, "(..., L, D)")
-    if cnp.PyArray_NDIM(key) < 2:
-        raise too_few_axes("key", key, "(..., S, D)")
-    if cnp.PyArray_NDIM(value) < 2:
-        raise too_few_axes("value", value, "(..., S, E)")
-    cdef Py_ssize_t channels = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 1)
-    cdef Py_ssize_t keys = cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 2)
-    if cnp.PyArray_DIM(key, cnp.PyArray_NDIM(key) - 1) != channels:
-        raise ValueError(f"key has head_dim {key.shape[key.ndim - 1]} (its last axis) and query {channels}: for dot "
+cdef int read_shapes(Problem p, Shape query, Shape key, Shape value, bint grouped) except -1:
+    """Shapes of query, key and value that fit; batch axes."""
+    if query.axes < 2:
+        raise too_few_axes("query", sizes(query), "(..., L, D)")
+    if key.axes < 2:
+        raise too_few_axes("key", sizes(key), "(..., S, D)")
+    if value.axes < 2:
+        raise too_few_axes("value", sizes(value), "(..., S, E)")
+    cdef Py_ssize_t channels = from_right(query, 1), keys = from_right(key, 2)
+    if from_right(key, 1) != channels:
+        raise ValueError(f"key has head_dim {from_right(key, 1)} (its last axis) and query {channels}: for dot "
                          f"products they must be equal")
-    if cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 2) != keys:
-        raise ValueError(f"value has {value.shape[value.ndim - 2]} rows (axis -2) and key {keys}: there must be one "
-                         f"value for each key")
-    read_batch(p, query, key, value, grouped, group)
-    place(p, QUERY, query, 2)
-    place(p, KEY, key, 2)
-    place(p, VALUE, value, 2)
+    if from_right(value, 2) != keys:
+        raise ValueError(f"value has {from_right(value, 2)} rows (axis -2) and key {keys}: there must be one value for "
+                         f"each key")
+    p.group = read_group(query, key, value) if grouped else 1
+    read_batch(p, query, key, value)
     p.shared.head_dim = channels
-    p.shared.value_dim = cnp.PyArray_DIM(value, cnp.PyArray_NDIM(value) - 1)
-    p.sizes.queries = p.sizes.query_length = cnp.PyArray_DIM(query, cnp.PyArray_NDIM(query) - 2)
+    p.shared.value_dim = from_right(value, 1)
+    p.sizes.queries = p.sizes.query_length = from_right(query, 2)
     p.sizes.keys = p.sizes.key_length = keys
     p.longest_query = p.sizes.queries
     p.longest_key = keys
     return 0
 
 
-cdef int finish(Problem p, Py_ssize_t group) except -1:
-    """What the layouts say of the views of a head; before, the head axis is split where it is grouped."""
+cdef int fill_views(Problem p) except -1:
+    """The head axis is split where it is grouped; then the views of a head are what the layouts say."""
     cdef int operand
-    p.group = group
-    if group > 1:
-        split_heads(p, group)
+    if p.group > 1:
+        split_heads(p)
     p.sizes.heads = 1
     for operand in range(<int> FA_OPERANDS):
         p.sizes.view[operand].data = NULL  # which locate fills in
@@ -455,90 +458,96 @@ cdef int finish(Problem p, Py_ssize_t group) except -1:
     return 0
 
 
-cdef Problem read_rules(
-    Problem p, list arrays, tuple inputs, tuple names, object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
-    object keys_before=None,
-):
-    """What all scores share. arrays: query, key and value, of any dtypes; p.dtype, p.shared.dtype and .score are set. inputs, names: what came, which `out` must not overlap. keys_before: how many keys
-    were before the first one, of which chunks count; as query_offset."""
-    cdef Py_ssize_t group
-    p.shared.band = type(return_weights) is str and return_weights == "band"
-    cdef bint with_weights = p.shared.band or weights_flag(return_weights), with_lse = flag(return_lse, "return_lse")
-    cdef bint grouped = flag(enable_gqa, "enable_gqa")
-    cdef bint no_rules = (key_lengths is None and query_lengths is None and query_offset is None and mask is None and
-                          bias is None and relative_bias is None and alibi_slopes is None and sinks is None and
-                          keys_before is None)
-    read_arrays(p, arrays, grouped, &group)
-    read_window(p, window_size, flag(is_causal, "is_causal"))
-    read_chunks(p, chunk_size, left_chunks)
-    read_activation(p, activation, sinks, with_lse)
-    p.num_threads = checked_threads(num_threads)
-    if scale is not None:
-        p.shared.scale *= real(scale, "scale", "a finite real number or None")
+cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
+    """What all scores share, once p knows its sizes and its dtype."""
+    cdef bint with_lse = flag(<object> r.return_lse, "return_lse")
+    cdef tuple batch = None
+    cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
+    read_window(p, <object> r.window_size, flag(<object> r.is_causal, "is_causal"))
+    read_chunks(p, <object> r.chunk_size, <object> r.left_chunks)
+    read_activation(p, <object> r.activation, <object> r.sinks, with_lse)
+    p.num_threads = checked_threads(<object> r.num_threads)
+    if given(r.scale):
+        p.shared.scale *= real(<object> r.scale, "scale", "a finite real number or None")
         p.shared.scale = max(-DBL_MAX, min(DBL_MAX, p.shared.scale))
     p.shared.softcap = 0
-    if softcap is not None:
-        p.shared.softcap = real(softcap, "softcap", "a positive finite number or None", True)
+    if given(r.softcap):
+        p.shared.softcap = real(<object> r.softcap, "softcap", "a positive finite number or None", True)
+    p.shared.band = type(<object> r.return_weights) is str and <object> r.return_weights == "band"
+    if p.shared.band:
+        band_width(p, "return_weights='band'")
+    else:
+        weights_flag(<object> r.return_weights)
 
-    cdef tuple batch = None if no_rules else batch_shape(p)
-    cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
-    cdef cnp.ndarray mask_array = None, bias_array = None, relative_array = None
-    p.kept = arrays
-    p.offset_is_default = True
-    p.shared.has_slope = p.shared.has_sink = False
-    if key_lengths is not None:
-        read_integers(p, KEY_LENGTHS, key_lengths, "key_lengths", batch, 0, cols, &p.sizes.key_length)
-    if query_lengths is not None:
-        read_integers(p, QUERY_LENGTHS, query_lengths, "query_lengths", batch, 0, rows, &p.sizes.query_length)
-    if query_offset is not None:
-        p.offset_is_default = False
-        read_integers(p, OFFSETS, query_offset, "query_offset", batch, None, None, &p.sizes.offset)
+    p.offset_is_default = not given(r.query_offset)
+    p.shared.has_slope, p.shared.has_sink = given(r.alibi_slopes), given(r.sinks)
+    if not (given(r.key_lengths) or given(r.query_lengths) or given(r.query_offset) or given(r.mask) or given(r.bias) or
+            given(r.relative_bias) or given(r.alibi_slopes) or given(r.sinks) or keys_before is not None):
+        return 0
+    batch = batch_shape(p)
+    if given(r.key_lengths):
+        read_integers(p, KEY_LENGTHS, <object> r.key_lengths, "key_lengths", batch, 0, cols, &p.sizes.key_length)
+    if given(r.query_lengths):
+        read_integers(p, QUERY_LENGTHS, <object> r.query_lengths, "query_lengths", batch, 0, rows,
+                      &p.sizes.query_length)
+    if given(r.query_offset):
+        read_integers(p, OFFSETS, <object> r.query_offset, "query_offset", batch, None, None, &p.sizes.offset)
     if keys_before is not None:
         read_integers(p, KEYS_BEFORE, keys_before, "keys_before", batch, 0, FAR, &p.sizes.keys_before)
-    if mask is not None:
-        mask_array = read_mask(p, mask, batch, rows, cols)
-    if bias is not None:
-        bias_array = read_bias(p, bias, batch, rows, cols)
-    if relative_bias is not None:
-        relative_array = read_relative_bias(p, relative_bias, batch, rows)
-    if alibi_slopes is not None:
-        read_per_head(p, SLOPES, alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
-        p.shared.has_slope = True
-    if sinks is not None:
-        read_per_head(p, SINKS, sinks, "sinks", batch, p.shared.dtype)
-        p.shared.has_sink = True
+    if given(r.mask):
+        read_mask(p, <object> r.mask, batch, rows, cols)
+    if given(r.bias):
+        read_bias(p, <object> r.bias, batch, rows, cols)
+    if given(r.relative_bias):
+        read_relative_bias(p, <object> r.relative_bias, batch, rows)
+    if given(r.alibi_slopes):
+        read_per_head(p, SLOPES, <object> r.alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
+    if given(r.sinks):
+        read_per_head(p, SINKS, <object> r.sinks, "sinks", batch, p.shared.dtype)
+    return 0
 
-    if out is None:
+
+cdef int read_results(Problem p, const Rules *r, tuple inputs, tuple names) except -1:
+    """Memory for the results. inputs, names: what came, which `out` must not overlap."""
+    cdef Py_ssize_t rows = p.sizes.queries
+    cdef tuple shape
+    if not given(r.out):
         p.out = new_array(p, rows, p.shared.value_dim)
     else:
-        p.out = checked_out(out, (*batch_shape(p), rows, p.shared.value_dim), p.dtype,
-                            [*arrays[:3], mask_array, bias_array, relative_array],
-                            ("query", "key", "value", "mask", "bias", "relative_bias"))
-        refuse_overlap(out, inputs, names)
-        refuse_overlap(out, (key_lengths, query_lengths, query_offset, alibi_slopes, sinks),
-                       ("key_lengths", "query_lengths", "query_offset", "alibi_slopes", "sinks"))
+        shape = (*batch_shape(p), rows, p.shared.value_dim)
+        p.out = checked_out(<object> r.out, shape, p.dtype, p.kept,
+                            tuple([OPERAND_NAMES[p.operands[i]] for i in range(p.operand_count)]))
+        refuse_overlap(p.out, inputs, names)
+        refuse_overlap(p.out, (<object> r.alibi_slopes, <object> r.sinks, <object> r.key_lengths,
+                               <object> r.query_lengths, <object> r.query_offset),
+                       OPERAND_NAMES[<int> SLOPES:<int> KEYS_BEFORE])
     place(p, OUT, p.out, 2)
-    if with_weights:
-        width = band_width(p, "return_weights='band'") if p.shared.band else cols
-        p.weights = empty((*batch_shape(p), rows, width), accumulation(p.shared.dtype))
+    if p.shared.band or <object> r.return_weights:
+        cols = band_width(p, "return_weights='band'") if p.shared.band else p.sizes.keys
+        p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
         place(p, WEIGHTS, p.weights, 2)
-    if with_lse:
+    if <object> r.return_lse:
         p.lse = empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
         place(p, LSE, p.lse, 1)
-    finish(p, group)
+    return 0
+
+
+cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
+                       const Rules *r, object keys_before):
+    """query, key and value, of any dtypes; p.dtype, p.shared.dtype, .score and .scale are set.
+    keys_before: how many keys were before the first one, of which chunks count; as query_offset."""
+    read_shapes(p, shape(query), shape(key), shape(value), flag(<object> r.enable_gqa, "enable_gqa"))
+    place(p, QUERY, query, 2)
+    place(p, KEY, key, 2)
+    place(p, VALUE, value, 2)
+    read_rules(p, r, keys_before)
+    read_results(p, r, inputs, names)
+    fill_views(p)
     return p
 
 
-cdef Problem read_dot_product(
-    object query, object key, object value, object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads, bint packed=False,
-    object keys_before=None,
-):
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None,
+                              bint packed=False):
     cdef Problem p = new_problem()
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef cnp.ndarray q
@@ -547,13 +556,29 @@ cdef Problem read_dot_product(
     p.shared.score = FA_DOT
     q = arrays[0]
     p.shared.scale = 1
-    if scale is None and cnp.PyArray_NDIM(q) > 0:
+    if not given(r.scale) and cnp.PyArray_NDIM(q) > 0:
         p.shared.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
-    return read_rules(
-        p, arrays, (query, key, value), ("query", "key", "value"),
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
-        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads, keys_before)
+    return read_call(p, q, arrays[1], arrays[2], (query, key, value) if given(r.out) else None,
+                     ("query", "key", "value"), &r, keys_before)
+
+
+def check(tuple query, tuple key, tuple value, dtype, dict some):
+    """What a call with arrays of these shapes, computed in that dtype, and with these rules would refuse, `out` aside.
+    Returns the shape of its output."""
+    cdef Problem p = new_problem()
+    cdef Rules r = rules_of(some)
+    cdef Shape[3] shapes
+    cdef cnp.npy_intp[3][<int> MOST_AXES] size
+    cdef int i, axis
+    for i, given_shape in enumerate((query, key, value)):
+        shapes[i].axes, shapes[i].size = len(given_shape), size[i]
+        for axis in range(shapes[i].axes):
+            size[i][axis] = given_shape[axis]
+    p.shared.dtype = FA_F64 if dtype == np.float64 else FA_F32
+    p.shared.scale = 1
+    read_shapes(p, shapes[0], shapes[1], shapes[2], flag(<object> r.enable_gqa, "enable_gqa"))
+    read_rules(p, &r, None)
+    return (*batch_shape(p), p.sizes.queries, p.shared.value_dim)
 
 
 # Packed sequences
@@ -572,15 +597,9 @@ cdef const int64_t[::1] read_starts(object x, str name, Py_ssize_t total, str ax
     return a
 
 
-cdef Problem read_varlen(
-    object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, object is_causal,
-    object window_size, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_lse, object out, object num_threads,
-):
-    cdef Problem p = read_dot_product(
-        query, key, value, is_causal, window_size, None, None, None, None, None, None, None, None, alibi_slopes, scale,
-        softcap, sinks, activation, enable_gqa, False, return_lse, out, num_threads, True)
-    refuse_overlap(out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
+cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r):
+    cdef Problem p = read_dot_product(query, key, value, r, None, True)
+    refuse_overlap(<object> r.out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
     p.query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.sizes.queries, "query's axis -2")
     if cu_seqlens_k is None:
         if p.sizes.keys != p.sizes.queries:

@@ -12,11 +12,11 @@ cpdef cnp.ndarray as_array(object x, str name, str instead=*)
 cpdef cnp.ndarray converted(cnp.ndarray a, object dtype)
 cdef fa_dtype storage_of(cnp.ndarray a, str name) except *
 cpdef cnp.ndarray floating(object x, str name)
-cpdef object common_dtype(list arrays, tuple names)
+cpdef object common_dtype(list dtypes, tuple names)
 cdef object promoted(list arrays, tuple names, fa_dtype *storage)
 cdef object accumulation(fa_dtype dtype)
 cdef tuple shape_of(cnp.ndarray a)
-cdef object too_few_axes(str name, cnp.ndarray a, str wanted)
+cdef object too_few_axes(str name, tuple shape, str wanted)
 
 # Numbers
 cpdef double real(object x, str name, str allowed, bint positive=*) except? -1.0

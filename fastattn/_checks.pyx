@@ -94,15 +94,14 @@ cpdef cnp.ndarray floating(object x, str name):
     return a
 
 
-cpdef object common_dtype(list arrays, tuple names):
-    """What query, key, value and weight matrices promote to."""
-    dtypes = {a.dtype for a in arrays}
-    if len(dtypes) == 1:
-        return dtypes.pop()
+cpdef object common_dtype(list dtypes, tuple names):
+    """What query, key, value and weight matrices of these dtypes promote to."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
     if float16 in dtypes and any([d.name == "bfloat16" for d in dtypes]):
-        got = ", ".join([f"{name} {a.dtype}" for name, a in zip(names, arrays, strict=True)])
+        got = ", ".join([f"{name} {d}" for name, d in zip(names, dtypes, strict=True)])
         raise TypeError(f"float16 and bfloat16 have no common dtype ({got}): convert one of them")
-    return np.result_type(*arrays)
+    return np.result_type(*dtypes)
 
 
 cdef object promoted(list arrays, tuple names, fa_dtype *storage):
@@ -115,7 +114,7 @@ cdef object promoted(list arrays, tuple names, fa_dtype *storage):
         else:
             storage[0] = FA_F32 if number == cnp.NPY_FLOAT32 else FA_F64
             return (<cnp.ndarray> arrays[0]).dtype
-    dtype = common_dtype(arrays, names)
+    dtype = common_dtype([a.dtype for a in arrays], names)
     storage[0] = FA_F32 if dtype == float32 else FA_F64 if dtype == float64 else FA_F16 if dtype == float16 else FA_BF16
     return dtype
 
@@ -128,8 +127,8 @@ cdef tuple shape_of(cnp.ndarray a):
     return (<object> a).shape
 
 
-cdef object too_few_axes(str name, cnp.ndarray a, str wanted):
-    return ValueError(f"{name} has shape {shape_of(a)}; it needs at least two axes, {wanted}")
+cdef object too_few_axes(str name, tuple shape, str wanted):
+    return ValueError(f"{name} has shape {shape}; it needs at least two axes, {wanted}")
 
 
 # Scalars

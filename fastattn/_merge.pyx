@@ -42,11 +42,11 @@ cdef Parts read_parts(object outs, object lses):
                          f"and {len(lses)}")
     out_arrays = [floating(x, f"outs[{i}]") for i, x in enumerate(outs)]
     lse_arrays = [floating(x, f"lses[{i}]") for i, x in enumerate(lses)]
-    dtype = common_dtype(out_arrays, tuple([f"outs[{i}]" for i in range(len(outs))]))
+    dtype = common_dtype([a.dtype for a in out_arrays], tuple([f"outs[{i}]" for i in range(len(outs))]))
     shape = out_arrays[0].shape
     for i in range(len(out_arrays)):
         if out_arrays[i].ndim < 2:
-            raise too_few_axes(f"outs[{i}]", out_arrays[i], "(..., L, E)")
+            raise too_few_axes(f"outs[{i}]", out_arrays[i].shape, "(..., L, E)")
         if out_arrays[i].shape != shape:
             raise ValueError(f"outs[{i}] has shape {out_arrays[i].shape}; all parts must have the same shape "
                              f"(..., L, E), and outs[0] has {shape}")

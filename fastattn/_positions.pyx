@@ -186,7 +186,7 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
     cdef Py_ssize_t n, row
     cdef bint cell
     if ndim < 2:
-        raise too_few_axes("x", a, "(..., L, D)")
+        raise too_few_axes("x", shape_of(a), "(..., L, D)")
     p.dtype = storage_of(a, "x")
     p.length = cnp.PyArray_DIM(a, ndim - 2)
     p.channels = cnp.PyArray_DIM(a, ndim - 1)

@@ -8,8 +8,9 @@ import numpy as np
 cimport numpy as cnp
 from libc.math cimport fabs, frexp, isfinite, ldexp
 
-from fastattn._call cimport Problem, new_problem, read_rules
+from fastattn._call cimport Problem, new_problem, read_call
 from fastattn._checks cimport accumulation, converted, floating, memory_for, promoted, shape_of, too_few_axes
+from fastattn._rules cimport Rules
 from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, fa_dtype
 
 cnp.import_array()
@@ -31,7 +32,7 @@ cdef list read_weights(Problem p, tuple given, tuple names):
     for i in range(2):
         a = arrays[i]
         if cnp.PyArray_NDIM(a) < 2:
-            raise too_few_axes(names[i], a, ("(..., L, D_query)", "(..., S, D_key)")[i])
+            raise too_few_axes(names[i], shape_of(a), ("(..., L, D_query)", "(..., S, D_key)")[i])
     return arrays
 
 
@@ -84,13 +85,8 @@ cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
     return a
 
 
-cdef Problem read_additive(
-    object query, object key, object value, object w_score, object w_query, object w_key, object b_hidden,
-    object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
-):
+cdef Problem read_additive(object query, object key, object value, object w_score, object w_query, object w_key,
+                           object b_hidden, Rules r):
     cdef Problem p = new_problem()
     cdef list arrays
     cdef tuple names = ("query", "key", "value", "w_score", "w_query", "w_key")
@@ -119,20 +115,12 @@ cdef Problem read_additive(
     p.shared.score = FA_ADDITIVE
     p.score_weights = normalised(w, &p.shared.scale)
     p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
-    return read_rules(
-        p, [q, k, arrays[2]], (query, key, value, w_score, w_query, w_key, b_hidden), (*names, "b_hidden"),
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
-        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads)
+    return read_call(p, q, k, arrays[2], (query, key, value, w_score, w_query, w_key, b_hidden),
+                     (*names, "b_hidden"), &r, None)
 
 
-cdef Problem read_bilinear(
-    object query, object key, object value, object w_query, object w_key, object b_query, object b_key,
-    object is_causal, object window_size, object chunk_size,
-    object left_chunks, object query_offset, object key_lengths, object query_lengths, object mask, object bias,
-    object relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation,
-    object enable_gqa, object return_weights, object return_lse, object out, object num_threads,
-):
+cdef Problem read_bilinear(object query, object key, object value, object w_query, object w_key, object b_query,
+                           object b_key, Rules r):
     cdef Problem p = new_problem()
     cdef list arrays
     cdef tuple names = ("query", "key", "value", "w_query", "w_key")
@@ -157,8 +145,5 @@ cdef Problem read_bilinear(
     q, k = projected(q, q_matrix, q_bias, p.shared.dtype), projected(k, k_matrix, k_bias, p.shared.dtype)
     p.shared.score = FA_DOT
     p.shared.scale = 1
-    return read_rules(
-        p, [q, k, arrays[2]], (query, key, value, w_query, w_key, b_query, b_key), (*names, "b_query", "b_key"),
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths,
-        mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_weights,
-        return_lse, out, num_threads)
+    return read_call(p, q, k, arrays[2], (query, key, value, w_query, w_key, b_query, b_key),
+                     (*names, "b_query", "b_key"), &r, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn._attention import additive_attention as _additive_attention
-from fastattn._attention import bilinear_attention as _bilinear_attention
-from fastattn._attention import dot_product_attention as _dot_product_attention
-from fastattn._attention import truncated_attention as _truncated_attention
-from fastattn._attention import varlen_attention as _varlen_attention
+from cython.cimports.fastattn._attention import attend
+from cython.cimports.fastattn._call import checked_sides, read_dot_product, read_varlen
+from cython.cimports.fastattn._rules import rules
+from cython.cimports.fastattn._scores import read_additive, read_bilinear
+
 from fastattn._checks import names_missing_arguments
 from fastattn._merge import merge_attention as _merge_attention
+from fastattn._rules import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,30 +153,34 @@ def dot_product_attention(
     >>> weights.round(3)
     array([[0.5, 0.5, 0. ]])
     """
-    return _dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal,
-        window_size,
-        chunk_size,
-        left_chunks,
-        query_offset,
-        key_lengths,
-        query_lengths,
-        mask,
-        bias,
-        relative_bias,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        enable_gqa,
-        return_weights,
-        return_lse,
-        out,
-        num_threads,
+    return attend(
+        read_dot_product(
+            query,
+            key,
+            value,
+            rules(
+                is_causal=is_causal,
+                window_size=window_size,
+                chunk_size=chunk_size,
+                left_chunks=left_chunks,
+                query_offset=query_offset,
+                key_lengths=key_lengths,
+                query_lengths=query_lengths,
+                mask=mask,
+                bias=bias,
+                relative_bias=relative_bias,
+                alibi_slopes=alibi_slopes,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                activation=activation,
+                enable_gqa=enable_gqa,
+                return_weights=return_weights,
+                return_lse=return_lse,
+                out=out,
+                num_threads=num_threads,
+            ),
+        )
     )
 
 
@@ -290,34 +295,38 @@ def additive_attention(
     >>> fastattn.additive_attention(query, np.eye(3), np.eye(3), w_score, w_query=w_query, w_key=w_key).shape
     (1, 3)
     """
-    return _additive_attention(
-        query,
-        key,
-        value,
-        w_score,
-        w_query,
-        w_key,
-        b_hidden,
-        is_causal,
-        window_size,
-        chunk_size,
-        left_chunks,
-        query_offset,
-        key_lengths,
-        query_lengths,
-        mask,
-        bias,
-        relative_bias,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        enable_gqa,
-        return_weights,
-        return_lse,
-        out,
-        num_threads,
+    return attend(
+        read_additive(
+            query,
+            key,
+            value,
+            w_score,
+            w_query,
+            w_key,
+            b_hidden,
+            rules(
+                is_causal=is_causal,
+                window_size=window_size,
+                chunk_size=chunk_size,
+                left_chunks=left_chunks,
+                query_offset=query_offset,
+                key_lengths=key_lengths,
+                query_lengths=query_lengths,
+                mask=mask,
+                bias=bias,
+                relative_bias=relative_bias,
+                alibi_slopes=alibi_slopes,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                activation=activation,
+                enable_gqa=enable_gqa,
+                return_weights=return_weights,
+                return_lse=return_lse,
+                out=out,
+                num_threads=num_threads,
+            ),
+        )
     )
 
 
@@ -417,34 +426,38 @@ def bilinear_attention(
     >>> weights.round(3)
     array([[0.982, 0.018]])
     """
-    return _bilinear_attention(
-        query,
-        key,
-        value,
-        w_query,
-        w_key,
-        b_query,
-        b_key,
-        is_causal,
-        window_size,
-        chunk_size,
-        left_chunks,
-        query_offset,
-        key_lengths,
-        query_lengths,
-        mask,
-        bias,
-        relative_bias,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        enable_gqa,
-        return_weights,
-        return_lse,
-        out,
-        num_threads,
+    return attend(
+        read_bilinear(
+            query,
+            key,
+            value,
+            w_query,
+            w_key,
+            b_query,
+            b_key,
+            rules(
+                is_causal=is_causal,
+                window_size=window_size,
+                chunk_size=chunk_size,
+                left_chunks=left_chunks,
+                query_offset=query_offset,
+                key_lengths=key_lengths,
+                query_lengths=query_lengths,
+                mask=mask,
+                bias=bias,
+                relative_bias=relative_bias,
+                alibi_slopes=alibi_slopes,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                activation=activation,
+                enable_gqa=enable_gqa,
+                return_weights=return_weights,
+                return_lse=return_lse,
+                out=out,
+                num_threads=num_threads,
+            ),
+        )
     )
 
 
@@ -526,29 +539,35 @@ def truncated_attention(
            [0.33, 0.33, 0.33],
            [0.5 , 0.5 , 0.  ]])
     """
-    return _truncated_attention(
-        query,
-        key,
-        value,
-        left,
-        right,
-        is_causal,
-        query_offset,
-        key_lengths,
-        query_lengths,
-        mask,
-        bias,
-        relative_bias,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        enable_gqa,
-        return_weights,
-        return_lse,
-        out,
-        num_threads,
+    window_size = checked_sides(left, right)  # whose life is that of the call
+    return attend(
+        read_dot_product(
+            query,
+            key,
+            value,
+            rules(
+                is_causal=is_causal,
+                window_size=window_size,
+                chunk_size=None,
+                left_chunks=None,
+                query_offset=query_offset,
+                key_lengths=key_lengths,
+                query_lengths=query_lengths,
+                mask=mask,
+                bias=bias,
+                relative_bias=relative_bias,
+                alibi_slopes=alibi_slopes,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                activation=activation,
+                enable_gqa=enable_gqa,
+                return_weights=return_weights,
+                return_lse=return_lse,
+                out=out,
+                num_threads=num_threads,
+            ),
+        )
     )
 
 
@@ -609,23 +628,36 @@ def varlen_attention(
            [ 2.],
            [10.]])
     """
-    return _varlen_attention(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        is_causal,
-        window_size,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        enable_gqa,
-        return_lse,
-        out,
-        num_threads,
+    return attend(
+        read_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            rules(
+                is_causal=is_causal,
+                window_size=window_size,
+                chunk_size=None,
+                left_chunks=None,
+                query_offset=None,
+                key_lengths=None,
+                query_lengths=None,
+                mask=None,
+                bias=None,
+                relative_bias=None,
+                alibi_slopes=alibi_slopes,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                activation=activation,
+                enable_gqa=enable_gqa,
+                return_weights=False,
+                return_lse=return_lse,
+                out=out,
+                num_threads=num_threads,
+            ),
+        )
     )
 
 
@@ -683,4 +715,4 @@ for _function in (
     varlen_attention,
     merge_attention,
 ):
-    names_missing_arguments(_function)
+    names_missing_arguments(readable(_function))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn import _weights
-from fastattn._attention import dot_product_attention as _dot_product_attention
+from fastattn._attention import dot_product_attention as attend
+from fastattn._call import check
 from fastattn._checks import (
     checked_out,
     common_dtype,
@@ -21,15 +22,19 @@ from fastattn._checks import (
     real,
 )
 from fastattn._positions import checked_frequencies
+from fastattn._rules import LayerRules, refuse_others, takes
+from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from os import PathLike
-    from typing import Self
+    from typing import Self, Unpack
 
     from numpy.typing import ArrayLike, NDArray
+
+    from fastattn._rules import Rules
 
     State = Mapping[str, Any] | str | PathLike[str]
 
@@ -99,8 +104,11 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
     return a[..., None]
 
 
-def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Any) -> None:
-    """Whether the result can go there; `inputs` are what it must not overlap."""
+def _check_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Any], rules: LayerRules
+) -> None:
+    """Whether the result can go there, and overlaps neither an input nor an array of a rule."""
+    inputs = {**inputs, **{name: x for name, x in rules.items() if isinstance(x, np.ndarray) and name != "out"}}
     checked_out(out, shape, dtype, list(inputs.values()), tuple(inputs))
 
 
@@ -192,31 +200,13 @@ class _Weights(NamedTuple):
         return inputs, self.out, self.b_every, self.b_out
 
 
+@takes(LayerRules, like=dot_product_attention)
 def self_attention(
     x: ArrayLike,
     w_query: ArrayLike,
     w_key: ArrayLike,
     w_value: ArrayLike,
-    *,
-    is_causal: bool = False,
-    window_size: int | tuple[int | None, int | None] | None = None,
-    chunk_size: int | None = None,
-    left_chunks: int | None = None,
-    query_offset: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    relative_bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    activation: str = "softmax",
-    return_weights: bool | str = False,
-    return_lse: bool = False,
-    out: NDArray[Any] | None = None,
-    num_threads: int | None = None,
+    **rules: Unpack[LayerRules],
 ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
     Self-attention in its textbook form: ``softmax(Q K^T / sqrt(d_k)) V``, where Q, K and V are x times a matrix each.
@@ -288,6 +278,7 @@ def self_attention(
            [0.667, 0.667],
            [0.505, 0.991]])
     """
+    refuse_others(rules, LayerRules, "self_attention")
     names = "w_query", "w_key", "w_value"
     tokens = floating(x, "x")
     if tokens.ndim < 2:
@@ -302,58 +293,29 @@ def self_attention(
             f"w_key has {matrices[1].shape[1]} columns and w_query {matrices[0].shape[1]}: for dot products they must "
             f"be equal"
         )
-    dtype = common_dtype([tokens, *matrices], ("x", *names))
+    dtype = common_dtype([a.dtype for a in (tokens, *matrices)], ("x", *names))
     accumulation = _accumulation(dtype)
+    out = rules.get("out")
     if out is not None:
         _check_out(
             out,
             (*tokens.shape[:-1], matrices[2].shape[1]),
             dtype,
-            x=x,
-            w_query=w_query,
-            w_key=w_key,
-            w_value=w_value,
-            mask=mask,
-            bias=bias,
-            relative_bias=relative_bias,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            query_offset=query_offset,
-            key_lengths=key_lengths,
-            query_lengths=query_lengths,
+            {"x": x, "w_query": w_query, "w_key": w_key, "w_value": w_value},
+            rules,
         )
-    if query_lengths is None:
-        query_lengths = key_lengths
+    if rules.get("query_lengths") is None:
+        rules["query_lengths"] = rules.get("key_lengths")
+    if dtype != accumulation:
+        rules["out"] = None
+    query_shape, key_shape, value_shape = ((*tokens.shape[:-1], w.shape[1]) for w in matrices)
+    check(query_shape, key_shape, value_shape, accumulation, rules)
     flat = _rows(tokens, accumulation)
     with np.errstate(all="ignore"):
         query, key, value = (
             _project(flat, w.astype(accumulation, copy=False)).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices
         )
-    answer: NDArray[Any] | tuple[NDArray[Any], ...] = _dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal,
-        window_size,
-        chunk_size,
-        left_chunks,
-        query_offset,
-        key_lengths,
-        query_lengths,
-        mask,
-        bias,
-        relative_bias,
-        alibi_slopes,
-        scale,
-        softcap,
-        sinks,
-        activation,
-        False,
-        return_weights,
-        return_lse,
-        out if dtype == accumulation else None,
-        num_threads,
-    )
+    answer = dot_product_attention(query, key, value, **rules)
     if dtype == accumulation:
         return answer
     if isinstance(answer, tuple):
@@ -508,7 +470,7 @@ class MultiHeadAttention:
             matrices["w_out"] = _matrix(w_out, "w_out", width, why)
         elif b_out is not None:
             raise ValueError("b_out is added to the output projection: it needs w_out")
-        self.dtype = common_dtype([*matrices.values()], tuple(matrices))
+        self.dtype = common_dtype([w.dtype for w in matrices.values()], tuple(matrices))
         out = matrices.get("w_out")
         self.d_out = self.num_heads * self.value_dim if out is None else out.shape[1]
 
@@ -858,31 +820,14 @@ class MultiHeadAttention:
         ends = 0, n, n + self.num_kv_heads * self.head_dim, None
         return self._weights.b_every[ends[which] : ends[which + 1]]
 
+    @takes(LayerRules, like=dot_product_attention)
     def __call__(
         self,
         x: ArrayLike,
         context: ArrayLike | None = None,
         *,
         cache: KVCache | None = None,
-        is_causal: bool = False,
-        window_size: int | tuple[int | None, int | None] | None = None,
-        chunk_size: int | None = None,
-        left_chunks: int | None = None,
-        query_offset: ArrayLike | None = None,
-        key_lengths: ArrayLike | None = None,
-        query_lengths: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        relative_bias: ArrayLike | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: ArrayLike | None = None,
-        activation: str = "softmax",
-        return_weights: bool | str = False,
-        return_lse: bool = False,
-        out: NDArray[Any] | None = None,
-        num_threads: int | None = None,
+        **rules: Unpack[LayerRules],
     ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """
         Attend from x to itself, to `context`, or to what is in the cache.
@@ -959,6 +904,8 @@ class MultiHeadAttention:
         a row do not depend on threads, batch and padding.
         """
         # What came, and what it must be.
+        refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
+        out, num_threads = rules.get("out"), rules.get("num_threads")
         tokens = _tokens(x, "x", "L", "w_query", self.d_model)
         other = tokens
         batch, length = tokens.shape[:-2], tokens.shape[-2]
@@ -987,8 +934,11 @@ class MultiHeadAttention:
             )
         dtype = self.dtype
         if not (tokens.dtype == dtype == other.dtype):
-            dtype = common_dtype([tokens, other, np.empty(0, dtype)], ("x", "context", "the weights"))
+            dtype = common_dtype([tokens.dtype, other.dtype, dtype], ("x", "context", "the weights"))
         accumulation = _accumulation(dtype)
+        key_lengths, query_lengths, query_offset = (
+            rules.get(name) for name in ("key_lengths", "query_lengths", "query_offset")
+        )
         if cache is not None and key_lengths is not None:
             raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
         if cache is not None and query_offset is not None:
@@ -1000,55 +950,32 @@ class MultiHeadAttention:
             rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
         offset = _per_sequence(query_offset, "query_offset", batch)
         if out is not None:
-            _check_out(
-                out,
-                (*batch, length, self.d_out),
-                dtype,
-                x=x,
-                context=context,
-                query_offset=query_offset,
-                key_lengths=key_lengths,
-                query_lengths=query_lengths,
-                mask=mask,
-                bias=bias,
-                relative_bias=relative_bias,
-                alibi_slopes=alibi_slopes,
-                sinks=sinks,
-            )
+            _check_out(out, (*batch, length, self.d_out), dtype, {"x": x, "context": context}, rules)
         weights = self._weights
         if accumulation != self._accumulation:
             parts = self.w_query, (self.w_key, self.w_value), self.w_out
             weights = _Weights.of(*parts, self._b_every, self._b_out, accumulation)
-        grouped = self.num_heads != self.num_kv_heads
-        if isinstance(cache, KVCache) and cache.window is not None and window_size is None and chunk_size is None:
-            window_size = cache.window - 1, None
-        rules_before_lengths = is_causal, window_size, chunk_size, left_chunks
-        rules_behind_lengths = mask, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, grouped
+        every: Rules = {**rules, "enable_gqa": self.num_heads != self.num_kv_heads, "query_lengths": rows_valid}
         came: Any = None
         old: Any = None
         if cache is not None:
             came = self._came(cache, batch, length, rows_valid)
+            if cache.window is not None and rules.get("window_size") is None and rules.get("chunk_size") is None:
+                every["window_size"] = cache.window - 1, None
             # Columns of a matrix mean all that is there.
-            columns = mask is not None or bias is not None or (return_weights is not False and return_weights != "band")
-            old = cache._beside(came, columns)
+            columns = rules.get("mask") is not None or rules.get("bias") is not None
+            old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
             num_keys = int((old + came).max(initial=0))
-            # Nothing may be appended if a rule is wrong. Without channels and with all keys hidden this call is little
-            # more than its checks.
-            _dot_product_attention(
-                np.empty((*batch, self.num_heads, length, 0), np.float32),
-                *2 * [np.empty((*batch, self.num_kv_heads, num_keys, 0), np.float32)],
-                *rules_before_lengths,
-                None,
-                0,
-                rows_valid,
-                *rules_behind_lengths,
-                return_weights,
-                return_lse,
-                None,
-                num_threads,
+            # Nothing may be appended if a rule is wrong.
+            check(
+                (*batch, self.num_heads, length, self.head_dim),
+                (*batch, self.num_kv_heads, num_keys, self.head_dim),
+                (*batch, self.num_kv_heads, num_keys, self.value_dim),
+                cache.dtype,
+                every,
             )
             if cache.window is not None:
-                _check_reach(cache.window, window_size, chunk_size, left_chunks)
+                _check_reach(cache.window, every)
 
         with np.errstate(all="ignore"):
             # From tokens to heads.
@@ -1093,22 +1020,10 @@ class MultiHeadAttention:
                 heads = out
             else:
                 heads = empty((*batch, length, self.num_heads * self.value_dim), query.dtype)
-            answer = _dot_product_attention(
-                query,
-                key,
-                value,
-                *rules_before_lengths,
-                offset,
-                keys_valid,
-                rows_valid,
-                *rules_behind_lengths,
-                return_weights,
-                return_lse,
-                heads.reshape(*batch, length, self.num_heads, self.value_dim).swapaxes(-2, -3),
-                num_threads,
-                True,  # few_in_place
-                None if step is None or chunk_size is None else step.dropped,  # keys_before
-            )
+            every["query_offset"], every["key_lengths"] = offset, keys_valid
+            every["out"] = heads.reshape(*batch, length, self.num_heads, self.value_dim).swapaxes(-2, -3)
+            before = None if step is None or every.get("chunk_size") is None else step.dropped
+            answer = attend(query, key, value, every, keys_before=before)
             rest = answer[1:] if isinstance(answer, tuple) else ()
 
             # From heads to tokens.
@@ -1158,8 +1073,11 @@ class MultiHeadAttention:
         return cache._counts(query_lengths, length)
 
 
-def _check_reach(window: int, window_size: Any, chunk_size: Any, left_chunks: Any) -> None:
+def _check_reach(window: int, given: Rules) -> None:
     """Whether a cache with that window keeps all that a query may see by rules that are known to be valid."""
+    window_size: Any = given.get("window_size")
+    chunk_size: Any = given.get("chunk_size")
+    left_chunks: Any = given.get("left_chunks")
 
     def bounded(n: Any) -> int | None:
         return None if n is None or n == -1 else int(n)

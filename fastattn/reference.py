@@ -15,6 +15,9 @@ Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, score
 Query rows are i, keys are j. Arguments are not checked here beyond what the result needs.
 """
 
+import functools
+import inspect
+
 import numpy as np
 
 __all__ = [
@@ -365,7 +368,8 @@ def _into(out, result):
     return out
 
 
-def dot_product_attention(
+def attend_by(
+    score,
     query,
     key,
     value,
@@ -381,7 +385,6 @@ def dot_product_attention(
     bias=None,
     relative_bias=None,
     alibi_slopes=None,
-    scale=None,
     softcap=None,
     sinks=None,
     activation="softmax",
@@ -390,6 +393,79 @@ def dot_product_attention(
     return_lse=False,
     out=None,
     num_threads=None,
+):
+    """All three steps for a score of any kind: ``score(query, key)`` gives the scaled scores, ``(..., L, S)``.
+
+    Its keywords are those of all attention functions but `scale`; they hand them on as ``**rules``.
+    """
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    if enable_gqa:
+        key, value = repeat_heads(query, key, value)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    with np.errstate(all="ignore"):
+        position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
+        scores = score(query, key)
+        # Lengths, slopes, masks and the like have the batch axes of the output, which value may widen.
+        batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+        scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))
+        scores = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
+        if relative_bias is not None:
+            sides = window_sides(window_size, is_causal)
+            scores = scores + from_window(relative_bias, position, *sides, num_keys)
+        visible = visible_keys(
+            num_queries,
+            num_keys,
+            is_causal=is_causal,
+            window_size=window_size,
+            chunk_size=chunk_size,
+            left_chunks=left_chunks,
+            query_offset=query_offset,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            mask=mask,
+            bias=bias,
+            relative_bias=relative_bias,
+        )
+        results = attend(
+            scores,
+            value,
+            visible,
+            sinks=sinks,
+            activation=activation,
+            return_weights=bool(return_weights),
+            return_lse=return_lse,
+            out=out,
+        )
+    if return_weights == "band":
+        out, weights, *lse = results
+        results = (out, to_window(weights, position, *window_sides(window_size, is_causal)), *lse)
+    return results
+
+
+def repeat_heads(query, key, value):
+    """Grouped queries: write every key and value head down once for each query head that reads it."""
+    group = query.shape[-3] // max(key.shape[-3], 1)
+    return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
+
+
+def shows_rules(function, without=()):
+    """Give the signature of a function, for help(), the keywords of `attend_by` in place of its ``**rules``."""
+    own = inspect.signature(function).parameters
+    rules = inspect.signature(attend_by).parameters
+    added = [p for p in rules.values() if p.kind is p.KEYWORD_ONLY and p.name not in (*own, *without)]
+    own = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = inspect.Signature([*own, *added])
+    return function
+
+
+@shows_rules
+def dot_product_attention(
+    query,
+    key,
+    value,
+    *,
+    scale=None,
+    **rules,
 ):
     """Scaled dot-product attention, ``softmax(query @ key.T * scale) @ value`` (Vaswani et al. 2017).
 
@@ -451,27 +527,11 @@ def dot_product_attention(
         query,
         key,
         value,
-        is_causal=is_causal,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        left_chunks=left_chunks,
-        query_offset=query_offset,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        activation=activation,
-        enable_gqa=enable_gqa,
-        return_weights=return_weights,
-        return_lse=return_lse,
-        out=out,
+        **rules,
     )
 
 
+@shows_rules
 def additive_attention(
     query,
     key,
@@ -481,26 +541,8 @@ def additive_attention(
     w_query=None,
     w_key=None,
     b_hidden=None,
-    is_causal=False,
-    window_size=None,
-    chunk_size=None,
-    left_chunks=None,
-    query_offset=None,
-    key_lengths=None,
-    query_lengths=None,
-    mask=None,
-    bias=None,
-    relative_bias=None,
-    alibi_slopes=None,
     scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
-    return_weights=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
+    **rules,
 ):
     """Additive attention, ``score = w_score . tanh(query @ w_query + key @ w_key + b_hidden)`` (Bahdanau et al. 2015).
 
@@ -538,27 +580,11 @@ def additive_attention(
         query,
         key,
         value,
-        is_causal=is_causal,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        left_chunks=left_chunks,
-        query_offset=query_offset,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        activation=activation,
-        enable_gqa=enable_gqa,
-        return_weights=return_weights,
-        return_lse=return_lse,
-        out=out,
+        **rules,
     )
 
 
+@shows_rules
 def bilinear_attention(
     query,
     key,
@@ -568,26 +594,8 @@ def bilinear_attention(
     *,
     b_query=None,
     b_key=None,
-    is_causal=False,
-    window_size=None,
-    chunk_size=None,
-    left_chunks=None,
-    query_offset=None,
-    key_lengths=None,
-    query_lengths=None,
-    mask=None,
-    bias=None,
-    relative_bias=None,
-    alibi_slopes=None,
     scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
-    return_weights=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
+    **rules,
 ):
     """Bilinear attention, ``score = (query @ w_query + b_query) . (key @ w_key + b_key)`` (Luong et al. 2015).
 
@@ -624,103 +632,11 @@ def bilinear_attention(
         query,
         key,
         value,
-        is_causal=is_causal,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        left_chunks=left_chunks,
-        query_offset=query_offset,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        activation=activation,
-        enable_gqa=enable_gqa,
-        return_weights=return_weights,
-        return_lse=return_lse,
-        out=out,
+        **rules,
     )
 
 
-def attend_by(
-    score,
-    query,
-    key,
-    value,
-    *,
-    is_causal,
-    window_size,
-    chunk_size,
-    left_chunks,
-    query_offset,
-    key_lengths,
-    query_lengths,
-    mask,
-    bias,
-    relative_bias,
-    alibi_slopes,
-    softcap,
-    sinks,
-    activation,
-    enable_gqa,
-    return_weights,
-    return_lse,
-    out,
-):
-    """All three steps for a score of any kind: ``score(query, key)`` gives the scaled scores, ``(..., L, S)``."""
-    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
-    if enable_gqa:
-        key, value = repeat_heads(query, key, value)
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
-    with np.errstate(all="ignore"):
-        position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
-        scores = score(query, key)
-        # Lengths, slopes, masks and the like have the batch axes of the output, which value may widen.
-        batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
-        scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))
-        scores = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
-        if relative_bias is not None:
-            sides = window_sides(window_size, is_causal)
-            scores = scores + from_window(relative_bias, position, *sides, num_keys)
-        visible = visible_keys(
-            num_queries,
-            num_keys,
-            is_causal=is_causal,
-            window_size=window_size,
-            chunk_size=chunk_size,
-            left_chunks=left_chunks,
-            query_offset=query_offset,
-            key_lengths=key_lengths,
-            query_lengths=query_lengths,
-            mask=mask,
-            bias=bias,
-            relative_bias=relative_bias,
-        )
-        results = attend(
-            scores,
-            value,
-            visible,
-            sinks=sinks,
-            activation=activation,
-            return_weights=bool(return_weights),
-            return_lse=return_lse,
-            out=out,
-        )
-    if return_weights == "band":
-        out, weights, *lse = results
-        results = (out, to_window(weights, position, *window_sides(window_size, is_causal)), *lse)
-    return results
-
-
-def repeat_heads(query, key, value):
-    """Grouped queries: write every key and value head down once for each query head that reads it."""
-    group = query.shape[-3] // max(key.shape[-3], 1)
-    return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
-
-
+@functools.partial(shows_rules, without=("window_size", "chunk_size", "left_chunks"))
 def truncated_attention(
     query,
     key,
@@ -728,23 +644,8 @@ def truncated_attention(
     left,
     right=0,
     *,
-    is_causal=False,
-    query_offset=None,
-    key_lengths=None,
-    query_lengths=None,
-    mask=None,
-    bias=None,
-    relative_bias=None,
-    alibi_slopes=None,
     scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
-    return_weights=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
+    **rules,
 ):
     """Dot-product attention to `left` keys before a query's position and `right` behind it (Povey et al. 2018).
 
@@ -768,26 +669,19 @@ def truncated_attention(
         key,
         value,
         window_size=(left, right),
-        is_causal=is_causal,
-        query_offset=query_offset,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
         scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        activation=activation,
-        enable_gqa=enable_gqa,
-        return_weights=return_weights,
-        return_lse=return_lse,
-        out=out,
-        num_threads=num_threads,
+        **rules,
     )
 
 
+# Rules that packed sequences do not have.
+NOT_PACKED = (
+    *("chunk_size", "left_chunks", "query_offset", "key_lengths", "query_lengths"),
+    *("mask", "bias", "relative_bias", "return_weights"),
+)
+
+
+@functools.partial(shows_rules, without=NOT_PACKED)
 def varlen_attention(
     query,
     key,
@@ -795,17 +689,10 @@ def varlen_attention(
     cu_seqlens_q,
     cu_seqlens_k=None,
     *,
-    is_causal=False,
-    window_size=None,
-    alibi_slopes=None,
     scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    enable_gqa=False,
     return_lse=False,
     out=None,
-    num_threads=None,
+    **rules,
 ):
     """Attention within each of several sequences that are packed one after the other.
 
@@ -840,15 +727,9 @@ def varlen_attention(
             query[..., q0:q1, :],
             key[..., k0:k1, :],
             value[..., k0:k1, :],
-            is_causal=is_causal,
-            window_size=window_size,
-            alibi_slopes=alibi_slopes,
             scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            activation=activation,
-            enable_gqa=enable_gqa,
             return_lse=return_lse,
+            **rules,
         )
         outs.append(parts[0] if return_lse else parts)
         lses.append(parts[1] if return_lse else None)
@@ -1107,31 +988,17 @@ def relative_position_buckets(
     return (first + np.where(distance < exact, distance, logarithmic)).astype(np.int64)
 
 
+@functools.partial(shows_rules, without=("enable_gqa",))
 def self_attention(
     x,
     w_query,
     w_key,
     w_value,
     *,
-    is_causal=False,
-    window_size=None,
-    chunk_size=None,
-    left_chunks=None,
-    query_offset=None,
     key_lengths=None,
     query_lengths=None,
-    mask=None,
-    bias=None,
-    relative_bias=None,
-    alibi_slopes=None,
     scale=None,
-    softcap=None,
-    sinks=None,
-    activation="softmax",
-    return_weights=False,
-    return_lse=False,
-    out=None,
-    num_threads=None,
+    **rules,
 ):
     """``softmax(Q K^T / sqrt(d_k)) V`` with ``Q = x @ w_query``, ``K = x @ w_key``, ``V = x @ w_value``.
 
@@ -1159,25 +1026,10 @@ def self_attention(
         query,
         key,
         value,
-        is_causal=is_causal,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        left_chunks=left_chunks,
-        query_offset=query_offset,
         key_lengths=key_lengths,
         query_lengths=query_lengths,
-        mask=mask,
-        bias=bias,
-        relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes,
         scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        activation=activation,
-        return_weights=return_weights,
-        return_lse=return_lse,
-        out=out,
-        num_threads=num_threads,
+        **rules,
     )
 
 
@@ -1232,13 +1084,13 @@ class MultiHeadAttention:
         self.rotary_interleaved = rotary_interleaved
         self.rotary_dim = rotary_dim
 
+    @functools.partial(shows_rules, without=("enable_gqa",))
     def __call__(
         self,
         x,
         context=None,
         *,
         cache=None,
-        is_causal=False,
         window_size=None,
         chunk_size=None,
         left_chunks=None,
@@ -1246,17 +1098,9 @@ class MultiHeadAttention:
         key_lengths=None,
         query_lengths=None,
         mask=None,
-        bias=None,
-        relative_bias=None,
-        alibi_slopes=None,
         scale=None,
-        softcap=None,
-        sinks=None,
-        activation="softmax",
-        return_weights=False,
-        return_lse=False,
         out=None,
-        num_threads=None,
+        **rules,
     ):
         """Attend from x to itself, to `context`, or to what is in the cache and, behind that, to x.
 
@@ -1325,7 +1169,6 @@ class MultiHeadAttention:
             key,
             value,
             enable_gqa=True,
-            is_causal=is_causal,
             window_size=window_size,
             chunk_size=chunk_size,
             left_chunks=left_chunks,
@@ -1333,15 +1176,8 @@ class MultiHeadAttention:
             key_lengths=key_lengths,
             query_lengths=query_lengths,
             mask=mask,
-            bias=bias,
-            relative_bias=relative_bias,
-            alibi_slopes=alibi_slopes,
             scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            activation=activation,
-            return_weights=return_weights,
-            return_lse=return_lse,
+            **rules,
         )
         heads, *rest = results if isinstance(results, tuple) else (results,)
         with np.errstate(all="ignore"):

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._attention import dot_product_attention as _dot_product_attention
-from fastattn._checks import as_array, converted, integer
+from fastattn._attention import dot_product_attention as attend
+from fastattn._call import check
+from fastattn._checks import as_array, common_dtype, converted, floating, integer
+from fastattn._rules import StreamRules, refuse_others, takes
+from fastattn.attention import dot_product_attention
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Self, Unpack
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -28,6 +31,8 @@ _PIECE = 2048
 _LEAST_CAPACITY = 256
 
 _NAMES = ("query", "key", "value")
+# Rules that are copied, so that a change between two pushes changes nothing.
+_ARRAYS = {"alibi_slopes", "relative_bias", "sinks"}
 _INSTEAD = "pass its data"  # of a masked array
 
 
@@ -133,11 +138,6 @@ def _side(x: Any, name: str) -> int | None:
     return None if n == -1 else n
 
 
-def _own(x: Any, name: str) -> NDArray[Any] | None:
-    """A copy, so that a change between two pushes changes nothing."""
-    return None if x is None else np.array(as_array(x, name, _INSTEAD))
-
-
 class StreamingAttention:
     """
     Truncated dot-product self-attention over a stream: frames come in as they arrive, rows go out as soon as they can.
@@ -220,37 +220,26 @@ class StreamingAttention:
     array([4.5])
     """
 
-    def __init__(
-        self,
-        left: int | None,
-        right: int | None = 0,
-        *,
-        chunk_size: int | None = None,
-        left_chunks: int | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        relative_bias: ArrayLike | None = None,
-        sinks: ArrayLike | None = None,
-        activation: str = "softmax",
-        enable_gqa: bool = False,
-        num_threads: int | None = None,
-    ) -> None:
+    @takes(StreamRules, like=dot_product_attention)
+    def __init__(self, left: int | None, right: int | None = 0, **rules: Unpack[StreamRules]) -> None:
+        refuse_others(rules, StreamRules, "StreamingAttention")
         self._left, self._right = _side(left, "left"), _side(right, "right")
-        self._relative_bias = _own(relative_bias, "relative_bias")
-        self._alibi_slopes, self._sinks = _own(alibi_slopes, "alibi_slopes"), _own(sinks, "sinks")
-        self._scale, self._softcap, self._activation = scale, softcap, activation
-        self._enable_gqa, self._num_threads = enable_gqa, num_threads
-        self._check_arguments(chunk_size, left_chunks)
+        own: dict[str, Any] = {name: x for name, x in rules.items() if x is not None}
+        for name in own.keys() & _ARRAYS:
+            own[name] = np.array(as_array(own[name], name, _INSTEAD))
+        self._rules = {**own, "window_size": (self._left, self._right)}
+        self._check_rules()
         # Numbers of their own, since what came may be arrays without axes.
-        self._scale, self._softcap = (None if x is None else float(x) for x in (scale, softcap))
-        self._num_threads = None if num_threads is None else num_threads.__index__()
-        if self._right is None and chunk_size is None:
+        self._rules |= {name: float(own[name]) for name in own.keys() & {"scale", "softcap"}}
+        integers = own.keys() & {"chunk_size", "left_chunks", "num_threads"}
+        self._rules |= {name: own[name].__index__() for name in integers}
+        self._chunk_size: int | None = self._rules.get("chunk_size")
+        left_chunks = self._rules.get("left_chunks")
+        self._left_chunks: int | None = None if left_chunks == -1 else left_chunks
+        if self._right is None and self._chunk_size is None:
             raise ValueError(
                 "right=None, an unbounded look-ahead, needs chunk_size: no row would be complete before the stream ends"
             )
-        self._chunk_size = None if chunk_size is None else chunk_size.__index__()
-        self._left_chunks = None if left_chunks is None or left_chunks == -1 else left_chunks.__index__()
         self._state = _State()
 
     def __copy__(self) -> Self:
@@ -398,16 +387,16 @@ class StreamingAttention:
         """
         self._state = _State()
 
-    def _check_arguments(self, chunk_size: Any, left_chunks: Any) -> None:
-        """Lets the library look at all arguments, with arrays of no frames."""
-        bias = self._relative_bias
+    def _check_rules(self) -> None:
+        """What can be said of the rules before there are frames."""
+        bias = self._rules.get("relative_bias")
         if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
             raise ValueError(
                 f"relative_bias has shape {bias.shape}; its axis -2 must be 1, since in a stream it cannot depend on "
                 f"the query: (..., 1, left + right + 1)"
             )
-        given = {"alibi_slopes": self._alibi_slopes, "sinks": self._sinks}
-        batches = {name: x.shape for name, x in given.items() if x is not None}
+        batches: dict[str, tuple[int, ...]]
+        batches = {name: self._rules[name].shape for name in ("alibi_slopes", "sinks") if name in self._rules}
         if bias is not None:
             batches["relative_bias"] = bias.shape[:-2]
         try:
@@ -415,8 +404,8 @@ class StreamingAttention:
         except ValueError:
             got = ", ".join(f"{name} {shape}" for name, shape in batches.items())
             raise ValueError(f"the batch axes of {got} do not broadcast") from None
-        nothing = np.empty((*batch, 0, 1))
-        self._call(nothing, nothing, nothing, 0, chunk_size, left_chunks, None)
+        nothing = (*batch, 0, 1)
+        check(nothing, nothing, nothing, np.float64, self._rules)
 
     def _checked(self, state: _State, arrays: tuple[NDArray[Any], ...]) -> _State:
         """The state, in which the first push notes what all must be like."""
@@ -433,9 +422,11 @@ class StreamingAttention:
         shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in arrays)
         dtypes = tuple(x.dtype for x in arrays)
         if state.rows is None:
-            query, key, value = (x[..., :0, :] for x in arrays)
-            rows = self._call(query, key, value, 0, self._chunk_size, self._left_chunks, None)
-            # In the dtype in which the library would compute with them, so that no call converts them again.
+            # In the dtype in which the library computes with them, so that no call converts them again.
+            checked = [floating(x[..., :0, :], name) for x, name in zip(arrays, _NAMES, strict=True)]
+            dtype = common_dtype([x.dtype for x in checked], _NAMES)
+            query, key, value = (x.shape for x in checked)
+            rows = np.empty(check(query, key, value, dtype, self._rules), dtype)
             tapes = tuple(_Tape.blank(shape[:-1], shape[-1], rows.dtype, 0, 0, 0) for shape in shapes)
             return state._replace(shapes=shapes, dtypes=dtypes, rows=rows, tapes=tapes)
         for name, x, shape, dtype in zip(_NAMES, arrays, state.shapes, state.dtypes, strict=True):
@@ -474,54 +465,6 @@ class StreamingAttention:
             return
         query, key, value = tapes
         start = self._first_seen(first) // _SPAN * _SPAN
-        self._call(
-            query.view(first, stop),
-            key.view(start, pushed),
-            value.view(start, pushed),
-            first - start,
-            self._chunk_size,
-            self._left_chunks,
-            out,
-            start,
-        )
-
-    def _call(
-        self,
-        query: NDArray[Any],
-        key: NDArray[Any],
-        value: NDArray[Any],
-        query_offset: int,
-        chunk_size: int | None,
-        left_chunks: int | None,
-        out: NDArray[Any] | None,
-        keys_before: int = 0,
-    ) -> NDArray[Any]:
-        """The driver's arguments, in its order."""
-        rows: NDArray[Any] = _dot_product_attention(
-            query,
-            key,
-            value,
-            False,  # is_causal
-            (self._left, self._right),
-            chunk_size,
-            left_chunks,
-            query_offset,
-            None,  # key_lengths
-            None,  # query_lengths
-            None,  # mask
-            None,  # bias
-            self._relative_bias,
-            self._alibi_slopes,
-            self._scale,
-            self._softcap,
-            self._sinks,
-            self._activation,
-            self._enable_gqa,
-            False,  # return_weights
-            False,  # return_lse
-            out,
-            self._num_threads,
-            False,  # few_in_place: the loops must not depend on how many queries a push has completed
-            keys_before,
-        )
-        return rows
+        rules = {**self._rules, "query_offset": first - start, "out": out}
+        # The loops must not depend on how many queries a push has completed: none of their own for few.
+        attend(query.view(first, stop), key.view(start, pushed), value.view(start, pushed), rules, False, start)

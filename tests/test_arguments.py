@@ -9,7 +9,7 @@ import pytest
 from problems import qkv
 
 import fastattn
-from fastattn import reference
+from fastattn import _call, reference
 
 ERRORS = (ValueError, TypeError)
 SENTINEL = 12345.0
@@ -725,3 +725,45 @@ def test_heads_before_the_tokens_do_not_show_swapaxes(queries, keys):
     with pytest.raises(ValueError, match="enable_gqa") as caught:
         fastattn.dot_product_attention(query, key, key)
     assert "swapaxes" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ checks alone
+
+
+SHAPES = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)
+
+
+def test_a_call_can_be_checked_without_arrays():
+    assert _call.check(*SHAPES, np.float32, {"enable_gqa": True, "is_causal": True}) == (2, 4, 5, 6)
+    for error, message, rules in (
+        (ValueError, "do not broadcast", {}),
+        (ValueError, "key_lengths must lie between 0 and 7", {"enable_gqa": True, "key_lengths": 8}),
+        (ValueError, "mask has shape", {"enable_gqa": True, "mask": np.ones((5, 6), bool)}),
+        (ValueError, "'band' needs window_size", {"enable_gqa": True, "return_weights": "band"}),
+        (TypeError, "return_lse must be True or False", {"enable_gqa": True, "return_lse": 1}),
+        (ValueError, "scale must be", {"enable_gqa": True, "scale": np.inf}),
+        (ValueError, "num_threads must be", {"enable_gqa": True, "num_threads": 0}),
+    ):
+        with pytest.raises(error, match=message):
+            _call.check(*SHAPES, np.float32, rules)
+
+
+def test_layers_check_without_calling(monkeypatch):
+    """What a rule says is known before anything is projected, appended or attended to."""
+
+    def call(*arguments, **others):
+        raise AssertionError("no call is to be made")
+
+    monkeypatch.setattr(fastattn.multihead, "attend", call)
+    monkeypatch.setattr(fastattn.streaming, "attend", call)
+    with pytest.raises(ValueError, match="sinks"):
+        fastattn.StreamingAttention(3, sinks=np.ones(2), activation="relu")
+    stream = fastattn.StreamingAttention(3, 2, alibi_slopes=np.ones(3))
+    with pytest.raises(ValueError, match="alibi_slopes"):
+        stream.push(*3 * [np.ones((2, 0, 4), np.float32)])
+    assert stream.pushed == 0
+    layer = fastattn.MultiHeadAttention(*3 * [np.eye(4)], num_heads=2)
+    cache = fastattn.KVCache((), 2, 9, 2)
+    with pytest.raises(ValueError, match="softcap"):
+        layer(np.ones((3, 4)), cache=cache, softcap=-1)
+    assert cache.lengths == 0

@@ -1,9 +1,14 @@
 """The public face: names, signatures, docstrings and the examples in them."""
 
+import ast
 import doctest
+import functools
 import importlib
 import inspect
+import pathlib
 import pkgutil
+import pydoc
+import re
 import types
 
 import fresh_process
@@ -11,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import reference
+from fastattn import _rules, reference
 
 # What the examples of a module need besides NumPy.
 NEEDS = {"fastattn.plot": "matplotlib"}
@@ -70,6 +75,65 @@ def test_signatures_are_those_of_the_reference(name):
     assert [p.name for p in ours.values() if p.kind is not p.KEYWORD_ONLY] == positional
 
 
+def keywords(function):
+    """Keyword-only parameters with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_lists_of_rules_agree():
+    """What the functions take, what layers hand on, and what Cython reads: the same names, the same defaults."""
+    public = keywords(fastattn.dot_product_attention)
+    assert set(_rules.Rules.__annotations__) == set(public)
+    text = (pathlib.Path(fastattn.__file__).parent / "_rules.pxd").read_text()
+    assert re.findall(r"^    PyObject \*(\w+)$", text, re.MULTILINE) == list(public)
+    for name in public:
+        assert f"    r.{name} = <PyObject *> {name}\n" in text, name
+    defaults = re.findall(r"^        (\w+)=some\.get\(\"(\w+)\", (.*)\),$", text, re.MULTILINE)
+    assert {name: ast.literal_eval(default) for name, _, default in defaults} == public
+    assert all(name == key for name, key, _ in defaults)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "own"),
+    [
+        (fastattn.self_attention, _rules.LayerRules, set()),
+        (fastattn.MultiHeadAttention.__call__, _rules.LayerRules, {"cache"}),
+        (fastattn.StreamingAttention, _rules.StreamRules, set()),
+    ],
+)
+def test_layers_show_the_rules_that_they_hand_on(function, kind, own):
+    public, shown = keywords(fastattn.dot_product_attention), keywords(function)
+    assert set(shown) == set(kind.__annotations__) | own
+    assert all(shown[name] == public[name] for name in set(shown) - own)
+
+
+def test_layers_refuse_keywords_that_they_do_not_have():
+    x = np.ones((3, 2))
+    layer = fastattn.MultiHeadAttention(np.eye(2), np.eye(2), np.eye(2), num_heads=1)
+    calls = {
+        "self_attention": functools.partial(fastattn.self_attention, x, np.eye(2), np.eye(2), np.eye(2)),
+        "MultiHeadAttention.__call__": functools.partial(layer, x),
+        "StreamingAttention": functools.partial(fastattn.StreamingAttention, 1),
+    }
+    for name, call in calls.items():
+        other = "mask" if name == "StreamingAttention" else "enable_gqa"
+        with pytest.raises(TypeError, match=rf"^{re.escape(name)}\(\) got an unexpected keyword argument '{other}'$"):
+            call(**{other: True})
+
+
+@pytest.mark.parametrize("name", [n for n in fastattn.__all__ if n.endswith("_attention")])
+def test_help_begins_with_a_signature_that_a_person_can_read(name):
+    text = pydoc.render_doc(getattr(fastattn, name), renderer=pydoc.plaintext)
+    begin, end = text.index(f"{name}("), text.index(")\n")
+    assert begin < end
+    shown = text[begin:end]
+    assert "ArrayLike" not in shown and "->" not in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    assert all(parameter in shown for parameter in inspect.signature(getattr(fastattn, name)).parameters)
+    assert getattr(fastattn, name).__annotations__, "which checkers read"
+
+
 @pytest.mark.parametrize("name", fastattn.__all__)
 def test_docstrings(name):
     """numpydoc: a summary line, every parameter, what is returned, and an example of the array functions."""
@@ -116,9 +180,9 @@ def test_there_are_examples():
 
 
 def test_reference_stands_alone():
-    """The reference uses NumPy and nothing of the library."""
+    """The reference uses NumPy, two modules of Python, and nothing of the library."""
     modules = {x.__name__ for x in vars(reference).values() if isinstance(x, types.ModuleType)}
-    assert modules == {"numpy"}
+    assert modules == {"numpy", "functools", "inspect"}
     owners = {x.__module__ for x in vars(reference).values() if isinstance(x, types.FunctionType)}
     assert owners == {"fastattn.reference"}
 

@@ -548,7 +548,7 @@ def test_interrupted_pushes(rng, monkeypatch, fails_at):
     stream = StreamingAttention(300, 20)
     rows = [stream.push(*(x[:, :700] for x in arrays))]
     before = stream.pushed, stream.returned, stream.nbytes
-    call, calls = streaming._dot_product_attention, []
+    call, calls = streaming.attend, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -556,7 +556,7 @@ def test_interrupted_pushes(rng, monkeypatch, fails_at):
             raise KeyboardInterrupt
         return call(*arguments)
 
-    monkeypatch.setattr(streaming, "_dot_product_attention", interrupted)
+    monkeypatch.setattr(streaming, "attend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stream.push(*(x[:, 700:] * 2 for x in arrays))
     monkeypatch.undo()

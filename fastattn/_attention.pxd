@@ -1,0 +1,3 @@
+from fastattn._call cimport Problem
+
+cdef object attend(Problem p, bint decode=*)

@@ -1,0 +1,87 @@
+"""The keywords of attention, as Python sees them: for functions that hand them on, and for signatures in help()."""
+
+from __future__ import annotations
+
+import textwrap
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import ArrayLike, NDArray
+
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
+
+
+class _SharedRules(TypedDict, total=False):
+    chunk_size: int | None
+    left_chunks: int | None
+    relative_bias: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    activation: str
+    num_threads: int | None
+
+
+class StreamRules(_SharedRules, total=False):
+    """Of StreamingAttention; others follow from the stream."""
+
+    enable_gqa: bool
+
+
+class LayerRules(_SharedRules, total=False):
+    """Of layers, which know themselves whether heads are grouped."""
+
+    is_causal: bool
+    window_size: int | tuple[int | None, int | None] | None
+    query_offset: ArrayLike | None
+    key_lengths: ArrayLike | None
+    query_lengths: ArrayLike | None
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    return_weights: bool | str
+    return_lse: bool
+    out: NDArray[Any] | None
+
+
+class Rules(LayerRules, total=False):
+    """Of `dot_product_attention`."""
+
+    enable_gqa: bool
+
+
+class _Readable(Signature):
+    """A signature in lines that a person can read; what types arguments have stands in the docstring."""
+
+    def __str__(self) -> str:
+        return "\n".join(textwrap.wrap(super().__str__(), 100, subsequent_indent="    ", break_on_hyphens=False))
+
+
+def readable(function: _Function, added: list[Parameter] | None = None) -> _Function:
+    """The function, with a signature without annotations (they stay where checkers read them); added: in place of its
+    ``**rules``."""
+    parameters = [p for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p.replace(annotation=Parameter.empty) for p in (*parameters, *(added or ()))]
+    vars(function)["__signature__"] = _Readable(parameters)
+    return function
+
+
+def takes(kind: type, like: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """For a function with ``**rules: Unpack[kind]``: help() and inspect.signature show them, as they are in `like`."""
+
+    def decorated(function: _Function) -> _Function:
+        own = signature(function).parameters
+        names = [name for name in kind.__annotations__ if name not in own]
+        return readable(function, [p for p in signature(like).parameters.values() if p.name in names])
+
+    return decorated
+
+
+def refuse_others(rules: Mapping[str, Any], kind: type, name: str) -> None:
+    """What Python itself would say of keywords that a function does not have."""
+    if not rules.keys() <= kind.__annotations__.keys():
+        other = next(key for key in rules if key not in kind.__annotations__)
+        raise TypeError(f"{name}() got an unexpected keyword argument {other!r}")
