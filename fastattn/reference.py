@@ -563,8 +563,7 @@ def additive_attention(
         Added to each sum of a projected query and a projected key.
     scale : float, optional
         Default 1.
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
-    relative_bias, alibi_slopes, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+    **rules
         As in `dot_product_attention`.
 
     Returns
@@ -615,8 +614,7 @@ def bilinear_attention(
         Added to the projections.
     scale : float, optional
         Default 1.
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
-    relative_bias, alibi_slopes, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+    **rules
         As in `dot_product_attention`.
 
     Returns
@@ -656,8 +654,7 @@ def truncated_attention(
     value : array_like, shape (..., S, E)
     left, right : int
         The window, beside the key at the position itself; None or -1 is unbounded.
-    is_causal, query_offset, key_lengths, query_lengths, mask, bias, relative_bias, alibi_slopes, scale, softcap
-    sinks, activation, enable_gqa, return_weights, return_lse, out, num_threads
+    **rules
         As in `dot_product_attention`.
 
     Returns
@@ -705,10 +702,8 @@ def varlen_attention(
         Where the sequences begin and end, ``[0, n1, n1 + n2, ..., total_q]``.
     cu_seqlens_k : array_like of int, optional
         The same for keys; default `cu_seqlens_q`.
-    is_causal, window_size, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, return_lse, out
-        As in `dot_product_attention`; positions begin anew in each sequence.
-    num_threads : int, optional
-        Accepted and ignored here.
+    **rules
+        As in `dot_product_attention`, but for those of `NOT_PACKED`; positions begin anew in each sequence.
 
     Returns
     -------
@@ -1009,8 +1004,7 @@ def self_attention(
     x : array_like, shape (..., L, d_model)
     w_query, w_key : array_like, shape (d_model, d_k)
     w_value : array_like, shape (d_model, d_v)
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
-    relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
+    **rules
         As in `dot_product_attention`; `query_lengths` is by default `key_lengths`.
 
     Returns
@@ -1111,8 +1105,7 @@ class MultiHeadAttention:
         cache : KVCache, optional
             Keys and values of x go in, `query_lengths` of them in each sequence, after attention. If it has a window
             w, and neither `window_size` nor `chunk_size` is given, ``window_size`` is ``(w - 1, None)``.
-        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, bias
-        relative_bias, alibi_slopes, scale, softcap, sinks, activation, return_weights, return_lse, out, num_threads
+        **rules
             As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads.
             Where x attends to itself `query_lengths` is by default `key_lengths`. With a cache chunks count from the
             first token that ever came, the columns of masks, biases and weights from the first that is there.

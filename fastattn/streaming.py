@@ -31,7 +31,7 @@ _PIECE = 2048
 _LEAST_CAPACITY = 256
 
 _NAMES = ("query", "key", "value")
-# Rules that are copied, so that a change between two pushes changes nothing.
+# Rules that are arrays.
 _ARRAYS = {"alibi_slopes", "relative_bias", "sinks"}
 _INSTEAD = "pass its data"  # of a masked array
 
@@ -225,17 +225,15 @@ class StreamingAttention:
         refuse_others(rules, StreamRules, "StreamingAttention")
         self._left, self._right = _side(left, "left"), _side(right, "right")
         own: dict[str, Any] = {name: x for name, x in rules.items() if x is not None}
+        # Copies, so that a change between two pushes changes nothing.
         for name in own.keys() & _ARRAYS:
             own[name] = np.array(as_array(own[name], name, _INSTEAD))
         self._rules = {**own, "window_size": (self._left, self._right)}
         self._check_rules()
-        # Numbers of their own, since what came may be arrays without axes.
-        self._rules |= {name: float(own[name]) for name in own.keys() & {"scale", "softcap"}}
-        integers = own.keys() & {"chunk_size", "left_chunks", "num_threads"}
-        self._rules |= {name: own[name].__index__() for name in integers}
-        self._chunk_size: int | None = self._rules.get("chunk_size")
-        left_chunks = self._rules.get("left_chunks")
-        self._left_chunks: int | None = None if left_chunks == -1 else left_chunks
+        self._rules |= {name: x.item() for name, x in own.items() if isinstance(x, np.ndarray) and name not in _ARRAYS}
+        chunk_size, left_chunks = self._rules.get("chunk_size"), self._rules.get("left_chunks")
+        self._chunk_size = None if chunk_size is None else chunk_size.__index__()
+        self._left_chunks = None if left_chunks is None or left_chunks == -1 else left_chunks.__index__()
         if self._right is None and self._chunk_size is None:
             raise ValueError(
                 "right=None, an unbounded look-ahead, needs chunk_size: no row would be complete before the stream ends"
