@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ from fastattn._checks import (
     integer,
     integer_array,
     is_one_number,
-    memory_for,
     real,
 )
 from fastattn._positions import checked_frequencies
@@ -26,6 +24,7 @@ from fastattn._rules import LayerRules, refuse_others, takes
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.positions import apply_rotary
+from fastattn.projections import FLOAT64, Weights, accumulation_of, project, rounded, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,14 +37,8 @@ if TYPE_CHECKING:
 
     State = Mapping[str, Any] | str | PathLike[str]
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-
 
 # Checks
-
-
-def _accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
 
 
 def _matrix(w: Any, name: str, rows: int | None, why: str) -> NDArray[Any]:
@@ -69,7 +62,7 @@ def _vector(b: Any, name: str, size: int, of: str) -> NDArray[np.float64]:
     a = floating(b, name)
     if a.shape != (size,):
         raise ValueError(f"{name} has shape {a.shape}; it must be ({size},), one for each column of {of}")
-    return a.astype(_FLOAT64)
+    return a.astype(FLOAT64)
 
 
 def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any]:
@@ -110,94 +103,6 @@ def _check_out(
     """Whether the result can go there, and overlaps neither an input nor an array of a rule."""
     inputs = {**inputs, **{name: x for name, x in rules.items() if isinstance(x, np.ndarray) and name != "out"}}
     checked_out(out, shape, dtype, list(inputs.values()), tuple(inputs))
-
-
-# Products
-
-
-def _rows(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """x as (tokens, channels), as BLAS takes it: a copy only of what has another dtype or gaps between its channels."""
-    channels = x.shape[-1]
-    rows = x.reshape(math.prod(x.shape[:-1]), channels)
-    if rows.dtype != dtype:
-        return rows.astype(dtype, order="C")
-    if rows.flags.c_contiguous:
-        return rows
-    row, channel = rows.strides
-    return rows if channel == rows.itemsize and row >= channels * channel else np.ascontiguousarray(rows)
-
-
-def _project(
-    x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
-) -> NDArray[Any]:
-    """x @ w + b, in one product over all tokens and one pass over its result."""
-    with memory_for("the product of arrays of shapes {} and {}", x.shape, w.shape):
-        y = np.matmul(x, w, out=out)
-    return y if b is None else np.add(y, b, out=y)
-
-
-class _Weights(NamedTuple):
-    """
-    The weights in one dtype, in C order, and side by side where they read the same input.
-
-    Columns of a wider matrix are no obstacle to BLAS, so the parts are views where there is a whole.
-    """
-
-    query: NDArray[Any]
-    context: NDArray[Any]  # of key and value
-    every: NDArray[Any] | None  # of query, key and value; None where x and context differ in their channels
-    out: NDArray[Any] | None
-    b_query: NDArray[Any] | None
-    b_context: NDArray[Any] | None
-    b_every: NDArray[Any] | None
-    b_out: NDArray[Any] | None
-
-    @classmethod
-    def of(
-        cls,
-        query: NDArray[Any],
-        context: Sequence[NDArray[Any]],
-        out: NDArray[Any] | None,
-        b_every: NDArray[Any] | None,
-        b_out: NDArray[Any] | None,
-        dtype: np.dtype[Any],
-    ) -> _Weights:
-        def one(*parts: NDArray[Any]) -> NDArray[Any]:
-            whole = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype)
-            np.concatenate(parts, axis=1, out=whole, casting="same_kind")
-            return whole
-
-        with np.errstate(all="ignore"):
-            same = len(query) == len(context[0])
-            inputs = (one(query, *context),) if same else (one(query), one(*context))
-            b_every, b_out = (None if b is None else b.astype(dtype) for b in (b_every, b_out))
-            return cls.sharing(query.shape[1], inputs, None if out is None else one(out), b_every, b_out)
-
-    @classmethod
-    def sharing(
-        cls,
-        n: int,
-        inputs: tuple[NDArray[Any], ...],
-        out: NDArray[Any] | None,
-        b_every: NDArray[Any] | None,
-        b_out: NDArray[Any] | None,
-    ) -> _Weights:
-        """
-        Views of these arrays, which nobody may write to from here on; n: columns of the query's. inputs: all
-        projections side by side, or those of query and of context.
-        """
-        for a in (*inputs, out, b_every, b_out):
-            if a is not None:
-                a.flags.writeable = False
-        every = inputs[0] if len(inputs) == 1 else None
-        own, other = inputs if every is None else (every[:, :n], every[:, n:])
-        b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
-        return cls(own, other, every, out, b_own, b_other, b_every, b_out)
-
-    def arrays(self) -> tuple[Any, ...]:
-        """The arguments of `sharing` behind n: what is in memory, each once."""
-        inputs = (self.query, self.context) if self.every is None else (self.every,)
-        return inputs, self.out, self.b_every, self.b_out
 
 
 @takes(LayerRules, like=dot_product_attention)
@@ -294,7 +199,7 @@ def self_attention(
             f"be equal"
         )
     dtype = common_dtype([a.dtype for a in (tokens, *matrices)], ("x", *names))
-    accumulation = _accumulation(dtype)
+    accumulation = accumulation_of(dtype)
     out = rules.get("out")
     if out is not None:
         _check_out(
@@ -308,26 +213,30 @@ def self_attention(
         rules["query_lengths"] = rules.get("key_lengths")
     if dtype != accumulation:
         rules["out"] = None
-    flat = _rows(tokens, accumulation)
+    flat = rows_of(tokens, accumulation)
     with np.errstate(all="ignore"):
         query, key, value = (
-            _project(flat, w.astype(accumulation, copy=False)).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices
+            project(flat, w.astype(accumulation, copy=False)).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices
         )
     answer = dot_product_attention(query, key, value, **rules)
     if dtype == accumulation:
         return answer
     if isinstance(answer, tuple):
-        return (_rounded(answer[0], dtype, out), *answer[1:])
-    return _rounded(answer, dtype, out)
+        return (rounded(answer[0], dtype, out), *answer[1:])
+    return rounded(answer, dtype, out)
 
 
-def _rounded(x: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    """x in that dtype, in `out` if there is one."""
-    with np.errstate(all="ignore"):
-        if out is None:
-            return x.astype(dtype)
-        out[...] = x
-        return out
+class _Call(NamedTuple):
+    """A call of a layer, checked."""
+
+    tokens: NDArray[Any]
+    context: NDArray[Any] | None  # where it is not x
+    batch: tuple[int, ...]
+    length: int
+    num_keys: int
+    dtype: np.dtype[Any]  # of the output
+    out: NDArray[Any] | None
+    rules: Rules  # of the attention, whose lengths and offsets have an axis for the heads
 
 
 class MultiHeadAttention:
@@ -480,8 +389,8 @@ class MultiHeadAttention:
         self._b_every = None if b_query is b_key is b_value is None else np.concatenate(biases)
         self._b_out = None if out is None or b_out is None else _vector(b_out, "b_out", out.shape[1], "w_out")
         self._has_bias = b_query is not None, b_key is not None, b_value is not None
-        self._accumulation = _accumulation(self.dtype)
-        self._weights = _Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
+        self._accumulation = accumulation_of(self.dtype)
+        self._weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
 
         if rotary_base is not None and rotary_frequencies is not None:
             raise ValueError(
@@ -759,7 +668,7 @@ class MultiHeadAttention:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._weights = _Weights.sharing(self.num_heads * self.head_dim, *state["_weights"])
+        self._weights = Weights.sharing(self.num_heads * self.head_dim, *state["_weights"])
 
     def __repr__(self) -> str:
         rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
@@ -901,11 +810,32 @@ class MultiHeadAttention:
         The projections use the threads of NumPy's BLAS, and only from their results on is it promised that the bits of
         a row do not depend on threads, batch and padding.
         """
-        # What came, and what it must be.
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
-        out, num_threads = rules.get("out"), rules.get("num_threads")
+        call = self._checked(x, context, cache, rules)
+        came: Any = None
+        step: Any = None
+        if cache is not None:
+            came, old = self._checked_step(call, cache)
+        weights = self._weights_in(accumulation_of(call.dtype))
+        with np.errstate(all="ignore"):
+            query, new_key, new_value, both = self._projected(call, weights)
+            if self.rotary_dim is not None:
+                self._rotate(call, cache, query, new_key, both)
+            key, value = new_key, new_value
+            if cache is not None:
+                step = cache._begin_step(new_key, new_value, came, old)
+                query = query.astype(cache.dtype, copy=False)
+                key, value, call.rules["key_lengths"] = step.key, step.value, step.lengths
+            heads, rest = self._attended(call, weights, query, key, value, step)
+            result = self._joined(call, weights, heads)
+            if cache is not None:
+                cache._end_step(step, new_key, new_value, came)
+        return (result, *rest) if rest else result
+
+    def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> _Call:
+        """What came, and whether it is as it must be."""
         tokens = _tokens(x, "x", "L", "w_query", self.d_model)
-        other = tokens
+        other = None
         batch, length = tokens.shape[:-2], tokens.shape[-2]
         num_keys = length
         if context is not None:
@@ -930,10 +860,9 @@ class MultiHeadAttention:
                 f"w_query has {self.d_model} rows and w_key {self.d_context}: this layer needs a context, "
                 f"(..., S, {self.d_context})"
             )
-        dtype = self.dtype
-        if not (tokens.dtype == dtype == other.dtype):
-            dtype = common_dtype([tokens.dtype, other.dtype, dtype], ("x", "context", "the weights"))
-        accumulation = _accumulation(dtype)
+        dtype, others = self.dtype, tokens if other is None else other
+        if not (tokens.dtype == dtype == others.dtype):
+            dtype = common_dtype([tokens.dtype, others.dtype, dtype], ("x", "context", "the weights"))
         key_lengths, query_lengths, query_offset = (
             rules.get(name) for name in ("key_lengths", "query_lengths", "query_offset")
         )
@@ -941,105 +870,126 @@ class MultiHeadAttention:
             raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
         if cache is not None and query_offset is not None:
             raise ValueError("query_offset and cache do not go together: the rows of x follow what is in the cache")
-        keys_valid = _per_sequence(key_lengths, "key_lengths", batch, num_keys)
-        if query_lengths is None and context is None and cache is None:
-            rows_valid = keys_valid
-        else:
+        keys_valid = rows_valid = _per_sequence(key_lengths, "key_lengths", batch, num_keys)
+        if query_lengths is not None or context is not None or cache is not None:
             rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
         offset = _per_sequence(query_offset, "query_offset", batch)
+        out = rules.get("out")
         if out is not None:
             _check_out(out, (*batch, length, self.d_out), dtype, {"x": x, "context": context}, rules)
-        weights = self._weights
-        if accumulation != self._accumulation:
-            parts = self.w_query, (self.w_key, self.w_value), self.w_out
-            weights = _Weights.of(*parts, self._b_every, self._b_out, accumulation)
-        every: Rules = {**rules, "enable_gqa": self.num_heads != self.num_kv_heads, "query_lengths": rows_valid}
-        came: Any = None
-        old: Any = None
+        every: Rules = {
+            **rules,
+            "enable_gqa": self.num_heads != self.num_kv_heads,
+            "key_lengths": keys_valid,
+            "query_lengths": rows_valid,
+            "query_offset": offset,
+        }
+        return _Call(tokens, other, batch, length, num_keys, dtype, out, every)
+
+    def _checked_step(self, call: _Call, cache: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many tokens come into each sequence of a cache, and how many of those that are there count beside them.
+        Nothing may be appended if a rule is wrong."""
+        rules = call.rules
+        came = self._came(cache, call.batch, call.length, rules["query_lengths"])
+        if cache.window is not None and rules.get("window_size") is None and rules.get("chunk_size") is None:
+            rules["window_size"] = cache.window - 1, None
+        # Columns of a matrix mean all that is there.
+        columns = rules.get("mask") is not None or rules.get("bias") is not None
+        old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
+        num_keys = int((old + came).max(initial=0))
+        check(
+            (*call.batch, self.num_heads, call.length, self.head_dim),
+            (*call.batch, self.num_kv_heads, num_keys, self.head_dim),
+            (*call.batch, self.num_kv_heads, num_keys, self.value_dim),
+            cache.dtype,
+            rules,
+        )
+        if cache.window is not None:
+            _check_reach(cache.window, rules)
+        return came, old
+
+    def _weights_in(self, dtype: np.dtype[Any]) -> Weights:
+        """The weights as the products of a call take them."""
+        if dtype == self._accumulation:
+            return self._weights
+        return Weights.of(self.w_query, (self.w_key, self.w_value), self.w_out, self._b_every, self._b_out, dtype)
+
+    def _projected(
+        self, call: _Call, weights: Weights
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Query, key and value, from tokens to heads; and query and key as one array where they lie side by side."""
+
+        def heads(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
+            return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
+
+        accumulation = accumulation_of(call.dtype)
+        of_query, of_keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        tokens, axes, both = rows_of(call.tokens, accumulation), call.tokens.shape[:-1], None
+        if call.context is None and weights.every is not None:
+            whole = project(tokens, weights.every, weights.b_every)
+            query, context, other_axes = whole[:, :of_query], whole[:, of_query:], axes
+            both = heads(whole[:, : of_query + of_keys], axes, self.num_heads + self.num_kv_heads, self.head_dim)
+        else:
+            assert call.context is not None, "x is its own context where one matrix projects it"
+            query = project(tokens, weights.query, weights.b_query)
+            context = project(rows_of(call.context, accumulation), weights.context, weights.b_context)
+            other_axes = call.context.shape[:-1]
+        return (
+            heads(query, axes, self.num_heads, self.head_dim),
+            heads(context[:, :of_keys], other_axes, self.num_kv_heads, self.head_dim),
+            heads(context[:, of_keys:], other_axes, self.num_kv_heads, self.value_dim),
+            both,
+        )
+
+    def _rotate(
+        self, call: _Call, cache: KVCache | None, query: NDArray[Any], key: NDArray[Any], both: NDArray[Any] | None
+    ) -> None:
+        """Turn queries and keys by their positions, where they are; together where they have the same."""
+        rules = call.rules
+        rows_valid: Any = rules["query_lengths"]
+        keys_valid: Any = rules["key_lengths"]
+        first: Any = rules["query_offset"]
         if cache is not None:
-            came = self._came(cache, batch, length, rows_valid)
-            if cache.window is not None and rules.get("window_size") is None and rules.get("chunk_size") is None:
-                every["window_size"] = cache.window - 1, None
-            # Columns of a matrix mean all that is there.
-            columns = rules.get("mask") is not None or rules.get("bias") is not None
-            old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
-            num_keys = int((old + came).max(initial=0))
-            # Nothing may be appended if a rule is wrong.
-            check(
-                (*batch, self.num_heads, length, self.head_dim),
-                (*batch, self.num_kv_heads, num_keys, self.head_dim),
-                (*batch, self.num_kv_heads, num_keys, self.value_dim),
-                cache.dtype,
-                every,
-            )
-            if cache.window is not None:
-                _check_reach(cache.window, every)
+            first = cache.dropped + cache.lengths
+        elif first is None and rows_valid is keys_valid:
+            first = 0
+        elif first is None:
+            first = call.num_keys if keys_valid is None else keys_valid
+            first = first - (call.length if rows_valid is None else rows_valid)
+        if both is not None and (cache is not None or (type(first) is int and first == 0)):
+            self._turn(both, first, rules.get("num_threads"))
+        else:
+            self._turn(query, first, rules.get("num_threads"))
+            self._turn(key, 0, rules.get("num_threads"))
 
-        with np.errstate(all="ignore"):
-            # From tokens to heads.
-            n = self.num_heads * self.head_dim
-            if context is None and weights.every is not None:
-                projected = _project(_rows(tokens, accumulation), weights.every, weights.b_every)
-                of_query, of_context = projected[:, :n], projected[:, n:]
-            else:
-                of_query = _project(_rows(tokens, accumulation), weights.query, weights.b_query)
-                of_context = _project(_rows(other, accumulation), weights.context, weights.b_context)
-            axes, other_axes = tokens.shape[:-1], other.shape[:-1]
-            n = self.num_kv_heads * self.head_dim
-            query = of_query.reshape(*axes, self.num_heads, self.head_dim).swapaxes(-2, -3)
-            key = of_context[:, :n].reshape(*other_axes, self.num_kv_heads, self.head_dim).swapaxes(-2, -3)
-            value = of_context[:, n:].reshape(*other_axes, self.num_kv_heads, self.value_dim).swapaxes(-2, -3)
-            if self.rotary_dim is not None:
-                first = offset
-                if cache is not None:
-                    first = cache.dropped + cache.lengths
-                elif first is None and rows_valid is keys_valid:
-                    first = 0
-                elif first is None:
-                    first = num_keys if keys_valid is None else keys_valid
-                    first = first - (length if rows_valid is None else rows_valid)
-                if cache is not None or (type(first) is int and first == 0):
-                    both = projected[:, : (self.num_heads + self.num_kv_heads) * self.head_dim]
-                    both = both.reshape(*axes, self.num_heads + self.num_kv_heads, self.head_dim).swapaxes(-2, -3)
-                    self._rotate(both, first, num_threads)
-                else:
-                    self._rotate(query, first, num_threads)
-                    self._rotate(key, 0, num_threads)
-            new = key, value
-            step: Any = None
-            if cache is not None:
-                step = cache._begin_step(*new, came, old)
-                query = query.astype(cache.dtype, copy=False)
-                key, value, keys_valid = step.key, step.value, step.lengths
+    def _attended(
+        self, call: _Call, weights: Weights, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], step: Any
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...]]:
+        """Attention, into memory with the heads side by side; and what else a call returns."""
+        shape = (*call.batch, call.length, self.num_heads * self.value_dim)
+        heads = call.out
+        if heads is None or weights.out is not None or query.dtype != call.dtype:
+            heads = empty(shape, query.dtype)
+        by_head = heads.reshape(*shape[:-1], self.num_heads, self.value_dim).swapaxes(-2, -3)
+        before = None if step is None or call.rules.get("chunk_size") is None else step.dropped
+        answer = attend(query, key, value, {**call.rules, "out": by_head}, keys_before=before)
+        return heads, answer[1:] if isinstance(answer, tuple) else ()
 
-            # Attention, into memory with the heads side by side.
-            direct = weights.out is None and query.dtype == dtype
-            if direct and out is not None:
-                heads = out
-            else:
-                heads = empty((*batch, length, self.num_heads * self.value_dim), query.dtype)
-            every["query_offset"], every["key_lengths"] = offset, keys_valid
-            every["out"] = heads.reshape(*batch, length, self.num_heads, self.value_dim).swapaxes(-2, -3)
-            before = None if step is None or every.get("chunk_size") is None else step.dropped
-            answer = attend(query, key, value, every, keys_before=before)
-            rest = answer[1:] if isinstance(answer, tuple) else ()
+    def _joined(self, call: _Call, weights: Weights, heads: NDArray[Any]) -> NDArray[Any]:
+        """From heads to tokens."""
+        dtype, out = call.dtype, call.out
+        if weights.out is None:
+            return heads if heads.dtype == dtype else rounded(heads, dtype, out)
+        accumulation = accumulation_of(dtype)
+        flat = rows_of(heads, accumulation)
+        if dtype == accumulation and (out is None or out.flags.c_contiguous):
+            result = empty((*call.batch, call.length, self.d_out), dtype) if out is None else out
+            project(flat, weights.out, weights.b_out, result.reshape(len(flat), self.d_out))
+            return result
+        product = project(flat, weights.out, weights.b_out).reshape(*call.batch, call.length, self.d_out)
+        return rounded(product, dtype, out)
 
-            # From heads to tokens.
-            if weights.out is None:
-                result = heads if direct else _rounded(heads, dtype, out)
-            else:
-                flat = _rows(heads, accumulation)
-                if dtype == accumulation and (out is None or out.flags.c_contiguous):
-                    result = empty((*batch, length, self.d_out), dtype) if out is None else out
-                    _project(flat, weights.out, weights.b_out, result.reshape(len(flat), self.d_out))
-                else:
-                    product = _project(flat, weights.out, weights.b_out).reshape(*batch, length, self.d_out)
-                    result = _rounded(product, dtype, out)
-            if cache is not None:
-                cache._end_step(step, *new, came)
-        return (result, *rest) if rest else result
-
-    def _rotate(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
+    def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
         """Turn queries or keys by their positions, where they are."""
         frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
         apply_rotary(

@@ -1,0 +1,116 @@
+"""Matrix products between tokens and heads, which are NumPy's, and the weights as the products take them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastattn._checks import memory_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def accumulation_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which sums are taken."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def rows_of(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """x as (tokens, channels), as BLAS takes it: a copy only of what has another dtype or gaps between its channels."""
+    channels = x.shape[-1]
+    rows = x.reshape(math.prod(x.shape[:-1]), channels)
+    if rows.dtype != dtype:
+        return rows.astype(dtype, order="C")
+    if rows.flags.c_contiguous:
+        return rows
+    row, channel = rows.strides
+    return rows if channel == rows.itemsize and row >= channels * channel else np.ascontiguousarray(rows)
+
+
+def project(
+    x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """x @ w + b, in one product over all tokens and one pass over its result."""
+    with memory_for("the product of arrays of shapes {} and {}", x.shape, w.shape):
+        y = np.matmul(x, w, out=out)
+    return y if b is None else np.add(y, b, out=y)
+
+
+class Weights(NamedTuple):
+    """
+    The weights in one dtype, in C order, and side by side where they read the same input.
+
+    Columns of a wider matrix are no obstacle to BLAS, so the parts are views where there is a whole.
+    """
+
+    query: NDArray[Any]
+    context: NDArray[Any]  # of key and value
+    every: NDArray[Any] | None  # of query, key and value; None where x and context differ in their channels
+    out: NDArray[Any] | None
+    b_query: NDArray[Any] | None
+    b_context: NDArray[Any] | None
+    b_every: NDArray[Any] | None
+    b_out: NDArray[Any] | None
+
+    @classmethod
+    def of(
+        cls,
+        query: NDArray[Any],
+        context: Sequence[NDArray[Any]],
+        out: NDArray[Any] | None,
+        b_every: NDArray[Any] | None,
+        b_out: NDArray[Any] | None,
+        dtype: np.dtype[Any],
+    ) -> Weights:
+        def one(*parts: NDArray[Any]) -> NDArray[Any]:
+            whole = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype)
+            np.concatenate(parts, axis=1, out=whole, casting="same_kind")
+            return whole
+
+        with np.errstate(all="ignore"):
+            same = len(query) == len(context[0])
+            inputs = (one(query, *context),) if same else (one(query), one(*context))
+            b_every, b_out = (None if b is None else b.astype(dtype) for b in (b_every, b_out))
+            return cls.sharing(query.shape[1], inputs, None if out is None else one(out), b_every, b_out)
+
+    @classmethod
+    def sharing(
+        cls,
+        n: int,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+        b_every: NDArray[Any] | None,
+        b_out: NDArray[Any] | None,
+    ) -> Weights:
+        """
+        Views of these arrays, which nobody may write to from here on; n: columns of the query's. inputs: all
+        projections side by side, or those of query and of context.
+        """
+        for a in (*inputs, out, b_every, b_out):
+            if a is not None:
+                a.flags.writeable = False
+        every = inputs[0] if len(inputs) == 1 else None
+        own, other = inputs if every is None else (every[:, :n], every[:, n:])
+        b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
+        return cls(own, other, every, out, b_own, b_other, b_every, b_out)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """The arguments of `sharing` behind n: what is in memory, each once."""
+        inputs = (self.query, self.context) if self.every is None else (self.every,)
+        return inputs, self.out, self.b_every, self.b_out
+
+
+def rounded(x: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """x in that dtype, in `out` if there is one."""
+    with np.errstate(all="ignore"):
+        if out is None:
+            return x.astype(dtype)
+        out[...] = x
+        return out
