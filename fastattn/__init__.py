@@ -3,9 +3,10 @@
 The layers, from the top; each imports only what stands below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
-    multihead, _weights             layers with projections, and the weights that people have
+    multihead, projections, _weights    layers, their matrix products, and the weights that people have
     streaming, cache                attention over a stream; keys and values for decoding
     attention, softmax, positions, config     the public functions; a docstring is the specification
+    _rules                          the keywords of attention: who hands them on, who reads them
     _frequencies                    what a model's configuration says of rotary encoding
     _attention, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
     _scores, _call                  a call of attention, checked -> one plain description for its driver

@@ -29,9 +29,5 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
 
 # Memory
 cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1
-cpdef object empty(tuple shape, dtype)
+cpdef object empty(tuple shape, dtype, str what=*, bint zero=*)
 cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=*)
-
-cdef class memory_for:
-    cdef str what
-    cdef tuple details

@@ -58,7 +58,10 @@ cpdef cnp.ndarray converted(cnp.ndarray a, object dtype):
     if a.dtype is dtype or a.dtype == dtype:
         return a
     with np.errstate(all="ignore"):
-        return a.astype(dtype)
+        try:
+            return a.astype(dtype)
+        except ValueError as error:  # as in `empty`
+            raise MemoryError(f"no memory for a copy of an array of shape {shape_of(a)} and dtype {dtype}") from error
 
 
 cdef object bad_dtype(str name, dtype):
@@ -245,21 +248,6 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
 
 # Memory
 
-cdef class memory_for:
-    """Makes MemoryError of the ValueError that NumPy raises for sizes beyond the address space, where the shapes are
-    known to be right. what: format of the message; details: what is filled in."""
-
-    def __init__(self, str what, *details):
-        self.what, self.details = what, details
-
-    def __enter__(self):
-        return None
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError):
-            raise MemoryError("no memory for " + self.what.format(*self.details)) from error
-
-
 cdef bint overlaps_itself(cnp.ndarray a):
     """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
     cdef list axes = sorted([(abs(s), n) for s, n in zip((<object> a).strides, shape_of(a), strict=True) if n > 1])
@@ -288,10 +276,13 @@ cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
     return 0
 
 
-cpdef object empty(tuple shape, dtype):
-    """An array that is not initialised."""
-    with memory_for("a result of shape {} and dtype {}", shape, dtype):
-        return np.empty(shape, dtype)
+cpdef object empty(tuple shape, dtype, str what="an array", bint zero=False):
+    """An array that is not initialised, or zeros; what it is, for the error: NumPy's own for sizes beyond the address
+    space is none of memory, and names nothing."""
+    try:
+        return np.zeros(shape, dtype) if zero else np.empty(shape, dtype)
+    except ValueError as error:
+        raise MemoryError(f"no memory for {what} of shape {shape} and dtype {dtype}") from error
 
 
 cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):

@@ -9,9 +9,9 @@ cimport numpy as cnp
 from libc.math cimport fabs, frexp, isfinite, ldexp
 
 from fastattn._call cimport Problem, new_problem, read_call
-from fastattn._checks cimport accumulation, converted, floating, memory_for, promoted, shape_of, too_few_axes
+from fastattn._checks cimport accumulation, converted, empty, floating, promoted, shape_of, too_few_axes
 from fastattn._rules cimport Rules
-from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, fa_dtype
+from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, FA_F64, fa_dtype
 
 cnp.import_array()
 
@@ -58,19 +58,22 @@ cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype
     """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
     if w is None and b is None:
         return x
-    with memory_for("the projection of an array of shape {}", shape_of(x)), np.errstate(all="ignore"):
-        x = converted(x, accumulation(dtype))
-        if w is not None:
-            x = np.matmul(x, converted(w, accumulation(dtype)))
-        return x if b is None else np.add(x, b)
+    cdef object real = accumulation(dtype)
+    cdef tuple shape = shape_of(x) if w is None else (*shape_of(x)[:-1], cnp.PyArray_DIM(w, 1))
+    cdef cnp.ndarray y = empty(shape, real, "the projection")
+    x = converted(x, real)
+    with np.errstate(all="ignore"):
+        if w is None:
+            return np.add(x, b, out=y)
+        np.matmul(x, converted(w, real), out=y)
+        return y if b is None else np.add(y, b, out=y)
 
 
 cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
     """Score weights in float64, the largest between 1/2 and 1, and the power of two that was taken out: with it in the
     scale, where it may wait until the sum is taken, no product over- or underflows."""
-    cdef cnp.ndarray a
-    with memory_for("a copy of w_score, of shape {}", shape_of(w)):
-        a = cnp.PyArray_FROMANY(w, cnp.NPY_FLOAT64, 1, 1, cnp.NPY_ARRAY_CARRAY | cnp.NPY_ARRAY_ENSURECOPY)
+    cdef cnp.ndarray a = empty(shape_of(w), accumulation(FA_F64), "a copy of w_score")
+    cnp.PyArray_CopyInto(a, w)
     cdef double *number = <double *> cnp.PyArray_DATA(a)
     cdef double most = 0
     cdef int exponent = 0

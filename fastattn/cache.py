@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import as_array, converted, integer, integer_array, is_one_number, memory_for
+from fastattn._checks import as_array, converted, empty, integer, integer_array, is_one_number
 
 if TYPE_CHECKING:
     from typing import Self
@@ -167,9 +167,8 @@ class KVCache:
         self.reset()
 
     def _make_room(self) -> None:
-        with memory_for("a cache of shapes {} and {}", *self._shapes):
-            # Zeros: what lies past the length of a sequence is in the views, too, and better nothing than anything.
-            self._key, self._value = (np.zeros(shape, self._dtype) for shape in self._shapes)
+        # Zeros: what lies past the length of a sequence is in the views, too, and better nothing than anything.
+        self._key, self._value = (empty(shape, self._dtype, "a cache", True) for shape in self._shapes)
 
     def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys and values with one batch axis. Not kept: in a copy such a view would be an array of its own."""

@@ -235,6 +235,7 @@ class _Call(NamedTuple):
     length: int
     num_keys: int
     dtype: np.dtype[Any]  # of the output
+    accumulation: np.dtype[Any]  # of its sums, and of the products
     out: NDArray[Any] | None
     rules: Rules  # of the attention, whose lengths and offsets have an axis for the heads
 
@@ -816,7 +817,7 @@ class MultiHeadAttention:
         step: Any = None
         if cache is not None:
             came, old = self._checked_step(call, cache)
-        weights = self._weights_in(accumulation_of(call.dtype))
+        weights = self._weights_in(call.accumulation)
         with np.errstate(all="ignore"):
             query, new_key, new_value, both = self._projected(call, weights)
             if self.rotary_dim is not None:
@@ -884,7 +885,7 @@ class MultiHeadAttention:
             "query_lengths": rows_valid,
             "query_offset": offset,
         }
-        return _Call(tokens, other, batch, length, num_keys, dtype, out, every)
+        return _Call(tokens, other, batch, length, num_keys, dtype, accumulation_of(dtype), out, every)
 
     def _checked_step(self, call: _Call, cache: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many tokens come into each sequence of a cache, and how many of those that are there count beside them.
@@ -917,18 +918,19 @@ class MultiHeadAttention:
     def _projected(
         self, call: _Call, weights: Weights
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Query, key and value, from tokens to heads; and query and key as one array where they lie side by side."""
+        """From tokens to heads: query, key and value; and for a rotation query and key as one array."""
 
         def heads(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
             return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
 
-        accumulation = accumulation_of(call.dtype)
+        accumulation = call.accumulation
         of_query, of_keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         tokens, axes, both = rows_of(call.tokens, accumulation), call.tokens.shape[:-1], None
         if call.context is None and weights.every is not None:
             whole = project(tokens, weights.every, weights.b_every)
             query, context, other_axes = whole[:, :of_query], whole[:, of_query:], axes
-            both = heads(whole[:, : of_query + of_keys], axes, self.num_heads + self.num_kv_heads, self.head_dim)
+            if self.rotary_dim is not None:
+                both = heads(whole[:, : of_query + of_keys], axes, self.num_heads + self.num_kv_heads, self.head_dim)
         else:
             assert call.context is not None, "x is its own context where one matrix projects it"
             query = project(tokens, weights.query, weights.b_query)
@@ -980,7 +982,7 @@ class MultiHeadAttention:
         dtype, out = call.dtype, call.out
         if weights.out is None:
             return heads if heads.dtype == dtype else rounded(heads, dtype, out)
-        accumulation = accumulation_of(dtype)
+        accumulation = call.accumulation
         flat = rows_of(heads, accumulation)
         if dtype == accumulation and (out is None or out.flags.c_contiguous):
             result = empty((*call.batch, call.length, self.d_out), dtype) if out is None else out

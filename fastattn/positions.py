@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import _positions
-from fastattn._checks import integer, memory_for, real
+from fastattn._checks import empty, integer, real
 from fastattn._frequencies import scaled_frequencies
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def sinusoidal_encoding(
     to = np.dtype(dtype)
     if to.name not in ("float32", "float64", "float16", "bfloat16") or not to.isnative:
         raise TypeError(f"dtype must be float64, float32, float16 or ml_dtypes.bfloat16, not {to}")
-    with memory_for("a table of shape {}", (length, dim)):
-        table = np.empty((length, dim), to)
+    table = empty((length, dim), to, "a table")
     sines = (dim + 1) // 2
     speed = np.array([base ** (-2 * i / dim) for i in range(sines)])
     with np.errstate(all="ignore"):
@@ -453,8 +452,7 @@ def relative_position_buckets(
     exact = side // 2
     most = _integer(max_distance, "max_distance", exact + 1)
     first = cols - rows if query_offset is None else _integer(query_offset, "query_offset", -_FARTHEST)
-    with memory_for("buckets of shape {}", (rows, cols)):
-        result = np.empty((rows, cols), np.int64)
+    result = empty((rows, cols), np.int64, "buckets")
     # One bucket for each distance, key position - query position, from that of the last query and the first key on.
     distance = np.arange(rows + cols) - (first + rows - 1)
     size = abs(distance) if bidirectional else np.maximum(-distance, 0)

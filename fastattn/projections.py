@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import memory_for
+from fastattn._checks import empty
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,7 @@ def project(
     x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
     """x @ w + b, in one product over all tokens and one pass over its result."""
-    with memory_for("the product of arrays of shapes {} and {}", x.shape, w.shape):
-        y = np.matmul(x, w, out=out)
+    y = np.matmul(x, w, out=empty((len(x), w.shape[1]), x.dtype, "a product") if out is None else out)
     return y if b is None else np.add(y, b, out=y)
 
 
