@@ -5,6 +5,7 @@ and lengths (B,). Each ONNX graph is made by a function of the folder and S, and
 and "lengths". All give embeddings of length 1, (B, d_model).
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -81,6 +82,26 @@ def load_example():
     import minilm
 
     return minilm
+
+
+@functools.cache
+def model():
+    """The example's model, with fastattn's attention."""
+    return load_example().MiniLM()
+
+
+@functools.cache
+def inputs(case):
+    """The case's sentences as lists of token numbers; the model's folder; the lists padded, and their lengths."""
+    minilm = load_example()
+    batch = model().tokenize(SENTENCES[: case.batch])
+    return batch, minilm.find_model(), *minilm.pad(batch)
+
+
+def expected(case):
+    """The embeddings of a case, all of it in float64."""
+    batch, *_ = inputs(case)
+    return load_example().MiniLM(dtype=np.float64, attention=reference_attention).encode_tokens(batch)
 
 
 def reference_attention(layer):

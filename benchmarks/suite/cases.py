@@ -13,8 +13,40 @@ import numpy as np
 HEAD_DIM = 64
 
 
+class Case:
+    """What has a shape, a dtype and some words that set it apart; from these come its name and its label.
+
+    `fields` are the attributes that make the shape, `words` what stands behind it in the name, and `label_words` in the
+    label, if it is not the same. The name says float64, and leaves out float32.
+    """
+
+    kind = ""
+    fields = ()
+    words = ()
+
+    @property
+    def shape(self):
+        return tuple(getattr(self, field) for field in self.fields)
+
+    @property
+    def label_words(self):
+        return *self.words, *self._dtype_word
+
+    @property
+    def _dtype_word(self):
+        return () if self.dtype == "float32" else (self.dtype,)
+
+    @property
+    def name(self):
+        return "-".join([self.kind, "x".join(map(str, self.shape)), *self.words, *self._dtype_word])
+
+    @property
+    def label(self):
+        return " ".join([", ".join(map(str, self.shape)), *self.label_words])
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(Case):
     """Dot-product attention of (batch, heads, seqlen_q, head_dim) over (batch, heads, seqlen_k, head_dim)."""
 
     batch: int
@@ -25,21 +57,15 @@ class Attention:
     dtype: str = "float32"
     is_causal: bool = False
     kind = "attention"
+    fields = ("batch", "heads", "seqlen_q", "seqlen_k", "head_dim")
 
     @property
-    def shape(self):
-        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.head_dim
+    def words(self):
+        return ("causal",) if self.is_causal else ()
 
     @property
-    def name(self):
-        words = ["attention", "x".join(map(str, self.shape))]
-        words += ["causal"] if self.is_causal else []
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        return ", ".join(map(str, self.shape)) + (" causal" if self.is_causal else "")
+    def label_words(self):
+        return self.words
 
     @property
     def flops(self):
@@ -56,24 +82,25 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(Case):
     """Softmax over an axis."""
 
-    shape: tuple
+    sizes: tuple
     dtype: str = "float32"
     axis: int = -1
     kind = "softmax"
 
     @property
-    def name(self):
-        words = ["softmax", "x".join(map(str, self.shape))]
-        words += [f"axis{self.axis}"] if self.axis != -1 else []
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
+    def shape(self):
+        return self.sizes
 
     @property
-    def label(self):
-        return ", ".join(map(str, self.shape)) + (f" along axis {self.axis}" if self.axis != -1 else "")
+    def words(self):
+        return (f"axis{self.axis}",) if self.axis != -1 else ()
+
+    @property
+    def label_words(self):
+        return (f"along axis {self.axis}",) if self.axis != -1 else ()
 
     @property
     def nbytes(self):
@@ -84,7 +111,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Additive:
+class Additive(Case):
     """Additive attention of queries and keys with `hidden` channels, or with HEAD_DIM that matrices make into them."""
 
     batch: int
@@ -95,24 +122,15 @@ class Additive:
     dtype: str = "float32"
     is_projected: bool = False
     kind = "additive"
+    fields = ("batch", "heads", "seqlen_q", "seqlen_k", "hidden")
 
     @property
-    def shape(self):
-        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.hidden
+    def words(self):
+        return ("projected",) if self.is_projected else ()
 
     @property
-    def name(self):
-        words = ["additive", "x".join(map(str, self.shape))]
-        words += ["projected"] if self.is_projected else []
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        words = [", ".join(map(str, self.shape))]
-        words += [f"projected from {HEAD_DIM}"] if self.is_projected else []
-        words += [self.dtype] if self.dtype != "float32" else []
-        return " ".join(words)
+    def label_words(self):
+        return *(f"{word} from {HEAD_DIM}" for word in self.words), *self._dtype_word
 
     @property
     def triples(self):
@@ -130,7 +148,7 @@ class Additive:
 
 
 @dataclass(frozen=True)
-class Bilinear:
+class Bilinear(Case):
     """Bilinear attention: each head's queries and keys, of head_dim channels, are multiplied with a square matrix."""
 
     batch: int
@@ -139,10 +157,8 @@ class Bilinear:
     seqlen_k: int
     head_dim: int
     dtype: str = "float32"
-
-    @property
-    def shape(self):
-        return self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.head_dim
+    kind = "bilinear"
+    fields = ("batch", "heads", "seqlen_q", "seqlen_k", "head_dim")
 
     def inputs(self):
         """query, key, value, w_query, w_key"""
@@ -150,7 +166,7 @@ class Bilinear:
 
 
 @dataclass(frozen=True)
-class Truncated:
+class Truncated(Case):
     """Dot-product attention of (batch, heads, seqlen, head_dim) in a window: `left` keys before and `right` behind."""
 
     batch: int
@@ -161,26 +177,19 @@ class Truncated:
     right: int
     dtype: str = "float32"
     kind = "truncated"
+    fields = ("batch", "heads", "seqlen", "head_dim")
 
     @property
-    def shape(self):
-        return self.batch, self.heads, self.seqlen, self.head_dim
+    def words(self):
+        return ("x".join(map(str, self.window)),)
+
+    @property
+    def label_words(self):
+        return str(self.window), *self._dtype_word
 
     @property
     def window(self):
         return self.left, self.right
-
-    @property
-    def name(self):
-        words = ["truncated", "x".join(map(str, self.shape)), "x".join(map(str, self.window))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        words = [", ".join(map(str, self.shape)), str(self.window)]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return " ".join(words)
 
     @property
     def rows(self):
@@ -203,7 +212,7 @@ class Truncated:
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Case):
     """A few queries over a cache: (batch, heads, seqlen_q, head_dim), (batch, kv_heads, seqlen_k, head_dim)."""
 
     batch: int
@@ -214,22 +223,7 @@ class Decode:
     head_dim: int
     dtype: str = "float32"
     kind = "decode"
-
-    @property
-    def shape(self):
-        return self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_k, self.head_dim
-
-    @property
-    def name(self):
-        words = ["decode", "x".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        words = [", ".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return " ".join(words)
+    fields = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim")
 
     @property
     def is_grouped(self):
@@ -252,7 +246,7 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class MultiHead:
+class MultiHead(Case):
     """Self-attention of (batch, seqlen, d_model): matrix products before and behind it, with biases."""
 
     batch: int
@@ -261,22 +255,7 @@ class MultiHead:
     heads: int
     dtype: str = "float32"
     kind = "multihead"
-
-    @property
-    def shape(self):
-        return self.batch, self.seqlen, self.d_model, self.heads
-
-    @property
-    def name(self):
-        words = ["multihead", "x".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        words = [", ".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return " ".join(words)
+    fields = ("batch", "seqlen", "d_model", "heads")
 
     @property
     def flops(self):
@@ -300,7 +279,7 @@ class MultiHead:
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Rotary(Case):
     """Rotary positions of (batch, heads, seqlen, head_dim), channel i turned together with i + head_dim / 2."""
 
     batch: int
@@ -309,22 +288,7 @@ class Rotary:
     head_dim: int
     dtype: str = "float32"
     kind = "rotary"
-
-    @property
-    def shape(self):
-        return self.batch, self.heads, self.seqlen, self.head_dim
-
-    @property
-    def name(self):
-        words = ["rotary", "x".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return "-".join(words)
-
-    @property
-    def label(self):
-        words = [", ".join(map(str, self.shape))]
-        words += [self.dtype] if self.dtype != "float32" else []
-        return " ".join(words)
+    fields = ("batch", "heads", "seqlen", "head_dim")
 
     @property
     def nbytes(self):
@@ -335,21 +299,14 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class MiniLM:
+class MiniLM(Case):
     """Real sentences through the encoder of examples/minilm.py: the first `batch` of encoder.py, padded to `seqlen`."""
 
     batch: int
     seqlen: int
     dtype = "float32"
     kind = "minilm"
-
-    @property
-    def name(self):
-        return f"minilm-{self.batch}x{self.seqlen}"
-
-    @property
-    def label(self):
-        return f"{self.batch}, {self.seqlen}"
+    fields = ("batch", "seqlen")
 
 
 # Made once for each case and read by every library, so that no benchmark times the random numbers. Few are

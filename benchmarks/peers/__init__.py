@@ -1,0 +1,137 @@
+"""The libraries that fastattn is measured against, each at its best.
+
+One module per library; its `LIBRARIES` says how that library writes each kind of case. Every library gets its inputs
+beforehand in its own format and favourite layout. Where it can write the same thing in several ways (`Variant`), all of
+them are tried on each case, and the fastest one with the right answer counts.
+"""
+
+import importlib.metadata
+import os
+
+import numpy as np
+
+import encoder
+import measure
+from suite import baselines
+
+from . import fastattn, jax, numpy, onnx, openvino, torch
+from .fastattn import PRODUCTS_AND_ATTENTION
+from .variant import Variant
+
+__all__ = ["PRODUCTS_AND_ATTENTION", "Variant"]
+
+LIBRARIES = {
+    name: library
+    for module in (fastattn, numpy, torch, onnx, openvino, jax)
+    for name, library in module.LIBRARIES.items()
+}
+# Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
+PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
+# Those who write additive attention out.
+COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
+TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
+ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
+# Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
+# need, and far below what bfloat16 arithmetic in disguise would give.
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+# Embeddings are of length 1, their numbers of a twentieth.
+EMBEDDING_TOLERANCE = 1e-5
+
+
+def thread_environment(threads):
+    """What must be set before any library is imported, so that each uses exactly `threads` threads."""
+    names = ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB_MAXIMUM", "NUMEXPR", "FASTATTN")
+    settings = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    # What fastattn sets by itself where it is imported before NumPy, as it is not here (fastattn/_load.py).
+    settings["OPENBLAS_THREAD_TIMEOUT"] = "18"
+    # XLA and TBB take one thread for each CPU they may run on: the affinity decides, and this only helps.
+    settings["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
+    settings["JAX_PLATFORMS"] = "cpu"
+    settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # torch.compile would leave a pool of processes behind.
+    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    return {**os.environ, **settings}
+
+
+def versions():
+    found = {}
+    for distribution, *_ in LIBRARIES.values():
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def candidates(case, threads, names, notes):
+    """A right and fast candidate for each library that is installed, has the function, and is among `names`.
+
+    `notes` receives the variant chosen and the reason why a library is left out.
+    """
+    expected = None
+    for name, (_, makers) in LIBRARIES.items():
+        make = makers.get(case.kind)
+        if make is None or name not in names:
+            continue
+        if expected is None:
+            expected = expected_answer(case)
+        try:
+            variants = list(make(case, threads))
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:
+            notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        right = [variant for variant in variants if check(variant, expected, case, name, notes)]
+        if not right:
+            continue
+        best = right[0]
+        if len(right) > 1:
+            best = min(right, key=lambda variant: _quick_seconds(variant.call))
+        if best.name:
+            notes[name] = best.name
+        yield measure.Candidate(name, best.call)
+
+
+def expected_answer(case):
+    if case.kind == "attention":
+        return baselines.expected_attention(*case.inputs(), case.is_causal)
+    if case.kind == "additive":
+        return baselines.expected_additive_attention(*case.inputs(), **case.projections())
+    if case.kind == "truncated":
+        return baselines.expected_truncated_attention(*case.inputs(), *case.window)
+    if case.kind == "decode":
+        return baselines.expected_attention(*case.as_rows.inputs())
+    if case.kind == "multihead":
+        return baselines.expected_multi_head_attention(case.inputs()[0], *case.packed(), heads=case.heads)
+    if case.kind == "rotary":
+        return baselines.expected_rotary(*case.inputs())
+    if case.kind == "minilm":
+        return encoder.expected(case)
+    return baselines.softmax(case.inputs()[0].astype(np.float64), case.axis)
+
+
+def check(variant, expected, case, name, notes):
+    if variant.expected is not None:
+        expected = variant.expected
+    try:
+        got = variant.read(variant.call())
+    except Exception as error:
+        notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        return False
+    if case.kind == "decode":  # groups stand as rows in what is expected, and in some libraries' answers
+        got = got.reshape(expected.shape)
+    error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
+    allowed = EMBEDDING_TOLERANCE if case.kind == "minilm" else TOLERANCE[case.dtype]
+    if error <= allowed:
+        return True
+    notes[name] = f"{variant.name} left out: error {error:.1e}, allowed {allowed:.0e}".strip()
+    return False
+
+
+def _quick_seconds(call):
+    measure.wait_until_idle()
+    number, each = measure.calibrate(call)
+    if each > measure.LONG_SECONDS:
+        return each
+    return min(measure.seconds(call, number) for _ in range(3))

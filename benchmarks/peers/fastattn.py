@@ -1,0 +1,111 @@
+"""fastattn itself, and what one of its layers cannot do without."""
+
+import functools
+
+import numpy as np
+
+import encoder
+import fastattn
+from suite import baselines
+
+from .variant import Variant
+
+# fastattn's layer is measured against it too: it is no peer.
+PRODUCTS_AND_ATTENTION = "products and attention"
+
+
+def attention(case, threads):
+    # No num_threads: the environment says how many, as it does to the others.
+    call = functools.partial(fastattn.dot_product_attention, *case.inputs())
+    yield Variant("", functools.partial(call, is_causal=True) if case.is_causal else call)
+
+
+def truncated(case, threads):
+    yield Variant("", functools.partial(fastattn.truncated_attention, *case.inputs(), *case.window))
+
+
+def decode(case, threads):
+    call = functools.partial(fastattn.dot_product_attention, *case.inputs(), enable_gqa=case.is_grouped)
+    yield Variant("", call)
+
+
+def multihead(case, threads):
+    x, *weights = case.inputs()
+    attend = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
+    yield Variant("", functools.partial(attend, x))
+
+
+def products_and_attention(case, threads):
+    """What a layer cannot do without, into arrays that are there already and without biases."""
+    x, *weights, w_out = case.inputs()
+    w_qkv = case.packed()[0]
+    zeros = np.zeros(3 * case.d_model), np.zeros(case.d_model)
+    expected = baselines.expected_multi_head_attention(x, w_qkv, zeros[0], w_out, zeros[1], heads=case.heads)
+    rows = x.reshape(-1, case.d_model)
+    attended, output = np.empty_like(rows), np.empty_like(rows)
+
+    def variant(name, weights, projected, parts):
+        query, key, value, out = (
+            part.reshape(case.batch, case.seqlen, case.heads, -1).swapaxes(1, 2) for part in (*parts, attended)
+        )
+
+        def call():
+            for weight, result in zip(weights, projected, strict=True):
+                np.matmul(rows, weight, out=result)
+            fastattn.dot_product_attention(query, key, value, out=out)
+            np.matmul(attended, w_out, out=output)
+            return output
+
+        return Variant(name, call, lambda output: output.reshape(x.shape), expected)
+
+    parts = [np.empty_like(rows) for _ in weights]
+    yield variant("three products", weights, parts, parts)
+    whole = np.empty((len(rows), 3 * case.d_model), x.dtype)
+    yield variant("one product", [w_qkv], [whole], np.split(whole, 3, axis=1))
+
+
+def rotary(case, threads):
+    yield Variant("", functools.partial(fastattn.apply_rotary, *case.inputs()))
+
+
+def rotary_out(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(fastattn.apply_rotary, x, out=np.empty_like(x)))
+
+
+def minilm(case, threads):
+    batch, *_ = encoder.inputs(case)
+    yield Variant("", functools.partial(encoder.model().encode_tokens, batch))
+
+
+def additive(case, threads):
+    yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
+
+
+def softmax(case, threads):
+    yield Variant("", functools.partial(fastattn.softmax, *case.inputs(), axis=case.axis))
+
+
+def softmax_out(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
+
+
+# Name -> (distribution, how it writes each kind of case).
+LIBRARIES = {
+    "fastattn": (
+        "fastattn",
+        {
+            "attention": attention,
+            "softmax": softmax,
+            "additive": additive,
+            "truncated": truncated,
+            "decode": decode,
+            "multihead": multihead,
+            "rotary": rotary,
+            "minilm": minilm,
+        },
+    ),
+    "fastattn out=": ("fastattn", {"softmax": softmax_out, "rotary": rotary_out}),
+    PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
+}

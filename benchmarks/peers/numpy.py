@@ -1,0 +1,92 @@
+"""NumPy and SciPy, as they are usually written and at their best."""
+
+import functools
+
+import encoder
+from suite import baselines
+
+from .variant import Variant, refuse_large
+
+
+def attention(case, threads):
+    yield Variant("", functools.partial(baselines.dot_product_attention, *case.inputs(), case.is_causal))
+
+
+def truncated(case, threads):
+    arguments = *case.inputs(), *case.window
+    for rows in (8, 16, 32, 64, 128, 256):
+        yield Variant(f"blocks of {rows}", functools.partial(baselines.truncated_attention, *arguments, rows=rows))
+    if sum(case.window) <= 32:  # wider they are far behind
+        yield Variant("a window a row, einsum", functools.partial(baselines.truncated_by_row, *arguments))
+        yield Variant("a sum a distance", functools.partial(baselines.truncated_by_distance, *arguments))
+
+
+def decode(case, threads):
+    yield Variant("query @ key.T", functools.partial(baselines.grouped_attention, *case.inputs()))
+    yield Variant("key @ query.T", functools.partial(baselines.grouped_attention_keys_first, *case.inputs()))
+
+
+def multihead(case, threads):
+    x = case.inputs()[0]
+    yield Variant("", functools.partial(baselines.multi_head_attention, x, *case.packed(), case.heads))
+
+
+def rotary(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(baselines.apply_rotary, x, *baselines.rotary_tables(*x.shape[-2:], x.dtype)))
+
+
+def minilm(case, threads):
+    batch, *_ = encoder.inputs(case)
+    model = encoder.load_example().MiniLM(attention=encoder.load_example().numpy_attention)
+    yield Variant("", functools.partial(model.encode_tokens, batch))
+
+
+def _additive(case, threads, ways):
+    call = functools.partial(baselines.additive_attention, *case.inputs(), **case.projections())
+    for name, scores in ways.items():
+        yield Variant(name, functools.partial(call, scores=scores))
+
+
+def textbook_additive(case, threads):
+    refuse_large(case, case.triples // (case.batch * case.heads))  # a head at a time
+    return _additive(case, threads, {"": baselines.textbook_scores})
+
+
+def best_additive(case, threads):
+    ways = {
+        "tanh in place": baselines.tanh_scores,
+        "exponentials in place": baselines.exponential_scores,
+        "exponentials, channels in pairs": baselines.paired_scores,
+    }
+    return _additive(case, threads, ways)
+
+
+def softmax(case, threads):
+    yield Variant("", functools.partial(baselines.softmax, *case.inputs(), case.axis))
+
+
+def scipy_softmax(case, threads):
+    from scipy.special import softmax
+
+    yield Variant("", functools.partial(softmax, *case.inputs(), axis=case.axis))
+
+
+# Name -> (distribution, how it writes each kind of case).
+LIBRARIES = {
+    "NumPy": (
+        "numpy",
+        {
+            "attention": attention,
+            "softmax": softmax,
+            "decode": decode,
+            "multihead": multihead,
+            "rotary": rotary,
+            "minilm": minilm,
+        },
+    ),
+    "NumPy, textbook": ("numpy", {"additive": textbook_additive}),
+    "NumPy, best": ("numpy", {"additive": best_additive}),
+    "NumPy, best band": ("numpy", {"truncated": truncated}),
+    "SciPy": ("scipy", {"softmax": scipy_softmax}),
+}

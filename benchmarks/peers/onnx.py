@@ -1,0 +1,225 @@
+"""ONNX Runtime: each graph that it has an operator for."""
+
+import functools
+
+import numpy as np
+
+import encoder
+
+from .variant import Variant, refuse_large, those_that_work
+
+
+def attention(case, threads):
+    from onnx import helper
+
+    heads, head_dim = case.heads, case.head_dim
+    query, key, value = case.inputs()
+    variant = functools.partial(_graph_variant, threads)
+
+    def attention_operator():
+        node = helper.make_node("Attention", list("qkv"), ["o"], is_causal=int(case.is_causal))
+        return variant("Attention", [node], {"q": query, "k": key, "v": value}, query.shape)
+
+    def multi_head_attention():
+        node = helper.make_node(
+            "MultiHeadAttention",
+            list("qkv"),
+            ["o"],
+            domain="com.microsoft",
+            num_heads=heads,
+            unidirectional=int(case.is_causal),
+        )
+        arrays = {letter: _packed(array) for letter, array in zip("qkv", case.inputs(), strict=True)}
+        read = functools.partial(_unpacked, heads=heads)
+        return variant("MultiHeadAttention", [node], arrays, arrays["q"].shape, read)
+
+    def matmul_softmax():
+        if case.is_causal:
+            raise NotImplementedError("the written-out graph would add an L x S constant")
+        scale = helper.make_tensor("scale", helper.np_dtype_to_tensor_dtype(query.dtype), [1], [head_dim**-0.5])
+        nodes = [
+            helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+            helper.make_node("Mul", ["q", "scale"], ["qs"]),
+            helper.make_node("MatMul", ["qs", "kt"], ["s"]),
+            helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["o"]),
+        ]
+        arrays = {"q": query, "k": key, "v": value}
+        return variant("MatMul-Softmax-MatMul", nodes, arrays, query.shape, constants=[scale], opset=17)
+
+    yield from those_that_work(attention_operator, multi_head_attention, matmul_softmax)
+
+
+def truncated(case, threads):
+    from onnx import helper
+
+    if case.right:
+        raise NotImplementedError("its only window, GroupQueryAttention's, does not look ahead")
+    refuse_large(case, case.seqlen**2)
+    arrays = {letter: _packed(array) for letter, array in zip("qkv", case.inputs(), strict=True)}
+    node = helper.make_node(
+        "GroupQueryAttention",
+        ["q", "k", "v", "", "", "last", "total"],
+        ["o"],
+        domain="com.microsoft",
+        num_heads=case.heads,
+        kv_num_heads=case.heads,
+        local_window_size=case.left + 1,
+    )
+    lengths = {"last": np.full(case.batch, case.seqlen - 1, np.int32), "total": np.array(case.seqlen, np.int32)}
+    read = functools.partial(_unpacked, heads=case.heads)
+    yield _graph_variant(threads, "GroupQueryAttention", [node], arrays | lengths, arrays["q"].shape, read)
+
+
+def decode(case, threads):
+    from onnx import helper
+
+    batch, kv_heads = case.batch, case.kv_heads
+    query, key, value = case.inputs()
+    variant = functools.partial(_graph_variant, threads)
+
+    def attention_operator():
+        node = helper.make_node("Attention", list("qkv"), ["o"])
+        return variant("Attention, grouped", [node], {"q": query, "k": key, "v": value}, query.shape)
+
+    def group_query_attention():
+        # Its cache holds all keys but the last one, which it puts there itself, in place. Rows that share a key head
+        # are as good as heads: all of them see all keys.
+        heads = kv_heads * case.as_rows.seqlen_q
+        node = helper.make_node(
+            "GroupQueryAttention",
+            ["q", "k", "v", "keys", "values", "last", "total"],
+            ["o", "new_keys", "new_values"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+        )
+        arrays = {
+            "q": query.reshape(batch, 1, heads * case.head_dim),
+            "k": _packed(key[:, :, -1:]),
+            "v": _packed(value[:, :, -1:]),
+            "keys": key.copy(),
+            "values": value.copy(),
+            "last": np.full(batch, case.seqlen_k - 1, np.int32),
+            "total": np.array(case.seqlen_k, np.int32),
+        }
+        updated = {"new_keys": "keys", "new_values": "values"}
+        return variant("GroupQueryAttention", [node], arrays, arrays["q"].shape, updated=updated)
+
+    yield from attention(case.as_rows, threads)
+    yield from those_that_work(*[attention_operator] * case.is_grouped, group_query_attention)
+
+
+def multihead(case, threads):
+    from onnx import helper, numpy_helper
+
+    x, w_query, w_key, w_value, _ = case.inputs()
+    w_qkv, b_qkv, w_out, b_out = case.packed()
+
+    def variant(name, nodes, **weights):
+        behind = [helper.make_node("MatMul", ["a", "w_out"], ["p"]), helper.make_node("Add", ["p", "b_out"], ["o"])]
+        weights |= {"b_qkv": b_qkv, "w_out": w_out, "b_out": b_out}
+        # Constants, which it may pack for its matrix products beforehand.
+        constants = [numpy_helper.from_array(array, letter) for letter, array in weights.items()]
+        return _graph_variant(threads, name, nodes + behind, {"x": x}, x.shape, constants=constants)
+
+    settings = {"domain": "com.microsoft", "num_heads": case.heads}
+
+    def attention_operator():
+        node = helper.make_node("Attention", ["x", "w_qkv", "b_qkv"], ["a"], **settings)
+        return variant("Attention", [node], w_qkv=w_qkv)
+
+    def multi_head_attention():
+        weights = {"w_query": w_query, "w_key": w_key, "w_value": w_value}
+        nodes = [helper.make_node("MatMul", ["x", w], [letter]) for w, letter in zip(weights, "qkv", strict=True)]
+        nodes += [helper.make_node("MultiHeadAttention", [*"qkv", "b_qkv"], ["a"], **settings)]
+        return variant("MatMul, MultiHeadAttention", nodes, **weights)
+
+    yield from those_that_work(attention_operator, multi_head_attention)
+
+
+def minilm(case, threads):
+    _, folder, ids, lengths = encoder.inputs(case)
+    arrays = {"ids": ids, "lengths": lengths}
+
+    def variant(name, make):
+        return _model_variant(threads, name, make(folder, case.seqlen), arrays)
+
+    yield from those_that_work(*(functools.partial(variant, name, make) for name, make in encoder.ONNX.items()))
+
+
+def _graph_variant(threads, name, nodes, arrays, shape, read=np.asarray, constants=(), opset=23, updated=None):
+    """A graph with these inputs, by name, and output "o"; `updated` are outputs that overwrite an input."""
+    from onnx import helper
+
+    updated = updated or {}
+
+    def described(name, shape, dtype):
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
+
+    dtype = next(iter(arrays.values())).dtype
+    inputs = [described(letter, array.shape, array.dtype) for letter, array in arrays.items()]
+    outputs = [described("o", shape, dtype)]
+    outputs += [described(letter, arrays[source].shape, dtype) for letter, source in updated.items()]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs, list(constants))
+    domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    return _model_variant(threads, name, model, arrays, read, updated)
+
+
+def _model_variant(threads, name, model, arrays, read=np.asarray, updated=None):
+    """A model with these inputs and one output beside those that are `updated`."""
+    import onnxruntime
+
+    updated = updated or {}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if any(array.dtype == np.float64 for array in arrays.values()):
+        # The optimiser folds the scale into a matrix product that keeps it in float32.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    # Bound once: no look-up of names and no new output in each call.
+    binding = session.io_binding()
+    values = {letter: onnxruntime.OrtValue.ortvalue_from_numpy(array) for letter, array in arrays.items()}
+    for letter, ort_value in values.items():
+        binding.bind_ortvalue_input(letter, ort_value)
+    output = model.graph.output[0].name
+    binding.bind_output(output)
+    for letter, source in updated.items():
+        binding.bind_ortvalue_output(letter, values[source])
+    session.run_with_iobinding(binding)
+    result = binding.get_outputs()[0]
+    binding.bind_ortvalue_output(output, result)
+    run = session.run_with_iobinding
+
+    def call():
+        run(binding)
+        return result
+
+    return Variant(name, call, lambda value: read(value.numpy()))
+
+
+def _packed(array):
+    """Heads packed into the last axis: (batch, seqlen, heads * head_dim)."""
+    return np.ascontiguousarray(array.swapaxes(1, 2)).reshape(array.shape[0], array.shape[2], -1)
+
+
+def _unpacked(array, heads):
+    return array.reshape(*array.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+# Name -> (distribution, how it writes each kind of case).
+LIBRARIES = {
+    "ONNX Runtime": (
+        "onnxruntime",
+        {
+            "attention": attention,
+            "truncated": truncated,
+            "decode": decode,
+            "multihead": multihead,
+            "minilm": minilm,
+        },
+    ),
+}

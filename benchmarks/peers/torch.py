@@ -1,0 +1,230 @@
+"""PyTorch: eager, compiled, and with its flexible attention."""
+
+import contextlib
+import functools
+
+import encoder
+from suite import baselines
+
+from .variant import Variant, refuse_large
+
+# Keeps what it has entered: PyTorch leaves inference mode when the object that entered it is collected.
+_for_good = contextlib.ExitStack()
+
+
+@functools.cache
+def _torch(threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    # Entered for good: as a `with` around each call it would cost a microsecond.
+    _for_good.enter_context(torch.inference_mode())
+    return torch
+
+
+def attention(case, threads):
+    torch = _torch(threads)
+    query, key, value = map(torch.from_numpy, case.inputs())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    yield Variant("", lambda: attend(query, key, value, is_causal=case.is_causal))
+
+
+def masked_truncated(case, threads):
+    refuse_large(case, case.seqlen**2)
+    torch = _torch(threads)
+    query, key, value = map(torch.from_numpy, case.inputs())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    visible = torch.ones(case.seqlen, case.seqlen, dtype=torch.bool).tril(case.right).triu(-case.left)
+    yield Variant("boolean mask", lambda: attend(query, key, value, attn_mask=visible))
+    bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+    yield Variant("float mask", lambda: attend(query, key, value, attn_mask=bias))
+
+
+def flex_truncated(case, threads):
+    """torch.compile's attention that skips blocks of hidden scores."""
+    torch = _torch(threads)
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    query, key, value = map(torch.from_numpy, case.inputs())
+    # It compiles anew for each window and length.
+    torch._dynamo.config.recompile_limit = 256
+    left, right = case.window
+
+    def visible(batch, head, row, column):
+        return (row - column <= left) & (column - row <= right)
+
+    # Smaller blocks hide less and cost more calls; each size takes up to ten seconds to compile.
+    for size in (16, 32) if left + right < 64 else (32, 64):
+        # What create_block_mask finds out with an array of L x S: which blocks are seen in part, and which wholly.
+        count = -(-case.seqlen // size)
+        apart = torch.arange(count) - torch.arange(count)[:, None]
+        nearest = (apart.abs() - 1).clamp(min=0) * size + (apart != 0)
+        seen = nearest <= torch.where(apart < 0, left, right)
+        whole = (apart * size + size - 1 <= right) & (size - 1 - apart * size <= left)
+        whole[:, -1] &= case.seqlen % size == 0
+        lists = [_ordered(blocks[None, None]) for blocks in (seen & ~whole, whole)]
+        mask = BlockMask.from_kv_blocks(
+            *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(case.seqlen, case.seqlen)
+        )
+        attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        yield Variant(f"blocks of {size}", functools.partial(attend, query, key, value, block_mask=mask))
+
+
+def _ordered(blocks):
+    """How many are set in each row, and which: those that are set come first."""
+    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def decode(case, threads):
+    torch = _torch(threads)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    query, key, value = map(torch.from_numpy, case.inputs())
+    rows = torch.from_numpy(case.as_rows.inputs()[0])
+    scale = case.head_dim**-0.5
+    yield Variant(
+        "enable_gqa" if case.is_grouped else "", lambda: attend(query, key, value, enable_gqa=case.is_grouped)
+    )
+    if case.is_grouped:
+        yield Variant("groups as rows", lambda: attend(rows, key, value))
+    yield Variant("matrix products", lambda: torch.softmax((rows * scale) @ key.mT, -1) @ value)
+
+
+def multihead(case, threads):
+    torch = _torch(threads)
+    functional = torch.nn.functional
+    x = torch.from_numpy(case.inputs()[0])
+    w_qkv, b_qkv, w_out, b_out = map(torch.from_numpy, case.packed())
+    # Its weights multiply from the left.
+    w_qkv, w_out = w_qkv.T.contiguous(), w_out.T.contiguous()
+    layer = torch.nn.MultiheadAttention(case.d_model, case.heads, batch_first=True, dtype=x.dtype).eval()
+    names = "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"
+    layer.load_state_dict(dict(zip(names, (w_qkv, b_qkv, w_out, b_out), strict=True)))
+
+    def written_out():
+        projected = functional.linear(x, w_qkv, b_qkv).unflatten(-1, (3, case.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return functional.linear(attended.transpose(1, 2).flatten(2), w_out, b_out)
+
+    yield Variant("nn.MultiheadAttention", lambda: layer(x, x, x, need_weights=False)[0])
+    yield Variant("linear, scaled_dot_product_attention", written_out)
+
+
+def rotary(case, threads):
+    torch = _torch(threads)
+    (array,) = case.inputs()
+    x = torch.from_numpy(array)
+    # As wide as x, each half of the channels with the same angles.
+    tables = map(torch.from_numpy, baselines.rotary_tables(*array.shape[-2:], array.dtype))
+    cosines, sines = (torch.cat([table, table], -1) for table in tables)
+
+    def rotate_half(x):
+        first, second = x.chunk(2, -1)
+        return torch.cat([-second, first], -1)
+
+    yield Variant("", lambda: x * cosines + rotate_half(x) * sines)
+
+
+def minilm(case, threads):
+    torch = _torch(threads)
+    _, folder, *arrays = encoder.inputs(case)
+    ids, lengths = map(torch.from_numpy, arrays)
+    for name, make in encoder.PYTORCH.items():
+        yield Variant(name, functools.partial(make(folder), ids, lengths))
+
+
+def _additive(case, threads, ways, is_compiled=False):
+    """`ways` make scores of query, key and w_score; those in _KEYS_LAST take the key with its last axes swapped."""
+    torch = _torch(threads)
+    query, key, value, w_score = map(torch.from_numpy, case.inputs())
+    projections = {name: torch.from_numpy(array) for name, array in case.projections().items()}
+    key_last = key.mT.contiguous()
+    if is_compiled:
+        # One function is compiled for every case, and after 8 of them PyTorch would refuse to go on.
+        torch._dynamo.config.recompile_limit = 256
+    for name, make_scores in ways.items():
+        is_key_last = make_scores in _KEYS_LAST
+
+        def attend(query, key, value, w_score, w_query=None, w_key=None, make_scores=make_scores, swap=is_key_last):
+            if w_query is not None:
+                query, key = query @ w_query, w_key.mT @ key if swap else key @ w_key
+            return torch.softmax(make_scores(torch, query, key, w_score), -1) @ value
+
+        if is_compiled:
+            attend = torch.compile(attend, dynamic=False, fullgraph=True)
+        arrays = query, key_last if is_key_last else key, value, w_score
+        yield Variant(name, functools.partial(attend, *arrays, **projections))
+
+
+def _tanh_matmul(torch, query, key, w_score):
+    return torch.tanh(query[..., :, None, :] + key[..., None, :, :]) @ w_score
+
+
+def _tanh_sum(torch, query, key, w_score):
+    """As Keras's AdditiveAttention writes it."""
+    return torch.sum(w_score * torch.tanh(query[..., :, None, :] + key[..., None, :, :]), -1)
+
+
+def _tanh_sum_keys_last(torch, query, key, w_score):
+    return torch.sum(w_score[:, None] * torch.tanh(query[..., None] + key[..., None, :, :]), -2)
+
+
+def _exponentials(torch, query, key, w_score):
+    a, b = torch.exp(2 * query)[..., :, None, :], torch.exp(2 * key)[..., None, :, :]
+    return torch.sum(w_score * (1 - 2 / (1 + a * b)), -1)
+
+
+def _exponentials_keys_last(torch, query, key, w_score):
+    a, b = torch.exp(2 * query)[..., None], torch.exp(2 * key)[..., None, :, :]
+    return torch.sum(w_score[:, None] * (1 - 2 / (1 + a * b)), -2)
+
+
+_KEYS_LAST = (_tanh_sum_keys_last, _exponentials_keys_last)
+
+
+def eager_additive(case, threads):
+    refuse_large(case, case.triples)
+    return _additive(case, threads, {"": _tanh_matmul})
+
+
+def keras_additive(case, threads):
+    refuse_large(case, case.triples)
+    return _additive(case, threads, {"": _tanh_sum})
+
+
+def compiled_additive(case, threads):
+    # PyTorch makes the same loops of Keras's sum as of the matrix product.
+    ways = {"keys as rows": _tanh_matmul, "keys last": _tanh_sum_keys_last}
+    return _additive(case, threads, ways, is_compiled=True)
+
+
+def compiled_exp_additive(case, threads):
+    ways = {"keys as rows": _exponentials, "keys last": _exponentials_keys_last}
+    return _additive(case, threads, ways, is_compiled=True)
+
+
+def softmax(case, threads):
+    x = _torch(threads).from_numpy(case.inputs()[0])
+    yield Variant("", lambda: x.softmax(case.axis))
+
+
+# Name -> (distribution, how it writes each kind of case).
+LIBRARIES = {
+    "PyTorch": (
+        "torch",
+        {
+            "attention": attention,
+            "softmax": softmax,
+            "additive": eager_additive,
+            "decode": decode,
+            "multihead": multihead,
+            "rotary": rotary,
+            "minilm": minilm,
+        },
+    ),
+    "PyTorch, masked": ("torch", {"truncated": masked_truncated}),
+    "PyTorch, flex": ("torch", {"truncated": flex_truncated}),
+    "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
+    "PyTorch compiled": ("torch", {"additive": compiled_additive}),
+    "PyTorch compiled, exp": ("torch", {"additive": compiled_exp_additive}),
+}
