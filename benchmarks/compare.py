@@ -5,7 +5,7 @@
 
 Each thread count runs in a process of its own, pinned to that many CPUs, with the environment of every
 library set before it is imported. What is compared runs in turn within one process (see measure.py), the
-hardware's own limits among it (hardware.py). Then come goals.py, report.py and plot.py.
+hardware's own limits among it (hardware.py). Then come report.py, plot.py and, with --goals, goals.py.
 """
 
 import argparse
@@ -43,10 +43,12 @@ def main():
         sys.exit("\n\n".join([text, *report.left_out(everything["missing"])]))
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    text = report.markdown(everything)
+    text = report.markdown(everything, options.goals)
     print(text)
     if options.markdown:
         options.markdown.write_text(text)
+        chosen = json.dumps(report.variants(everything["records"]), indent=1)
+        options.markdown.with_suffix(".variants.json").write_text(chosen + "\n")
     if options.plot:
         import plot  # matplotlib is needed for this alone
 
@@ -62,11 +64,14 @@ def parse_arguments():
     parser.add_argument("--only", metavar="PATTERN", default="*", help="cases by name: 2048, 'softmax*', import")
     parser.add_argument("--threads", metavar="N,N", help="thread counts (default: 1 and, given the CPUs, 2)")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default 9)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables, and beside them which variants were chosen"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw it, and windows into truncated.png beside it"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
+    parser.add_argument("--goals", action="store_true", help="print the project's own goals beside the results")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,6 @@
-"""The Markdown tables of what compare.py measured, with the goals of goals.py."""
+"""The Markdown tables of what compare.py measured; on request with the goals of goals.py."""
+
+from dataclasses import dataclass
 
 import goals
 import measure
@@ -13,8 +15,55 @@ MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
 MINILM_SHAPE = "sentences, tokens of the longest"
 
+# What the numbers of a section mean to someone who uses the library, by the first words of its title.
+MEANINGS = {
+    "Attention": "How long one call takes, and how much of what the multipliers can do it uses; the operations that "
+    "causality hides do not count.",
+    "Softmax": "A softmax has to read and write each number once, so a copy of the array is its limit; `out=` spares "
+    "the time in which the operating system makes room for the result.",
+    "Additive attention": "Additive scores need a tanh for every triple of query, key and channel; the limit is the "
+    "speed of the shortest known sequence of instructions for it, and dividing several triples at once can pass that.",
+    "Attention in a window": "A query pays for the keys in its window and not for the length of the sequence; a mask "
+    "on full attention pays for all of them.",
+    "Nanoseconds a row in a window": "If the cost of a row depended on the window alone, a line would show one number; "
+    "what grows is the time in which longer arrays come from slower memory.",
+    "Few queries over a cache": "What a decoder does for each token: with one query the time is that of reading keys "
+    "and values once, and the speed of reading those very arrays is the limit.",
+    "Multi-head attention": "Most of a layer's time is its four matrix products, which are NumPy's here (OpenBLAS); a "
+    "library whose products are faster has the faster layer.",
+    "Rotary positions": "Turning has to read and write each number once, so a copy of the array is its limit.",
+    "Sentences a second through MiniLM": "A whole encoder: as in the layer above, the matrix products around "
+    "attention decide.",
+    "Another instruction set, float32": "The same machine without AVX-512, against what AVX2 can do on it.",
+    "Another instruction set, additive": "The same for additive attention.",
+    "Gain from threads": "How many times faster a call gets with the threads, beside what pure arithmetic gains.",
+    "Memory and import": "What a call needs beside its inputs and its result, and what importing costs.",
+}
 
-def markdown(everything):
+
+@dataclass
+class Table:
+    """Columns headed "goal" or "outcome" are printed on request only."""
+
+    title: str
+    heads: list
+    rows: list
+
+    def markdown(self, with_goals):
+        if not self.rows:
+            return ""
+        shown = [i for i, head in enumerate(self.heads) if with_goals or head not in ("goal", "outcome")]
+        align = ["---" if i == 0 or self.heads[i] == "outcome" else "---:" for i in range(len(self.heads))]
+        lines = ["| " + " | ".join(str(line[i]) for i in shown) + " |" for line in (self.heads, align, *self.rows)]
+        return "\n\n".join([f"### {self.title}", meaning(self.title), "\n".join(lines)])
+
+
+def meaning(title):
+    """The sentence of the longest beginning that fits the title."""
+    return MEANINGS[max((words for words in MEANINGS if title.startswith(words)), key=len)]
+
+
+def markdown(everything, with_goals=False):
     records = everything["records"]
     parts = [
         _how(everything),
@@ -32,9 +81,19 @@ def markdown(everything):
         _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
         _memory_and_import(records),
-        _notes(records),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    texts = (part.markdown(with_goals) if isinstance(part, Table) else part for part in parts)
+    return "\n\n".join(text for text in texts if text) + "\n"
+
+
+def variants(records):
+    """The fastest way of writing each case in each library, or why it is left out: {library: {note: cases}}."""
+    found = {}
+    for record in records:
+        for name, note in record.get("notes", {}).items():
+            where = f"{record['case']} ({threads_in_words(record['threads'])})"
+            found.setdefault(name, {}).setdefault(note, []).append(where)
+    return {name: dict(sorted(notes.items())) for name, notes in sorted(found.items())}
 
 
 def records_of(records, job, **wanted):
@@ -78,7 +137,7 @@ def _attention(records):
                 numbers = [_time(measure.median(samples, "fastattn")), _percent(share), _percent(goal)]
                 others = [_beside(samples, name) for name in names]
                 rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
-            yield _table(f"Attention, {dtype}, {threads_in_words(threads)}", heads, rows)
+            yield Table(f"Attention, {dtype}, {threads_in_words(threads)}", heads, rows)
 
 
 def _softmax(records):
@@ -94,7 +153,7 @@ def _softmax(records):
             others = [_beside(samples, name) for name in names]
             outcome = _outcome(goals.missed(record))
             rows.append([label, *numbers, _percent(share), _percent(goal), *others, outcome])
-        yield _table(f"Softmax, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Softmax, {threads_in_words(threads)}", heads, rows)
 
 
 def _additive(records):
@@ -106,7 +165,7 @@ def _additive(records):
         for record in chosen:
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *_additive_numbers(record), *others, _outcome(goals.missed(record))])
-        yield _table(f"Additive attention, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Additive attention, {threads_in_words(threads)}", heads, rows)
 
 
 def _additive_numbers(record):
@@ -127,7 +186,7 @@ def _truncated(records):
             numbers = [_time(time), _nanoseconds(time, record["rows"]), _percent(share), _percent(goal)]
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
-        yield _table(f"Attention in a window, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Attention in a window, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _lengths(records):
@@ -150,7 +209,7 @@ def _lengths(records):
         heads = ["(left, right)", *(f"L = {seqlen}" for seqlen in seqlens)]
         heads += ["memory alone, the longest", "longest : shortest", "goal", "outcome"]
         title = f"Nanoseconds a row in a window (share of the FMA peak), 1 head, D = 64, {threads_in_words(threads)}"
-        yield _table(title, heads, rows)
+        yield Table(title, heads, rows)
 
 
 def _decode(records):
@@ -165,7 +224,7 @@ def _decode(records):
             numbers = [f"{record['work'] / 1e6:.0f} MB", _time(time), speed, _percent(share), _percent(goal)]
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
-        yield _table(f"Few queries over a cache, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Few queries over a cache, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _multihead(records):
@@ -182,7 +241,7 @@ def _multihead(records):
             others = [_beside(samples, name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
         title = f"Multi-head attention with its projections, float32, {threads_in_words(threads)}"
-        yield _table(title, [*heads, *names, "outcome"], rows)
+        yield Table(title, [*heads, *names, "outcome"], rows)
 
 
 def _rotary(records):
@@ -196,7 +255,7 @@ def _rotary(records):
             numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn out=")]
             others = [_beside(samples, name) for name in names]
             rows.append([record["label"], *numbers, _percent(share), *others, _outcome(goals.missed(record))])
-        yield _table(f"Rotary positions, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Rotary positions, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _minilm(records):
@@ -206,7 +265,7 @@ def _minilm(records):
         rows = [[record["label"], *(_sentences(record, name) for name in ("fastattn", *names))] for record in chosen]
         titles = {"NumPy": "with attention in NumPy"}
         heads = [MINILM_SHAPE, "fastattn", *(titles.get(name, name) for name in names)]
-        yield _table(f"Sentences a second through MiniLM, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"Sentences a second through MiniLM, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _sentences(record, name):
@@ -222,7 +281,7 @@ def _sentences(record, name):
 def left_out(missing):
     """A note on the model, where packages are missing that it needs."""
     if missing:
-        yield f'MiniLM is left out: {", ".join(missing)} not installed (README.md, "Try it", says how).'
+        yield f"MiniLM is left out: {', '.join(missing)} not installed (README.md says how)."
 
 
 def _additive_other_isa(records):
@@ -231,7 +290,7 @@ def _additive_other_isa(records):
         for record in records
     ]
     heads = [ADDITIVE_SHAPE, "`FASTATTN_ISA`", "fastattn", "triples/s", "of its own five instructions", "goal"]
-    return _table("Another instruction set, additive attention, float32, 1 thread", [*heads, "outcome"], rows)
+    return Table("Another instruction set, additive attention, float32, 1 thread", [*heads, "outcome"], rows)
 
 
 def _other_isa(records):
@@ -242,7 +301,7 @@ def _other_isa(records):
         outcome = _outcome(goals.missed(record))
         rows.append([record["label"], record["isa"], time, _percent(share), _percent(goal), outcome])
     heads = [SHAPE, "`FASTATTN_ISA`", "fastattn", "of its own FMA peak", "goal", "outcome"]
-    return _table("Another instruction set, float32, 1 thread", heads, rows)
+    return Table("Another instruction set, float32, 1 thread", heads, rows)
 
 
 def _gain(records):
@@ -254,7 +313,7 @@ def _gain(records):
         words = [] if ours >= goals.SHARE_OF_GAIN * possible else [f"{ours / possible:.0%} of the hardware's"]
         rows.append([record["label"], threads, *times, f"{ours:.2f}x", f"{possible:.2f}x", _outcome(words)])
     heads = [SHAPE, "threads", "on one", "on all", "gain", "the hardware's own gain", "outcome"]
-    return _table("Gain from threads, float32", heads, rows)
+    return Table("Gain from threads, float32", heads, rows)
 
 
 def _memory_and_import(records):
@@ -270,18 +329,7 @@ def _memory_and_import(records):
         outcome = _outcome([] if record["seconds"] <= goals.IMPORT_SECONDS else ["too slow"])
         goal = f"<= {_time(goals.IMPORT_SECONDS)}"
         rows.append(["import, added to NumPy's", _time(record["seconds"]), goal, outcome])
-    return _table("Memory and import", ["what", "measured", "goal", "outcome"], rows)
-
-
-def _notes(records):
-    """Which way of writing it was the fastest in each library, and what could not take part."""
-    lines = {}
-    for record in records:
-        for name, note in record.get("notes", {}).items():
-            where = f"{record['case']} ({threads_in_words(record['threads'])})"
-            lines.setdefault(f"{name}, {note}", []).append(where)
-    body = "\n".join(f"- {what}: {', '.join(where)}" for what, where in sorted(lines.items()))
-    return f"<details><summary>Variants chosen</summary>\n\n{body}\n\n</details>" if body else ""
+    return Table("Memory and import", ["what", "measured", "goal", "outcome"], rows)
 
 
 def _columns(records, among=COLUMNS):
@@ -319,11 +367,3 @@ def _percent(share):
 
 def _mebibytes(count):
     return f"{count / 2**20:.1f} MiB"
-
-
-def _table(title, heads, rows):
-    if not rows:
-        return ""
-    align = ["---"] + ["---:"] * (len(heads) - 2) + ["---"]
-    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (heads, align, *rows)]
-    return f"### {title}\n\n" + "\n".join(lines)
