@@ -1,6 +1,9 @@
-"""Bad arguments: the kind of error, a message that names the argument, and an `out` that stays untouched."""
+"""Bad arguments: the kind of error, a message that names the argument, and an `out` that stays untouched.
 
-import functools
+Most tests here run over a table, `CALLS`: each attention function with a good call. A new function gets all of these
+refusals by one row; what only one function refuses is tested in that function's own file.
+"""
+
 import inspect
 import re
 
@@ -20,25 +23,83 @@ def arrays():
     return qkv(np.random.default_rng(0), (2, 3), 5, 7, 8, 6)
 
 
+def good_call(batch=(2, 3), **more):
+    """Arguments by name: normal query, key and value with these batch axes, L=5, S=7, D=8, E=6, and `more`."""
+    inputs = qkv(np.random.default_rng(0), batch, 5, 7, 8, 6)
+    return dict(zip(("query", "key", "value"), inputs, strict=True), **more)
+
+
+def ones(*shape):
+    return np.ones(shape, dtype=np.float32)
+
+
+CALLS = {
+    "dot_product_attention": good_call(),
+    "truncated_attention": good_call(left=2, right=1),
+    "varlen_attention": good_call((3,), cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 7]),
+    "additive_attention": good_call(w_score=ones(4), w_query=ones(8, 4), w_key=ones(8, 4), b_hidden=ones(4)),
+    "bilinear_attention": good_call(w_query=ones(8, 4), w_key=ones(8, 4), b_query=ones(4), b_key=ones(4)),
+    "self_attention": {"x": arrays()[0], "w_query": ones(8, 4), "w_key": ones(8, 4), "w_value": ones(8, 6)},
+}
+TOKENS = ("query", "key", "value", "x")
+# Where query and key are as wide as each other, and nothing projects them.
+UNPROJECTED = ("dot_product_attention", "truncated_attention", "varlen_attention")
+
+
+def array_names(function):
+    """The arguments of its good call that are arrays."""
+    return [name for name, x in CALLS[function].items() if isinstance(x, np.ndarray)]
+
+
+def for_each_function(*names, among=CALLS):
+    """Runs a test over the functions that take all of these arguments."""
+    parameters = {function: inspect.signature(getattr(fastattn, function)).parameters for function in among}
+    chosen = [function for function in among if all(name in parameters[function] for name in names)]
+    assert chosen, names
+    return pytest.mark.parametrize("function", chosen)
+
+
+def for_each_array(wanted=lambda name: True):
+    """Runs a test over every wanted array of every good call."""
+    pairs = [(function, name) for function in CALLS for name in array_names(function) if wanted(name)]
+    return pytest.mark.parametrize(("function", "name"), pairs)
+
+
+def for_each_keyword(*names):
+    """Runs a test over each of these arguments of every function that takes it."""
+    pairs = [(function, name) for name in names for function in CALLS
+             if name in inspect.signature(getattr(fastattn, function)).parameters]  # fmt: skip
+    return pytest.mark.parametrize(("function", "name"), pairs)
+
+
+def result_shape(function):
+    return getattr(fastattn, function)(**CALLS[function]).shape
+
+
 def refuse(error, message, *changes, function="dot_product_attention", **arguments):
-    """Call with the good arrays, some replaced, and `arguments`; demand the error, and nothing written."""
-    inputs = dict(zip(("query", "key", "value"), arrays(), strict=True))
-    for name, value in changes:
-        inputs[name] = value
-    call = functools.partial(getattr(fastattn, function), *inputs.values(), **arguments)
+    """Call with the good arguments but for `changes` and `arguments`: demand the error, and nothing written."""
+    call = {**CALLS[function], **dict(changes), **arguments}
     with pytest.raises(error, match=message):
-        call()
+        getattr(fastattn, function)(**call)
     if "out" not in arguments:
-        out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
+        out = np.full(result_shape(function), SENTINEL, dtype=np.float32)
         with pytest.raises(error, match=message):
-            call(out=out)
+            getattr(fastattn, function)(**call, out=out)
         assert (out == SENTINEL).all()
 
 
-def test_the_good_call_is_good():
-    out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
-    fastattn.dot_product_attention(*arrays(), out=out)
+@for_each_function()
+def test_the_good_call_is_good(function):
+    out = np.full(result_shape(function), SENTINEL, dtype=np.float32)
+    assert getattr(fastattn, function)(**CALLS[function], out=out) is out
     assert (out != SENTINEL).all()
+    assert np.isfinite(out).all()
+
+
+def test_every_attention_function_is_in_the_table():
+    """Those of the public functions that take an `out` and a `softcap`."""
+    parameters = {name: inspect.signature(getattr(fastattn, name)).parameters for name in fastattn.__all__}
+    assert {name for name, given in parameters.items() if {"out", "softcap"} <= set(given)} == set(CALLS)
 
 
 # ----------------------------------------------------------------------------------- arrays and shapes
@@ -66,59 +127,85 @@ def foreign(array):
 FOREIGN = tuple(foreign(np.zeros(1)))
 
 
+@for_each_array()
 @pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_dtypes(index, kind):
-    name = ("query", "key", "value")[index]
+def test_dtypes(function, name, kind):
     if kind == "longdouble" and np.longdouble == np.float64:
         pytest.skip("longdouble is float64 here")
-    refuse(ERRORS, name, (name, foreign(arrays()[index])[kind]))
+    refuse(ERRORS, name, (name, foreign(CALLS[function][name])[kind]), function=function)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-@pytest.mark.parametrize("bad", [None, "text", object(), {}, [[1.0], [1.0, 2.0]], 1.0, [1.0, 2.0]])
-def test_things_that_are_no_matrices(name, bad):
-    refuse(ERRORS, name, (name, bad))
+@for_each_array()
+@pytest.mark.parametrize("bad", ["text", object(), {}, [[1.0], [1.0, 2.0]], 1.0, 1j])
+def test_things_that_are_no_arrays(function, name, bad):
+    refuse(ERRORS, name, (name, bad), function=function)
 
 
-def test_float16_with_bfloat16():
+@for_each_array(lambda name: name in TOKENS)
+def test_tokens_that_are_no_matrices(function, name):
+    refuse(ERRORS, name, (name, None), function=function)
+    refuse(ERRORS, name, (name, [1.0, 2.0]), function=function)
+    x = CALLS[function][name]
+    refuse(ValueError, name, (name, x[(0,) * (x.ndim - 1)]), function=function)
+
+
+@for_each_array(lambda name: not name.startswith("b_"))
+def test_float16_with_bfloat16(function, name):
+    """(Biases do not decide the dtype of the result, and may be of any.)"""
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    query, key, value = arrays()
-    changes = [
-        ("query", query.astype(np.float16)),
-        ("key", key.astype(ml_dtypes.bfloat16)),
-        ("value", value.astype(np.float16)),
-    ]
-    refuse(ERRORS, "query|key|value", *changes)
+    halves = {other: CALLS[function][other].astype(np.float16) for other in array_names(function)}
+    message = "|".join(TOKENS) if name in TOKENS else name
+    halves[name] = CALLS[function][name].astype(ml_dtypes.bfloat16)
+    refuse(TypeError, message, *halves.items(), function=function)
 
 
-def test_shapes():
-    query, key, value = arrays()
-    refuse(ValueError, "(?s)query.*key|key.*query", ("key", key[..., :7]))
-    refuse(ValueError, "(?s)query.*key|key.*query", ("query", query[..., :1]))
-    refuse(ValueError, "(?s)key.*value|value.*key", ("value", value[..., :6, :]))
-    refuse(ValueError, "(?s)key.*value|value.*key", ("key", key[..., :1, :]))
-    refuse(ValueError, "query|key|value", ("query", query[:, :2]))
-    refuse(ValueError, "query|key|value", ("value", np.concatenate([value, value])))
+@for_each_function("query")
+def test_shapes(function):
+    query, key, value = (CALLS[function][name] for name in ("query", "key", "value"))
+    widths = "(?s)query.*key|key.*query" if function in UNPROJECTED else "key|query"
+    refuse(ValueError, widths, ("key", key[..., :7]), function=function)
+    refuse(ValueError, widths, ("query", query[..., :1]), function=function)
+    lengths = "(?s)key.*value|value.*key"
+    refuse(ValueError, lengths, ("value", value[..., :6, :]), function=function)
+    refuse(ValueError, lengths, ("key", key[..., :1, :]), function=function)
+    refuse(ValueError, "query|key|value", ("query", query[..., :2, :, :]), function=function)
+    refuse(ValueError, "query|key|value", ("value", np.concatenate([value, value])), function=function)
 
 
-def test_the_message_shows_what_came():
+@for_each_function()
+def test_the_message_shows_what_came(function):
     """Shapes, dtypes and numbers stand in the message."""
-    query, key, _ = arrays()
-    refuse(ValueError, r"(?s)\b8\b.*\b4\b|\b4\b.*\b8\b", ("query", query[0, 0, :, :4]))
-    refuse(ValueError, r"(?s)\b8\b.*\b7\b|\b7\b.*\b8\b", ("key", key[..., :7]))
-    refuse(ValueError, re.escape("(5, 6)"), mask=np.ones((5, 6), dtype=bool))
-    refuse(TypeError, "int64", mask=np.ones((5, 7), dtype=np.int64))
-    refuse(ERRORS, "complex64", ("query", query.astype(np.complex64)))
-    refuse(ValueError, "-17", window_size=(-17, 0))
-    refuse(ValueError, "gelu", activation="gelu")
-    refuse(ValueError, "9", key_lengths=9)
+    first = array_names(function)[0]
+    refuse(ERRORS, "complex64", (first, CALLS[function][first].astype(np.complex64)), function=function)
+    refuse(ValueError, "gelu", activation="gelu", function=function)
+    parameters = inspect.signature(getattr(fastattn, function)).parameters
+    for name, error, message, bad in (
+        ("mask", ValueError, re.escape("(5, 6)"), np.ones((5, 6), dtype=bool)),
+        ("mask", TypeError, "int64", np.ones((5, 7), dtype=np.int64)),
+        ("window_size", ValueError, "-17", (-17, 0)),
+        ("key_lengths", ValueError, "9", 9),
+        ("chunk_size", ValueError, "-5", -5),
+        ("return_weights", ValueError, "bands", "bands"),
+    ):
+        if name in parameters:
+            refuse(error, message, function=function, **{name: bad})
 
 
-def test_unequal_heads_name_enable_gqa():
-    query, key, value = qkv(np.random.default_rng(0), (2, 6), 5, 7, kv_batch=(2, 3))
-    with pytest.raises(ValueError, match="enable_gqa"):
-        fastattn.dot_product_attention(query, key, value)
+@for_each_function("query", among=UNPROJECTED)
+def test_the_message_shows_both_widths(function):
+    query, key = CALLS[function]["query"], CALLS[function]["key"]
+    refuse(ValueError, r"(?s)\b8\b.*\b4\b|\b4\b.*\b8\b", ("query", query[..., :4]), function=function)
+    refuse(ValueError, r"(?s)\b8\b.*\b7\b|\b7\b.*\b8\b", ("key", key[..., :7]), function=function)
+
+
+def test_the_message_shows_the_width_of_one_query():
+    refuse(ValueError, r"(?s)\b8\b.*\b4\b|\b4\b.*\b8\b", ("query", arrays()[0][0, 0, :, :4]))
+
+
+@for_each_function("enable_gqa")
+def test_unequal_heads_name_enable_gqa(function):
+    query = CALLS[function]["query"]
+    refuse(ValueError, "enable_gqa", ("query", np.concatenate([query, query], axis=-3)), function=function)
 
 
 @pytest.mark.parametrize(
@@ -134,135 +221,249 @@ def test_group_sizes(query_heads, key_heads, value_heads):
 # ------------------------------------------------------------------------------- which keys are seen
 
 
+@for_each_function("window_size")
 @pytest.mark.parametrize(
     "window",
     [-2, (-2, 0), (0, -2), 1.5, (1.5, 0), "3", (1, 2, 3), (1,), (), object(), float("nan"),
      np.array([[1, 2]]), (None, "a"), 1j],
 )  # fmt: skip
-def test_window_size(window):
-    refuse(ERRORS, "window_size", window_size=window)
+def test_window_size(function, window):
+    refuse(ERRORS, "window_size", window_size=window, function=function)
 
 
+@for_each_function("chunk_size")
+@pytest.mark.parametrize(
+    "bad", [0, -1, -(2**70), 1.5, "2", object(), [1, 2], np.ones(2, dtype=int), True, 1j, float("nan")]
+)
+def test_chunk_size(function, bad):
+    refuse(ValueError if type(bad) is int else TypeError, "chunk_size", chunk_size=bad, function=function)
+
+
+@for_each_function("left_chunks")
+@pytest.mark.parametrize("bad", [-2, -5, -(2**70), 0.5, "2", object(), [1], True, float("inf")])
+def test_left_chunks(function, bad):
+    refuse(ERRORS, f"(?s)left_chunks.*{bad if type(bad) is int else ''}", chunk_size=2, left_chunks=bad,
+           function=function)  # fmt: skip
+    refuse(ERRORS, "left_chunks", left_chunks=bad, function=function)
+
+
+@for_each_function("left_chunks")
+@pytest.mark.parametrize("left_chunks", [0, 2, 3, -1])
+def test_left_chunks_need_chunks(function, left_chunks):
+    refuse(ValueError, "(?s)left_chunks.*chunk_size", left_chunks=left_chunks, function=function)
+
+
+@for_each_function("query_offset")
 @pytest.mark.parametrize("offset", [0.5, "1", object(), np.zeros((2, 3)), [["a"] * 3] * 2, 1j])
-def test_query_offset(offset):
-    refuse(ERRORS, "query_offset", query_offset=offset)
+def test_query_offset(function, offset):
+    refuse(ERRORS, "query_offset", query_offset=offset, function=function)
 
 
-@pytest.mark.parametrize("name", ["key_lengths", "query_lengths"])
+@for_each_keyword("key_lengths", "query_lengths")
 @pytest.mark.parametrize("bad", [-1, 8, 2**31, 2**63, 10**30, 1.0, 2.5, "3", object(), [[1, 1, 1], [1, 1, 9]],
                                  [[-1, 1, 1], [1, 1, 1]], np.ones((2, 3)), [["a"] * 3] * 2])  # fmt: skip
-def test_lengths(name, bad):
-    refuse(ERRORS, name, **{name: bad})
+def test_lengths(function, name, bad):
+    refuse(ERRORS, name, function=function, **{name: bad})
 
 
-@pytest.mark.parametrize("name", ["key_lengths", "query_lengths", "query_offset"])
+@for_each_keyword("key_lengths", "query_lengths", "query_offset")
 @pytest.mark.parametrize("shape", [(3,), (1,), (1, 2, 3), (2, 3, 1), (2, 2), (3, 2), (2, 3, 1, 1), (4, 3)])
-def test_shapes_of_lengths(name, shape):
-    refuse(ValueError, name, **{name: np.ones(shape, dtype=np.int64)})
+def test_shapes_of_lengths(function, name, shape):
+    refuse(ValueError, name, function=function, **{name: np.ones(shape, dtype=np.int64)})
+
+
+@for_each_function("key_lengths", "query_lengths", "query")
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths"])
+def test_lengths_without_the_head_axis(function, name):
+    """(B,) with batch axes (B, H) would align with the heads: the message shows what to write."""
+    refuse(ValueError, re.escape("lengths[:, None]"), function=function, **{name: np.array([4, 5])})
 
 
 @pytest.mark.parametrize("name", ["key_lengths", "query_lengths"])
-def test_lengths_without_the_head_axis(name):
-    """(B,) with batch axes (B, H) would align with the heads: the message shows what to write."""
-    refuse(ValueError, re.escape("lengths[:, None]"), **{name: np.array([4, 5])})
+def test_lengths_without_the_head_axis_where_they_would_fit(name):
     query, key, value = (np.ones((3, 3, 5, 8), dtype=np.float32) for _ in range(3))
     with pytest.raises(ValueError, match=re.escape("lengths[:, None]")):
         fastattn.dot_product_attention(query, key, value, **{name: np.array([4, 5, 3])})
 
 
+@for_each_function("mask")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8, np.int8, object, "U4"])
-def test_mask_must_be_boolean(dtype):
-    refuse(TypeError, "(?s)mask.*bool", mask=np.ones((5, 7), dtype=dtype))
+def test_mask_must_be_boolean(function, dtype):
+    refuse(TypeError, "(?s)mask.*bool", mask=np.ones((5, 7), dtype=dtype), function=function)
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
+@for_each_keyword("mask", "bias")
 @pytest.mark.parametrize("shape", [(5, 6), (6, 7), (2, 5, 7), (1, 2, 3, 5, 7), (4, 3, 5, 7), (2, 3, 7, 5)])
-def test_shapes_of_mask_and_bias(name, shape):
-    refuse(ValueError, name, **{name: np.ones(shape, dtype=bool if name == "mask" else np.float32)})
+def test_shapes_of_mask_and_bias(function, name, shape):
+    array = np.ones(shape, dtype=bool if name == "mask" else np.float32)
+    refuse(ValueError, name, function=function, **{name: array})
 
 
+@for_each_function("bias")
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.uint32])
-def test_bias_must_be_float(dtype):
-    refuse(TypeError, "bias", bias=np.ones((5, 7), dtype=dtype))
+def test_bias_must_be_float(function, dtype):
+    refuse(TypeError, "bias", bias=np.ones((5, 7), dtype=dtype), function=function)
+
+
+# ------------------------------------------------------------------------------------------- a band
+
+WINDOW = {"window_size": (2, 1)}
+with_a_window = for_each_function("window_size", "relative_bias")
+
+
+@with_a_window
+def test_relative_bias_and_band_need_a_window(function):
+    band = np.zeros(4, dtype=np.float32)
+    for arguments in ({}, {"window_size": (3, None)}, {"window_size": (None, 0)}, {"window_size": (-1, -1)},
+                      {"is_causal": True}, {"is_causal": True, "window_size": (None, 3)}):  # fmt: skip
+        refuse(ValueError, "(?s)relative_bias.*window_size", relative_bias=band, function=function, **arguments)
+        refuse(ValueError, "(?s)return_weights.*window_size", return_weights="band", function=function, **arguments)
+
+
+@with_a_window
+@pytest.mark.parametrize(
+    "shape", [(3,), (5,), (7,), (5, 7), (6, 4), (2, 5, 4), (1, 2, 3, 5, 4), (4, 3, 5, 4), (2, 3, 4, 5)]
+)
+def test_shapes_of_relative_bias(function, shape):
+    band = np.zeros(shape, dtype=np.float32)
+    message = rf"(?s)relative_bias.*{re.escape(str(shape))}"
+    refuse(ValueError, message, relative_bias=band, function=function, **WINDOW)
+
+
+@with_a_window
+def test_causal_takes_the_right_side_of_relative_bias_away(function):
+    refuse(ValueError, "relative_bias", relative_bias=np.zeros(4), is_causal=True, function=function, **WINDOW)
+
+
+@with_a_window
+def test_the_message_shows_the_shape_that_relative_bias_may_have(function):
+    refuse(ValueError, r"\(2, 3, 5, 4\)", relative_bias=np.zeros((5, 7)), function=function, **WINDOW)
+
+
+@with_a_window
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_dtypes_of_relative_bias(function, kind):
+    if kind == "longdouble" and np.longdouble == np.float64:
+        pytest.skip("longdouble is float64 here")
+    refuse(ERRORS, "relative_bias", relative_bias=foreign(ones(4))[kind], function=function, **WINDOW)
+
+
+@with_a_window
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.uint32])
+def test_relative_bias_must_be_float(function, dtype):
+    message = f"(?s)relative_bias.*{np.dtype(dtype).name}"
+    refuse(TypeError, message, relative_bias=np.ones(4, dtype=dtype), function=function, **WINDOW)
+
+
+@for_each_function("window_size", "return_weights")
+@pytest.mark.parametrize("bad", ["", "Band", "band ", "bands", "full", "yes", b"band", 1, 0, None, ["band"],
+                                 np.array([True])])  # fmt: skip
+def test_return_weights(function, bad):
+    refuse(ERRORS, "return_weights", return_weights=bad, function=function, **WINDOW)
 
 
 # ------------------------------------------------------------------------------- from scores to output
 
 
-@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks"])
+@for_each_keyword("bias", "alibi_slopes", "sinks")
 @pytest.mark.parametrize("kind", [k for k in FOREIGN if "endian" not in k and k != "longdouble"])
-def test_dtypes_of_other_arrays(name, kind):
+def test_dtypes_of_other_arrays(function, name, kind):
     number = np.ones((5, 7) if name == "bias" else 3, dtype=np.float32)
-    refuse(ERRORS, name, **{name: foreign(number)[kind]})
+    refuse(ERRORS, name, function=function, **{name: foreign(number)[kind]})
 
 
-@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+@for_each_keyword("alibi_slopes", "sinks")
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 3), (1, 2, 3), (2, 3, 1), (3, 2)])
-def test_shapes_of_slopes_and_sinks(name, shape):
-    refuse(ValueError, name, **{name: np.ones(shape, dtype=np.float32)})
+def test_shapes_of_slopes_and_sinks(function, name, shape):
+    refuse(ValueError, name, function=function, **{name: np.ones(shape, dtype=np.float32)})
 
 
+@for_each_function("scale")
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, "1", 1j, object(), [1.0, 2.0], np.ones((5, 7))])
-def test_scale(scale):
-    refuse(ERRORS, "scale", scale=scale)
+def test_scale(function, scale):
+    refuse(ERRORS, "scale", scale=scale, function=function)
 
 
+@for_each_function("softcap")
 @pytest.mark.parametrize("softcap", [0, 0.0, -1.0, np.nan, "1", 1j, object(), [1.0, 2.0]])
-def test_softcap(softcap):
-    refuse(ERRORS, "softcap", softcap=softcap)
+def test_softcap(function, softcap):
+    refuse(ERRORS, "softcap", softcap=softcap, function=function)
 
 
-@pytest.mark.parametrize("activation", ["", "Softmax", "gelu", "softmax ", None, 1, b"softmax", ["softmax"]])
-def test_activation(activation):
-    refuse(ERRORS, "activation", activation=activation)
+@for_each_function("activation")
+@pytest.mark.parametrize("activation", ["", "Softmax", "gelu", "tanh", "softmax ", None, 1, b"softmax", ["softmax"]])
+def test_activation(function, activation):
+    refuse(ERRORS, "activation", activation=activation, function=function)
 
 
+@for_each_function("activation", "return_lse", "sinks")
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
-def test_only_softmax_has_lse_and_sinks(activation):
-    refuse(ValueError, "return_lse", activation=activation, return_lse=True)
-    refuse(ValueError, "sinks", activation=activation, sinks=np.float32(0))
+def test_only_softmax_has_lse_and_sinks(function, activation):
+    refuse(ValueError, "return_lse", activation=activation, return_lse=True, function=function)
+    refuse(ValueError, "sinks", activation=activation, sinks=np.float32(0), function=function)
 
 
-@pytest.mark.parametrize("function", ["dot_product_attention", "varlen_attention"])
+@for_each_function()
 def test_unknown_keywords(function):
-    with pytest.raises(TypeError, match="causal_mask"):
-        getattr(fastattn, function)(*arrays(), causal_mask=True)
+    refuse(TypeError, "causal_mask", causal_mask=True, function=function)
 
 
-def test_options_are_keywords_only():
-    with pytest.raises(TypeError):
-        fastattn.dot_product_attention(*arrays(), True)
+def test_options_of_softmax_are_keywords_only():
     with pytest.raises(TypeError):
         fastattn.softmax(np.ones(3), -1, None)
 
 
+@for_each_function()
+def test_options_are_keywords_only(function):
+    """One value more than there are positional parameters."""
+    parameters = inspect.signature(getattr(fastattn, function)).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    values = [CALLS[function][name] for name in positional]
+    with pytest.raises(TypeError, match="positional"):
+        getattr(fastattn, function)(*values, True)
+
+
 # ------------------------------------------------------------------------------------------ out=
 
-
 WRONG_OUTS = {
-    "shape": np.zeros((2, 3, 5, 7), dtype=np.float32),
-    "an axis missing": np.zeros((2, 3, 5), dtype=np.float32),
-    "an axis too many": np.zeros((1, 2, 3, 5, 6), dtype=np.float32),
-    "float64": np.zeros((2, 3, 5, 6), dtype=np.float64),
-    "int32": np.zeros((2, 3, 5, 6), dtype=np.int32),
-    "big-endian": np.zeros((2, 3, 5, 6), dtype=">f4"),
-    "masked": np.ma.zeros((2, 3, 5, 6), dtype=np.float32),
-    "list": np.zeros((2, 3, 5, 6), dtype=np.float32).tolist(),
-    "string": "out",
-    "broadcast": np.broadcast_to(np.zeros((5, 6), dtype=np.float32), (2, 3, 5, 6)),
+    "shape": lambda *shape: np.zeros((*shape[:-1], shape[-1] + 1), dtype=np.float32),
+    "an axis missing": lambda *shape: np.zeros(shape[:-1], dtype=np.float32),
+    "an axis too many": lambda *shape: np.zeros((1, *shape), dtype=np.float32),
+    "float64": lambda *shape: np.zeros(shape, dtype=np.float64),
+    "int32": lambda *shape: np.zeros(shape, dtype=np.int32),
+    "big-endian": lambda *shape: np.zeros(shape, dtype=">f4"),
+    "masked": lambda *shape: np.ma.zeros(shape, dtype=np.float32),
+    "list": lambda *shape: np.zeros(shape, dtype=np.float32).tolist(),
+    "string": lambda *shape: "out",
+    "broadcast": lambda *shape: np.broadcast_to(np.zeros(shape[-2:], dtype=np.float32), shape),
 }
 
 
+@for_each_function()
 @pytest.mark.parametrize("kind", WRONG_OUTS)
-def test_out_of_the_wrong_kind(kind):
-    refuse(ERRORS, "out", out=WRONG_OUTS[kind])
+def test_out_of_the_wrong_kind(function, kind):
+    refuse(ERRORS, "out", out=WRONG_OUTS[kind](*result_shape(function)), function=function)
 
 
-def test_out_read_only():
-    out = np.full((2, 3, 5, 6), SENTINEL, dtype=np.float32)
+@for_each_function()
+def test_out_read_only(function):
+    out = np.full(result_shape(function), SENTINEL, dtype=np.float32)
     out.flags.writeable = False
-    refuse(ERRORS, "out", out=out)
+    refuse(ERRORS, "out", out=out, function=function)
     assert (out == SENTINEL).all()
+
+
+@for_each_keyword(*dict.fromkeys(name for function in CALLS for name in array_names(function)), "bias")
+def test_out_overlaps_an_array(function, name):
+    """`out` is (8, 8) here, as are all matrices; a vector is a part of one. The message names the array."""
+    call = {n: ones(*(8,) * min(x.ndim, 2)) if n in array_names(function) else x for n, x in CALLS[function].items()}
+    call |= {n: [0, 8] for n in call if n.startswith("cu_seqlens")}
+    buffer = ones(72)
+    part = buffer[56:64] if name in call and call[name].ndim == 1 else buffer[8:].reshape(8, 8)
+    for out in (buffer[:64].reshape(8, 8), buffer[:64].reshape(8, 8).T):
+        with pytest.raises(ValueError, match=rf"out.*\b{name}\b"):
+            getattr(fastattn, function)(**call | {name: part}, out=out)
+    assert (buffer == 1).all()
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "bias"])
@@ -302,18 +503,19 @@ def test_out_overlaps_itself():
 # ------------------------------------------------------------------------------------ threads, numbers
 
 
+@for_each_function("num_threads")
 @pytest.mark.parametrize("num_threads", [0, -1, -(2**40), 1.5, "2", object()])
-def test_num_threads(num_threads):
-    refuse(ERRORS, "num_threads", num_threads=num_threads)
-    x = np.ones((3, 4), dtype=np.float32)
-    for name in ("softmax", "log_softmax", "logsumexp"):
-        with pytest.raises(ERRORS, match="num_threads"):
-            getattr(fastattn, name)(x, num_threads=num_threads)
+def test_num_threads(function, num_threads):
+    """A number below one is a ValueError."""
+    error = ValueError if num_threads in (0, -1) else ERRORS
+    refuse(error, "num_threads", num_threads=num_threads, function=function)
 
 
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_num_threads_below_one_is_a_value_error(num_threads):
-    refuse(ValueError, "num_threads", num_threads=num_threads)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("num_threads", [0, -1, -(2**40), 1.5, "2", object()])
+def test_num_threads_of_softmax(name, num_threads):
+    with pytest.raises(ERRORS, match="num_threads"):
+        getattr(fastattn, name)(np.ones((3, 4), dtype=np.float32), num_threads=num_threads)
 
 
 def test_many_threads_are_no_harm():
@@ -641,10 +843,10 @@ def test_numbers_of_a_stream_are_its_own():
     same(stream.push(X, X, X), expected)
 
 
-@pytest.mark.parametrize("name", ["is_causal", "enable_gqa", "return_weights", "return_lse"])
-@pytest.mark.parametrize("number", [0, 1, np.int64(1), np.array(1)], ids=repr)
-def test_integers_are_no_flags(name, number):
-    refuse(TypeError, name, **{name: number})
+@for_each_keyword("is_causal", "enable_gqa", "return_weights", "return_lse")
+@pytest.mark.parametrize("number", [0, 1, 2, np.int64(1), np.array(1)], ids=repr)
+def test_integers_are_no_flags(function, name, number):
+    refuse(TypeError, name, function=function, **{name: number})
 
 
 # --------------------------------------------------------------------------- messages that show the way
