@@ -79,3 +79,24 @@ def test_traceback_shows_the_line_of_the_page(course, tmp_path):
 def test_a_page_that_is_not_there_is_explained(course):
     with pytest.raises(SystemExit, match=PAGES[0].stem):
         course.main(["99"])
+
+
+def test_a_folder_that_is_not_there_is_explained(course, tmp_path):
+    with pytest.raises(SystemExit, match=r"--output.*nowhere"):
+        course.main(["01", "--output", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_pictures_go_to_a_temporary_folder_or_where_they_are_told_to(course, tmp_path, monkeypatch, capsys, is_told):
+    pytest.importorskip("matplotlib", reason="the course draws with matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(course.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "told").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in COURSE.iterdir()}
+    course.main(["01", *(["--output", str(tmp_path / "told")] if is_told else [])])
+    made = list(tmp_path.rglob("*.png"))
+    assert [path.name for path in made] == [f"{PAGES[0].stem}.png"]
+    assert made[0].is_relative_to(tmp_path / ("told" if is_told else "temporary"))
+    assert str(made[0].parent) in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in COURSE.iterdir()} == before

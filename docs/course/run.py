@@ -1,18 +1,21 @@
-"""Run the pages of the course, and write their pictures beside them.
+"""Run the pages of the course, and draw their pictures into a temporary folder, or into the one that you name.
 
-    python docs/course/run.py          all pages
-    python docs/course/run.py 03 07    the pages with these numbers
+    python docs/course/run.py                          all pages
+    python docs/course/run.py 03 07                    the pages with these numbers
+    python docs/course/run.py --output docs/course     renew the pictures that the pages show
 
 The ```python blocks of a page are one program, run from top to bottom; a page saves its picture in the current folder.
 What a page prints is quoted in ```output blocks. The tests run the pages with the same function, `run_page`, and
 compare the quotations.
 """
 
+import argparse
 import contextlib
 import io
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,18 +48,27 @@ def run_page(path):
     return printed.getvalue()
 
 
-def main(numbers):
-    """Run the pages whose names begin with one of the numbers, or all of them."""
-    chosen = [path for path in pages() if not numbers or path.name.startswith(tuple(numbers))]
+def main(arguments=None):
+    """Run the pages whose names begin with one of the numbers, or all of them; say where their pictures are."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", metavar="NUMBER", help="the pages to run (default: all)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to draw (default: a temporary folder)")
+    options = parser.parse_args(arguments)
+    numbers = tuple(options.numbers)
+    chosen = [path for path in pages() if not numbers or path.name.startswith(numbers)]
     if not chosen:
         sys.exit(f"no page begins with {' or '.join(numbers)}; there are {', '.join(path.stem for path in pages())}")
+    if options.output and not options.output.is_dir():
+        sys.exit(f"--output: there is no folder {options.output}")
+    folder = options.output or Path(tempfile.mkdtemp(prefix="fastattn-course-"))
     for path in chosen:
         start = time.perf_counter()
-        with contextlib.chdir(COURSE):
+        with contextlib.chdir(folder):
             printed = run_page(path)
         print(f"{path.name}  {time.perf_counter() - start:.1f} s")
         print("".join(f"    {line}\n" for line in printed.splitlines()), end="")
+    print(f"pictures: {folder}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
