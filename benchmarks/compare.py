@@ -68,7 +68,7 @@ def parse_arguments():
         "--markdown", type=Path, metavar="FILE", help="write the tables, and beside them which variants were chosen"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw it, and windows into truncated.png beside it"
+        "--plot", type=Path, metavar="FILE.png", help="draw it, and jobs.png and truncated.png beside it"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
     parser.add_argument("--goals", action="store_true", help="print the project's own goals beside the results")

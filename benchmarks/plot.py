@@ -1,4 +1,4 @@
-"""The plots of what compare.py measured: shares of the machine's limits, library by library, and windows' cost."""
+"""The plots of what compare.py measured: shares of the machine's limits, four jobs in milliseconds, windows' cost."""
 
 import statistics
 
@@ -20,14 +20,51 @@ COLOURS = {
     "OpenVINO": "#86b98e",
     "JAX": "#b39ac6",
 }
+SMALL_PRINT = {"va": "center", "fontsize": 9, "color": "#777777"}
+# What a user waits for.
+JOBS = {
+    "attention-1x8x512x512x64": "A page of 512 tokens, all seen: 8 heads of 64",
+    "attention-1x8x2048x2048x64-causal": "A prompt of 2048 tokens, causal: 8 heads of 64",
+    "decode-1x8x8x1x32768x64": "The next token, over a cache of 32768: 8 heads of 64",
+    "truncated-1x1x4096x64-64x64": "4096 frames that see 64 on either side: 1 head of 64",
+}
 # Below this a call is all overhead, and its share of the peak says nothing.
 LEAST_FLOPS_IN_PLOT = 1e6
 
 
 def draw(everything, path):
-    """Writes the shares to `path`, and what windows cost to truncated.* beside it, in the format of its suffix."""
+    """Writes the shares to `path`; four jobs to jobs.* and what windows cost to truncated.* beside it."""
     _draw_shares(everything, path)
+    _draw_jobs(everything, path.with_stem("jobs"))
     _draw_windows(everything, path.with_stem("truncated"))
+
+
+def _draw_jobs(everything, path):
+    """The milliseconds of each library for JOBS on one thread, one panel a job, the shortest bar on top."""
+    records = {record["case"]: record for record in records_of(everything["records"], "libraries", threads=1)}
+    if not all(case in records for case in JOBS):
+        return
+    figure = Figure(figsize=(11.0, 4.6))
+    FigureCanvasAgg(figure)
+    for axis, (case, title) in zip(figure.subplots(2, 2).flat, JOBS.items(), strict=True):
+        samples = records[case]["seconds"]
+        times = sorted((1e3 * measure.median(samples, name), name) for name in COLOURS if name in samples)
+        for row, (time, name) in enumerate(times):
+            axis.barh(row, time, 0.78, color=COLOURS[name], zorder=2)
+            style = {"color": COLOURS["fastattn"], "weight": "bold"} if name == "fastattn" else {"color": "#555555"}
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axis.annotate(f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f} ms", (time, row), **place, **style)
+        axis.set_yticks(range(len(times)), [name for _, name in times], fontsize=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.18 * times[-1][0])
+        axis.set_xticks([])
+        axis.set_title(title, loc="left", fontsize=10.5)
+        axis.tick_params(which="both", length=0)
+        for side in ("top", "right", "bottom"):
+            axis.spines[side].set_visible(False)
+    figure.text(0.99, 0.02, f"one thread, float32, {everything['machine']['cpu']}", ha="right", **SMALL_PRINT)
+    figure.tight_layout(rect=(0, 0.04, 1, 1), h_pad=1.6, w_pad=2.0)
+    figure.savefig(path, dpi=120)
 
 
 def _draw_shares(everything, path):
@@ -49,7 +86,7 @@ def _draw_shares(everything, path):
     left, top = axes[0, 0].get_position().x0, 1 - 0.28 / height
     bars = [shown[name] for name in names]
     figure.legend(bars, names, loc="center left", bbox_to_anchor=(left, top), **style)
-    figure.text(0.99, top, everything["machine"]["cpu"], ha="right", va="center", fontsize=9, color="#777777")
+    figure.text(0.99, top, everything["machine"]["cpu"], ha="right", **SMALL_PRINT)
     figure.savefig(path, dpi=150)
 
 
@@ -136,7 +173,7 @@ def _draw_windows(everything, path):
     place = (left.get_position().x0, 0.95)
     figure.legend([shown[name] for name in names], names, loc="center left", bbox_to_anchor=place, **style)
     where = f"{everything['machine']['cpu']}, {threads_in_words(records[0]['threads'])}"
-    figure.text(0.99, 0.95, where, ha="right", va="center", fontsize=9, color="#777777")
+    figure.text(0.99, 0.95, where, ha="right", **SMALL_PRINT)
     figure.savefig(path, dpi=150)
 
 
