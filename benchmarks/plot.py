@@ -162,7 +162,7 @@ def _draw_windows(everything, path):
     _frame(right, f"Nanoseconds a row against the window, {seqlen} queries and keys")
     ticks = {size: "\n".join(str(tuple(record["window"])) for record in same) for size, same in sizes.items()}
     right.set_xticks(list(ticks), list(ticks.values()))
-    right.set_xlabel("keys seen before and behind (left, right)", fontsize=9, color="#555555")
+    right.set_xlabel("keys seen before and after (left, right)", fontsize=9, color="#555555")
     for axis in (left, right):
         axis.tick_params(axis="x", labelsize=8.5)
         axis.margins(x=0.08, y=0.1)

@@ -150,7 +150,7 @@ def parse_arguments(arguments):
     parser.add_argument("--size", type=size, default="200MB", help="size of both files together (default 200MB)")
     parser.add_argument("--queries", type=count, default=16, metavar="N", help="queries (default 16)")
     parser.add_argument("--part", type=count, default=1 << 14, metavar="N", help="keys a part (default 16384)")
-    parser.add_argument("--causal", action="store_true", help="a query sees no key behind its own position")
+    parser.add_argument("--causal", action="store_true", help="a query sees no key after its own position")
     parser.add_argument("--folder", type=folder, help="where the temporary folder is made")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of all that is random (default 0)")
     parser.add_argument("--threads", type=count, metavar="N", help="number of threads (default: all CPUs)")

@@ -313,7 +313,7 @@ class Babble:
 
 
 def pushes(source, seconds, milliseconds):
-    """Cut what a source yields into pushes of so many milliseconds, `seconds` of it in all."""
+    """Cut what a source yields into pushes of that many milliseconds, `seconds` of it in all."""
     total, sent = round(seconds * source.rate), 0
     kept = np.zeros(0, np.float32)
     blocks = source.blocks()
@@ -362,7 +362,7 @@ class LogMel:
         return frames
 
     def count(self, samples):
-        """Return the number of frames whose windows end within the first so many samples."""
+        """Return the number of frames whose windows end within that many first samples."""
         return max(0, ((samples - self.size + 1) * FRAMES_PER_SECOND - 1) // self.rate + 1)
 
     def compute(self, windows):

@@ -57,7 +57,7 @@ def dot_product_attention(
         together as `numpy.result_type` says. Leading axes are batch axes and broadcast; by convention axis -3 is the
         head axis. Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``, without a copy.
     is_causal : bool, default False
-        A query sees no key behind its own position.
+        A query sees no key after its own position.
     window_size : int or (int, int), optional
         ``(left, right)``: a query sees the keys from its position - left to its position + right, both inclusive. None
         or -1 on a side: unbounded. An int w: ``(w, w)``.
@@ -106,7 +106,7 @@ def dot_product_attention(
     out : ndarray, shape (..., L, E), optional
         Receives the output, of the output's dtype and with any strides; must not overlap an input.
     num_threads : int, optional
-        At most so many threads; default `get_num_threads`.
+        Upper limit on threads. Default `get_num_threads`.
 
     Returns
     -------
@@ -487,7 +487,7 @@ def truncated_attention(
     num_threads: int | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
-    Dot-product attention in which a query sees only `left` keys before its position and `right` behind it.
+    Dot-product attention in which a query sees only `left` keys before its position and `right` after it.
 
     The cost grows with the length, not with its square: what lies outside the window is never looked at.
 
@@ -498,7 +498,7 @@ def truncated_attention(
     value : array_like, shape (..., S, E)
         As for `dot_product_attention`.
     left, right : int
-        Keys seen before and behind the query's position, beside the one at it; None or -1: all of them.
+        Keys seen before and after the query's position, beside the one at it; None or -1: all of them.
     relative_bias : array_like of floats, broadcasts to (..., L, left + right + 1), optional
         Added to the scores of the window, entry w to that of the key at the query's position - left + w.
     return_weights : bool or 'band', default False

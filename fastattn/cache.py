@@ -525,7 +525,7 @@ class KVCache:
 
     def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """
-        How many tokens count in each sequence, on one batch axis: at most so many of those that come, or, with an
+        How many tokens count in each sequence, on one batch axis: at most as many as come, or, with an
         array, of those that are there. None: as many.
         """
         batch = self._batch

@@ -419,7 +419,7 @@ class MultiHeadAttention:
             ``out_proj.bias`` if there are any. A file needs the package safetensors, and only these are read.
         num_heads : int
         prefix : str, default ""
-            What stands before the names, as ``"layers.0.self_attn."``.
+            Prefix of the names, as ``"layers.0.self_attn."``.
 
         Returns
         -------
@@ -478,7 +478,7 @@ class MultiHeadAttention:
         num_heads, num_kv_heads, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
             As for `MultiHeadAttention`.
         prefix : str, default ""
-            What stands before all names.
+            Prefix of all names.
 
         Returns
         -------
@@ -523,7 +523,7 @@ class MultiHeadAttention:
         num_heads : int
             ``num_attention_heads`` of the model's config.json.
         prefix : str, default ""
-            What stands before the names. If it is not given, and the names stand behind one other prefix only (as
+            Prefix of the names. If it is not given, and the names have one other prefix only (as
             ``"bert."``), that is taken.
 
         Returns
@@ -583,7 +583,7 @@ class MultiHeadAttention:
         max_positions : int, optional
             ``max_position_embeddings``, which some dicts need.
         prefix : str, default "model."
-            What stands before the names. If it is not given, and the names stand behind one other prefix only, that is
+            Prefix of the names. If it is not given, and the names have one other prefix only, that is
             taken.
 
         Returns
@@ -637,10 +637,10 @@ class MultiHeadAttention:
         ----------
         weights : list of arrays, or mapping from names to arrays
             What ``layer.get_weights()`` returns: kernels of query, key, value (d_model, heads, channels) and output
-            (heads, channels, d_out), each with its bias behind it, or without. Or the same by the names
+            (heads, channels, d_out), each followed by its bias, or without. Or the same by the names
             ``query/kernel``, ``query/bias``, ``key/kernel``, ..., ``attention_output/bias``.
         prefix : str, default ""
-            What stands before the names. If it is not given, and the names stand behind one other prefix only, that is
+            Prefix of the names. If it is not given, and the names have one other prefix only, that is
             taken.
 
         Returns

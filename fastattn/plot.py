@@ -156,7 +156,7 @@ def heatmap(
     ['head 0', 'head 1', 'head 2', 'head 3']
     >>> figure.savefig("attention.png")  # doctest: +SKIP
 
-    One head, in a window of two keys before and one behind:
+    One head, in a window of two keys before and one after:
 
     >>> out, weights = fastattn.truncated_attention(x, x, x, 2, 1, return_weights="band")
     >>> weights.shape

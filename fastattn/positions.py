@@ -158,11 +158,11 @@ def apply_rotary(
         False: channel i is paired with channel ``i + rotary_dim / 2`` (GPT-NeoX, and LLaMA as in Hugging Face); True:
         channel 2 i with channel 2 i + 1 (RoFormer, GPT-J, and LLaMA as published).
     rotary_dim : int, optional
-        Only the first so many channels turn, the others are copied; even, at most D. Default D.
+        Only this many first channels turn, the others are copied; even, at most D. Default D.
     out : ndarray, optional
         Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
     num_threads : int, optional
-        At most so many threads; default `get_num_threads`.
+        Upper limit on threads. Default `get_num_threads`.
 
     Returns
     -------
@@ -394,7 +394,7 @@ def relative_position_buckets(
         Larger than the number of distances that have a bucket of their own: a quarter of `num_buckets`, or half of it
         where `bidirectional` is False.
     bidirectional : bool, default True
-        True (encoders): keys behind the query's position have the second half of the buckets. False (decoders): they
+        True (encoders): keys after the query's position have the second half of the buckets. False (decoders): they
         are in bucket 0.
     query_offset : int, optional
         Position of query 0 on the key axis. Default: the last query lines up with the last key, ``S - L``.
@@ -430,7 +430,7 @@ def relative_position_buckets(
     >>> out = fastattn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
 
     In a window the buckets of the distances in it are enough, and no array of L x S numbers is needed: those of one
-    query, with `left` keys before it and `right` behind.
+    query, with `left` keys before it and `right` after.
 
     >>> left, right = 15, 4
     >>> buckets = relative_position_buckets(1, left + right + 1, query_offset=left)

@@ -645,7 +645,7 @@ def truncated_attention(
     scale=None,
     **rules,
 ):
-    """Dot-product attention to `left` keys before a query's position and `right` behind it (Povey et al. 2018).
+    """Dot-product attention to `left` keys before a query's position and `right` after it (Povey et al. 2018).
 
     Parameters
     ----------
@@ -827,7 +827,7 @@ def apply_rotary(
     interleaved : bool, default: False
         A pair is channels 2 i and 2 i + 1 (GPT-J), not i and ``i + rotary_dim / 2`` (GPT-NeoX).
     rotary_dim : int, optional
-        Only the first so many channels turn, and are multiplied. Default all.
+        Only this many first channels turn, and are multiplied. Default all.
     out : ndarray, optional
         Receives the result and is returned.
     num_threads : int, optional
@@ -960,7 +960,7 @@ def relative_position_buckets(
     max_distance : int, default: 128
         From here on all distances share a bucket.
     bidirectional : bool, default: True
-        Half of the buckets are for keys behind the query's position; else those are all in bucket 0.
+        Half of the buckets are for keys after the query's position; else those are all in bucket 0.
     query_offset : int, optional
         Position of query 0 on the key axis. Default: the last query stands on the last key.
 
@@ -1028,7 +1028,7 @@ def self_attention(
 
 
 class MultiHeadAttention:
-    """Several heads with projections before and behind them (Vaswani et al. 2017, section 3.2.2).
+    """Several heads with projections before and after them (Vaswani et al. 2017, section 3.2.2).
 
     ``concat(head_1, ..., head_h) @ w_out + b_out`` with
     ``head_i = attention(x @ W_i^Q + b_i^Q, context @ W_i^K + b_i^K, context @ W_i^V + b_i^V)``, where W_i are a head's

@@ -34,7 +34,7 @@ def softmax(
     out : ndarray, optional
         Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
     num_threads : int, optional
-        At most so many threads; default `get_num_threads`.
+        Upper limit on threads. Default `get_num_threads`.
 
     Returns
     -------

@@ -152,7 +152,7 @@ class StreamingAttention:
         Keys that a query sees before its own frame. None or -1: all of them; unless `left_chunks` bounds them, memory
         and cost grow with the stream then.
     right : int or None, default 0
-        Keys that a query sees behind its own frame: its look-ahead, for which its row has to wait. None or -1: all of
+        Keys that a query sees after its own frame: its look-ahead, for which its row has to wait. None or -1: all of
         them, which needs `chunk_size`.
     chunk_size, left_chunks : int, optional
         The stream is cut into chunks of `chunk_size` frames, and a query sees the whole of its own chunk and
@@ -162,7 +162,7 @@ class StreamingAttention:
         As for `dot_product_attention`. `scale` is by default ``1 / sqrt(D)``, `activation` 'softmax', `enable_gqa`
         False.
     relative_bias : array_like of floats, shape (..., 1, left + right + 1) or (left + right + 1,), optional
-        Added to the scores of the window: entry w to that of the key w - left frames behind the query. It depends on
+        Added to the scores of the window: entry w to that of the key w - left frames after the query. It depends on
         the distance only; its leading axes broadcast to the batch axes. Needs `left` and `right`.
 
     Attributes
@@ -193,7 +193,7 @@ class StreamingAttention:
 
     Examples
     --------
-    A row sees two frames before it and one behind it, so it is returned when the next frame has come:
+    A row sees two frames before it and one after it, so it is returned when the next frame has come:
 
     >>> import numpy as np
     >>> from fastattn.streaming import StreamingAttention

@@ -29,7 +29,7 @@ OTHER_KERNELS = ("avx2_*.c", "avx512_*.c")
 
 @dataclasses.dataclass
 class Bug:
-    """A line of a kernel that holds `right` and nothing else does, and what stands there instead."""
+    """A line of a kernel that alone holds `right`, and what replaces it."""
 
     name: str
     file: str

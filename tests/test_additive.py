@@ -559,7 +559,7 @@ def test_weights_of_a_row_of_nan():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 44.0, 1e4, 1e38])
 @pytest.mark.parametrize("rule", list(hiding_rules(np.random.default_rng())))
 def test_unseen_keys_and_values(rng, rule, bad):
-    """What stands in a key or value that no query sees does not reach a single bit."""
+    """The contents of a key or value that no query sees do not reach a single bit."""
     arguments, unseen = hiding_rules(rng)[rule]
     (query, key, value), weights = problem(rng, "plain", (2, 3), *SHAPE, 6)
     spoiled = key.copy(), value.copy()

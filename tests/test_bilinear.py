@@ -64,13 +64,13 @@ def read_scores(query, key, **weights):
 
 def test_scores_of_allennlp():
     """allennlp, tests/modules/matrix_attention/bilinear_matrix_attention_test.py: x @ w @ y, plus a bias of 0.1 on
-    every score. The second test there puts a 1 behind each x and each y, whose row and column of w are biases."""
+    every score. The second test there puts a 1 after each x and each y, whose row and column of w are biases."""
     query, key = np.array([[[1.0, 1.0], [2.0, 2.0]]]), np.eye(2)[None]
     w = np.array([[-0.3, 0.5], [2.0, -1.0]])
     scores = read_scores(query, key, w_query=w, w_key=np.eye(2), bias=np.full((1, 1), 0.1))
     np.testing.assert_allclose(scores, [[[1.8, -0.4], [3.5, -0.9]]], rtol=1e-12)
     longer, wide = np.array([[-0.3, 0.5, 1.0], [2.0, -1.0, -1.0]]), np.eye(2, 3)
-    # The third row of the 3 x 3 matrix is b_query; the 1 behind each key is b_key.
+    # The third row of the 3 x 3 matrix is b_query; the 1 after each key is b_key.
     scores = read_scores(
         query, key, w_query=longer, w_key=wide, b_query=[1.0, 0.5, 1.0], b_key=[0, 0, 1.0], bias=np.full((1, 1), 0.1)
     )
@@ -276,7 +276,7 @@ def test_sizes_of_projections(rng, size, scale, form, dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("rule", list(hiding_rules(np.random.default_rng())))
 def test_unseen_keys_and_values(rng, rule, bad, form):
-    """What stands in a key or value that no query sees does not reach its output, through a projection either."""
+    """The contents of a key or value that no query sees do not reach its output, through a projection either."""
     arguments, unseen = hiding_rules(rng)[rule]
     (query, key, value), weights = problem(rng, form, (2, 3), *SHAPE)
     key[..., unseen, :] = bad

@@ -110,7 +110,7 @@ def look_through_windows(dtype):
             if begin % (end - begin) == 0 and num_queries <= end - begin:
                 fastattn.dot_product_attention(query, key, value, **arguments, query_offset=begin)
                 fastattn.dot_product_attention(query, key, value, **arguments, query_offset=end - num_queries)
-    # Entries of a relative bias that belong to keys before the first and behind the last. One page of entries is
+    # Entries of a relative bias that belong to keys before the first and after the last. One page of entries is
     # seen, or one entry less.
     entries = PAGE // itemsize
     key, value = normal(entries, 8), normal(entries, 8)
@@ -118,7 +118,7 @@ def look_through_windows(dtype):
         query = normal(num_queries, 8)
         for page in (0, 3, 6):
             band = forbidden_outside(normal(7 * entries), page * entries, (page + 1) * entries)
-            # The first query stands where its entry `page * entries` belongs to key 0.
+            # The first query is where its entry `page * entries` belongs to key 0.
             left = page * entries
             right = 7 * entries - 1 - left
             arguments = {"window_size": (left, right), "query_offset": 0}

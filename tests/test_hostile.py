@@ -156,7 +156,7 @@ def hiding_rules(rng):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rule", list(hiding_rules(np.random.default_rng())))
 def test_unseen_keys_and_values(rng, rule, bad, activation):
-    """What stands in a key or value that no query sees does not reach a single bit."""
+    """The contents of a key or value that no query sees do not reach a single bit."""
     arguments, unseen = hiding_rules(rng)[rule]
     query, key, value = qkv(rng, (2, 3), *SHAPE)
     call = functools.partial(fastattn.dot_product_attention, activation=activation, return_weights=True, **arguments)

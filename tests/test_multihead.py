@@ -725,7 +725,7 @@ def test_a_rolling_cache_is_one_call(rng, rules, whole, cuts, capacity, rotary):
 @pytest.mark.parametrize("capacity", [8, 16])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_columns_over_a_rolling_cache(rng, cuts, capacity):
-    """Columns of masks, biases and weights: the tokens that were there before the call, and behind them the new."""
+    """Columns of masks, biases and weights: the tokens there before the call, then the new ones."""
     given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=30.0)
     layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 3, 40, 24, dtype=np.float64)
     whole = {"mask": rng.random((3, 4, 40, 40)) < 0.7, "bias": normal(rng, 3, 4, 40, 40, dtype=np.float64)}

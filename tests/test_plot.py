@@ -106,7 +106,7 @@ def test_long_labels_are_cut():
 
 
 def test_labels_without_room_are_thinned():
-    """Those that are left do not overlap, stand at their own rows, and say so with ticks."""
+    """Those that are left do not overlap, are at their own rows, and say so with ticks."""
     names = [f"token{i}" for i in range(300)]
     figure = plot.heatmap(weights_of(300, 300), names, names)
     axes = figure.axes[0]

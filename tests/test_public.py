@@ -40,7 +40,7 @@ def test_all():
 
 
 def test_dir_holds_nothing_unexpected():
-    """Behind `fastattn.` stand the public names and modules, nothing that was merely imported."""
+    """`fastattn.` has the public names and modules, and nothing that was merely imported."""
     modules = {name.rpartition(".")[2] for name in public_modules()}
     names = {name for name in vars(fastattn) if not name.startswith("_")}
     assert names <= set(fastattn.__all__) | modules
@@ -140,7 +140,7 @@ def test_docstrings(name):
     function = getattr(fastattn, name)
     doc = inspect.getdoc(function)
     assert doc, name
-    assert doc.splitlines()[0].strip(), "the summary stands on the first line"
+    assert doc.splitlines()[0].strip(), "the summary is on the first line"
     parameters = inspect.signature(function).parameters
     if parameters:
         assert "Parameters\n----------" in doc

@@ -1,6 +1,6 @@
 """README.md, CONTRIBUTING.md and the guide: what they quote is what is printed, and what they name is there.
 
-A ```python block is run, and a ```output block behind it is what it has to print. Blocks of a page share their names.
+A ```python block is run, and a ```output block after it is what it has to print. Blocks of a page share their names.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES[:1] + [page for page in PAGES if page.stem == "guide"], ids=name)
 def test_functions_that_are_named_are_there(page):
-    """Every public name stands in the guide; what README and guide name as a function or a method exists."""
+    """Every public name is in the guide; what README and guide name as a function or a method exists."""
     text = page.read_text(encoding="utf-8")
     words = set(re.findall(r"`(?:fastattn\.)?([A-Za-z_]\w*(?:\.\w+)?)`", text))
     for word in words & set(fastattn.__all__):

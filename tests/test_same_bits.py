@@ -239,7 +239,7 @@ def test_where_in_a_line_of_the_cache_arrays_begin(rng, num_queries, dtype):
             moved[-1][...] = x
         actual = results(*moved)
         expected = expected or actual
-        assert_same_bits(actual, expected, f"arrays that begin {offset} bytes behind a line")
+        assert_same_bits(actual, expected, f"arrays that begin {offset} bytes after a line")
 
 
 def test_strides_of_small_arguments(rng):

@@ -226,7 +226,7 @@ def test_the_check_can_fail(rng):
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 2055, 2063, 4097, 6150])
 def test_rows_about_the_length_of_a_run(rng, length):
-    """Sums are cut into runs: what is left over behind the last whole vector counts once, also in place."""
+    """Sums are cut into runs: what is left over after the last whole vector counts once, also in place."""
     x = rng.standard_normal((3, length)).astype(np.float32)
     expected = reference.softmax(x)
     np.testing.assert_allclose(fastattn.softmax(x), expected, rtol=1e-5, atol=1e-9)

@@ -38,7 +38,7 @@ def sine(hertz, rate, seconds=0.5, loudness=0.5):
 
 
 def write_wav(path, channels, rate=16000, width=2):
-    """Write float samples, one array for each channel, as PCM of so many bytes."""
+    """Write float samples, one array for each channel, as PCM of that many bytes."""
     samples = np.stack(channels, axis=1)
     whole = np.round(samples * 2.0 ** (8 * width - 1)).astype(np.int64)
     whole = whole + 128 if width == 1 else whole

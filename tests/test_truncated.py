@@ -720,7 +720,7 @@ def planted(change):
 
 
 def shifted(arguments):
-    """The window stands one key further right, and takes its bias along."""
+    """The window is one key further right, and takes its bias along."""
     left, right = arguments["window_size"]
     return arguments | {"window_size": (left - 1, right + 1)}
 

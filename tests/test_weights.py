@@ -353,7 +353,7 @@ KERAS = ("query", "key", "value", "attention_output")
 
 
 def keras_weights(rng, kv_heads=3, biases=True):
-    """d_model 12, 3 heads of 4 (keys) and 5 (values), 8 out: kernels, each with its bias behind it."""
+    """d_model 12, 3 heads of 4 (keys) and 5 (values), 8 out: kernels, each followed by its bias."""
     shapes = [(12, 3, 4), (12, kv_heads, 4), (12, kv_heads, 5), (3, 5, 8)]
     kernels = [normal(rng, *shape) for shape in shapes]
     vectors = [normal(rng, *shape[1:]) for shape in shapes[:3]] + [normal(rng, 8)]

@@ -170,7 +170,7 @@ SCORES = {
 
 
 def positions(query, key, **arguments):
-    """Where each query stands on the key axis, (..., L, 1), whatever else the arguments say."""
+    """The position of each query on the key axis, (..., L, 1), whatever else the arguments say."""
     return reference.query_positions(
         query.shape[-2],
         key.shape[-2],

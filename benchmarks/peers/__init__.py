@@ -119,7 +119,7 @@ def check(variant, expected, case, name, notes):
     except Exception as error:
         notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
         return False
-    if case.kind == "decode":  # groups stand as rows in what is expected, and in some libraries' answers
+    if case.kind == "decode":  # groups are rows in what is expected, and in some libraries' answers
         got = got.reshape(expected.shape)
     error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
     allowed = EMBEDDING_TOLERANCE if case.kind == "minilm" else TOLERANCE[case.dtype]

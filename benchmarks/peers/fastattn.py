@@ -10,7 +10,7 @@ from suite import baselines
 
 from .variant import Variant
 
-# fastattn's layer is measured against it too: it is no peer.
+# Not a library: what fastattn's layer is measured against.
 PRODUCTS_AND_ATTENTION = "products and attention"
 
 

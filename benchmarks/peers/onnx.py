@@ -117,11 +117,11 @@ def multihead(case, threads):
     w_qkv, b_qkv, w_out, b_out = case.packed()
 
     def variant(name, nodes, **weights):
-        behind = [helper.make_node("MatMul", ["a", "w_out"], ["p"]), helper.make_node("Add", ["p", "b_out"], ["o"])]
+        output = [helper.make_node("MatMul", ["a", "w_out"], ["p"]), helper.make_node("Add", ["p", "b_out"], ["o"])]
         weights |= {"b_qkv": b_qkv, "w_out": w_out, "b_out": b_out}
         # Constants, which it may pack for its matrix products beforehand.
         constants = [numpy_helper.from_array(array, letter) for letter, array in weights.items()]
-        return _graph_variant(threads, name, nodes + behind, {"x": x}, x.shape, constants=constants)
+        return _graph_variant(threads, name, nodes + output, {"x": x}, x.shape, constants=constants)
 
     settings = {"domain": "com.microsoft", "num_heads": case.heads}
 

@@ -14,10 +14,10 @@ HEAD_DIM = 64
 
 
 class Case:
-    """What has a shape, a dtype and some words that set it apart; from these come its name and its label.
+    """Something to measure. Its name and label come from its shape, its dtype and a few words.
 
-    `fields` are the attributes that make the shape, `words` what stands behind it in the name, and `label_words` in the
-    label, if it is not the same. The name says float64, and leaves out float32.
+    `fields` are the attributes that make the shape; `words` follow it in the name, `label_words` in the label. Names
+    say float64, and leave float32 out.
     """
 
     kind = ""
@@ -167,7 +167,7 @@ class Bilinear(Case):
 
 @dataclass(frozen=True)
 class Truncated(Case):
-    """Dot-product attention of (batch, heads, seqlen, head_dim) in a window: `left` keys before and `right` behind."""
+    """Dot-product attention of (batch, heads, seqlen, head_dim) in a window: `left` keys before and `right` after."""
 
     batch: int
     heads: int
@@ -247,7 +247,7 @@ class Decode(Case):
 
 @dataclass(frozen=True)
 class MultiHead(Case):
-    """Self-attention of (batch, seqlen, d_model): matrix products before and behind it, with biases."""
+    """Self-attention of (batch, seqlen, d_model): matrix products before and after it, with biases."""
 
     batch: int
     seqlen: int

@@ -37,7 +37,7 @@ def blocks(path, language):
 def run_page(path):
     """Run a page's Python in the current folder, and return what it printed.
 
-    All blocks share one namespace. Each is compiled under the page's name and behind as many empty lines as come before
+    All blocks share one namespace. Each is compiled under the page's name and after as many empty lines as come before
     it there, so that a traceback shows the page's own lines.
     """
     os.environ["MPLBACKEND"] = "Agg"  # no window, also where pyplot is used
