@@ -49,13 +49,11 @@ class Table:
     heads: list
     rows: list
 
-    def markdown(self, with_goals):
-        if not self.rows:
-            return ""
+    def markdown(self, with_goals, with_meaning):
         shown = [i for i, head in enumerate(self.heads) if with_goals or head not in ("goal", "outcome")]
         align = ["---" if i == 0 or self.heads[i] == "outcome" else "---:" for i in range(len(self.heads))]
         lines = ["| " + " | ".join(str(line[i]) for i in shown) + " |" for line in (self.heads, align, *self.rows)]
-        return "\n\n".join([f"### {self.title}", meaning(self.title), "\n".join(lines)])
+        return "\n\n".join([f"### {self.title}", *([meaning(self.title)] if with_meaning else []), "\n".join(lines)])
 
 
 def meaning(title):
@@ -82,8 +80,15 @@ def markdown(everything, with_goals=False):
         _gain(records_of(records, "scaling")),
         _memory_and_import(records),
     ]
-    texts = (part.markdown(with_goals) if isinstance(part, Table) else part for part in parts)
-    return "\n\n".join(text for text in texts if text) + "\n"
+    texts, before = [], None
+    for part in parts:
+        if isinstance(part, Table) and part.rows:
+            # Tables of the same kind, for other threads or dtypes, say once what they mean.
+            texts.append(part.markdown(with_goals, with_meaning=meaning(part.title) != before))
+            before = meaning(part.title)
+        elif isinstance(part, str):
+            texts.append(part)
+    return "\n\n".join(texts) + "\n"
 
 
 def variants(records):
