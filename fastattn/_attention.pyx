@@ -12,13 +12,10 @@ from libc.stdint cimport INT64_MAX, int64_t
 from fastattn._call cimport (KEY, KEY_LENGTHS, KEYS_BEFORE, MASK, OFFSETS, QUERY_LENGTHS, VALUE, Problem,
                              read_dot_product)
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_FEW, FA_OPERANDS, FA_SPAN, Team, Watch,
-                                allowed_threads, fa_head, fa_kernels, fa_visible_keys, fetching_helps, gathered,
-                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
-
-cdef enum:
-    FEW_QUERIES = 8     # at most so many in a head: keys are read in place; packing them would cost more
-    MANY_QUERIES = 128  # from here on each head of a group packs its keys for itself: that costs little then
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_DECODE_TILE, FA_OPERANDS, FA_SPAN, Team, Watch,
+                                allowed_threads, fa_head, fa_kernels, fa_next_range, fa_tuning, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, prefetching_helps, raise_pending,
+                                take_workspace)
 
 cdef enum:
     # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
@@ -29,7 +26,6 @@ cdef enum:
     WINDOW_ROWS = 384
     KEYS_A_ROW = 4
     TILES = 8           # wanted for each thread, where that leaves tiles of LEAST_ROWS
-    GROUP = 6           # a tile is a whole number of the kernels' row groups, where it can be
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
@@ -51,14 +47,14 @@ cdef inline Py_ssize_t last_stride(Problem p, int operand) noexcept:
     return p.layouts[operand].batch[p.axes - 1] if p.layouts[operand].data != NULL else 0
 
 
-cdef void choose_loops(Problem p, bint decode) noexcept:
+cdef void choose_loops(Problem p, bint decode, const fa_tuning *tuning) noexcept:
     """Whether keys are read in place, as in decoding; and, unless queries are many, the heads of a group become rows of
     one head, so that keys and values are read, or packed, once for all of them: where neither lengths nor offsets
     differ within the group."""
     cdef Py_ssize_t group = p.group
     cdef int operand
-    p.shared.few = decode and p.shared.score == FA_DOT and p.longest_query <= FEW_QUERIES
-    if (group == 1 or p.longest_query >= MANY_QUERIES or p.packed or last_stride(p, KEY_LENGTHS) or
+    p.shared.decode = decode and p.shared.score == FA_DOT and p.longest_query <= tuning.decode_queries
+    if (group == 1 or p.longest_query >= tuning.many_queries or p.packed or last_stride(p, KEY_LENGTHS) or
             last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS) or last_stride(p, KEYS_BEFORE)):
         return
     for operand in range(<int> FA_OPERANDS):
@@ -96,27 +92,27 @@ cdef double work_of_pair(Problem p) noexcept:
     return p.shared.head_dim * (ADDITIVE_WORK if p.shared.score == FA_ADDITIVE else 1.0) + p.shared.value_dim
 
 
-cdef Py_ssize_t rows_of_tiles(Problem p, int threads) noexcept:
+cdef Py_ssize_t rows_of_tiles(Problem p, int threads, int group_rows) noexcept:
     cdef Py_ssize_t longest = p.longest_query, rows, tiles
     cdef double work_of_row = keys_of_row(p) * work_of_pair(p) + 1
     rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / (<double> TILES * threads))
     rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
     rows = <Py_ssize_t> min(<double> rows, WINDOW_ROWS + keys_of_row(p) / KEYS_A_ROW)
-    rows = <Py_ssize_t> max(GROUP, min(<double> rows, MOST_WORK / work_of_row))
-    if p.shared.few:
-        rows = min(rows, FA_FEW)
+    rows = <Py_ssize_t> max(group_rows, min(<double> rows, MOST_WORK / work_of_row))
+    if p.shared.decode:
+        rows = min(rows, FA_DECODE_TILE)
     if longest <= rows:
         return max(longest, 1)
     tiles = (longest + rows - 1) // rows
     rows = (longest + tiles - 1) // tiles
-    return (rows + GROUP - 1) // GROUP * GROUP
+    return (rows + group_rows - 1) // group_rows * group_rows
 
 
 cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, Py_ssize_t sequence, int64_t row,
                   int64_t most_rows, void *workspace, Watch *watch, bint caller) noexcept nogil:
     """One tile, from the first key to the last; returns whether the call is to stop. caller: this is its thread."""
     cdef fa_head head
-    cdef int64_t rows, begin, end, stop
+    cdef int64_t rows, begin, end, stop, cursor = 0
     p.locate(head_index, sequence, &head)
     if row >= head.queries:
         return 0
@@ -124,13 +120,13 @@ cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, P
         return 1
     rows = min(most_rows, head.queries - row)
     kernels.open_tile(&p.shared, &head, row, rows, workspace)
-    fa_visible_keys(&p.shared, &head, row, rows, &begin, &end)
-    while begin < end:
-        stop = min(end, (begin // FA_SPAN + 1) * FA_SPAN)
-        kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
-        begin = stop
-        if watch != NULL and interrupted(watch, caller):
-            return 1
+    while fa_next_range(&p.shared, &head, row, rows, &cursor, &begin, &end):
+        while begin < end:
+            stop = min(end, (begin // FA_SPAN + 1) * FA_SPAN)
+            kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
+            begin = stop
+            if watch != NULL and interrupted(watch, caller):
+                return 1
     kernels.close_tile(&p.shared, &head, row, rows, workspace)
     return 0
 
@@ -167,15 +163,17 @@ cdef object tiles_in_order(Problem p, int64_t rows):
     cdef int64_t[:, ::1] tile = table
     cdef double[::1] cost_of = cost
     cdef fa_head h
-    cdef int64_t begin, end, row
+    cdef int64_t begin, end, row, cursor, keys
     for head in range(p.heads):
         for sequence in range(p.sequences):
             p.locate(head, sequence, &h)
             row = 0
             while row < h.queries:
-                fa_visible_keys(&p.shared, &h, row, min(rows, h.queries - row), &begin, &end)
+                cursor = keys = 0
+                while fa_next_range(&p.shared, &h, row, min(rows, h.queries - row), &cursor, &begin, &end):
+                    keys += end - begin
                 tile[n, 0], tile[n, 1], tile[n, 2] = head, sequence, row
-                cost_of[n] = -<double> (end - begin + 1) * min(rows, h.queries - row)
+                cost_of[n] = -<double> (keys + 1) * min(rows, h.queries - row)
                 n += 1
                 row += rows
     return table[np.argsort(cost, kind="stable")] if tiles_differ(p) else table
@@ -198,7 +196,7 @@ cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int t
 cdef object spans_in_order(Problem p, const int64_t[:, ::1] tile, int64_t rows):
     """(spans, 3) array of tile, first key, end; and where each tile's spans begin, one number more than there are."""
     cdef Py_ssize_t t, n = 0, count = tile.shape[0]
-    cdef int64_t begin, end, step
+    cdef int64_t begin, end, step, cursor
     cdef fa_head h
     cdef int64_t[:, ::1] span
     firsts = np.empty(count + 1, np.int64)
@@ -211,12 +209,13 @@ cdef object spans_in_order(Problem p, const int64_t[:, ::1] tile, int64_t rows):
         for t in range(count):
             first[t] = n
             p.locate(tile[t, 0], tile[t, 1], &h)
-            fa_visible_keys(&p.shared, &h, tile[t, 2], min(rows, h.queries - tile[t, 2]), &begin, &end)
-            while begin < end:
-                if step == 1:
-                    span[n, 0], span[n, 1], span[n, 2] = t, begin, min(end, (begin // FA_SPAN + 1) * FA_SPAN)
-                n += 1
-                begin = (begin // FA_SPAN + 1) * FA_SPAN
+            cursor = 0
+            while fa_next_range(&p.shared, &h, tile[t, 2], min(rows, h.queries - tile[t, 2]), &cursor, &begin, &end):
+                while begin < end:
+                    if step == 1:
+                        span[n, 0], span[n, 1], span[n, 2] = t, begin, min(end, (begin // FA_SPAN + 1) * FA_SPAN)
+                    n += 1
+                    begin = (begin // FA_SPAN + 1) * FA_SPAN
         first[count] = n
     return table, firsts
 
@@ -268,9 +267,9 @@ cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int thre
 cdef object attend(Problem p, bint decode=True):
     """Carries the problem out. decode=False: a few queries take the same loops as many, so that their bits are the
     same."""
-    choose_loops(p, decode)
     cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
-    cdef int64_t rows = rows_of_tiles(p, 1)
+    choose_loops(p, decode, &kernels.tuning)
+    cdef int64_t rows = rows_of_tiles(p, 1, kernels.tuning.group_rows)
     cdef size_t size, span_size = 0
     cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
     cdef double work = <double> p.heads * p.sizes.queries * (keys_of_row(p) * work_of_pair(p) + ROW_WORK) + \
@@ -284,11 +283,11 @@ cdef object attend(Problem p, bint decode=True):
     cdef Watch watch = Watch(0, 0)
     if p.heads == 0 or p.longest_query == 0:
         return p.result()
-    p.shared.fetch = fetching_helps
+    p.shared.prefetch = prefetching_helps
     if threads > 1:
-        rows = rows_of_tiles(p, threads)
+        rows = rows_of_tiles(p, threads, kernels.tuning.group_rows)
         tiles = tiles_in_order(p, rows)
-        if p.shared.few and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:
+        if p.shared.decode and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:
             spans, firsts = spans_in_order(p, tiles, rows)
             if spans.shape[0] > tiles.shape[0]:
                 n = spans.shape[0]

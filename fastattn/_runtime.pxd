@@ -5,7 +5,7 @@ cdef extern from "kernels/contract.h" nogil:
     enum:
         FA_BLOCK
         FA_SPAN
-        FA_FEW
+        FA_DECODE_TILE
         FA_ALIGN
         FA_ROW_AXES
         FA_ROW_X
@@ -76,14 +76,18 @@ cdef extern from "kernels/contract.h" nogil:
         fa_activation activation
         int has_slope, has_sink
         int64_t chunk, left_chunks
-        int band, few, fetch
+        int band, decode, prefetch
 
     ctypedef struct fa_head:
         fa_view view[<int> FA_OPERANDS]
         int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
+    ctypedef struct fa_tuning:
+        int group_rows, decode_queries, many_queries
+
     ctypedef struct fa_kernels:
         const char *name
+        fa_tuning tuning
         size_t (*tile_workspace)(const fa_problem *, int64_t, int64_t) noexcept nogil
         void (*open_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t,
@@ -109,16 +113,16 @@ cdef extern from "kernels/contract.h" nogil:
         const fa_kernels *kernels[<int> FA_DTYPES]
 
     int fa_runnable(fa_instruction_set *sets, int room)
-    int fa_fetching_helps()
-    void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
-                         int64_t *begin, int64_t *end)
+    int fa_prefetching_helps()
+    int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *cursor,
+                      int64_t *begin, int64_t *end)
 
 
 # The kernels in force for a storage dtype: those of its accumulation dtype.
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
 
-# fa_problem.fetch on this CPU.
-cdef int fetching_helps
+# fa_problem.prefetch on this CPU.
+cdef int prefetching_helps
 
 # How many threads a call with this num_threads argument (checked) may use, before the size of its work is looked at.
 cdef int allowed_threads(object num_threads) except -1

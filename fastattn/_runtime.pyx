@@ -335,7 +335,7 @@ kernel_names = {
     "bfloat16": selected_set.kernels[<int> FA_BF16].name.decode(),
 }
 openmp_version = fa_openmp_version()
-cdef int fetching_helps = fa_fetching_helps()
+cdef int prefetching_helps = fa_prefetching_helps()
 
 
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:

@@ -33,10 +33,10 @@ static void visit_keys(const fa_problem *problem, const fa_head *head, int64_t r
                        int64_t key_end, void *workspace)
 {
     struct tile *tile = workspace;
-    const int64_t step = problem->few ? keys_of_run(rows) : FA_BLOCK;
+    const int64_t step = problem->decode ? keys_of_run(rows) : FA_BLOCK;
     for (int64_t from = key_begin, to; from < key_end; from = to) {
         to = from / FA_BLOCK * FA_BLOCK + step < key_end ? from / FA_BLOCK * FA_BLOCK + step : key_end;
-        if (!problem->few) {
+        if (!problem->decode) {
             const int64_t block = from / FA_BLOCK * FA_BLOCK;
             visit_block(problem, head, row, rows, block, (int)(from - block), (int)(to - block), key_end, tile);
         } else if (rows <= tile->group && scores_are_natural(problem, head)) {
@@ -105,17 +105,17 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
 {
     fa_problem smaller = *problem;
     fa_head bare = *head;
-    int64_t begin, end, stop;
+    int64_t cursor = 0, begin, end, stop;
     double lse;
     int seen;
     smaller.value_shift = 64;
     bare.view[FA_WEIGHTS].data = bare.view[FA_LSE].data = NULL; /* they are finished */
     open_tile(&smaller, &bare, row, rows, tile);
-    fa_visible_keys(&smaller, &bare, row, rows, &begin, &end);
-    for (; begin < end; begin = stop) {
-        stop = (begin / FA_SPAN + 1) * FA_SPAN < end ? (begin / FA_SPAN + 1) * FA_SPAN : end;
-        visit_keys(&smaller, &bare, row, rows, begin, stop, tile);
-    }
+    while (fa_next_range(&smaller, &bare, row, rows, &cursor, &begin, &end))
+        for (; begin < end; begin = stop) {
+            stop = (begin / FA_SPAN + 1) * FA_SPAN < end ? (begin / FA_SPAN + 1) * FA_SPAN : end;
+            visit_keys(&smaller, &bare, row, rows, begin, stop, tile);
+        }
     gather_spans(&smaller, &bare, rows, tile);
     const real shrunk = value_factor(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
     for (int64_t r = 0; r < rows; r++) {

@@ -6,6 +6,8 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define VECTOR_BYTES 32
 #define ROWS 6
 #define VECS 2
+#define DECODE_QUERIES 8
+#define MANY_QUERIES 128
 #define DECODE_ROWS 2
 #define PLACE_ROWS 2
 #define STEPS 1

@@ -7,6 +7,8 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define VECTOR_BYTES 64
 #define ROWS 6
 #define VECS 4
+#define DECODE_QUERIES 8
+#define MANY_QUERIES 128
 #define DECODE_ROWS 4
 #define PLACE_ROWS 6
 #define STEPS 4

@@ -11,6 +11,8 @@
 #else
 #define VECS 2
 #endif
+#define DECODE_QUERIES 8
+#define MANY_QUERIES 128
 #define DECODE_ROWS 2
 #define PLACE_ROWS 2
 #define STEPS 1

@@ -15,11 +15,11 @@
 #include <stdint.h>
 
 enum {
-    FA_BLOCK = 256,  /* keys in one step of the online softmax */
-    FA_SPAN = 2048,  /* keys summed into one partial state before it is merged into the row's total */
-    FA_FEW = 24,     /* rows of a tile, at most, where queries are few */
-    FA_ALIGN = 64,   /* of a workspace, in bytes */
-    FA_ROW_AXES = 66 /* NumPy's 64, and one more where the heads are split in groups */
+    FA_BLOCK = 256,      /* keys in one step of the online softmax */
+    FA_SPAN = 2048,      /* keys summed into one partial state before it is merged into the row's total */
+    FA_DECODE_TILE = 24, /* rows of a tile of few queries, at most */
+    FA_ALIGN = 64,       /* of a workspace, in bytes */
+    FA_ROW_AXES = 66     /* NumPy's 64, and one more where the heads are split in groups */
 };
 
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
@@ -84,8 +84,8 @@ typedef struct {
     int has_slope, has_sink;
     int64_t chunk, left_chunks; /* a query sees its own chunk of so many keys and some to the left; 0: no such rule */
     int band;                   /* of the weights only the window is wanted */
-    int few;                    /* so few queries in a head that keys are read where they lie, and not packed */
-    int fetch;                  /* few: ask for them before (fa_fetching_helps) */
+    int decode;                 /* queries are so few that keys are read where they lie, and not packed */
+    int prefetch;               /* decode: whether to (fa_prefetching_helps) */
     int value_shift;            /* 0; kernels set it where a sum of values overflows: they are taken times 2**-shift */
 } fa_problem;
 
@@ -99,8 +99,16 @@ typedef struct {
     int64_t heads; /* whose rows take turns, all over these keys: row i is of query i / heads and head i % heads */
 } fa_head;
 
+/* Numbers of an instruction set by which the driver chooses its loops; the others stand in the set's own header. */
+typedef struct {
+    int group_rows;     /* rows that share the loads of a product: tiles are whole groups where they can be */
+    int decode_queries; /* so many in a head, and no more, read keys where they lie: packing them would cost more */
+    int many_queries;   /* so many, or more: each head of a group packs its keys for itself, which costs little then */
+} fa_tuning;
+
 typedef struct {
     const char *name; /* operation, dtype, instruction set */
+    fa_tuning tuning;
     size_t (*tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys);
     void (*open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
     void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,
@@ -142,7 +150,7 @@ typedef struct {
 int fa_runnable(fa_instruction_set *sets, int room);
 
 /* Whether keys that follow each other without gaps come faster from memory where instructions ask for them. */
-int fa_fetching_helps(void);
+int fa_prefetching_helps(void);
 
 /* The query that row i is of. */
 static inline int64_t fa_query_of(const fa_head *head, int64_t i) { return head->heads == 1 ? i : i / head->heads; }
@@ -189,6 +197,18 @@ static inline void fa_visible_keys(const fa_problem *problem, const fa_head *hea
         *begin = lo;
         *end = hi;
     }
+}
+
+/* Yields the ranges of keys that any of the query rows [row, row + rows) may see, in ascending order; 0 when there are
+ * no more. *cursor is 0 at first. Rows see ranges that move one way only (visible.inc.h); today there is one range. */
+static inline int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                int64_t *cursor, int64_t *begin, int64_t *end)
+{
+    if (*cursor)
+        return 0;
+    *cursor = 1;
+    fa_visible_keys(problem, head, row, rows, begin, end);
+    return *begin < *end;
 }
 
 #endif

@@ -14,7 +14,7 @@ struct run {
     /* [block][row]: what weights are relative to, and what earlier sums must be multiplied by */
     vec most[ROWS_OF_RUN];
     real shrink[ROWS_OF_RUN];
-    int span_begins[(FA_FEW + ROWS - 1) / ROWS]; /* groups that have seen nothing of this span before */
+    int span_begins[(FA_DECODE_TILE + ROWS - 1) / ROWS]; /* groups that have seen nothing of this span before */
 };
 
 /* Rows of group g of a tile; several: it has more than one. */
@@ -187,7 +187,7 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
 static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *head, const int rows, struct run *run,
                                       struct tile *tile, const int many_groups)
 {
-    enum { MOST_GROUPS = (FA_FEW + ROWS - 1) / ROWS };
+    enum { MOST_GROUPS = (FA_DECODE_TILE + ROWS - 1) / ROWS };
     const int groups = groups_of(tile, rows, many_groups);
     const int64_t value_row = tile->value_row;
     for (int b = 0; b < run->blocks; b++) {

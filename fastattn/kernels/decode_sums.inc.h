@@ -191,7 +191,7 @@ SUM_OF(sum_of_four, 4)
 #endif
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
- * bits. chunk: [rows][value_row] numbers, for up to FEW_ROWS rows. */
+ * bits. chunk: [rows][value_row] numbers, for up to DECODE_ROWS rows. */
 static NEVER_INLINE void streamed_sum(const fa_problem *problem, const real *p, int rows, struct value_rows value,
                                       int begin, int end, int64_t value_row, real *part, real *chunk)
 {

@@ -4,14 +4,14 @@
  * the next block over the products of this one (struct next_rows, struct prefetch), for a CPU that is asked for much at
  * once waits. Addresses may lie beyond an array: a prefetch never faults. */
 
-/* Whether keys or values of n numbers, `row` bytes apart, have to be asked for where queries are few. One stream of
- * rows without gaps some CPUs follow by themselves. */
+/* Whether decode has to prefetch keys or values of n numbers, `row` bytes apart. One stream of rows without gaps some
+ * CPUs follow by themselves. */
 static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
 {
-    return problem->fetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+    return problem->prefetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
 }
 
-/* How many rows of n numbers are FETCH_BYTES. */
+/* How many rows of n numbers are PREFETCH_BYTES. */
 static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
 {
     const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;

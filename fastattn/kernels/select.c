@@ -61,7 +61,7 @@ int fa_runnable(fa_instruction_set *sets, int room)
 }
 
 /* Measured (docs/performance.md): Zen 4 lost by it, Zen 5 gains. Zen 3 is of Zen 4's family; no other was measured. */
-int fa_fetching_helps(void)
+int fa_prefetching_helps(void)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();

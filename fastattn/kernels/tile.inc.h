@@ -12,19 +12,19 @@ struct additive {
 
 struct tile {
     int group;         /* rows of a group: ROWS, or of few queries as many in each as it goes */
-    int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (few); zeros */
+    int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (decode); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
-    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key]; some keys (few) */
+    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key]; some keys (decode) */
     real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
     int64_t v_row;
-    real *s;         /* [ROWS][FA_BLOCK] scores, then weights, of a group and block; [block][rows][FA_BLOCK] of few */
-    real *part;      /* [ROWS][value_row] their weighted sum; [rows][value_row] of few */
-    real *chunk;     /* [FEW_ROWS][value_row] a part of that, where queries are few */
-    real *extra;     /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    double *after;   /* [rows] what scores are multiplied by after the product, where that is anything (late_scale) */
-    int64_t row;     /* the first row of the tile */
-    int64_t *span;   /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
+    real *s;       /* [ROWS][FA_BLOCK] scores, then weights, of a group and block; [block][rows][FA_BLOCK] in decode */
+    real *part;    /* [ROWS][value_row] their weighted sum; [rows][value_row] in decode */
+    real *chunk;   /* [DECODE_ROWS][value_row] a part of that, in decode */
+    real *extra;   /* [2][FA_BLOCK] the bias of one row, and a part of it */
+    double *after; /* [rows] what scores are multiplied by after the product, where that is anything (late_scale) */
+    int64_t row;   /* the first row of the tile */
+    int64_t *span; /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
     char *many_spans; /* [groups] */
@@ -35,7 +35,9 @@ struct tile {
 enum { PANEL = VECS * LANES }; /* keys in a panel */
 
 /* Rows of a run's blocks, at most (keys_of_run). */
-enum { ROWS_OF_RUN = DECODE_ROWS * FA_SPAN / FA_BLOCK > FA_FEW ? DECODE_ROWS *FA_SPAN / FA_BLOCK : FA_FEW };
+enum {
+    ROWS_OF_RUN = DECODE_ROWS * FA_SPAN / FA_BLOCK > FA_DECODE_TILE ? DECODE_ROWS *FA_SPAN / FA_BLOCK : FA_DECODE_TILE
+};
 
 /* How many keys of a span a tile of few queries passes over at a time: memory likes long runs of keys, and then long
  * runs of values, but the scores of a run should stay in the first cache. */
@@ -72,24 +74,24 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     char *at = base + (sizeof(struct tile) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
     const int additive = problem->score == FA_ADDITIVE;
-    const int whole = problem->few ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
+    const int whole = problem->decode ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
-    int64_t scores = !problem->few ? ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
+    int64_t scores = !problem->decode ? ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
     int64_t groups = (rows + ROWS - 1) / ROWS;
-    tile->group = problem->few && groups ? (int)((rows + groups - 1) / groups) : ROWS;
+    tile->group = problem->decode && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + PANEL - 1) / PANEL;
     tile->channels = channels;
     tile->value_row = value_row;
     /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
     tile->q = (real *)take(&at, groups * group_size(channels));
-    tile->k = (real *)take(&at, problem->few ? (4 + PASS_KEYS) * channels : panels * PANEL * channels);
+    tile->k = (real *)take(&at, problem->decode ? (4 + PASS_KEYS) * channels : panels * PANEL * channels);
     tile->v = (real *)take(&at, block * tile->v_row);
     tile->s = (real *)take(&at, scores * FA_BLOCK);
-    tile->part = (real *)take(&at, (problem->few ? rows : ROWS) * value_row);
-    tile->chunk = (real *)take(&at, problem->few ? DECODE_ROWS * value_row : 0);
+    tile->part = (real *)take(&at, (problem->decode ? rows : ROWS) * value_row);
+    tile->chunk = (real *)take(&at, problem->decode ? DECODE_ROWS * value_row : 0);
     tile->extra = (real *)take(&at, 2 * FA_BLOCK);
     tile->after =
         (double *)take(&at, scale_after_product(problem) ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);

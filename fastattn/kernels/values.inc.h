@@ -12,7 +12,7 @@ static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_vie
 {
     if (!readable(value) || problem->value_dim % LANES != 0 || problem->value_shift)
         return 0;
-    if (problem->few)
+    if (problem->decode)
         return 1;
     /* A group of rows would find such rows in a few sets of the cache. */
     if (value->row % 1024 == 0)
