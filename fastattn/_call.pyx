@@ -83,13 +83,13 @@ cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1
 
 # Batch axes
 
-cdef inline Shape shape(cnp.ndarray a) noexcept:
+cdef inline Shape dims_of(cnp.ndarray a) noexcept:
     cdef Shape s
     s.axes, s.size = cnp.PyArray_NDIM(a), cnp.PyArray_DIMS(a)
     return s
 
 
-cdef tuple sizes(Shape s):
+cdef tuple as_tuple(Shape s):
     return tuple([s.size[i] for i in range(s.axes)])
 
 
@@ -107,12 +107,12 @@ cdef str of_layout(Shape query, Shape key, Shape value):
     if (shared == 0 or heads % shared or value.size[axes - 2] != shared or
             key.size[axes - 3] != value.size[axes - 3]):
         return ""
-    sizes = "(B, S, H, D)" if axes == 4 else "(S, H, D)" if axes == 3 else "(..., S, H, D)"
-    return f"; arrays {sizes}, with the heads behind the tokens, are passed as x.swapaxes({axes - 3}, {axes - 2})"
+    layout = "(B, S, H, D)" if axes == 4 else "(S, H, D)" if axes == 3 else "(..., S, H, D)"
+    return f"; arrays {layout}, with the heads behind the tokens, are passed as x.swapaxes({axes - 3}, {axes - 2})"
 
 
 cdef object bad_heads(Shape query, Shape key, Shape value):
-    return ValueError(f"the batch axes of query {sizes(query)}, key {sizes(key)} and value {sizes(value)} do not "
+    return ValueError(f"the batch axes of query {as_tuple(query)}, key {as_tuple(key)} and value {as_tuple(value)} do not "
                       f"broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole multiple "
                       f"of the heads (axis -3) of key and value")
 
@@ -322,7 +322,7 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
     cdef cnp.ndarray a = integers(x, name, batch, least, most, scalar)
     if a is not None:
         place(p, operand, a, 0)
-        return 0
+    return 0
 
 
 # The problem
@@ -420,11 +420,11 @@ cdef int read_activation(Problem p, object activation, object sinks, bint return
 cdef int read_shapes(Problem p, Shape query, Shape key, Shape value, bint grouped) except -1:
     """Shapes of query, key and value that fit; batch axes."""
     if query.axes < 2:
-        raise too_few_axes("query", sizes(query), "(..., L, D)")
+        raise too_few_axes("query", as_tuple(query), "(..., L, D)")
     if key.axes < 2:
-        raise too_few_axes("key", sizes(key), "(..., S, D)")
+        raise too_few_axes("key", as_tuple(key), "(..., S, D)")
     if value.axes < 2:
-        raise too_few_axes("value", sizes(value), "(..., S, E)")
+        raise too_few_axes("value", as_tuple(value), "(..., S, E)")
     cdef Py_ssize_t channels = from_right(query, 1), keys = from_right(key, 2)
     if from_right(key, 1) != channels:
         raise ValueError(f"key has head_dim {from_right(key, 1)} (its last axis) and query {channels}: for dot "
@@ -536,7 +536,7 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
                        const Rules *r, object keys_before):
     """query, key and value, of any dtypes; p.dtype, p.shared.dtype, .score and .scale are set.
     keys_before: how many keys were before the first one, of which chunks count; as query_offset."""
-    read_shapes(p, shape(query), shape(key), shape(value), flag(<object> r.enable_gqa, "enable_gqa"))
+    read_shapes(p, dims_of(query), dims_of(key), dims_of(value), flag(<object> r.enable_gqa, "enable_gqa"))
     place(p, QUERY, query, 2)
     place(p, KEY, key, 2)
     place(p, VALUE, value, 2)

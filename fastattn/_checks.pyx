@@ -86,6 +86,14 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
     raise bad_dtype(name, a.dtype)
 
 
+def storage_dtype(x):
+    """The dtype that a caller asks for, of those that the kernels store."""
+    dtype = np.dtype(x)
+    if dtype.name not in ("float32", "float64", "float16", "bfloat16") or not dtype.isnative:
+        raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {dtype}")
+    return dtype
+
+
 cpdef cnp.ndarray floating(object x, str name):
     """An array of a dtype that the kernels store; integers and bools as float64."""
     cdef cnp.ndarray a = as_array(x, name)

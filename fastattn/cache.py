@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import as_array, converted, empty, integer, integer_array, is_one_number
+from fastattn._checks import as_array, converted, empty, integer, integer_array, is_one_number, storage_dtype
 
 if TYPE_CHECKING:
     from typing import Self
@@ -159,9 +159,7 @@ class KVCache:
         self._window = None if window is None else _size(window, "window", 1)
         if self._window is not None and self._window > self._capacity:
             raise ValueError(f"window={self._window} tokens cannot be kept with capacity={self._capacity}")
-        self._dtype = np.dtype(dtype)
-        if self._dtype.name not in ("float32", "float64", "float16", "bfloat16") or not self._dtype.isnative:
-            raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {self._dtype}")
+        self._dtype = storage_dtype(dtype)
         self._shapes = [(*self._batch, heads, self._capacity, dim) for dim in dims]
         self._make_room()
         self.reset()

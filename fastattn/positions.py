@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import _positions
-from fastattn._checks import empty, integer, real
+from fastattn._checks import empty, integer, real, storage_dtype
 from fastattn._frequencies import scaled_frequencies
 
 if TYPE_CHECKING:
@@ -101,10 +101,7 @@ def sinusoidal_encoding(
     base, offset = real(base, "base", "a positive finite number", True), _integer(offset, "offset", -_FARTHEST)
     if layout not in ("interleaved", "split"):
         raise ValueError(f"layout must be 'interleaved' or 'split', not {layout!r}")
-    to = np.dtype(dtype)
-    if to.name not in ("float32", "float64", "float16", "bfloat16") or not to.isnative:
-        raise TypeError(f"dtype must be float64, float32, float16 or ml_dtypes.bfloat16, not {to}")
-    table = empty((length, dim), to, "a table")
+    table = empty((length, dim), storage_dtype(dtype), "a table")
     sines = (dim + 1) // 2
     speed = np.array([base ** (-2 * i / dim) for i in range(sines)])
     with np.errstate(all="ignore"):
