@@ -112,9 +112,9 @@ cdef str of_layout(Shape query, Shape key, Shape value):
 
 
 cdef object bad_heads(Shape query, Shape key, Shape value):
-    return ValueError(f"the batch axes of query {as_tuple(query)}, key {as_tuple(key)} and value {as_tuple(value)} do not "
-                      f"broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole multiple "
-                      f"of the heads (axis -3) of key and value")
+    return ValueError(f"the batch axes of query {as_tuple(query)}, key {as_tuple(key)} and value {as_tuple(value)} do "
+                      f"not broadcast{of_layout(query, key, value)}; enable_gqa=True allows a query with a whole "
+                      f"multiple of the heads (axis -3) of key and value")
 
 
 cdef Py_ssize_t read_group(Shape query, Shape key, Shape value) except -1:
