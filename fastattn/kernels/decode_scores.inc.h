@@ -128,7 +128,7 @@ static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const cha
 
 /* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
  * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
- * (docs/performance.md). */
+ * (docs/notebook, page 10). */
 static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, ptrdiff_t key_row, int n,
                                               ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {

@@ -6,7 +6,7 @@
  * term, terms are added up for CHUNK steps, and that is added to `out`. STEPS > 1 is for instruction sets with
  * registers enough for terms beside the sums: additions run beside the multiplications. Two vectors of b share each
  * number of a; more would take registers, and one would need a load for each multiplication. Ending chunks more often
- * instead costs stores (docs/performance.md).
+ * instead costs stores (docs/notebook, page 3).
  *
  * Rows of a are at constant distances, FA_BLOCK numbers (weights) or STRIP (queries): with distances that are not known
  * to the compiler there are not enough registers for the addresses.
