@@ -1,5 +1,8 @@
 /* What this CPU, and this operating system, can run, and what suits it. Compiled for the plain target. */
 #include "contract.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 extern const fa_kernels fa_baseline_f32, fa_baseline_f64;
 #if defined(__x86_64__)
@@ -15,9 +18,10 @@ static int runs_avx512(void)
 
 static int runs_avx2(void)
 {
+    unsigned a, b, c, d;
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* which clang's builtin does not know */
 }
 #endif
 
