@@ -64,7 +64,8 @@ int fa_runnable(fa_instruction_set *sets, int room)
     return n;
 }
 
-/* Measured (docs/notebook, page 10): Zen 4 lost by it, Zen 5 gains. Zen 3 is of Zen 4's family; no other was measured. */
+/* Measured (docs/notebook, page 10): Zen 4 lost by it, Zen 5 gains. Zen 3 is of Zen 4's family; no other was measured.
+ */
 int fa_prefetching_helps(void)
 {
 #if defined(__x86_64__)
