@@ -26,6 +26,8 @@ static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_vie
 static void copy_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
                         real *to, int64_t to_row, int64_t value_row)
 {
+    const int shrunk = problem->value_shift != 0;
+    const real factor = shrunk ? value_factor(problem) : 1;
     const int whole = value->row == value->col * problem->value_dim && to_row == problem->value_dim;
     if (whole) /* no gaps: a row's end is the next one's beginning */
         gather(to + begin * to_row, values + begin * value->row, value->col, (end - begin) * to_row, value->dtype);
@@ -34,7 +36,7 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
         if (j >= begin && j < end) {
             if (!whole)
                 gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, value->dtype);
-            for (const real factor = value_factor(problem); problem->value_shift && c < problem->value_dim; c++)
+            for (; shrunk && c < problem->value_dim; c++)
                 to[j * to_row + c] *= factor;
             c = problem->value_dim;
         }
