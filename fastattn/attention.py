@@ -1,4 +1,7 @@
-"""Attention. The docstrings are the specification; fastattn.reference says the same in float64 NumPy."""
+"""Attention. The docstrings are the specification; fastattn.reference says the same in float64 NumPy.
+
+This module is compiled by Cython: build it again after a change.
+"""
 
 from __future__ import annotations
 
@@ -539,7 +542,7 @@ def truncated_attention(
            [0.33, 0.33, 0.33],
            [0.5 , 0.5 , 0.  ]])
     """
-    window_size = checked_sides(left, right)  # whose life is that of the call
+    window_size = checked_sides(left, right)  # kept alive here: rules() borrows references
     return attend(
         read_dot_product(
             query,

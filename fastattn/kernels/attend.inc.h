@@ -11,7 +11,7 @@ static void open_tile(const fa_problem *problem, const fa_head *head, int64_t ro
     struct tile *tile = workspace;
     lay_out(tile, problem, rows, head->keys, workspace);
     tile->row = row;
-    const double unit = scores_are_natural(problem, head) ? 1 : 1.44269504088896340736;
+    const double unit = scores_in_nats(problem, head) ? 1 : 1.44269504088896340736;
     const double factor = scale_after_product(problem) ? 1 : problem->scale * unit;
     if (problem->score == FA_ADDITIVE) {
         for (int64_t r = 0; scale_after_product(problem) && r < rows; r++)
@@ -39,12 +39,12 @@ static void visit_keys(const fa_problem *problem, const fa_head *head, int64_t r
         if (!problem->decode) {
             const int64_t block = from / FA_BLOCK * FA_BLOCK;
             visit_block(problem, head, row, rows, block, (int)(from - block), (int)(to - block), key_end, tile);
-        } else if (rows <= tile->group && scores_are_natural(problem, head)) {
+        } else if (rows <= tile->group && scores_in_nats(problem, head)) {
             visit_run(problem, head, row, (int)rows, from, to, tile, 1, 0);
         } else if (rows <= tile->group) {
             visit_run(problem, head, row, (int)rows, from, to, tile, 0, 0);
         } else {
-            visit_run(problem, head, row, (int)rows, from, to, tile, scores_are_natural(problem, head), 1);
+            visit_run(problem, head, row, (int)rows, from, to, tile, scores_in_nats(problem, head), 1);
         }
     }
 }
@@ -119,7 +119,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
     gather_spans(&smaller, &bare, rows, tile);
     const real shrunk = value_factor(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
     for (int64_t r = 0; r < rows; r++) {
-        const real factor = row_factor(&smaller, &bare, r, tile, scores_are_natural(problem, head), &lse, &seen);
+        const real factor = row_factor(&smaller, &bare, r, tile, scores_in_nats(problem, head), &lse, &seen);
         const real *o = tile->o + r * tile->value_row;
         char *to = fa_row(head, &head->view[FA_OUT], row + r);
         gather(tile->part, to, head->view[FA_OUT].col, problem->value_dim, head->view[FA_OUT].dtype);
@@ -139,7 +139,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
 static void close_tile(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
     struct tile *tile = workspace;
-    const int natural_log = scores_are_natural(problem, head);
+    const int natural_log = scores_in_nats(problem, head);
     const int direct = head->view[FA_OUT].dtype == REAL_DTYPE && head->view[FA_OUT].col == (ptrdiff_t)sizeof(real) &&
                        problem->value_dim % LANES == 0;
     int finite = 1;

@@ -156,7 +156,6 @@ static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_st
         if (!kept)
             next_block(c, n, state);
         for (int t = 0; t < n; t++) {
-            UNROLL(4)
             for (int v = 0; v < vecs; v++) {
                 const vec x = kept ? v_load(kept + kept_at(j + t) + v * LANES) : column_vector(c, state, t, v, x_whole);
                 v_store(terms + kept_at(t) + v * LANES, row_term(x, state->base[v], which, 1));
@@ -199,7 +198,6 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
         const int n = length - j < ROW_BLOCK ? (int)(length - j) : ROW_BLOCK;
         next_block(c, n, state);
         for (int t = 0; t < n; t++) {
-            UNROLL(4)
             for (int v = 0; v < vecs; v++) {
                 const vec x = column_vector(c, state, t, v, x_whole);
                 most[v] = v_max(x, most[v]);
@@ -213,14 +211,14 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
     int dominated = 0;
     sums_of_columns(c, state, kept, function == FA_ROW_SOFTMAX, ALL, vecs, x_whole);
     for (int r = 0; r < c->rows; r++)
-        dominated |= one_is_most(state->total[r]);
+        dominated |= maximum_dominates(state->total[r]);
     if (function != FA_ROW_SOFTMAX) {
         double all[COLUMN_ROWS];
         memcpy(all, state->total, sizeof all);
         if (dominated)
             sums_of_columns(c, state, kept, 0, OTHERS, vecs, x_whole);
         for (int r = 0; r < c->rows; r++)
-            state->total[r] = one_is_most(all[r]) ? log1p(state->total[r]) : log(all[r]);
+            state->total[r] = maximum_dominates(all[r]) ? log1p(state->total[r]) : log(all[r]);
     }
     for (int r = 0; r < c->rows; r++) {
         const real base = state->base[r / LANES][r % LANES];
@@ -244,7 +242,6 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
         const int n = length - j < ROW_BLOCK ? (int)(length - j) : ROW_BLOCK;
         next_block(c, n, state);
         for (int t = 0; t < n; t++) {
-            UNROLL(4)
             for (int v = 0; v < vecs; v++) {
                 vec x = kept ? v_load(kept + kept_at(j + t) + v * LANES) : column_vector(c, state, t, v, x_whole);
                 if (function == FA_ROW_SOFTMAX) {

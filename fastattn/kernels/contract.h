@@ -96,7 +96,8 @@ typedef struct {
     int64_t query_length, key_length; /* <= queries, keys */
     int64_t offset;                   /* position of query 0 on the key axis; |offset| < 2**62 */
     int64_t keys_before;              /* keys that came before key 0 and are gone; chunks count from the first */
-    int64_t heads; /* whose rows take turns, all over these keys: row i is of query i / heads and head i % heads */
+    int64_t
+        heads; /* query heads interleaved as rows, all over these keys: row i is query i / heads of head i % heads */
 } fa_head;
 
 /* Numbers of an instruction set by which the driver chooses its loops; the others stand in the set's own header. */

@@ -17,7 +17,7 @@ struct run {
     int span_begins[(FA_DECODE_TILE + ROWS - 1) / ROWS]; /* groups that have seen nothing of this span before */
 };
 
-/* Rows of group g of a tile; several: it has more than one. */
+/* Rows of group g of a tile; many_groups: it has more than one. */
 static ALWAYS_INLINE int rows_of_group(const struct tile *tile, int rows, int g, const int many_groups)
 {
     return many_groups ? rows_from(tile, g * tile->group, rows) : rows;

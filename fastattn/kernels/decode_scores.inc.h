@@ -252,9 +252,8 @@ SCORES_OF(scores_of_six, 6)
 #endif
 #undef SCORES_OF
 
-/* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several, which are read
- * where they lie: with few rows the time goes into reading the keys, and packing them would double it. Keys up to the
- * next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
+/* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several blocks. Keys up to
+ * the next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
  * `ahead` bytes further on are asked for (0: none). scratch: room for KEYS_AT_ONCE keys, into which those are widened
  * that have another dtype, or gaps. */
 enum { KEYS_AT_ONCE = 16 };

@@ -27,10 +27,10 @@ static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t
     }
 }
 
-/* Queries for a scale that is far from 1 (late_scale). The scale goes into the query, so that the product is the score
- * and has its range; but for a power of two, different for each row, where the query would leave the range then: that
- * is multiplied by after the product, after[row]. A query of 1e20 and keys of 1e20 with a scale of 1e-40 have scores
- * of 1.
+/* Queries for a scale that is far from 1 (scale_after_product). The scale goes into the query, so that the product is
+ * the score and has its range; but for a power of two, different for each row, where the query would leave the range
+ * then: that is multiplied by after the product, after[row]. A query of 1e20 and keys of 1e20 with a scale of 1e-40
+ * have scores of 1.
  */
 static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                            int group, int64_t channels, real *to, double *after)

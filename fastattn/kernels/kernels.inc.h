@@ -21,17 +21,20 @@
 #endif
 
 _Static_assert(ROWS == 4 || ROWS == 6 || ROWS == 8, "rows of a product for which there are functions");
+_Static_assert(DECODE_ROWS == 2 || DECODE_ROWS == 4, "rows that share a load for which there are functions");
+_Static_assert(PLACE_ROWS == 2 || PLACE_ROWS == 6, "the same, of scores");
 _Static_assert(VECS >= 1 && VECS <= 4, "vectors of a product for which there are functions");
 
 enum {
-    PREFETCH_BYTES = 10240, /* so far ahead keys and values are asked for where few rows share them */
-    DECODE_VECS = 4,        /* two rows of so many vectors are read at a time there, longer ones by themselves */
-    MOST_VECS = 16,         /* vectors of all rows, where that is known to the compiler (FOR_USUAL) */
-    LONG_VECS = 8, /* keys or values of so many are read one a turn of a loop: prefetchers follow few instructions */
-    LINKS = 4,     /* values for one load and store of a sum there; a multiple of STEPS */
-    CHAIN = 64,    /* vectors of a key that are multiplied and added one after the other there */
-    WORTH_COPYING = 256,     /* rows that share a value; for so many it is copied to where its vectors are aligned */
-    STRIP = 64,              /* channels of a query that lie together (product.inc.h) */
+    PREFETCH_BYTES = 10240, /* prefetch distance in decode, in bytes */
+    DECODE_VECS =
+        4, /* decode_scores.inc.h: two keys of up to so many vectors are read at a time, longer ones by themselves */
+    MOST_VECS = 16, /* vectors of all rows, where that is known to the compiler (FOR_USUAL) */
+    LONG_VECS = 8,  /* keys or values of so many are read one a turn of a loop: prefetchers follow few instructions */
+    LINKS = 4,      /* decode_sums.inc.h: values added to a sum between its load and its store; a multiple of STEPS */
+    CHAIN = 64,     /* decode_scores.inc.h: vectors of a key that are multiplied and added one after the other */
+    WORTH_COPYING = 256, /* from so many rows that share a value on, it is copied to where its vectors are aligned */
+    STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
     PREFETCH_AT_ONCE = 3072, /* of the next block that a group asks memory for before it multiplies */
     PASS_BYTES = 8192,       /* of keys that several groups of few rows pass over together, or PASS_KEYS */
     PASS_KEYS = 64,

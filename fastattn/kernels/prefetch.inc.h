@@ -1,8 +1,10 @@
-/* What is prefetched, and when: the keys and values that come next, while others are worked on.
+/* What is prefetched, and when: the keys and values that come next, while others are worked on. (Two loops that know
+ * the length of a key or value prefetch by themselves: products_in_registers, add_value.)
  *
- * Decode asks a fixed number of bytes ahead of each load (prefetch_vectors, rows_ahead); prefill spreads the rows of
- * the next block over the products of this one (struct next_rows, struct prefetch), for a CPU that is asked for much at
- * once waits. Addresses may lie beyond an array: a prefetch never faults. */
+ * Decode of up to DECODE_ROWS rows asks a fixed number of bytes ahead of each load (prefetch_vectors, rows_ahead);
+ * prefill, and the values of more rows, spread the rows of the next block over the products of this one (struct
+ * next_rows, struct prefetch), for a CPU that is asked for much at once waits. Addresses may lie beyond an array: a
+ * prefetch never faults. */
 
 /* Whether decode has to prefetch keys or values of n numbers, `row` bytes apart. One stream of rows without gaps some
  * CPUs follow by themselves. */
@@ -73,7 +75,7 @@ static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numb
     return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
 }
 
-/* The lines of `rows` rows, from `data` on, for who asks so many times. */
+/* The lines of `rows` rows, from `data` on, to be prefetched in `times` equal portions. */
 static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows,
                                                       int64_t times)
 {
@@ -103,8 +105,8 @@ static ALWAYS_INLINE int64_t rows_seeing(const fa_problem *problem, const fa_hea
 struct next_rows {
     const char *data;
     ptrdiff_t row;
-    int64_t bytes, rows, rows_per_step; /* of_turn: rows */
-    struct prefetch prefetch;           /* used if those are many: a CPU that is asked for much at once waits */
+    int64_t bytes, rows, rows_per_step;
+    struct prefetch prefetch; /* used if those are many: a CPU that is asked for much at once waits */
 };
 
 /* times: how often a group's product asks; 0: never. */

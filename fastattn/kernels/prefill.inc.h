@@ -7,7 +7,7 @@
 static void visit_block(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
                         int begin, int end, int64_t tile_end, struct tile *tile)
 {
-    const int natural_log = scores_are_natural(problem, head);
+    const int natural_log = scores_in_nats(problem, head);
     const char *keys = head->view[FA_KEY].data + block * head->view[FA_KEY].row;
     struct value_rows value = {NULL, 0};
     /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that

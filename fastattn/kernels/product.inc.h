@@ -18,7 +18,7 @@ _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chu
 _Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a chunk");
 
 /* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
- * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. asks: for
+ * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. prefetch:
  * some of these lines in every step, once for each load of vectors of b; may be NULL. */
 typedef void (*product_function)(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels, int from,
                                  int to, real *out, ptrdiff_t out_row, int add, struct prefetch *prefetch);

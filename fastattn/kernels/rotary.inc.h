@@ -5,7 +5,6 @@
 
 /* Vectors of double, in which angles are taken whatever the dtype, and as many numbers of type real. */
 #define WIDE_LANES (VECTOR_BYTES / 8)
-#define wide wide
 typedef double wide __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t wide_bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t wide_truth __attribute__((vector_size(VECTOR_BYTES)));
@@ -140,4 +139,3 @@ static void rotate(char *out, ptrdiff_t out_row, const char *x, ptrdiff_t x_row,
 
 #undef WIDE_LANES
 #undef NEAR_ANGLE
-#undef wide

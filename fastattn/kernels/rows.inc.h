@@ -63,7 +63,7 @@ static ALWAYS_INLINE vec row_term(vec x, vec base, const int which, const int fa
 
 /* Whether the maximum is most of a sum of exponentials relative to it: then the logarithm is log1p(others), lest the
  * largest number swallow what the others add to it. */
-static ALWAYS_INLINE int one_is_most(double total) { return total < 2 && total > 0; }
+static ALWAYS_INLINE int maximum_dominates(double total) { return total < 2 && total > 0; }
 
 /* The exponentials of the numbers of a row from j on, a block or what is left of the row, and their sum. */
 static ALWAYS_INLINE void row_block(const real *x, const char *mask, int64_t j, int64_t n, vec base, real *out,
@@ -151,7 +151,7 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
     for (int r = 0; r < count && function != FA_ROW_SOFTMAX; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
-        total[r] = one_is_most(total[r]) ? log1p(sum_of_others(x_r, mask_r, n, base[r])) : log(total[r]);
+        total[r] = maximum_dominates(total[r]) ? log1p(sum_of_others(x_r, mask_r, n, base[r])) : log(total[r]);
         /* inf - inf has made a NaN of the sum; the sum itself is infinite, unless there is a true NaN. */
         if (base[r] == (real)INFINITY) {
             total[r] = 0;

@@ -18,7 +18,7 @@ static ALWAYS_INLINE int scores_change(const fa_problem *problem, const fa_head 
            head->view[FA_RELATIVE_BIAS].data || scale_after_product(problem);
 }
 
-static ALWAYS_INLINE int scores_are_natural(const fa_problem *problem, const fa_head *head)
+static ALWAYS_INLINE int scores_in_nats(const fa_problem *problem, const fa_head *head)
 {
     return problem->activation != FA_SOFTMAX || scores_change(problem, head);
 }
@@ -62,8 +62,8 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
 {
     const vec hidden = v_fill(-(real)INFINITY);
     const int late = after != 1, capped = problem->softcap != 0;
-    real cap = 0, per_cap = 0, root = 0, scale = 0; /* roots and quotients only where they are needed: a small call's */
-    if (capped) {                                   /* time is made of such things */
+    real cap = 0, per_cap = 0, root = 0, scale = 0; /* computed only where needed: */
+    if (capped) {                                   /* such things dominate small calls */
         /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
         const double most = BITS == 32 ? 1e30 : 1e290, within = problem->softcap < most ? problem->softcap : most;
         cap = (real)(within > 1 / most ? within : 1 / most);

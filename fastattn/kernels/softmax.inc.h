@@ -51,7 +51,7 @@ static ALWAYS_INLINE vec row_weights(real *s, int first, int last, vec most, con
 static void exponentials(real *s, int rows, int first, int last, const int natural_log, real *m, real *l, real *shrink)
 {
     vec most[ROWS], keep[ROWS];
-    /* Row by row, each of these three loops is a chain of latencies; over all rows they overlap. */
+    /* Row by row, each step of these loops waits for the one before; over all rows the waits overlap. */
     for (int r = 0; r < rows; r++)
         most[r] = row_maximum(s + r * FA_BLOCK, first, last);
     for (int r = 0; r < rows; r++) {

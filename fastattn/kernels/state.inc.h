@@ -65,7 +65,7 @@ static NEVER_INLINE void end_span(const fa_problem *problem, const fa_head *head
         tile->many_spans[g] = 1;
     }
     fold(tile->m_all + first, tile->l_all + l, tile->l_error + l, tile->o_all + o, tile->o_error + o, tile->m + first,
-         tile->l + l, tile->o + o, group, value_row, scores_are_natural(problem, head));
+         tile->l + l, tile->o + o, group, value_row, scores_in_nats(problem, head));
 }
 
 /* The state of a group that has seen several spans becomes that of all of them. */

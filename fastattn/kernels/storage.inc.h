@@ -1,5 +1,6 @@
 /* Numbers in memory: strided, perhaps misaligned, of a storage dtype; in the kernels: contiguous and of type real.
- * The one place that knows the bits of the 16-bit dtypes. A new dtype is a pair of cases here. */
+ * With the widening words of vector.inc.h the one place that knows the bits of the 16-bit dtypes. A new dtype is a pair
+ * of cases here. */
 
 static ALWAYS_INLINE float from_f16(uint16_t h)
 {

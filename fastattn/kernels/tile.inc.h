@@ -11,7 +11,7 @@ struct additive {
 };
 
 struct tile {
-    int group;         /* rows of a group: ROWS, or of few queries as many in each as it goes */
+    int group;         /* rows of a group: ROWS; in decode, the rows divided evenly over the groups */
     int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (decode); zeros */
     int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
     real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
@@ -22,7 +22,7 @@ struct tile {
     real *part;    /* [ROWS][value_row] their weighted sum; [rows][value_row] in decode */
     real *chunk;   /* [DECODE_ROWS][value_row] a part of that, in decode */
     real *extra;   /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    double *after; /* [rows] what scores are multiplied by after the product, where that is anything (late_scale) */
+    double *after; /* [rows] what scores are still multiplied by after the product, if anything (scale_after_product) */
     int64_t row;   /* the first row of the tile */
     int64_t *span; /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
