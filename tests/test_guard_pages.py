@@ -241,7 +241,7 @@ def walk(dtype, at_end):
                 function(guarded_columns(x, at_end), axis, out=guarded_columns(out, at_end))
             fastattn.logsumexp(x, axis, mask=mask, out=normal(5 if axis else length))
             if axis == 0:  # rows too long to be kept
-                fastattn.softmax(normal(1100, min(length, 70)), axis, out=normal(1100, min(length, 70)))
+                fastattn.softmax(normal(4200, min(length, 70)), axis, out=normal(4200, min(length, 70)))
         query, value = normal(3, length, 9), normal(3, length, 7)
         cuts = guarded(np.array([0, length // 3, length]), at_end)
         fastattn.varlen_attention(query, query, value, cuts, out=normal(3, length, 7), return_lse=True)
