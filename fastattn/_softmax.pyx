@@ -23,7 +23,6 @@ cdef enum:
     SMALL = 1 << 14        # numbers below which threads cost more than they bring
     CHUNK = 1 << 15        # numbers that a thread takes at a time, at least one row
     LINE = 64              # bytes of memory that come together
-    LEAST_COLUMNS = 4      # rows side by side that are worth taking at once
 
 
 # Rows of one or more axes: the axes of x split into those of a row and the others, neighbours that can be walked as one
@@ -240,15 +239,16 @@ cdef double bytes_touched(Rows p, Py_ssize_t stride, int which, Py_ssize_t run) 
     return min(<double> LINE, max(<double> abs(stride), min(<double> size, <double> LINE / max(run, 1))))
 
 
-cdef int axis_of_columns(Rows p, fa_row_function function) noexcept:
-    """The batch axis along which rows are to be taken side by side, -1 if they are to be taken one after the other."""
+cdef int axis_of_columns(Rows p, fa_row_function function, Py_ssize_t least) noexcept:
+    """The batch axis along which rows are to be taken side by side, -1 if they are to be taken one after the other.
+    least: rows that are worth it; fewer leave most lanes empty."""
     cdef int axis, k, best = -1, last = p.row.count - 1
     cdef double along_row = 0, along_axis = 0, cost
     if last < 0 or (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and
                     in_place(p, ROW_MASK, function)):
         return -1
     for axis in range(p.batch.count):
-        if p.batch.shape[axis] < LEAST_COLUMNS:
+        if p.batch.shape[axis] < least:
             continue
         cost = 0
         for k in range(<int> ROW_OPERANDS):
@@ -364,7 +364,7 @@ cdef object run(Rows p, fa_row_function function):
     cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length, 1))
     cdef size_t size = 64
     cdef char *scratch
-    cdef int axis = axis_of_columns(p, function)
+    cdef int axis = axis_of_columns(p, function, kernels.columns_at_once // 2)
     if axis >= 0 and p.rows and p.length:
         run_by_columns(p, function, axis, kernels, small, threads)
         return p.answer

@@ -272,12 +272,13 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
         if (n <= 0) {
             const int left = (end - j) / 4 * 4;
             n = in_place || j < begin || left <= 0 ? 4 : left < KEYS_AT_ONCE ? left : KEYS_AT_ONCE;
-            if (n > 4 && key->row == key->col * channels) { /* no gaps: a row's end is the next one's beginning */
+            const int whole = n > 4 && key->row == key->col * channels; /* a row's end is the next one's beginning */
+            if (whole) {
                 if (ahead)
                     prefetch_numbers(k + ahead, n * channels / 2);
                 gather(scratch, k, key->col, n * channels, key->dtype);
             }
-            for (int i = 0; i < n && !(n > 4 && key->row == key->col * channels); i++) {
+            for (int i = 0; i < n && !whole; i++) {
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
                 if (ahead)
                     prefetch_numbers(k + i * key->row + ahead, channels);
