@@ -43,7 +43,7 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
         const char *keys = key->data + (block + c) * key->row;
         const int last = hi - c < pass ? hi - c : pass;
         for (int j = lo > c ? lo - c : 0; j < last && !in_place; j++) {
-            prefetch_numbers(keys + j * key->row + ahead, channels);
+            prefetch_bytes(keys + j * key->row + ahead, bytes_of(key, channels));
             gather((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, key->dtype);
         }
         for (int g = 0; g < groups_of(tile, rows, 1); g++) {
@@ -68,7 +68,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
                                         const int many_groups)
 {
     const int groups = groups_of(tile, rows, many_groups);
-    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, head->view[FA_KEY].row)
+    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, &head->view[FA_KEY])
                                 ? rows_ahead(problem->head_dim) * head->view[FA_KEY].row
                                 : 0;
     const int at_once =
@@ -190,8 +190,11 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
     enum { MOST_GROUPS = (FA_DECODE_TILE + ROWS - 1) / ROWS };
     const int groups = groups_of(tile, rows, many_groups);
     const int64_t value_row = tile->value_row;
+    const fa_view *view = &head->view[FA_VALUE];
+    const ptrdiff_t rows_of_prefetch = rows_ahead(problem->value_dim);
     for (int b = 0; b < run->blocks; b++) {
         const int64_t block = run->from + b * FA_BLOCK;
+        const char *values = view->data + block * view->row;
         const int begin = b ? 0 : (int)(run->begin - run->from);
         const int end = b + 1 < run->blocks ? FA_BLOCK : (int)(run->end - block);
         struct visible *visible = run->visible + b * groups;
@@ -201,7 +204,11 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             some |= visible[g].lo < visible[g].hi;
         if (!some)
             continue;
-        const struct value_rows value = values_of(problem, head, block, begin, end, rows, tile);
+        /* What few rows cannot read in place they copy chunk by chunk, unless all of it must be looked at. */
+        const int in_chunks = rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
+        struct value_rows value = {NULL, 0};
+        if (!in_chunks)
+            value = values_of(problem, head, block, begin, end, rows, tile);
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             sum[g] = (run->span_begins[g] ? tile->o : tile->part) + first * value_row;
             from[g] = to[g] = 0;
@@ -221,12 +228,15 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
         if (rows > DECODE_ROWS) {
             /* What is copied has been read for this block: the next one is asked for. */
             const int copied = value.data == (const char *)tile->v;
-            const ptrdiff_t ahead = copied ? FA_BLOCK : VALUES_AHEAD * rows_ahead(problem->value_dim);
-            pass_values(tile, rows, s, value, from, to, sum,
-                        head->view[FA_VALUE].data + (block + ahead) * head->view[FA_VALUE].row,
-                        head->view[FA_VALUE].row, bytes_of(&head->view[FA_VALUE], problem->value_dim));
+            const ptrdiff_t ahead = copied ? FA_BLOCK : VALUES_AHEAD * rows_of_prefetch;
+            pass_values(tile, rows, s, value, from, to, sum, values + ahead * view->row, view->row,
+                        bytes_of(view, problem->value_dim));
+        } else if (in_chunks) {
+            copied_sum(problem, view, values, s, rows, begin, end, from[0], to[0], tile, sum[0]);
         } else if (from[0] < to[0]) {
-            streamed_sum(problem, s, rows, value, from[0], to[0], value_row, sum[0], tile->chunk);
+            const ptrdiff_t ahead =
+                needs_prefetch(problem, rows, problem->value_dim, view) ? rows_of_prefetch * value.row : 0;
+            streamed_sum(s, rows, value, from[0], to[0], 1, ahead, value_row, sum[0], tile->chunk);
         }
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             if (visible[g].lo >= visible[g].hi)

@@ -275,13 +275,13 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
             const int whole = n > 4 && key->row == key->col * channels; /* a row's end is the next one's beginning */
             if (whole) {
                 if (ahead)
-                    prefetch_numbers(k + ahead, n * channels / 2);
+                    prefetch_bytes(k + ahead, n * key->row);
                 gather(scratch, k, key->col, n * channels, key->dtype);
             }
             for (int i = 0; i < n && !whole; i++) {
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
                 if (ahead)
-                    prefetch_numbers(k + i * key->row + ahead, channels);
+                    prefetch_bytes(k + i * key->row + ahead, bytes_of(key, channels));
                 gather(scratch + i * channels, keys + seen * key->row, key->col, channels, key->dtype);
             }
             k = (const char *)scratch;

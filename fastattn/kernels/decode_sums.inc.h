@@ -79,47 +79,47 @@ static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_
 }
 
 /* The same over whole values: usual ones in one go, others chunk by chunk, while it is in the cache. */
-static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
-                                     real *part, int64_t value_row, const int rows)
+static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                                     ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
 {
     switch (value_row / LANES) {
 #define AT_ONCE(vecs)                                                                  \
     case vecs:                                                                         \
         if (rows > MOST_VECS / vecs)                                                   \
             break;                                                                     \
-        sum_columns(p, v, v_row, begin, end, 1, ahead, part, vecs *LANES, rows, vecs); \
+        sum_columns(p, v, v_row, begin, end, first, ahead, part, vecs *LANES, rows, vecs); \
         return;
         FOR_USUAL(AT_ONCE)
 #undef AT_ONCE
     }
-    for (int t = begin, stop; t < end; v += (stop - t) * v_row, t = stop) {
+    for (int t = begin, stop; t < end; v += (stop - t) * v_row, t = stop, first = 0) {
         const char *v_c = v;
         int64_t c = 0;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * VECTOR_BYTES)
-            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 8);
+            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, rows, 8);
         for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
-            sum_columns(p, v_c, v_row, t, stop, t == begin, ahead, part + c, value_row, rows, 1);
+            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, rows, 1);
     }
 }
 
 /* For one row and for two, which the compiler must know, with and without asking; not inlined, to have them once. */
-static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
-                                    real *part, int64_t value_row)
+static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                                    ptrdiff_t ahead, real *part, int64_t value_row)
 {
     if (ahead)
-        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 1);
+        sum_values(p, v, v_row, begin, end, first, ahead, part, value_row, 1);
     else
-        sum_values(p, v, v_row, begin, end, 0, part, value_row, 1);
+        sum_values(p, v, v_row, begin, end, first, 0, part, value_row, 1);
 }
 
-static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, ptrdiff_t ahead,
-                                    real *part, int64_t value_row)
+static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                                    ptrdiff_t ahead, real *part, int64_t value_row)
 {
     if (ahead)
-        sum_values(p, v, v_row, begin, end, ahead, part, value_row, 2);
+        sum_values(p, v, v_row, begin, end, first, ahead, part, value_row, 2);
     else
-        sum_values(p, v, v_row, begin, end, 0, part, value_row, 2);
+        sum_values(p, v, v_row, begin, end, first, 0, part, value_row, 2);
 }
 
 #if DECODE_ROWS > 2
@@ -191,22 +191,21 @@ SUM_OF(sum_of_four, 4)
 #endif
 
 /* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
- * bits. chunk: [rows][value_row] numbers, for up to DECODE_ROWS rows. */
-static NEVER_INLINE void streamed_sum(const fa_problem *problem, const real *p, int rows, struct value_rows value,
-                                      int begin, int end, int64_t value_row, real *part, real *chunk)
+ * bits. first: `part` holds nothing yet. chunk: [rows][value_row] numbers, for up to DECODE_ROWS rows. */
+static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows value, int begin, int end, int first,
+                                      ptrdiff_t ahead, int64_t value_row, real *part, real *chunk)
 {
-    const ptrdiff_t ahead = needs_prefetch(problem, rows, value_row, value.row) ? rows_ahead(value_row) * value.row : 0;
     if (rows == 1) {
-        sum_of_one(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        sum_of_one(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
         return;
     }
     if (rows == 2) {
-        sum_of_two(p, value.data + begin * value.row, value.row, begin, end, ahead, part, value_row);
+        sum_of_two(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
         return;
     }
     (void)chunk; /* for the others, where there are any */
 #if DECODE_ROWS > 2
-    for (int t = begin, stop; t < end; t = stop) {
+    for (int t = begin, stop; t < end; t = stop, first = 0) {
         const char *v = value.data + t * value.row;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         if (rows == 3)
@@ -214,7 +213,27 @@ static NEVER_INLINE void streamed_sum(const fa_problem *problem, const real *p, 
         else
             sum_of_four(p + t, v, value.row, stop - t, ahead, chunk, value_row);
         for (int64_t c = 0; c < rows * value_row; c += LANES)
-            v_store(part + c, t == begin ? v_load(chunk + c) : v_load(part + c) + v_load(chunk + c));
+            v_store(part + c, first ? v_load(chunk + c) : v_load(part + c) + v_load(chunk + c));
     }
 #endif
+}
+
+/* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied to the
+ * first cache and summed there. Of the values only [begin, end) may be touched; the others count as zeros. */
+static NEVER_INLINE void copied_sum(const fa_problem *problem, const fa_view *value, const char *values, const real *p,
+                                    int rows, int begin, int end, int from, int to, const struct tile *tile, real *part)
+{
+    const struct value_rows copy = {(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->value_dim, value)
+                                ? rows_ahead(problem->value_dim) * value->row
+                                : 0;
+    for (int t = from, stop; t < to; t = stop) {
+        stop = (t | (CHUNK - 1)) + 1 < to ? (t | (CHUNK - 1)) + 1 : to;
+        const int lo = t < begin ? begin : t, hi = stop < end ? stop : end;
+        const char *v = values + t * value->row;
+        for (int j = lo - t; ahead && j < hi - t; j++)
+            prefetch_bytes(v + j * value->row + ahead, bytes_of(value, problem->value_dim));
+        copy_values(problem, v, value, lo - t, hi - t, tile->v, tile->v_row, tile->value_row);
+        streamed_sum(p + t, rows, copy, 0, stop - t, t == from, 0, tile->value_row, part, tile->chunk);
+    }
 }

@@ -6,11 +6,17 @@
  * next_rows, struct prefetch), for a CPU that is asked for much at once waits. Addresses may lie beyond an array: a
  * prefetch never faults. */
 
-/* Whether decode has to prefetch keys or values of n numbers, `row` bytes apart. One stream of rows without gaps some
- * CPUs follow by themselves. */
-static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, ptrdiff_t row)
+/* Bytes of n numbers in a row, or as many as they would be next to each other. */
+static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
 {
-    return problem->prefetch || rows > 2 || row != n * (ptrdiff_t)sizeof(real);
+    return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
+}
+
+/* Whether decode has to prefetch keys or values of n numbers. One stream of rows without gaps some CPUs follow by
+ * themselves. */
+static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, const fa_view *matrix)
+{
+    return problem->prefetch || rows > 2 || matrix->row != bytes_of(matrix, n);
 }
 
 /* How many rows of n numbers are PREFETCH_BYTES. */
@@ -20,16 +26,10 @@ static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
     return (PREFETCH_BYTES + bytes - 1) / bytes;
 }
 
-/* Bytes of n numbers in a row, or as many as they would be next to each other. */
-static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
+/* Prefetches a row of so many bytes into the first cache. */
+static ALWAYS_INLINE void prefetch_bytes(const char *row, int64_t bytes)
 {
-    return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
-}
-
-/* Asks for n numbers to come into the first cache. */
-static ALWAYS_INLINE void prefetch_numbers(const char *row, int64_t n)
-{
-    for (int64_t at = 0; at < n * (int64_t)sizeof(real); at += 64)
+    for (int64_t at = 0; at < bytes; at += 64)
         __builtin_prefetch(row + at, 0, 3);
 }
 

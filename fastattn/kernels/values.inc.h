@@ -109,12 +109,18 @@ static int all_finite(struct value_rows value, int begin, int end, int64_t value
     return 1;
 }
 
+/* Whether the sum of the values [begin, end) of a block can read them in place: in whole terms. */
+static ALWAYS_INLINE int sum_in_place(const fa_problem *problem, const fa_view *value, int begin, int end, int64_t rows)
+{
+    return begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, value, rows);
+}
+
 /* The values of the keys [begin, end) of a block, where a sum can read them; rows: that share one. */
 static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
                                                  int begin, int end, int64_t rows, const struct tile *tile)
 {
     const char *values = head->view[FA_VALUE].data + block * head->view[FA_VALUE].row;
-    if (begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, &head->view[FA_VALUE], rows))
+    if (sum_in_place(problem, &head->view[FA_VALUE], begin, end, rows))
         return (struct value_rows){values, head->view[FA_VALUE].row};
     copy_values(problem, values, &head->view[FA_VALUE], begin, end, tile->v, tile->v_row, tile->value_row);
     return (struct value_rows){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
