@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
-CONTRACT = f"{KERNELS}/contract.h"  # all that a driver sees of them
+CONTRACT = [f"{KERNELS}/contract.h", f"{KERNELS}/call.h"]  # all that a driver sees of them
 
 # Contraction is what turns a * b + c into one instruction; -std=c11 would switch it off, and -ffast-math would switch
 # denormals off for the whole process and break infinities.
@@ -74,7 +74,7 @@ class BuildInParallel(build_ext):
             objects = compiler.object_filenames(sources, output_dir=output_dir)
             for source, target in zip(sources, objects, strict=True):
                 flags = options.get("extra_postargs", []) + flags_of(source)
-                if self.force or newer(target, [source, *(depends if is_kernel(source) else [CONTRACT])]):
+                if self.force or newer(target, [source, *(depends if is_kernel(source) else CONTRACT)]):
                     jobs.append((source, {"output_dir": output_dir, **options, "extra_postargs": flags}))
             return objects
 

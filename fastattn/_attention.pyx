@@ -1,31 +1,26 @@
-"""The driver: cuts a problem into tiles of query rows, gives them to threads, and walks each over the keys it may see.
+"""The driver of attention: cuts a call into tiles of query rows, shares them out to threads, and walks each tile over
+the keys that it may see.
 
-It knows tiles, threads and scratch memory; what a tile computes is the kernels' affair (kernels/contract.h). Outputs of
-tiles are disjoint and the bits of a row do not depend on its tile, so the order and the number of threads cannot change
-a result.
+It knows tiles, threads and scratch memory; what a tile computes is the kernels' affair (kernels/contract.h). All but
+`attend` is plain C on a plain fa_call. Outputs of tiles are disjoint and the bits of a row do not depend on its tile,
+so neither the order nor the number of threads can change a result.
 """
-import numpy as np
-
 from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport INT64_MAX, int64_t
+from libc.stdlib cimport qsort
 
-from fastattn._call cimport (KEY, KEY_LENGTHS, KEYS_BEFORE, MASK, OFFSETS, QUERY_LENGTHS, VALUE, Problem,
-                             read_dot_product)
+from fastattn._call cimport (FA_KEY_LENGTHS, FA_KEYS_BEFORE, FA_OFFSETS, FA_QUERY_LENGTHS, Problem, fa_call, fa_locate,
+                             fa_queries_of, read_dot_product)
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BLOCK, FA_DOT, FA_DECODE_TILE, FA_OPERANDS, FA_SPAN, Team, Watch,
-                                allowed_threads, fa_head, fa_kernels, fa_next_range, fa_tuning, gathered,
-                                give_workspace, interrupted, join_team, kernels_for, prefetching_helps, raise_pending,
-                                take_workspace)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_DECODE_TILE, FA_DOT, FA_KEY, FA_MASK, FA_OPERANDS,
+                                FA_SPAN, FA_VALUE, Team, Watch, allowed_threads, fa_head, fa_kernels, fa_next_range,
+                                fa_tuning, gathered, give_workspace, interrupted, join_team, kernels_for,
+                                prefetching_helps, raise_pending, take_workspace)
 
 cdef enum:
-    # Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
-    # too few tiles to share out evenly. In a window what a tile reads and writes should stay in the second cache:
-    # WINDOW_ROWS, and one more for each KEYS_A_ROW keys that a row sees.
-    LEAST_ROWS = 128
-    MOST_ROWS = 768
-    WINDOW_ROWS = 384
-    KEYS_A_ROW = 4
-    TILES = 8           # wanted for each thread, where that leaves tiles of LEAST_ROWS
+    TILES = 8           # wanted for each thread, where that leaves tiles of fa_tuning.least_rows
+    # With fewer tiles than this for a thread, threads share the keys of a tile where queries are few.
+    SPLIT_TILES = 8
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
@@ -34,285 +29,336 @@ cdef double ADDITIVE_WORK = 4
 # What a tile and a row cost besides.
 cdef double TILE_WORK = 1e4
 cdef double ROW_WORK = 1e3
-# With fewer tiles than this for a thread, threads share the keys of a tile where queries are few.
-cdef enum:
-    SPLIT_TILES = 8
-
-# ... and those of the largest tile, so that a thread is not long alone with the last one.
+# Multiplications of the largest tile: a thread should not be long alone with the last one.
 cdef double MOST_WORK = 8e9
 
 
-cdef inline Py_ssize_t last_stride(Problem p, int operand) noexcept:
+cdef struct Tile:
+    int64_t head, sequence, row     # its first one
+    int64_t order                   # by which it comes where others cost the same
+    double cost
+
+
+# Keys [begin, end) of a tile.
+cdef struct Span:
+    int64_t tile, begin, end
+
+
+# How a call is cut, and what lies where in its scratch memory.
+cdef struct Plan:
+    int64_t rows                    # of a tile, at most
+    int threads
+    int64_t tiles
+    int64_t spans                   # that threads share; 0: they share tiles
+    size_t workspace_size           # of a thread
+    size_t span_size
+    Tile *tile
+    Span *span
+    int64_t *first_span             # of each tile, and of one more
+    char *workspaces                # [threads]
+    char *found                     # [spans] what each has given
+
+
+cdef inline Py_ssize_t last_stride(const fa_call *call, int operand) noexcept nogil:
     """Along the last batch axis."""
-    return p.layouts[operand].batch[p.axes - 1] if p.layouts[operand].data != NULL else 0
+    return call.layouts[operand].batch[call.axes - 1] if call.layouts[operand].data != NULL else 0
 
 
-cdef void choose_loops(Problem p, bint decode, const fa_tuning *tuning) noexcept:
+cdef void choose_loops(fa_call *call, bint decode, const fa_tuning *tuning) noexcept nogil:
     """Whether keys are read in place, as in decoding; and, unless queries are many, the heads of a group become rows of
     one head, so that keys and values are read, or packed, once for all of them: where neither lengths nor offsets
     differ within the group."""
-    cdef Py_ssize_t group = p.group
+    cdef int64_t group = call.group
     cdef int operand
-    p.shared.decode = decode and p.shared.score == FA_DOT and p.longest_query <= tuning.decode_queries
-    if (group == 1 or p.longest_query >= tuning.many_queries or p.packed or last_stride(p, KEY_LENGTHS) or
-            last_stride(p, QUERY_LENGTHS) or last_stride(p, OFFSETS) or last_stride(p, KEYS_BEFORE)):
+    call.problem.decode = decode and call.problem.score == FA_DOT and call.longest_query <= tuning.decode_queries
+    if (group == 1 or call.longest_query >= tuning.many_queries or call.query_starts != NULL or
+            last_stride(call, FA_KEY_LENGTHS) or last_stride(call, FA_QUERY_LENGTHS) or
+            last_stride(call, FA_OFFSETS) or last_stride(call, FA_KEYS_BEFORE)):
         return
     for operand in range(<int> FA_OPERANDS):
-        if operand != KEY and operand != VALUE:
-            p.sizes.view[operand].head = last_stride(p, operand)
-    p.sizes.heads = group
-    p.sizes.queries *= group
-    p.longest_query *= group
-    p.heads //= group
-    p.axes -= 1
+        if operand != FA_KEY and operand != FA_VALUE:
+            call.sizes.view[operand].head = last_stride(call, operand)
+    call.sizes.heads = group
+    call.sizes.queries *= group
+    call.longest_query *= group
+    call.heads //= group
+    call.axes -= 1
 
 
-cdef bint tiles_differ(Problem p) noexcept:
+cdef bint tiles_differ(const fa_call *call) noexcept nogil:
     """Whether tiles may differ in cost."""
     cdef int n, operand
-    for n in range(p.operand_count):
-        operand = p.operands[n]
-        if operand in (MASK, KEY_LENGTHS, QUERY_LENGTHS, OFFSETS, KEYS_BEFORE):
+    for n in range(call.operand_count):
+        operand = call.operands[n]
+        if operand == FA_MASK or operand >= FA_OPERANDS:
             return True
-    return p.packed or p.shared.left < INT64_MAX or p.shared.right < INT64_MAX or p.shared.chunk != 0
+    return (call.query_starts != NULL or call.problem.left < INT64_MAX or call.problem.right < INT64_MAX or
+            call.problem.chunk != 0)
 
 
-cdef double keys_of_row(Problem p) noexcept:
+cdef double keys_of_row(const fa_call *call) noexcept nogil:
     """The most that a query may see."""
-    cdef double keys = p.longest_key
-    if p.shared.left < INT64_MAX and p.shared.right < INT64_MAX:
-        keys = min(keys, <double> p.shared.left + p.shared.right + 1)
-    if p.shared.chunk and p.shared.left_chunks < INT64_MAX:
-        keys = min(keys, (<double> p.shared.left_chunks + 1) * p.shared.chunk)
+    cdef double keys = call.longest_key
+    if call.problem.left < INT64_MAX and call.problem.right < INT64_MAX:
+        keys = min(keys, <double> call.problem.left + call.problem.right + 1)
+    if call.problem.chunk and call.problem.left_chunks < INT64_MAX:
+        keys = min(keys, (<double> call.problem.left_chunks + 1) * call.problem.chunk)
     return keys
 
 
-cdef double work_of_pair(Problem p) noexcept:
+cdef double work_of_pair(const fa_call *call) noexcept nogil:
     """Multiplications for one query and one key."""
-    return p.shared.head_dim * (ADDITIVE_WORK if p.shared.score == FA_ADDITIVE else 1.0) + p.shared.value_dim
+    return (call.problem.head_dim * (ADDITIVE_WORK if call.problem.score == FA_ADDITIVE else 1.0) +
+            call.problem.value_dim)
 
 
-cdef Py_ssize_t rows_of_tiles(Problem p, int threads, int group_rows) noexcept:
-    cdef Py_ssize_t longest = p.longest_query, rows, tiles
-    cdef double work_of_row = keys_of_row(p) * work_of_pair(p) + 1
-    rows = <Py_ssize_t> (<double> p.sizes.queries * p.heads / (<double> TILES * threads))
-    rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
-    rows = <Py_ssize_t> min(<double> rows, WINDOW_ROWS + keys_of_row(p) / KEYS_A_ROW)
-    rows = <Py_ssize_t> max(group_rows, min(<double> rows, MOST_WORK / work_of_row))
-    if p.shared.decode:
+cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tuning) noexcept nogil:
+    cdef int64_t longest = call.longest_query, rows, tiles
+    cdef double work_of_row = keys_of_row(call) * work_of_pair(call) + 1
+    rows = <int64_t> (<double> call.sizes.queries * call.heads / (<double> TILES * threads))
+    rows = min(max(rows, tuning.least_rows), tuning.most_rows)
+    rows = <int64_t> min(<double> rows, tuning.window_rows + keys_of_row(call) / tuning.keys_a_row)
+    rows = <int64_t> max(tuning.group_rows, min(<double> rows, MOST_WORK / work_of_row))
+    if call.problem.decode:
         rows = min(rows, FA_DECODE_TILE)
     if longest <= rows:
         return max(longest, 1)
     tiles = (longest + rows - 1) // rows
     rows = (longest + tiles - 1) // tiles
-    return (rows + group_rows - 1) // group_rows * group_rows
+    return (rows + tuning.group_rows - 1) // tuning.group_rows * tuning.group_rows
 
 
-cdef int run_tile(Problem p, const fa_kernels *kernels, Py_ssize_t head_index, Py_ssize_t sequence, int64_t row,
+cdef int64_t tiles_of(const fa_call *call, int64_t rows) noexcept nogil:
+    cdef int64_t sequence, tiles = 0
+    for sequence in range(call.sequences):
+        tiles += (fa_queries_of(call, sequence) + rows - 1) // rows
+    return tiles * call.heads
+
+
+cdef int by_cost(const void *a, const void *b) noexcept nogil:
+    """The heaviest first, for qsort."""
+    cdef const Tile *x = <const Tile *> a
+    cdef const Tile *y = <const Tile *> b
+    if x.cost != y.cost:
+        return 1 if x.cost < y.cost else -1
+    return 1 if x.order > y.order else -1
+
+
+cdef inline int64_t end_of_span(int64_t begin, int64_t end) noexcept nogil:
+    return min(end, (begin // FA_SPAN + 1) * FA_SPAN)
+
+
+cdef void find_tiles(const fa_call *call, Plan *plan) noexcept nogil:
+    """Notes the tiles, where they differ in cost the heaviest first; without room for them counts them and their spans.
+    """
+    cdef int64_t tiles = 0, spans = 0, head, sequence, begin, end, row, rows, cursor, keys
+    cdef Tile *tile
+    cdef fa_head h
+    for head in range(call.heads):
+        for sequence in range(call.sequences):
+            fa_locate(call, head, sequence, &h)
+            row = 0
+            while row < h.queries:
+                rows = min(plan.rows, h.queries - row)
+                cursor = keys = 0
+                while fa_next_range(&call.problem, &h, row, rows, &cursor, &begin, &end):
+                    keys += end - begin
+                    spans += (end - 1) // FA_SPAN - begin // FA_SPAN + 1
+                if plan.tile != NULL:
+                    tile = &plan.tile[tiles]
+                    tile.head, tile.sequence, tile.row, tile.order = head, sequence, row, tiles
+                    tile.cost = <double> (keys + 1) * rows
+                tiles += 1
+                row += plan.rows
+    if plan.tile == NULL:
+        plan.tiles, plan.spans = tiles, spans
+    elif tiles_differ(call):
+        qsort(plan.tile, tiles, sizeof(Tile), by_cost)
+
+
+cdef void find_spans(const fa_call *call, Plan *plan) noexcept nogil:
+    cdef int64_t t, n = 0, begin, end, cursor
+    cdef const Tile *tile
+    cdef fa_head h
+    for t in range(plan.tiles):
+        plan.first_span[t] = n
+        tile = &plan.tile[t]
+        fa_locate(call, tile.head, tile.sequence, &h)
+        cursor = 0
+        while fa_next_range(&call.problem, &h, tile.row, min(plan.rows, h.queries - tile.row), &cursor, &begin, &end):
+            while begin < end:
+                plan.span[n].tile, plan.span[n].begin, plan.span[n].end = t, begin, end_of_span(begin, end)
+                begin = plan.span[n].end
+                n += 1
+    plan.first_span[plan.tiles] = n
+
+
+cdef int run_tile(const fa_call *call, const fa_kernels *kernels, int64_t head_index, int64_t sequence, int64_t row,
                   int64_t most_rows, void *workspace, Watch *watch, bint caller) noexcept nogil:
     """One tile, from the first key to the last; returns whether the call is to stop. caller: this is its thread."""
     cdef fa_head head
     cdef int64_t rows, begin, end, stop, cursor = 0
-    p.locate(head_index, sequence, &head)
+    fa_locate(call, head_index, sequence, &head)
     if row >= head.queries:
         return 0
     if watch != NULL and interrupted(watch, caller):
         return 1
     rows = min(most_rows, head.queries - row)
-    kernels.open_tile(&p.shared, &head, row, rows, workspace)
-    while fa_next_range(&p.shared, &head, row, rows, &cursor, &begin, &end):
+    kernels.open_tile(&call.problem, &head, row, rows, workspace)
+    while fa_next_range(&call.problem, &head, row, rows, &cursor, &begin, &end):
         while begin < end:
-            stop = min(end, (begin // FA_SPAN + 1) * FA_SPAN)
-            kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
+            stop = end_of_span(begin, end)
+            kernels.visit_keys(&call.problem, &head, row, rows, begin, stop, workspace)
             begin = stop
             if watch != NULL and interrupted(watch, caller):
                 return 1
-    kernels.close_tile(&p.shared, &head, row, rows, workspace)
+    kernels.close_tile(&call.problem, &head, row, rows, workspace)
     return 0
 
 
-cdef inline int64_t queries_of(Problem p, Py_ssize_t sequence) noexcept nogil:
-    return p.query_starts[sequence + 1] - p.query_starts[sequence] if p.packed else p.sizes.queries
-
-
-cdef int run_serial(Problem p, const fa_kernels *kernels, int64_t rows, void *workspace, Watch *watch) noexcept nogil:
-    cdef Py_ssize_t head, sequence
-    cdef int64_t row
-    for head in range(p.heads):
-        for sequence in range(p.sequences):
+cdef int run_serial(const fa_call *call, const fa_kernels *kernels, const Plan *plan, Watch *watch) noexcept nogil:
+    cdef int64_t head, sequence, row
+    for head in range(call.heads):
+        for sequence in range(call.sequences):
             row = 0
-            while row < queries_of(p, sequence):
-                if run_tile(p, kernels, head, sequence, row, rows, workspace, watch, True):
+            while row < fa_queries_of(call, sequence):
+                if run_tile(call, kernels, head, sequence, row, plan.rows, plan.workspaces, watch, True):
                     return 1
-                row += rows
+                row += plan.rows
     return 0
 
 
-cdef Py_ssize_t tiles_of(Problem p, int64_t rows) noexcept nogil:
-    cdef Py_ssize_t sequence, tiles = 0
-    for sequence in range(p.sequences):
-        tiles += (queries_of(p, sequence) + rows - 1) // rows
-    return tiles * p.heads
-
-
-cdef object tiles_in_order(Problem p, int64_t rows):
-    """(tiles, 3) array of head, sequence, first row; where they differ in cost the heaviest first."""
-    cdef Py_ssize_t count = tiles_of(p, rows), n = 0, head, sequence
-    table = np.empty((count, 3), np.int64)
-    cost = np.empty(count, np.float64)
-    cdef int64_t[:, ::1] tile = table
-    cdef double[::1] cost_of = cost
-    cdef fa_head h
-    cdef int64_t begin, end, row, cursor, keys
-    for head in range(p.heads):
-        for sequence in range(p.sequences):
-            p.locate(head, sequence, &h)
-            row = 0
-            while row < h.queries:
-                cursor = keys = 0
-                while fa_next_range(&p.shared, &h, row, min(rows, h.queries - row), &cursor, &begin, &end):
-                    keys += end - begin
-                tile[n, 0], tile[n, 1], tile[n, 2] = head, sequence, row
-                cost_of[n] = -<double> (keys + 1) * min(rows, h.queries - row)
-                n += 1
-                row += rows
-    return table[np.argsort(cost, kind="stable")] if tiles_differ(p) else table
-
-
-cdef void run_parallel(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
-                       char *workspaces, size_t workspace_size, Watch *watch) noexcept nogil:
-    cdef Py_ssize_t t, count = tile.shape[0]
-    cdef Py_ssize_t chunk = max(1, count // (threads * 64))
-    cdef Team team = gathered(threads)
+cdef void run_parallel(const fa_call *call, const fa_kernels *kernels, const Plan *plan, Watch *watch) noexcept nogil:
+    cdef int64_t t, chunk = max(1, plan.tiles // (plan.threads * 64))
+    cdef Team team = gathered(plan.threads)
     with nogil, parallel(num_threads=team.threads):
         join_team(&team)
-        for t in prange(count, schedule="dynamic", chunksize=chunk):
+        for t in prange(plan.tiles, schedule="dynamic", chunksize=chunk):
             if not interrupted(watch, False):
                 # The caller's thread is number 0.
-                run_tile(p, kernels, tile[t, 0], tile[t, 1], tile[t, 2], rows,
-                         workspaces + threadid() * workspace_size, watch, threadid() == 0)
+                run_tile(call, kernels, plan.tile[t].head, plan.tile[t].sequence, plan.tile[t].row, plan.rows,
+                         plan.workspaces + threadid() * plan.workspace_size, watch, threadid() == 0)
 
 
-cdef object spans_in_order(Problem p, const int64_t[:, ::1] tile, int64_t rows):
-    """(spans, 3) array of tile, first key, end; and where each tile's spans begin, one number more than there are."""
-    cdef Py_ssize_t t, n = 0, count = tile.shape[0]
-    cdef int64_t begin, end, step, cursor
-    cdef fa_head h
-    cdef int64_t[:, ::1] span
-    firsts = np.empty(count + 1, np.int64)
-    cdef int64_t[::1] first = firsts
-    for step in range(2):  # count them, then note them
-        if step == 1:
-            table = np.empty((n, 3), np.int64)
-            span = table
-            n = 0
-        for t in range(count):
-            first[t] = n
-            p.locate(tile[t, 0], tile[t, 1], &h)
-            cursor = 0
-            while fa_next_range(&p.shared, &h, tile[t, 2], min(rows, h.queries - tile[t, 2]), &cursor, &begin, &end):
-                while begin < end:
-                    if step == 1:
-                        span[n, 0], span[n, 1], span[n, 2] = t, begin, min(end, (begin // FA_SPAN + 1) * FA_SPAN)
-                    n += 1
-                    begin = (begin // FA_SPAN + 1) * FA_SPAN
-        first[count] = n
-    return table, firsts
-
-
-cdef int find_span(Problem p, const fa_kernels *kernels, const int64_t[:, ::1] tile, int64_t most_rows, Py_ssize_t t,
-                   int64_t begin, int64_t stop, void *workspace, void *span) noexcept nogil:
-    """One span of a tile, into `span`."""
+cdef int run_span(const fa_call *call, const fa_kernels *kernels, const Plan *plan, int64_t n,
+                  void *workspace) noexcept nogil:
+    """One span of a tile, kept for when the tile's spans are joined."""
     cdef fa_head head
-    p.locate(tile[t, 0], tile[t, 1], &head)
-    cdef int64_t row = tile[t, 2], rows = min(most_rows, head.queries - tile[t, 2])
-    kernels.open_tile(&p.shared, &head, row, rows, workspace)
-    kernels.visit_keys(&p.shared, &head, row, rows, begin, stop, workspace)
-    kernels.save_span(&p.shared, rows, workspace, span)
+    cdef const Span *span = &plan.span[n]
+    cdef const Tile *tile = &plan.tile[span.tile]
+    cdef int64_t rows
+    fa_locate(call, tile.head, tile.sequence, &head)
+    rows = min(plan.rows, head.queries - tile.row)
+    kernels.open_tile(&call.problem, &head, tile.row, rows, workspace)
+    kernels.visit_keys(&call.problem, &head, tile.row, rows, span.begin, span.end, workspace)
+    kernels.save_span(&call.problem, rows, workspace, plan.found + n * plan.span_size)
     return 0
 
 
-cdef int join_spans(Problem p, const fa_kernels *kernels, const int64_t[:, ::1] tile, int64_t most_rows, Py_ssize_t t,
-                    Py_ssize_t count, void *workspace, const char *span, size_t span_size) noexcept nogil:
+cdef int join_spans(const fa_call *call, const fa_kernels *kernels, const Plan *plan, int64_t t,
+                    void *workspace) noexcept nogil:
     """A tile from its spans."""
     cdef fa_head head
-    cdef Py_ssize_t n
-    p.locate(tile[t, 0], tile[t, 1], &head)
-    cdef int64_t row = tile[t, 2], rows = min(most_rows, head.queries - tile[t, 2])
-    kernels.open_tile(&p.shared, &head, row, rows, workspace)
-    for n in range(count):
-        kernels.join_span(&p.shared, &head, rows, workspace, span + n * span_size)
-    kernels.close_tile(&p.shared, &head, row, rows, workspace)
+    cdef const Tile *tile = &plan.tile[t]
+    cdef int64_t n, rows
+    fa_locate(call, tile.head, tile.sequence, &head)
+    rows = min(plan.rows, head.queries - tile.row)
+    kernels.open_tile(&call.problem, &head, tile.row, rows, workspace)
+    for n in range(plan.first_span[t], plan.first_span[t + 1]):
+        kernels.join_span(&call.problem, &head, rows, workspace, plan.found + n * plan.span_size)
+    kernels.close_tile(&call.problem, &head, tile.row, rows, workspace)
     return 0
 
 
-cdef void run_spans(Problem p, const fa_kernels *kernels, int64_t rows, int threads, const int64_t[:, ::1] tile,
-                    const int64_t[:, ::1] span, const int64_t[::1] first, char *workspaces, size_t workspace_size,
-                    char *found, size_t span_size, Watch *watch) noexcept nogil:
+cdef void run_spans(const fa_call *call, const fa_kernels *kernels, const Plan *plan, Watch *watch) noexcept nogil:
     """Few queries against many keys: threads share the keys of a tile, and its spans are joined in their order."""
-    cdef Py_ssize_t t
-    cdef Team team = gathered(threads)
+    cdef int64_t t
+    cdef Team team = gathered(plan.threads)
     with nogil, parallel(num_threads=team.threads):
         join_team(&team)
-        for t in prange(span.shape[0], schedule="dynamic", chunksize=1):
+        for t in prange(plan.spans, schedule="dynamic", chunksize=1):
             if not interrupted(watch, threadid() == 0):
-                find_span(p, kernels, tile, rows, span[t, 0], span[t, 1], span[t, 2],
-                          workspaces + threadid() * workspace_size, found + t * span_size)
-        for t in prange(tile.shape[0], schedule="dynamic", chunksize=1):
+                run_span(call, kernels, plan, t, plan.workspaces + threadid() * plan.workspace_size)
+        for t in prange(plan.tiles, schedule="dynamic", chunksize=1):
             if not watch.stop:
-                join_spans(p, kernels, tile, rows, t, first[t + 1] - first[t],
-                           workspaces + threadid() * workspace_size, found + first[t] * span_size, span_size)
+                join_spans(call, kernels, plan, t, plan.workspaces + threadid() * plan.workspace_size)
+
+
+cdef inline size_t aligned(size_t size) noexcept nogil:
+    return (size + FA_ALIGN - 1) // FA_ALIGN * FA_ALIGN
+
+
+cdef void *make_plan(const fa_call *call, const fa_kernels *kernels, int threads, int64_t rows_of_one,
+                     Plan *plan) except NULL:
+    """Returns the scratch memory. rows_of_one: of a tile, where there is one thread."""
+    cdef double channels = <double> call.problem.head_dim + call.problem.value_dim, estimate
+    cdef size_t tile_at, span_at, first_at
+    cdef char *scratch
+    plan.threads, plan.rows = threads, rows_of_one
+    plan.tiles = plan.spans = 0
+    plan.span_size = 0
+    plan.tile = NULL
+    if threads > 1:
+        plan.rows = rows_of_tiles(call, threads, &kernels.tuning)
+        find_tiles(call, plan)
+        if (call.problem.decode and plan.tiles < SPLIT_TILES * threads and call.longest_key > FA_SPAN and
+                plan.spans > plan.tiles):
+            plan.span_size = kernels.span_size(&call.problem, plan.rows)
+        else:
+            plan.spans = 0
+        plan.threads = <int> min(<int64_t> threads, max(plan.spans, plan.tiles))
+    plan.workspace_size = kernels.tile_workspace(&call.problem, plan.rows, call.longest_key)
+    tile_at = aligned(plan.workspace_size * plan.threads + plan.span_size * plan.spans)
+    span_at = tile_at + plan.tiles * sizeof(Tile)
+    first_at = span_at + plan.spans * sizeof(Span)
+    # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
+    estimate = 32.0 * plan.threads * (plan.rows + 2 * FA_BLOCK) * (channels + 256) + \
+        <double> plan.tiles * (sizeof(Tile) + sizeof(int64_t)) + plan.spans * (sizeof(Span) + <double> plan.span_size)
+    scratch = <char *> take_workspace(first_at + (plan.tiles + 1) * sizeof(int64_t), estimate)
+    plan.workspaces = scratch
+    plan.found = scratch + plan.workspace_size * plan.threads
+    plan.tile = <Tile *> (scratch + tile_at)
+    plan.span = <Span *> (scratch + span_at)
+    plan.first_span = <int64_t *> (scratch + first_at)
+    if plan.tiles:
+        find_tiles(call, plan)
+    if plan.spans:
+        find_spans(call, plan)
+    return scratch
 
 
 cdef object attend(Problem p, bint decode=True):
-    """Carries the problem out. decode=False: a few queries take the same loops as many, so that their bits are the
-    same."""
-    cdef const fa_kernels *kernels = kernels_for(p.shared.dtype)
-    choose_loops(p, decode, &kernels.tuning)
-    cdef int64_t rows = rows_of_tiles(p, 1, kernels.tuning.group_rows)
-    cdef size_t size, span_size = 0
-    cdef double channels = <double> p.shared.head_dim + p.shared.value_dim
-    cdef double work = <double> p.heads * p.sizes.queries * (keys_of_row(p) * work_of_pair(p) + ROW_WORK) + \
-        TILE_WORK * tiles_of(p, rows)
-    cdef bint small = work < SMALL_WORK
-    cdef int threads = 1 if small else allowed_threads(p.num_threads)
-    cdef char *workspaces
-    cdef const int64_t[:, ::1] tiles, spans
-    cdef const int64_t[::1] firsts
-    cdef Py_ssize_t n = 0
+    """Carries the call out. decode=False: few queries take the same loops as many, so that their bits are the same."""
+    cdef fa_call *call = p.call
+    cdef const fa_kernels *kernels = kernels_for(call.problem.dtype)
+    choose_loops(call, decode, &kernels.tuning)
+    cdef Plan plan
     cdef Watch watch = Watch(0, 0)
-    if p.heads == 0 or p.longest_query == 0:
+    cdef void *scratch
+    cdef int64_t rows
+    cdef double work
+    cdef bint small
+    if call.heads == 0 or call.longest_query == 0:
         return p.result()
-    p.shared.prefetch = prefetching_helps
-    if threads > 1:
-        rows = rows_of_tiles(p, threads, kernels.tuning.group_rows)
-        tiles = tiles_in_order(p, rows)
-        if p.shared.decode and tiles.shape[0] < SPLIT_TILES * threads and p.longest_key > FA_SPAN:
-            spans, firsts = spans_in_order(p, tiles, rows)
-            if spans.shape[0] > tiles.shape[0]:
-                n = spans.shape[0]
-                span_size = kernels.span_size(&p.shared, rows)
-        threads = min(threads, max(n, tiles.shape[0]))
-    size = kernels.tile_workspace(&p.shared, rows, p.longest_key)
-    # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
-    workspaces = <char *> take_workspace(
-        size * threads + span_size * n,
-        32.0 * threads * (rows + 2 * FA_BLOCK) * (channels + 256) + <double> span_size * n)
+    call.problem.prefetch = prefetching_helps
+    rows = rows_of_tiles(call, 1, &kernels.tuning)
+    work = <double> call.heads * call.sizes.queries * (keys_of_row(call) * work_of_pair(call) + ROW_WORK) + \
+        TILE_WORK * tiles_of(call, rows)
+    small = work < SMALL_WORK
+    scratch = make_plan(call, kernels, 1 if small else allowed_threads(p.num_threads), rows, &plan)
     try:
         if small:
-            run_serial(p, kernels, rows, workspaces, NULL)
-        elif threads <= 1:
-            with nogil:
-                run_serial(p, kernels, rows, workspaces, &watch)
-        elif n > 0:
-            with nogil:
-                run_spans(p, kernels, rows, threads, tiles, spans, firsts, workspaces, size,
-                          workspaces + size * threads, span_size, &watch)
+            run_serial(call, kernels, &plan, NULL)
         else:
             with nogil:
-                run_parallel(p, kernels, rows, threads, tiles, workspaces, size, &watch)
+                if plan.threads <= 1:
+                    run_serial(call, kernels, &plan, &watch)
+                elif plan.spans:
+                    run_spans(call, kernels, &plan, &watch)
+                else:
+                    run_parallel(call, kernels, &plan, &watch)
     finally:
-        give_workspace(workspaces)
+        give_workspace(scratch)
     if watch.stop:
         raise_pending()
     return p.result()

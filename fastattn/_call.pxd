@@ -1,33 +1,41 @@
-# One plain description of an attention problem, for the driver.
+# A call of attention as plain C (fa_call), and its owner.
 cimport numpy as cnp
 from libc.stdint cimport int64_t
 
 from fastattn._rules cimport Rules
-from fastattn._runtime cimport (FA_BIAS, FA_KEY, FA_LSE, FA_MASK, FA_OPERANDS, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS,
-                                FA_ROW_AXES, FA_SINKS, FA_SLOPES, FA_VALUE, FA_WEIGHTS, fa_dtype, fa_head, fa_problem)
+from fastattn._runtime cimport FA_OPERANDS, FA_ROW_AXES, fa_dtype, fa_head, fa_problem
 
-cdef enum:
-    MOST_AXES = FA_ROW_AXES
+cdef extern from "kernels/call.h" nogil:
+    enum:
+        FA_KEY_LENGTHS
+        FA_QUERY_LENGTHS
+        FA_OFFSETS
+        FA_KEYS_BEFORE
+        FA_CALL_OPERANDS
 
-# The arrays of a call whose address changes from head to head.
-cdef enum Operand:
-    QUERY = FA_QUERY
-    KEY = FA_KEY
-    VALUE = FA_VALUE
-    MASK = FA_MASK
-    BIAS = FA_BIAS
-    RELATIVE_BIAS = FA_RELATIVE_BIAS
-    OUT = FA_OUT
-    WEIGHTS = FA_WEIGHTS
-    LSE = FA_LSE
-    SLOPES = FA_SLOPES
-    SINKS = FA_SINKS
-    # Numbers of a head, which kernels get as such.
-    KEY_LENGTHS = FA_OPERANDS
-    QUERY_LENGTHS
-    OFFSETS
-    KEYS_BEFORE
-    OPERANDS
+    ctypedef struct fa_layout:
+        char *data
+        fa_dtype dtype
+        Py_ssize_t row, col
+        Py_ssize_t batch[FA_ROW_AXES]
+
+    ctypedef struct fa_call:
+        fa_problem problem
+        fa_head sizes
+        int axes
+        int64_t shape[FA_ROW_AXES]
+        int64_t heads, group
+        fa_layout layouts[<int> FA_CALL_OPERANDS]
+        int operands[<int> FA_CALL_OPERANDS]
+        int operand_count
+        int64_t longest_query, longest_key
+        int offset_is_default
+        const int64_t *query_starts
+        const int64_t *key_starts
+        int64_t sequences
+
+    int64_t fa_queries_of(const fa_call *call, int64_t sequence)
+    void fa_locate(const fa_call *call, int64_t head, int64_t sequence, fa_head *to)
 
 
 cdef struct Shape:
@@ -35,43 +43,21 @@ cdef struct Shape:
     const cnp.npy_intp *size
 
 
-cdef struct Layout:
-    char *data                    # NULL: not given
-    fa_dtype dtype
-    Py_ssize_t row, col           # byte strides of the last two axes
-    Py_ssize_t batch[MOST_AXES]   # byte strides of the batch axes, 0 where the operand is broadcast
-
-
+# A call, and what it needs of Python: the arrays that it points to, and its results.
 cdef class Problem:
-    cdef fa_problem shared                # what the kernels need to know of all heads
-    cdef fa_head sizes                    # the parts of a head that do not change from head to head
-    cdef int axes                         # batch axes; with grouped heads the head axis counts as two
-    cdef Py_ssize_t shape[MOST_AXES]      # their sizes
-    cdef Py_ssize_t heads                 # their product
-    cdef Py_ssize_t group                 # query heads that share a key head
-    cdef Layout *layouts                  # [OPERANDS]; of its own, because it need not be cleared
-    cdef int operands[<int> OPERANDS]     # those that are given
-    cdef int operand_count
-    cdef int64_t longest_query, longest_key
-    cdef bint offset_is_default           # the last query lines up with the last valid key
-    # Packed sequences: where each begins in queries and keys, one number more than there are.
-    cdef bint packed
-    cdef const int64_t[::1] query_starts
-    cdef const int64_t[::1] key_starts
-    cdef Py_ssize_t sequences
+    cdef fa_call *call                    # of its own
     cdef object num_threads
-    cdef object score_weights             # the array that shared.score_weights points to
+    cdef object score_weights             # the array that call.problem.score_weights points to
     cdef object dtype                     # of the result
-    cdef list kept                        # keeps the arrays alive that the layouts point to
+    cdef list kept                        # keeps the arrays alive that the call points to
     cdef readonly object out, weights, lse
 
     cdef object result(self)
-    cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil
 
 
 cdef Problem new_problem()
 cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
                        const Rules *r, object keys_before)
-cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*, bint packed=*)
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*)
 cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r)
 cdef tuple checked_sides(object left, object right)

@@ -1,5 +1,5 @@
 # cython: wraparound=True
-"""A call of attention, checked: its shapes, rules, views and results as one plain description, for the driver.
+"""A call of attention, checked: its shapes, rules, views and results as a plain fa_call, for the driver.
 
 Nothing here computes, and nothing is written to `out`. It is compiled because a small call's time is mostly spent here.
 """
@@ -10,16 +10,19 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.float cimport DBL_MAX
 from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
+from libc.string cimport memset
 
 from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked_threads, converted, empty, flag,
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
-from fastattn._runtime cimport FA_BF16, FA_DOT, FA_F16, FA_F32, FA_F64, FA_RELU, FA_SIGMOID, FA_SOFTMAX, fa_dtype
+from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE, FA_MASK, FA_OUT,
+                                FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX,
+                                FA_VALUE, FA_WEIGHTS, fa_dtype)
 
 cnp.import_array()
 
-# As in `Operand`, for messages.
+# By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
     "query", "key", "value", "mask", "bias", "relative_bias", "out", "weights", "lse", "alibi_slopes", "sinks",
     "key_lengths", "query_lengths", "query_offset", "keys_before")
@@ -41,19 +44,19 @@ cdef int64_t window_side(object x) except? -2:
     return INT64_MAX if n == -1 or n >= FAR else n
 
 
-cdef int read_window(Problem p, object window_size, bint is_causal) except -1:
-    p.shared.left = p.shared.right = INT64_MAX
+cdef int read_window(fa_call *call, object window_size, bint is_causal) except -1:
+    call.problem.left = call.problem.right = INT64_MAX
     if window_size is not None:
         if isinstance(window_size, (tuple, list)) or getattr(window_size, "ndim", 0) == 1:
             if len(window_size) != 2:
                 raise ValueError(f"window_size must be an integer or a pair (left, right), "
                                  f"not {len(window_size)} numbers: {window_size!r}")
-            p.shared.left = window_side(window_size[0])
-            p.shared.right = window_side(window_size[1])
+            call.problem.left = window_side(window_size[0])
+            call.problem.right = window_side(window_size[1])
         else:
-            p.shared.left = p.shared.right = window_side(window_size)
+            call.problem.left = call.problem.right = window_side(window_size)
     if is_causal:
-        p.shared.right = 0
+        call.problem.right = 0
     return 0
 
 
@@ -66,18 +69,18 @@ cdef tuple checked_sides(object left, object right):
     return left, right
 
 
-cdef int read_chunks(Problem p, object chunk_size, object left_chunks) except -1:
-    p.shared.chunk = 0
-    p.shared.left_chunks = INT64_MAX
+cdef int read_chunks(fa_call *call, object chunk_size, object left_chunks) except -1:
+    call.problem.chunk = 0
+    call.problem.left_chunks = INT64_MAX
     if chunk_size is None:
         if left_chunks is not None:
             raise ValueError(f"left_chunks={left_chunks!r} needs chunk_size, the number of keys in a chunk")
         return 0
-    p.shared.chunk = min(integer(chunk_size, "chunk_size", "an integer of at least 1, or None", 1), FAR)
+    call.problem.chunk = min(integer(chunk_size, "chunk_size", "an integer of at least 1, or None", 1), FAR)
     if left_chunks is not None:
         n = integer(left_chunks, "left_chunks", "an integer of at least 0, or None or -1 for all", -1)
         if n >= 0:
-            p.shared.left_chunks = min(n, FAR)
+            call.problem.left_chunks = min(n, FAR)
     return 0
 
 
@@ -128,30 +131,30 @@ cdef Py_ssize_t read_group(Shape query, Shape key, Shape value) except -1:
     return heads // shared if shared else 1
 
 
-cdef int read_batch(Problem p, Shape query, Shape key, Shape value) except -1:
-    """Broadcasts the batch axes of query, key and value into p.shape; a shared key head counts for its whole group."""
+cdef int read_batch(fa_call *call, Shape query, Shape key, Shape value) except -1:
+    """Broadcasts the batch axes of query, key and value into call.shape; a shared key head counts for its group."""
     cdef Shape[3] all_of_them = [query, key, value]
     cdef int i, axis, axes = max(query.axes, key.axes, value.axes) - 2
     cdef Py_ssize_t n, size
-    p.axes = axes
-    p.heads = 1
+    call.axes = axes
+    call.heads = 1
     for axis in range(3, axes + 3):
         size = 1
         for i in range(3):
             n = from_right(all_of_them[i], axis)
             if axis == 3 and i > 0 and all_of_them[i].axes > 2:
-                n *= p.group
+                n *= call.group
             if n != size and n != 1:
                 if size != 1:
                     raise bad_heads(query, key, value)
                 size = n
-        p.shape[axes + 2 - axis] = size
-        p.heads *= size
+        call.shape[axes + 2 - axis] = size
+        call.heads *= size
     return 0
 
 
-cdef tuple batch_shape(Problem p):
-    return tuple([p.shape[i] for i in range(p.axes)])
+cdef tuple batch_shape(fa_call *call):
+    return tuple([call.shape[i] for i in range(call.axes)])
 
 
 cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
@@ -166,9 +169,9 @@ cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
     """Notes where an array lies, and keeps it alive. trailing: how many of its last axes are not batch axes (at most
-    2). The others are known to broadcast to p.shape, where a shared key head counts for its whole group (split_heads
+    2). The others are known to broadcast to p.call.shape, where a shared key head counts for its group (split_heads
     sees to that)."""
-    cdef Layout *layout = &p.layouts[operand]
+    cdef fa_layout *layout = &p.call.layouts[operand]
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
     layout.dtype = dtype_of(a)
@@ -182,33 +185,33 @@ cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
             layout.col = cnp.PyArray_ITEMSIZE(a)
     elif trailing == 1:
         layout.row = cnp.PyArray_STRIDE(a, ndim - 1)
-    for i in range(p.axes):
-        axis = i - (p.axes - (ndim - trailing))
+    for i in range(p.call.axes):
+        axis = i - (p.call.axes - (ndim - trailing))
         if axis < 0 or cnp.PyArray_DIM(a, axis) == 1:
             layout.batch[i] = 0
         else:
             layout.batch[i] = cnp.PyArray_STRIDE(a, axis)
-    p.operands[p.operand_count] = operand
-    p.operand_count += 1
+    p.call.operands[p.call.operand_count] = operand
+    p.call.operand_count += 1
     p.kept.append(a)
     return 0
 
 
-cdef int split_heads(Problem p) except -1:
+cdef int split_heads(fa_call *call) except -1:
     """Makes two axes of the head axis, (key heads, group): key and value stand still along the second."""
-    cdef int last = p.axes - 1, n, operand
+    cdef int last = call.axes - 1, n, operand
     cdef Py_ssize_t stride
-    for n in range(p.operand_count):
-        operand = p.operands[n]
-        stride = p.layouts[operand].batch[last]
-        if operand == KEY or operand == VALUE:
-            p.layouts[operand].batch[last + 1] = 0
+    for n in range(call.operand_count):
+        operand = call.operands[n]
+        stride = call.layouts[operand].batch[last]
+        if operand == FA_KEY or operand == FA_VALUE:
+            call.layouts[operand].batch[last + 1] = 0
         else:
-            p.layouts[operand].batch[last] = stride * p.group
-            p.layouts[operand].batch[last + 1] = stride
-    p.shape[last] //= p.group
-    p.shape[last + 1] = p.group
-    p.axes += 1
+            call.layouts[operand].batch[last] = stride * call.group
+            call.layouts[operand].batch[last + 1] = stride
+    call.shape[last] //= call.group
+    call.shape[last + 1] = call.group
+    call.axes += 1
     return 0
 
 
@@ -241,16 +244,16 @@ cdef str of_padding(cnp.ndarray mask, tuple batch, Py_ssize_t keys):
 
 
 cdef cnp.ndarray new_array(Problem p, Py_ssize_t rows, Py_ssize_t cols):
-    """An array of shape p.shape + (rows, cols) and the result's dtype, not initialised."""
-    cdef cnp.npy_intp dims[MOST_AXES]
+    """An array of shape p.call.shape + (rows, cols) and the result's dtype, not initialised."""
+    cdef cnp.npy_intp dims[FA_ROW_AXES]
     cdef int i
-    if p.shared.dtype == FA_BF16 or p.axes + 2 > 32 or <double> p.heads * rows * cols > 1e15:
-        return empty((*batch_shape(p), rows, cols), p.dtype)
-    for i in range(p.axes):
-        dims[i] = p.shape[i]
-    dims[p.axes] = rows
-    dims[p.axes + 1] = cols
-    return cnp.PyArray_EMPTY(p.axes + 2, dims, (<cnp.dtype> p.dtype).type_num, 0)
+    if p.call.problem.dtype == FA_BF16 or p.call.axes + 2 > 32 or <double> p.call.heads * rows * cols > 1e15:
+        return empty((*batch_shape(p.call), rows, cols), p.dtype)
+    for i in range(p.call.axes):
+        dims[i] = p.call.shape[i]
+    dims[p.call.axes] = rows
+    dims[p.call.axes + 1] = cols
+    return cnp.PyArray_EMPTY(p.call.axes + 2, dims, (<cnp.dtype> p.dtype).type_num, 0)
 
 
 cdef cnp.ndarray widened(cnp.ndarray a, int ndim):
@@ -267,9 +270,9 @@ cdef int read_matrix(Problem p, int operand, cnp.ndarray a, str name, tuple batc
     a = widened(a, 2)
     place(p, operand, a, 2)
     if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 2) == 1:
-        p.layouts[operand].row = 0
+        p.call.layouts[operand].row = 0
     if cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1) == 1:
-        p.layouts[operand].col = 0
+        p.call.layouts[operand].col = 0
     return 0
 
 
@@ -278,7 +281,7 @@ cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssiz
     if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
         raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
                         f"numbers that are added to the scores go to bias={of_padding(a, batch, cols)}")
-    return read_matrix(p, MASK, a, "mask", batch, rows, cols)
+    return read_matrix(p, FA_MASK, a, "mask", batch, rows, cols)
 
 
 cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
@@ -287,23 +290,23 @@ cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssiz
         raise TypeError(f"bias must be floating, not of dtype {a.dtype}; booleans that say "
                         f"which keys count go to mask=")
     storage_of(a, "bias")
-    return read_matrix(p, BIAS, a, "bias", batch, rows, cols)
+    return read_matrix(p, FA_BIAS, a, "bias", batch, rows, cols)
 
 
-cdef int64_t band_width(Problem p, str what) except -1:
+cdef int64_t band_width(fa_call *call, str what) except -1:
     """left + right + 1 of the window, which `what` needs bounded on both sides."""
-    if p.shared.left == INT64_MAX or p.shared.right == INT64_MAX:
+    if call.problem.left == INT64_MAX or call.problem.right == INT64_MAX:
         raise ValueError(f"{what} needs window_size=(left, right) with both sides bounded (is_causal bounds the right)")
-    return p.shared.left + p.shared.right + 1
+    return call.problem.left + call.problem.right + 1
 
 
 cdef int read_relative_bias(Problem p, object bias, tuple batch, Py_ssize_t rows) except -1:
     cdef cnp.ndarray a = as_array(bias, "relative_bias")
-    cdef int64_t width = band_width(p, "relative_bias")
+    cdef int64_t width = band_width(p.call, "relative_bias")
     if a.dtype.kind in "biu":
         raise TypeError(f"relative_bias must be floating, not of dtype {a.dtype}")
     storage_of(a, "relative_bias")
-    return read_matrix(p, RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
+    return read_matrix(p, FA_RELATIVE_BIAS, a, "relative_bias", batch, rows, width)
 
 
 cdef int read_per_head(Problem p, int operand, object x, str name, tuple batch, fa_dtype dtype) except -1:
@@ -331,83 +334,45 @@ cdef class Problem:
     """One call, checked."""
 
     def __cinit__(self):
-        self.layouts = <Layout *> PyMem_Malloc(<int> OPERANDS * sizeof(Layout))
-        if self.layouts == NULL:
+        self.call = <fa_call *> PyMem_Malloc(sizeof(fa_call))
+        if self.call == NULL:
             raise MemoryError("no memory for the description of a call")
 
     def __dealloc__(self):
-        PyMem_Free(self.layouts)
+        PyMem_Free(self.call)
 
     cdef object result(self):
         if self.weights is None:
             return self.out if self.lse is None else (self.out, self.lse)
         return (self.out, self.weights) if self.lse is None else (self.out, self.weights, self.lse)
 
-    cdef void locate(self, Py_ssize_t head, Py_ssize_t sequence, fa_head *to) noexcept nogil:
-        """Addresses and numbers of one head of one sequence."""
-        cdef Py_ssize_t index[MOST_AXES]
-        cdef char *at[<int> OPERANDS]
-        cdef int i, n, operand
-        cdef Layout *layout
-        for i in range(self.axes - 1, -1, -1):
-            index[i] = head % self.shape[i]
-            head //= self.shape[i]
-        for operand in range(<int> OPERANDS):
-            at[operand] = NULL
-        for n in range(self.operand_count):
-            operand = self.operands[n]
-            layout = &self.layouts[operand]
-            at[operand] = layout.data
-            for i in range(self.axes):
-                at[operand] += index[i] * layout.batch[i]
-        to[0] = self.sizes
-        for operand in range(<int> FA_OPERANDS):
-            to.view[operand].data = at[operand]
-        if at[<int> KEY_LENGTHS] != NULL:
-            to.key_length = (<int64_t *> at[<int> KEY_LENGTHS])[0]
-        if at[<int> QUERY_LENGTHS] != NULL:
-            to.query_length = (<int64_t *> at[<int> QUERY_LENGTHS])[0]
-        if self.packed:
-            to.queries = to.query_length = self.query_starts[sequence + 1] - self.query_starts[sequence]
-            to.keys = to.key_length = self.key_starts[sequence + 1] - self.key_starts[sequence]
-            for operand in range(<int> FA_OPERANDS):
-                if operand == KEY or operand == VALUE:
-                    to.view[operand].data += self.key_starts[sequence] * to.view[operand].row
-                elif (operand == QUERY or operand == OUT or operand == LSE) and at[operand] != NULL:
-                    to.view[operand].data += self.query_starts[sequence] * to.view[operand].row
-        if at[<int> OFFSETS] != NULL:
-            to.offset = (<int64_t *> at[<int> OFFSETS])[0]
-        elif self.offset_is_default:
-            to.offset = to.key_length - to.query_length
-        if at[<int> KEYS_BEFORE] != NULL:
-            to.keys_before = (<int64_t *> at[<int> KEYS_BEFORE])[0]
-        to.query_length *= to.heads
-
 
 cdef Problem new_problem():
     cdef Problem p = Problem.__new__(Problem)
     cdef int i
-    for i in range(<int> OPERANDS):
-        p.layouts[i].data = NULL
-        p.layouts[i].dtype = FA_F32
-        p.layouts[i].row = p.layouts[i].col = 0
-    p.operand_count = 0
+    for i in range(<int> FA_CALL_OPERANDS):
+        p.call.layouts[i].data = NULL
+        p.call.layouts[i].dtype = FA_F32
+        p.call.layouts[i].row = p.call.layouts[i].col = 0
+    memset(&p.call.problem, 0, sizeof(fa_problem))
+    memset(&p.call.sizes, 0, sizeof(fa_head))
+    p.call.operand_count = 0
+    p.call.query_starts = p.call.key_starts = NULL
+    p.call.sequences = 1
     p.kept = []
-    p.sequences = 1
-    p.packed = False
     return p
 
 
-cdef int read_activation(Problem p, object activation, object sinks, bint return_lse) except -1:
+cdef int read_activation(fa_call *call, object activation, object sinks, bint return_lse) except -1:
     if type(activation) is not str:
         raise TypeError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
     if activation == "softmax":
-        p.shared.activation = FA_SOFTMAX
+        call.problem.activation = FA_SOFTMAX
         return 0
     if activation == "relu":
-        p.shared.activation = FA_RELU
+        call.problem.activation = FA_RELU
     elif activation == "sigmoid":
-        p.shared.activation = FA_SIGMOID
+        call.problem.activation = FA_SIGMOID
     else:
         raise ValueError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
     if return_lse:
@@ -417,7 +382,7 @@ cdef int read_activation(Problem p, object activation, object sinks, bint return
     return 0
 
 
-cdef int read_shapes(Problem p, Shape query, Shape key, Shape value, bint grouped) except -1:
+cdef int read_shapes(fa_call *call, Shape query, Shape key, Shape value, bint grouped) except -1:
     """Shapes of query, key and value that fit; batch axes."""
     if query.axes < 2:
         raise too_few_axes("query", as_tuple(query), "(..., L, D)")
@@ -432,29 +397,29 @@ cdef int read_shapes(Problem p, Shape query, Shape key, Shape value, bint groupe
     if from_right(value, 2) != keys:
         raise ValueError(f"value has {from_right(value, 2)} rows (axis -2) and key {keys}: there must be one value for "
                          f"each key")
-    p.group = read_group(query, key, value) if grouped else 1
-    read_batch(p, query, key, value)
-    p.shared.head_dim = channels
-    p.shared.value_dim = from_right(value, 1)
-    p.sizes.queries = p.sizes.query_length = from_right(query, 2)
-    p.sizes.keys = p.sizes.key_length = keys
-    p.longest_query = p.sizes.queries
-    p.longest_key = keys
+    call.group = read_group(query, key, value) if grouped else 1
+    read_batch(call, query, key, value)
+    call.problem.head_dim = channels
+    call.problem.value_dim = from_right(value, 1)
+    call.sizes.queries = call.sizes.query_length = from_right(query, 2)
+    call.sizes.keys = call.sizes.key_length = keys
+    call.longest_query = call.sizes.queries
+    call.longest_key = keys
     return 0
 
 
-cdef int fill_views(Problem p) except -1:
+cdef int fill_views(fa_call *call) except -1:
     """The head axis is split where it is grouped; then the views of a head are what the layouts say."""
     cdef int operand
-    if p.group > 1:
-        split_heads(p)
-    p.sizes.heads = 1
+    if call.group > 1:
+        split_heads(call)
+    call.sizes.heads = 1
     for operand in range(<int> FA_OPERANDS):
-        p.sizes.view[operand].data = NULL  # which locate fills in
-        p.sizes.view[operand].row = p.layouts[operand].row
-        p.sizes.view[operand].col = p.layouts[operand].col
-        p.sizes.view[operand].dtype = p.layouts[operand].dtype
-        p.sizes.view[operand].head = 0
+        call.sizes.view[operand].data = NULL  # which locate fills in
+        call.sizes.view[operand].row = call.layouts[operand].row
+        call.sizes.view[operand].col = call.layouts[operand].col
+        call.sizes.view[operand].dtype = call.layouts[operand].dtype
+        call.sizes.view[operand].head = 0
     return 0
 
 
@@ -462,38 +427,39 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
     """What all scores share, once p knows its sizes and its dtype."""
     cdef bint with_lse = flag(<object> r.return_lse, "return_lse")
     cdef tuple batch = None
-    cdef Py_ssize_t rows = p.sizes.queries, cols = p.sizes.keys
-    read_window(p, <object> r.window_size, flag(<object> r.is_causal, "is_causal"))
-    read_chunks(p, <object> r.chunk_size, <object> r.left_chunks)
-    read_activation(p, <object> r.activation, <object> r.sinks, with_lse)
+    cdef Py_ssize_t rows = p.call.sizes.queries, cols = p.call.sizes.keys
+    read_window(p.call, <object> r.window_size, flag(<object> r.is_causal, "is_causal"))
+    read_chunks(p.call, <object> r.chunk_size, <object> r.left_chunks)
+    read_activation(p.call, <object> r.activation, <object> r.sinks, with_lse)
     p.num_threads = checked_threads(<object> r.num_threads)
     if given(r.scale):
-        p.shared.scale *= real(<object> r.scale, "scale", "a finite real number or None")
-        p.shared.scale = max(-DBL_MAX, min(DBL_MAX, p.shared.scale))
-    p.shared.softcap = 0
+        p.call.problem.scale *= real(<object> r.scale, "scale", "a finite real number or None")
+        p.call.problem.scale = max(-DBL_MAX, min(DBL_MAX, p.call.problem.scale))
+    p.call.problem.softcap = 0
     if given(r.softcap):
-        p.shared.softcap = real(<object> r.softcap, "softcap", "a positive finite number or None", True)
-    p.shared.band = type(<object> r.return_weights) is str and <object> r.return_weights == "band"
-    if p.shared.band:
-        band_width(p, "return_weights='band'")
+        p.call.problem.softcap = real(<object> r.softcap, "softcap", "a positive finite number or None", True)
+    p.call.problem.band = type(<object> r.return_weights) is str and <object> r.return_weights == "band"
+    if p.call.problem.band:
+        band_width(p.call, "return_weights='band'")
     else:
         weights_flag(<object> r.return_weights)
 
-    p.offset_is_default = not given(r.query_offset)
-    p.shared.has_slope, p.shared.has_sink = given(r.alibi_slopes), given(r.sinks)
+    p.call.offset_is_default = not given(r.query_offset)
+    p.call.problem.has_slope, p.call.problem.has_sink = given(r.alibi_slopes), given(r.sinks)
     if not (given(r.key_lengths) or given(r.query_lengths) or given(r.query_offset) or given(r.mask) or given(r.bias) or
             given(r.relative_bias) or given(r.alibi_slopes) or given(r.sinks) or keys_before is not None):
         return 0
-    batch = batch_shape(p)
+    batch = batch_shape(p.call)
     if given(r.key_lengths):
-        read_integers(p, KEY_LENGTHS, <object> r.key_lengths, "key_lengths", batch, 0, cols, &p.sizes.key_length)
+        read_integers(p, FA_KEY_LENGTHS, <object> r.key_lengths, "key_lengths", batch, 0, cols,
+                      &p.call.sizes.key_length)
     if given(r.query_lengths):
-        read_integers(p, QUERY_LENGTHS, <object> r.query_lengths, "query_lengths", batch, 0, rows,
-                      &p.sizes.query_length)
+        read_integers(p, FA_QUERY_LENGTHS, <object> r.query_lengths, "query_lengths", batch, 0, rows,
+                      &p.call.sizes.query_length)
     if given(r.query_offset):
-        read_integers(p, OFFSETS, <object> r.query_offset, "query_offset", batch, None, None, &p.sizes.offset)
+        read_integers(p, FA_OFFSETS, <object> r.query_offset, "query_offset", batch, None, None, &p.call.sizes.offset)
     if keys_before is not None:
-        read_integers(p, KEYS_BEFORE, keys_before, "keys_before", batch, 0, FAR, &p.sizes.keys_before)
+        read_integers(p, FA_KEYS_BEFORE, keys_before, "keys_before", batch, 0, FAR, &p.call.sizes.keys_before)
     if given(r.mask):
         read_mask(p, <object> r.mask, batch, rows, cols)
     if given(r.bias):
@@ -501,63 +467,61 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
     if given(r.relative_bias):
         read_relative_bias(p, <object> r.relative_bias, batch, rows)
     if given(r.alibi_slopes):
-        read_per_head(p, SLOPES, <object> r.alibi_slopes, "alibi_slopes", batch, p.shared.dtype)
+        read_per_head(p, FA_SLOPES, <object> r.alibi_slopes, "alibi_slopes", batch, p.call.problem.dtype)
     if given(r.sinks):
-        read_per_head(p, SINKS, <object> r.sinks, "sinks", batch, p.shared.dtype)
+        read_per_head(p, FA_SINKS, <object> r.sinks, "sinks", batch, p.call.problem.dtype)
     return 0
 
 
 cdef int read_results(Problem p, const Rules *r, tuple inputs, tuple names) except -1:
     """Memory for the results. inputs, names: what came, which `out` must not overlap."""
-    cdef Py_ssize_t rows = p.sizes.queries
+    cdef Py_ssize_t rows = p.call.sizes.queries
     cdef tuple shape
     if not given(r.out):
-        p.out = new_array(p, rows, p.shared.value_dim)
+        p.out = new_array(p, rows, p.call.problem.value_dim)
     else:
-        shape = (*batch_shape(p), rows, p.shared.value_dim)
+        shape = (*batch_shape(p.call), rows, p.call.problem.value_dim)
         p.out = checked_out(<object> r.out, shape, p.dtype, p.kept,
-                            tuple([OPERAND_NAMES[p.operands[i]] for i in range(p.operand_count)]))
+                            tuple([OPERAND_NAMES[p.call.operands[i]] for i in range(p.call.operand_count)]))
         refuse_overlap(p.out, inputs, names)
         refuse_overlap(p.out, (<object> r.alibi_slopes, <object> r.sinks, <object> r.key_lengths,
                                <object> r.query_lengths, <object> r.query_offset),
-                       OPERAND_NAMES[<int> SLOPES:<int> KEYS_BEFORE])
-    place(p, OUT, p.out, 2)
-    if p.shared.band or <object> r.return_weights:
-        cols = band_width(p, "return_weights='band'") if p.shared.band else p.sizes.keys
-        p.weights = empty((*batch_shape(p), rows, cols), accumulation(p.shared.dtype))
-        place(p, WEIGHTS, p.weights, 2)
+                       OPERAND_NAMES[<int> FA_SLOPES:<int> FA_KEYS_BEFORE])
+    place(p, FA_OUT, p.out, 2)
+    if p.call.problem.band or <object> r.return_weights:
+        cols = band_width(p.call, "return_weights='band'") if p.call.problem.band else p.call.sizes.keys
+        p.weights = empty((*batch_shape(p.call), rows, cols), accumulation(p.call.problem.dtype))
+        place(p, FA_WEIGHTS, p.weights, 2)
     if <object> r.return_lse:
-        p.lse = empty((*batch_shape(p), rows), accumulation(p.shared.dtype))
-        place(p, LSE, p.lse, 1)
+        p.lse = empty((*batch_shape(p.call), rows), accumulation(p.call.problem.dtype))
+        place(p, FA_LSE, p.lse, 1)
     return 0
 
 
 cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
                        const Rules *r, object keys_before):
-    """query, key and value, of any dtypes; p.dtype, p.shared.dtype, .score and .scale are set.
+    """query, key and value, of any dtypes; p.dtype, p.call.problem.dtype, .score and .scale are set.
     keys_before: how many keys were before the first one, of which chunks count; as query_offset."""
-    read_shapes(p, dims_of(query), dims_of(key), dims_of(value), flag(<object> r.enable_gqa, "enable_gqa"))
-    place(p, QUERY, query, 2)
-    place(p, KEY, key, 2)
-    place(p, VALUE, value, 2)
+    read_shapes(p.call, dims_of(query), dims_of(key), dims_of(value), flag(<object> r.enable_gqa, "enable_gqa"))
+    place(p, FA_QUERY, query, 2)
+    place(p, FA_KEY, key, 2)
+    place(p, FA_VALUE, value, 2)
     read_rules(p, r, keys_before)
     read_results(p, r, inputs, names)
-    fill_views(p)
+    fill_views(p.call)
     return p
 
 
-cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None,
-                              bint packed=False):
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None):
     cdef Problem p = new_problem()
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef cnp.ndarray q
-    p.packed = packed
-    p.dtype = promoted(arrays, ("query", "key", "value"), &p.shared.dtype)
-    p.shared.score = FA_DOT
+    p.dtype = promoted(arrays, ("query", "key", "value"), &p.call.problem.dtype)
+    p.call.problem.score = FA_DOT
     q = arrays[0]
-    p.shared.scale = 1
+    p.call.problem.scale = 1
     if not given(r.scale) and cnp.PyArray_NDIM(q) > 0:
-        p.shared.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
+        p.call.problem.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
     return read_call(p, q, arrays[1], arrays[2], (query, key, value) if given(r.out) else None,
                      ("query", "key", "value"), &r, keys_before)
 
@@ -568,17 +532,17 @@ def check(tuple query, tuple key, tuple value, dtype, dict some):
     cdef Problem p = new_problem()
     cdef Rules r = rules_of(some)
     cdef Shape[3] shapes
-    cdef cnp.npy_intp[3][<int> MOST_AXES] size
+    cdef cnp.npy_intp[3][<int> FA_ROW_AXES] size
     cdef int i, axis
     for i, given_shape in enumerate((query, key, value)):
         shapes[i].axes, shapes[i].size = len(given_shape), size[i]
         for axis in range(shapes[i].axes):
             size[i][axis] = given_shape[axis]
-    p.shared.dtype = FA_F64 if dtype == np.float64 else FA_F32
-    p.shared.scale = 1
-    read_shapes(p, shapes[0], shapes[1], shapes[2], flag(<object> r.enable_gqa, "enable_gqa"))
+    p.call.problem.dtype = FA_F64 if dtype == np.float64 else FA_F32
+    p.call.problem.scale = 1
+    read_shapes(p.call, shapes[0], shapes[1], shapes[2], flag(<object> r.enable_gqa, "enable_gqa"))
     read_rules(p, &r, None)
-    return (*batch_shape(p), p.sizes.queries, p.shared.value_dim)
+    return (*batch_shape(p.call), p.call.sizes.queries, p.call.problem.value_dim)
 
 
 # Packed sequences
@@ -598,23 +562,25 @@ cdef const int64_t[::1] read_starts(object x, str name, Py_ssize_t total, str ax
 
 
 cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r):
-    cdef Problem p = read_dot_product(query, key, value, r, None, True)
+    cdef Problem p = read_dot_product(query, key, value, r)
     refuse_overlap(<object> r.out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
-    p.query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.sizes.queries, "query's axis -2")
-    if cu_seqlens_k is None:
-        if p.sizes.keys != p.sizes.queries:
-            raise ValueError(f"cu_seqlens_k is needed where query and key have different total lengths "
-                             f"({p.sizes.queries} and {p.sizes.keys})")
-        p.key_starts = p.query_starts
-    else:
-        p.key_starts = read_starts(cu_seqlens_k, "cu_seqlens_k", p.sizes.keys, "key's axis -2")
-    if p.key_starts.shape[0] != p.query_starts.shape[0]:
-        raise ValueError(f"cu_seqlens_k has {p.key_starts.shape[0]} numbers and cu_seqlens_q "
-                         f"{p.query_starts.shape[0]}: both must describe the same sequences")
-    p.sequences = p.query_starts.shape[0] - 1
+    cdef const int64_t[::1] query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.call.sizes.queries,
+                                                       "query's axis -2")
+    cdef const int64_t[::1] key_starts = query_starts
+    if cu_seqlens_k is not None:
+        key_starts = read_starts(cu_seqlens_k, "cu_seqlens_k", p.call.sizes.keys, "key's axis -2")
+    elif p.call.sizes.keys != p.call.sizes.queries:
+        raise ValueError(f"cu_seqlens_k is needed where query and key have different total lengths "
+                         f"({p.call.sizes.queries} and {p.call.sizes.keys})")
+    if key_starts.shape[0] != query_starts.shape[0]:
+        raise ValueError(f"cu_seqlens_k has {key_starts.shape[0]} numbers and cu_seqlens_q "
+                         f"{query_starts.shape[0]}: both must describe the same sequences")
+    p.kept.append((query_starts, key_starts))
+    p.call.query_starts, p.call.key_starts = &query_starts[0], &key_starts[0]
+    p.call.sequences = query_starts.shape[0] - 1
     cdef Py_ssize_t i
-    p.longest_query = p.longest_key = 0
-    for i in range(p.sequences):
-        p.longest_query = max(p.longest_query, p.query_starts[i + 1] - p.query_starts[i])
-        p.longest_key = max(p.longest_key, p.key_starts[i + 1] - p.key_starts[i])
+    p.call.longest_query = p.call.longest_key = 0
+    for i in range(p.call.sequences):
+        p.call.longest_query = max(p.call.longest_query, query_starts[i + 1] - query_starts[i])
+        p.call.longest_key = max(p.call.longest_key, key_starts[i + 1] - key_starts[i])
     return p

@@ -83,7 +83,7 @@ cdef extern from "kernels/contract.h" nogil:
         int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
     ctypedef struct fa_tuning:
-        int group_rows, decode_queries, many_queries
+        int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row
 
     ctypedef struct fa_kernels:
         const char *name

@@ -25,7 +25,7 @@ cdef list read_weights(Problem p, tuple given, tuple names):
         if i < 3 or given[i] is not None:
             present.append(floating(given[i], names[i]))
             present_names.append(names[i])
-    p.dtype = promoted(present, tuple(present_names), &p.shared.dtype)
+    p.dtype = promoted(present, tuple(present_names), &p.call.problem.dtype)
     present.reverse()
     for i in range(len(given)):
         arrays.append(None if given[i] is None else present.pop())
@@ -113,11 +113,11 @@ cdef Problem read_additive(object query, object key, object value, object w_scor
             raise ValueError(f"{names[i]}'s last axis is {size}; without {names[4 + i]} it must be {hidden} (hidden), "
                              f"the length of w_score; {names[4 + i]}, of shape ({size}, {hidden}), projects it")
     if b_hidden is not None:
-        b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.shared.dtype)
-    q, k = projected(q, arrays[4], b, p.shared.dtype), projected(k, arrays[5], None, p.shared.dtype)
-    p.shared.score = FA_ADDITIVE
-    p.score_weights = normalised(w, &p.shared.scale)
-    p.shared.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
+        b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.call.problem.dtype)
+    q, k = projected(q, arrays[4], b, p.call.problem.dtype), projected(k, arrays[5], None, p.call.problem.dtype)
+    p.call.problem.score = FA_ADDITIVE
+    p.score_weights = normalised(w, &p.call.problem.scale)
+    p.call.problem.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
     return read_call(p, q, k, arrays[2], (query, key, value, w_score, w_query, w_key, b_hidden),
                      (*names, "b_hidden"), &r, None)
 
@@ -140,13 +140,13 @@ cdef Problem read_bilinear(object query, object key, object value, object w_quer
         check_matrix(q_matrix, "w_query", k, "key", None, ", and without w_key both share w_query")
         k_matrix = q_matrix
     if b_query is not None:
-        q_bias = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.shared.dtype)
+        q_bias = read_vector(b_query, "b_query", columns, "one for each column of w_query", p.call.problem.dtype)
     if b_key is not None:
-        k_bias = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.shared.dtype)
+        k_bias = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.call.problem.dtype)
     elif w_key is None:
         k_bias = q_bias
-    q, k = projected(q, q_matrix, q_bias, p.shared.dtype), projected(k, k_matrix, k_bias, p.shared.dtype)
-    p.shared.score = FA_DOT
-    p.shared.scale = 1
+    q, k = projected(q, q_matrix, q_bias, p.call.problem.dtype), projected(k, k_matrix, k_bias, p.call.problem.dtype)
+    p.call.problem.score = FA_DOT
+    p.call.problem.scale = 1
     return read_call(p, q, k, arrays[2], (query, key, value, w_query, w_key, b_query, b_key),
                      (*names, "b_query", "b_key"), &r, None)

@@ -9,6 +9,10 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define VECS 4
 #define DECODE_QUERIES 8
 #define MANY_QUERIES 128
+#define LEAST_ROWS 128
+#define MOST_ROWS 768
+#define WINDOW_ROWS 384
+#define KEYS_A_ROW 4
 #define DECODE_ROWS 4
 #define PLACE_ROWS 6
 #define STEPS 4

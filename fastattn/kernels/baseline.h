@@ -13,6 +13,10 @@
 #endif
 #define DECODE_QUERIES 8
 #define MANY_QUERIES 128
+#define LEAST_ROWS 128
+#define MOST_ROWS 768
+#define WINDOW_ROWS 384
+#define KEYS_A_ROW 4
 #define DECODE_ROWS 2
 #define PLACE_ROWS 2
 #define STEPS 1

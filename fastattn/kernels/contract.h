@@ -105,6 +105,10 @@ typedef struct {
     int group_rows;     /* rows that share the loads of a product: tiles are whole groups where they can be */
     int decode_queries; /* so many in a head, and no more, read keys where they lie: packing them would cost more */
     int many_queries;   /* so many, or more: each head of a group packs its keys for itself, which costs little then */
+    /* Rows of a tile. Packing a block of keys costs a tile as much as 3 rows of work, so few rows are dear; many leave
+     * too few tiles to share out evenly. In a window what a tile reads and writes should stay in the second cache:
+     * window_rows, and one more for each keys_a_row keys that a row sees. */
+    int least_rows, most_rows, window_rows, keys_a_row;
 } fa_tuning;
 
 typedef struct {

@@ -83,10 +83,10 @@ static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_r
                                      ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
 {
     switch (value_row / LANES) {
-#define AT_ONCE(vecs)                                                                  \
-    case vecs:                                                                         \
-        if (rows > MOST_VECS / vecs)                                                   \
-            break;                                                                     \
+#define AT_ONCE(vecs)                                                                      \
+    case vecs:                                                                             \
+        if (rows > MOST_VECS / vecs)                                                       \
+            break;                                                                         \
         sum_columns(p, v, v_row, begin, end, first, ahead, part, vecs *LANES, rows, vecs); \
         return;
         FOR_USUAL(AT_ONCE)
@@ -224,9 +224,8 @@ static NEVER_INLINE void copied_sum(const fa_problem *problem, const fa_view *va
                                     int rows, int begin, int end, int from, int to, const struct tile *tile, real *part)
 {
     const struct value_rows copy = {(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
-    const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->value_dim, value)
-                                ? rows_ahead(problem->value_dim) * value->row
-                                : 0;
+    const ptrdiff_t ahead =
+        needs_prefetch(problem, rows, problem->value_dim, value) ? rows_ahead(problem->value_dim) * value->row : 0;
     for (int t = from, stop; t < to; t = stop) {
         stop = (t | (CHUNK - 1)) + 1 < to ? (t | (CHUNK - 1)) + 1 : to;
         const int lo = t < begin ? begin : t, hi = stop < end ? stop : end;

@@ -1,9 +1,10 @@
 /* All kernels for one instruction set and one dtype, and their table: fa_<isa>_f32 or fa_<isa>_f64.
  *
  * Expects BITS (32 or 64) and, from the header of the instruction set: ISA, VECTOR_BYTES, ROWS x VECS (sums in
- * registers), STEPS and CHUNK (product.inc.h), DECODE_QUERIES and
- * MANY_QUERIES (fa_tuning), DECODE_ROWS and PLACE_ROWS (rows that share each load where keys come
- * from memory, and at most: decode.inc.h, decode_scores.inc.h), and the words that it does better (vector.inc.h).
+ * registers), STEPS and CHUNK (product.inc.h), DECODE_QUERIES,
+ * MANY_QUERIES, LEAST_ROWS, MOST_ROWS, WINDOW_ROWS and KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (rows that
+ * share each load where keys come from memory, and at most: decode.inc.h, decode_scores.inc.h), and the words that it
+ * does better (vector.inc.h).
  */
 #include "contract.h"
 #include <float.h>
@@ -95,7 +96,13 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span th
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
     .name = "kernels_" STRING(REAL_NAME) "_" STRING(ISA),
-    .tuning = {.group_rows = ROWS, .decode_queries = DECODE_QUERIES, .many_queries = MANY_QUERIES},
+    .tuning = {.group_rows = ROWS,
+               .decode_queries = DECODE_QUERIES,
+               .many_queries = MANY_QUERIES,
+               .least_rows = LEAST_ROWS,
+               .most_rows = MOST_ROWS,
+               .window_rows = WINDOW_ROWS,
+               .keys_a_row = KEYS_A_ROW},
     .tile_workspace = tile_workspace,
     .open_tile = open_tile,
     .visit_keys = visit_keys,
