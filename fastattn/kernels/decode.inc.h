@@ -205,10 +205,10 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
         if (!some)
             continue;
         /* What few rows cannot read in place they copy chunk by chunk, unless all of it must be looked at. */
-        const int in_chunks = rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
-        struct value_rows value = {NULL, 0};
-        if (!in_chunks)
-            value = values_of(problem, head, block, begin, end, rows, tile);
+        const int in_chunks =
+            !many_groups && rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
+        const struct value_rows value =
+            in_chunks ? (struct value_rows){NULL, 0} : values_of(problem, head, block, begin, end, rows, tile);
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             sum[g] = (run->span_begins[g] ? tile->o : tile->part) + first * value_row;
             from[g] = to[g] = 0;
