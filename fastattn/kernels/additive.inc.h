@@ -3,21 +3,20 @@
  *
  *     tanh(a + b) = 1 - 2 / (1 + e^2a e^2b)
  *
- * The exponentials are taken once for a query and once for a key, so a triple (query, key, channel) costs no tanh.
- * SHARE channels share one division, w0 / d0 + w1 / d1 = (w0 d1 + w1 d0) / (d0 d1), which then is for nothing: it runs
- * beside the multiplications. A sum begins with sum(w), so no part of it is larger than sum |w|; its error is at most
- * (hidden / 8 + 8) eps sum |w|: hidden / SHARE additions of half an eps each, and what a term adds of its own.
+ * The exponentials are computed once per query and once per key, so a triple (query, key, channel) costs no tanh. SHARE
+ * channels share one division, w0 / d0 + w1 / d1 = (w0 d1 + w1 d0) / (d0 d1), which is then free: it overlaps the
+ * multiplications. A sum starts at sum(w), so no partial sum exceeds sum |w|; its error is at most (hidden / 8 + 8) eps
+ * sum |w|: hidden / SHARE additions of half an eps each, plus the error of the terms.
  *
- * e^2a e^2b may overflow and underflow (tanh is 1 or -1 there, and denominators are cut off at MOST_DENOMINATOR so that
- * SHARE of them still have a product), but the factors may not: that would lose tanh(a + b) for a = -b. A row or key
- * with an argument beyond ADDITIVE_LIMIT is *wide*, and its scores take the longer way of additive_direct. Whether a
- * score is made in this way or that is a matter of its own row and its own key, so no bit of it depends on what is
- * computed beside it.
+ * e^2a e^2b may overflow or underflow (tanh is then 1 or -1, and denominators are clamped to MOST_DENOMINATOR so that a
+ * product of SHARE of them is finite), but its factors may not: tanh(a + b) would be lost for a = -b. A row or key with
+ * an argument beyond ADDITIVE_LIMIT is *wide*, and its scores take the slower additive_direct. Which way a score is
+ * computed depends only on its own row and key, so its bits do not depend on its neighbours.
  */
 static const real ADDITIVE_LIMIT = BITS == 32 ? 43 : 350;
 static const real MOST_DENOMINATOR = BITS == 32 ? (real)0x1p31 : (real)0x1p100;
 
-/* Weights and queries of a tile. factor: of the scores. */
+/* The weights and queries of a tile. factor: multiplies the scores. */
 static void additive_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, double factor,
                              struct tile *tile)
 {
@@ -29,7 +28,7 @@ static void additive_queries(const fa_problem *problem, const fa_head *head, int
         const double w = h < problem->head_dim ? problem->score_weights[h] * factor : 0;
         additive->w[h] = (real)(-2 * w);
         sum += w;
-        additive->all_wide |= !isfinite(w); /* infinity divided by anything would lose the sign of tanh */
+        additive->all_wide |= !isfinite(w); /* in the fast formula an infinite weight would lose the sign of tanh */
     }
     additive->w_sum = (real)sum;
     pack_queries(problem, head, row, rows, ROWS, 1, channels, additive->q_raw);
@@ -51,8 +50,8 @@ static void additive_queries(const fa_problem *problem, const fa_head *head, int
     }
 }
 
-/* Keys [begin, end) of a block. The exponentials lie vector by vector, [vector][channel][LANES]: in wider panels the
- * lines of one vector would crowd into a few sets of the first cache. */
+/* Keys [begin, end) of a block. The exponentials are stored as [vector][channel][LANES]: in wider panels the cache
+ * lines of one vector would map to a few sets of L1. */
 static void additive_keys(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
                           struct tile *tile)
 {
@@ -92,7 +91,7 @@ static ALWAYS_INLINE void additive_sums(const real *restrict q, const real *rest
         for (int r = 0; r < rows; r++) {
             vec d[SHARE];
 #if STEPS == 1
-            FORGET(k_h); /* without broadcasts in the multiplication, keys are read there: registers are few */
+            FORGET(k_h); /* too few registers to keep the keys: reload them */
 #endif
             UNROLL(8)
             for (int i = 0; i < SHARE; i++)
@@ -119,8 +118,8 @@ FOR_ROWS(ADDITIVE_SUMS, additive_sums)
 static const additive_function additive_rows[ROWS] = {FOR_ROWS(ADDITIVE_NAME, additive_sums)};
 #undef ADDITIVE_SUMS
 
-/* The same of one row and any arguments: tanh |x| = (1 - e) / (1 + e) with e = e^-2|x|. Small arguments lose the last
- * bits of their own tanh here, which is nothing beside sum |w|. */
+/* The same for one row and arguments of any size: tanh |x| = (1 - e) / (1 + e) with e = e^-2|x|. For small x this loses
+ * the last bits of tanh x, which are negligible beside sum |w|. */
 static NEVER_INLINE vec additive_direct(const real *q_raw, const real *k_raw, const real *w, int64_t channels)
 {
     vec sum = {0};
@@ -143,7 +142,7 @@ static NEVER_INLINE vec additive_direct(const real *q_raw, const real *k_raw, co
     return sum;
 }
 
-/* Scores of the group whose first row is row `first` of the tile, against the vectors [from, to) of a block. */
+/* Scores of the group that starts at row `first` of the tile, against the vectors [from, to) of a block. */
 static void additive_scores(const struct tile *tile, int64_t first, int rows, int from, int to, real *s)
 {
     const struct additive *additive = &tile->additive;

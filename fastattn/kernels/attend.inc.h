@@ -1,4 +1,4 @@
-/* The contract of a tile, from the first key to the last: the loop that all kinds of attention share.
+/* A tile from its first key to its last: the loop that all kinds of attention share.
  *
  *     open_tile -> for each block of keys:  visible keys -> scores -> rules -> weights -> weighted sum -> state
  *               -> close_tile
@@ -49,8 +49,8 @@ static void visit_keys(const fa_problem *problem, const fa_head *head, int64_t r
     }
 }
 
-/* n numbers of an output row, divided by the sum of its weights; a multiple of LANES. + 0 makes -0 a 0, so that it does
- * not matter which zeros were added. Whether all are finite. */
+/* Divides n numbers of an output row, a multiple of LANES, by the sum of its weights; returns whether all are finite.
+ * Adding 0 turns -0 into 0, so that it does not matter which zeros were added. */
 static ALWAYS_INLINE int finish_row(real *to, const real *o, int64_t n, vec scale, int seen)
 {
     vec sum = {0};
@@ -97,9 +97,9 @@ static void join_span(const fa_problem *problem, const fa_head *head, int64_t ro
     memcpy(tile->o, o, (size_t)(rows * tile->value_row) * sizeof(real));
 }
 
-/* Outputs that are not finite, once more from the first key on, with values that are 2**64 times smaller: where a sum
- * overflowed before it was divided, they are finite now. The others keep their bits, and so do those that are infinite
- * or NaN by right. */
+/* Recomputes the rows with values scaled by 2**-64, and takes the outputs that were not finite from there: sums that
+ * overflowed before the division are now finite. The others keep their bits, as do outputs that really are infinite or
+ * NaN. */
 static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                    struct tile *tile)
 {
@@ -109,7 +109,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
     double lse;
     int seen;
     smaller.value_shift = 64;
-    bare.view[FA_WEIGHTS].data = bare.view[FA_LSE].data = NULL; /* they are finished */
+    bare.view[FA_WEIGHTS].data = bare.view[FA_LSE].data = NULL; /* already finished */
     open_tile(&smaller, &bare, row, rows, tile);
     while (fa_next_range(&smaller, &bare, row, rows, &cursor, &begin, &end))
         for (; begin < end; begin = stop) {
@@ -125,7 +125,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
         gather(tile->part, to, head->view[FA_OUT].col, problem->value_dim, head->view[FA_OUT].dtype);
         for (int64_t c = 0; c < problem->value_dim; c++) {
             real x = o[c] * factor;
-            /* Rounding must not carry a mean beyond the largest of its numbers. */
+            /* Rounding must not carry a mean beyond the largest value. */
             if (problem->activation == FA_SOFTMAX && isfinite(x))
                 x = x > most ? most : x < -most ? -most : x;
             if (!isfinite(tile->part[c]))

@@ -27,15 +27,15 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define HAS_TRUE_BITS
 #define HAS_FLOOR
 #define HAS_FRACTION   /* one instruction: x - floor(x); 0 for infinities */
-#define HAS_SCALE_DOWN /* one instruction, which takes the floor itself */
+#define HAS_SCALE_DOWN /* one instruction, which floors x itself */
 #define EXP_REACHES_FAR 1
-#define HAS_SCALE /* p * 2**floor(n), rounded once where that is denormal */
+#define HAS_SCALE /* p * 2**floor(n), rounded once if the result is denormal */
 #define HAS_EXP_BELOW (BITS == 32)
 #define HAS_TOTAL
-#define HAS_FOUR_TOTALS /* the same order of additions, by shuffles that need no indices and spoil no operand */
-#define HAS_TRANSPOSE   /* quarters of the rows go to their place as they are loaded; the rest stays within quarters */
+#define HAS_FOUR_TOTALS /* the same order of additions; shuffles without index vectors or overwritten operands */
+#define HAS_TRANSPOSE   /* places quarters of rows as they are loaded; the remaining shuffles stay within quarters */
 
-/* Rows r, r + step, r + 2 step and r + 3 step of `from`, a quarter of a vector each. */
+/* A quarter of a vector from each of rows r, r + step, r + 2 step and r + 3 step of `from`. */
 #define row(r) (const float *)(from + (r) * from_stride)
 #define QUARTERS(r, step)                                                                                  \
     _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row(r))), \
@@ -60,7 +60,8 @@ static ALWAYS_INLINE unsigned v_true_bits(__m512i where) { return _mm512_movepi3
 static ALWAYS_INLINE __m512 v_floor(__m512 x) { return _mm512_roundscale_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_fraction(__m512 x) { return _mm512_reduce_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_scale_down(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
-/* e^x = 2**(k / 16) * e^rest: sixteen powers fit in a register, and leave so little to the polynomial that it is short.
+/* e^x = 2**k * e^rest with k in sixteenths: the sixteen fractional powers fit in one register, and the rest is so small
+ * that a short polynomial suffices.
  */
 static ALWAYS_INLINE __m512 v_exp_below(__m512 x, const int far)
 {
@@ -69,7 +70,7 @@ static ALWAYS_INLINE __m512 v_exp_below(__m512 x, const int far)
         1.0f, 1.0442737340927124f, 1.0905077457427979f, 1.1387885808944702f, 1.1892070770263672f, 1.2418577671051025f,
         1.2968395948410034f, 1.3542555570602417f, 1.4142135381698608f, 1.4768261909484863f, 1.5422108173370361f,
         1.610490322113037f, 1.6817928552627563f, 1.7562521696090698f, 1.8340080976486206f, 1.9152065515518188f);
-    const __m512 magic = _mm512_set1_ps(0x1.8p19f); /* rounds to sixteenths, and their number is in the last bits */
+    const __m512 magic = _mm512_set1_ps(0x1.8p19f); /* rounds to sixteenths: the low bits of the sum hold 16 k */
     const __m512 y = _mm512_max_ps(_mm512_set1_ps(-104), x);
     const __m512 sum = _mm512_fmadd_ps(y, _mm512_set1_ps(1.44269504f), magic), k = _mm512_sub_ps(sum, magic);
     const __m512 most = _mm512_fmadd_ps(k, _mm512_set1_ps(-0.693359375f), y);
@@ -77,7 +78,7 @@ static ALWAYS_INLINE __m512 v_exp_below(__m512 x, const int far)
     const __m512 q = _mm512_fmadd_ps(_mm512_set1_ps(0.16666719f), rest, _mm512_set1_ps(0.50001619f));
     const __m512 p = _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), q, rest); /* e^rest - 1, to 1.6e-9 */
     const __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(sum), powers);
-    return _mm512_scalef_ps(_mm512_fmadd_ps(power, p, power), k); /* which takes the floor of k */
+    return _mm512_scalef_ps(_mm512_fmadd_ps(power, p, power), k); /* scalef floors k */
 }
 static ALWAYS_INLINE float v_total(__m512 v) { return _mm512_reduce_add_ps(v); }
 #define HALVES(a, b) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee))

@@ -1,4 +1,4 @@
-/* What every CPU of the target runs: vectors of 16 bytes (SSE2 on x86-64, NEON on AArch64, emulated elsewhere). */
+/* Runs on every CPU of the target: vectors of 16 bytes (SSE2 on x86-64, NEON on AArch64, emulated elsewhere). */
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif

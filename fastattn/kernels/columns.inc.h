@@ -1,11 +1,10 @@
-/* The functions of rows.inc.h where the numbers of a row do not lie side by side but its neighbours' do: rows in the
- * lanes, COLUMN_VECS vectors of them at a time, so that whole lines of the cache are read and written.
+/* The functions of rows.inc.h for rows that are side by side in memory, as columns of a C-ordered matrix: each row has
+ * a lane, COLUMN_VECS vectors of rows at a time, so that whole cache lines are read and written.
  *
- * The bits are those of rows_of: lane l of its vectors, which takes the numbers l, l + LANES, ... of a row, is vector
- * sum[l] here. Where the rows fit, they are kept in scratch from pass to pass and memory sees each number once;
- * otherwise they are read again and their exponentials are taken again. Exponentials are taken in the order of memory
- * and summed a block later: the order of a sum would miss the first cache at every step (512 rows: 0.92 -> 0.70 ns a
- * number).
+ * The bits are those of rows_of: lane l of its vectors, which sums elements l, l + LANES, ... of a row, is vector
+ * sum[l] here. Rows that fit are kept in scratch between passes, so each element is read from memory once; others are
+ * read again and their exponentials recomputed. Exponentials are computed in memory order and summed block by block:
+ * computed in the order of a sum they would miss L1 at every step (512 rows: 0.92 -> 0.70 ns per element).
  */
 enum { COLUMN_VECS = 4, COLUMN_ROWS = COLUMN_VECS * LANES, KEPT_BYTES = 1 << 20 };
 
@@ -13,20 +12,20 @@ struct columns_state {
     struct row_sum sum[LANES][COLUMN_VECS];
     vec base[COLUMN_VECS], scale[COLUMN_VECS];
     double total[COLUMN_ROWS];
-    real terms[ROW_BLOCK * COLUMN_ROWS + TREE * 64 / sizeof(real)]; /* exponentials of a block */
-    /* Of the numbers of a block, as they follow each other in a row: how far they lie behind the first. */
+    real terms[ROW_BLOCK * COLUMN_ROWS + TREE * 64 / sizeof(real)]; /* the exponentials of a block */
+    /* Byte offsets of the elements of a block from the first element of the row. */
     ptrdiff_t at[FA_ROW_OPERANDS][ROW_BLOCK];
-    int64_t index[FA_ROW_AXES], next[FA_ROW_OPERANDS]; /* where the next block begins */
+    int64_t index[FA_ROW_AXES], next[FA_ROW_OPERANDS]; /* where the next block starts */
 };
 
-/* Whether rows of so many numbers are kept in scratch. */
+/* Whether rows of this length are kept in scratch. */
 static ALWAYS_INLINE int columns_fit(int64_t length)
 {
     return length <= KEPT_BYTES / (COLUMN_ROWS * (int64_t)sizeof(real));
 }
 
-/* Where number t of rows that are kept lies. A line is left out after every LANES of them: a sum reads one in LANES,
- * and those would crowd into a few sets of the first cache. */
+/* Offset in scratch of element t of the rows. A cache line is skipped after every LANES elements: a sum reads every
+ * LANES-th one, and these would map to a few sets of L1. */
 static ALWAYS_INLINE int64_t kept_at(int64_t t) { return t * COLUMN_ROWS + t / LANES * (64 / (int64_t)sizeof(real)); }
 
 /* Contract: contract.h. */
@@ -35,7 +34,7 @@ static size_t columns_workspace(int64_t length)
     return sizeof(struct columns_state) + (columns_fit(length) ? (size_t)kept_at(length) * sizeof(real) : 0);
 }
 
-/* Goes back to the first number of the rows. */
+/* Rewinds to the first element of the rows. */
 static void first_block(const fa_columns *c, struct columns_state *state)
 {
     for (int axis = 0; axis < c->row->count; axis++)
@@ -44,7 +43,7 @@ static void first_block(const fa_columns *c, struct columns_state *state)
         state->next[k] = 0;
 }
 
-/* Finds the next n numbers of the rows. */
+/* Finds the next n elements of the rows. */
 static void next_block(const fa_columns *c, int n, struct columns_state *state)
 {
     const fa_axes *row = c->row;
@@ -72,13 +71,13 @@ static void next_block(const fa_columns *c, int n, struct columns_state *state)
     }
 }
 
-/* Rows of vector v: LANES, or what is left. */
+/* The number of rows in vector v: LANES, or what is left. */
 static ALWAYS_INLINE int rows_in_lanes(const fa_columns *c, int v)
 {
     return c->rows - v * LANES < LANES ? (int)(c->rows - v * LANES) : LANES;
 }
 
-/* Bit i set where the mask lets lane i of vector v count, at an offset of the mask. */
+/* Bit i is set if the mask, at this offset, is nonzero for lane i of vector v. */
 static ALWAYS_INLINE unsigned column_bits(const fa_columns *c, ptrdiff_t at, int v, int live)
 {
     const char *mask = c->mask + at + v * LANES * c->next[FA_ROW_MASK];
@@ -90,7 +89,7 @@ static ALWAYS_INLINE unsigned column_bits(const fa_columns *c, ptrdiff_t at, int
     return bits;
 }
 
-/* Numbers of the rows of vector v, one of each; -inf where the mask hides. whole: they are vectors in memory. */
+/* Element t of the rows of vector v; -inf if masked. whole: they are a vector in memory. */
 static ALWAYS_INLINE vec column_vector(const fa_columns *c, const struct columns_state *state, int t, int v,
                                        const int whole)
 {
@@ -124,7 +123,8 @@ static ALWAYS_INLINE void store_column(const fa_columns *c, const struct columns
     }
 }
 
-/* The sum of an infinite maximum is infinite, unless there is a true NaN: the logarithm of the rest. */
+/* For a row whose maximum is infinite: 0, or NaN if the row holds one; what to add to the maximum for the
+ * log-sum-exp. */
 static NEVER_INLINE double rest_of_infinity(const fa_columns *c, struct columns_state *state, int r)
 {
     double rest = 0;
@@ -141,8 +141,8 @@ static NEVER_INLINE double rest_of_infinity(const fa_columns *c, struct columns_
     return rest;
 }
 
-/* The sums of the rows' exponentials into state->total, in the order of rows_of; with `keep` the exponentials take the
- * place of what is kept. */
+/* The sums of the rows' exponentials into state->total, in the order of rows_of; `keep`: the exponentials overwrite the
+ * rows in scratch. */
 static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_state *state, real *kept, const int keep,
                                           const int which, const int vecs, const int x_whole)
 {
@@ -173,7 +173,7 @@ static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_st
             }
     }
     for (int v = 0; v < vecs; v++) {
-        vec part[LANES] = {{0}}; /* in the order in which total adds the lanes of a vector */
+        vec part[LANES] = {{0}}; /* added in the order of v_total */
         for (int l = 0; l < LANES; l++)
             part[l] = state->sum[l][v].sum - state->sum[l][v].lost;
         for (int half = LANES / 2; half; half /= 2)
@@ -184,7 +184,7 @@ static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_st
     }
 }
 
-/* vecs: vectors of rows; x_whole, out_whole: all of them are whole, and contiguous in memory. */
+/* vecs: vectors of rows; x_whole, out_whole: all are whole and contiguous in memory. */
 static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_columns *c, struct columns_state *state,
                                      real *kept, const int vecs, const int x_whole, const int out_whole)
 {
@@ -248,7 +248,7 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
                     if (!kept)
                         x = v_exp_below(x - state->base[v], 1);
                     x *= state->scale[v];
-                    if (c->mask) { /* a hidden entry stays 0 in a row of NaN */
+                    if (c->mask) { /* a masked entry stays 0 even in a row of NaN */
                         const int live = rows_in_lanes(c, v);
                         x = v_pick_bits(column_bits(c, state->at[FA_ROW_MASK][t], v, live), x, (vec){0});
                     }
@@ -261,7 +261,7 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
     }
 }
 
-/* The usual case, whole vectors of x and of out, is known to the compiler. */
+/* Specialises the usual case, whole vectors of x and out. */
 static ALWAYS_INLINE void columns_by(const fa_row_function function, const fa_columns *c, struct columns_state *state,
                                      real *kept)
 {

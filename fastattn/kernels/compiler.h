@@ -1,4 +1,4 @@
-/* What the C dialects of GCC and clang spell differently, and nothing else. */
+/* What GCC and clang spell differently, and nothing else. */
 #ifndef FASTATTN_COMPILER_H
 #define FASTATTN_COMPILER_H
 
@@ -9,7 +9,7 @@
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
 
-/* The functions between these two may use an instruction set that the file's flags do not name. */
+/* Functions between these two may use an instruction set that the compiler flags do not enable. */
 #ifdef __clang__
 #define TARGET_BEGIN(names) _Pragma(STRING(clang attribute push(__attribute__((target(names))), apply_to = function)))
 #define TARGET_END _Pragma("clang attribute pop")
@@ -18,13 +18,13 @@
 #define TARGET_END _Pragma("GCC pop_options")
 #endif
 
-/* Makes the compiler read again what it has read through this pointer. */
+/* Makes the compiler reload what it has read through this pointer. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* The same, and what is read before is read before what is read after: the compiler may not mix them. */
+/* The same, and the compiler may not move reads across it. */
 #define IN_ORDER(pointer) __asm__ volatile("" : "+r"(pointer) : : "memory")
 
-/* Makes the compiler hold a vector in a register, rather than load it again for each use. */
+/* Makes the compiler keep a vector in a register rather than reload it for each use. */
 #if defined(__x86_64__)
 #define HOLD(vector) __asm__("" : "+v"(vector))
 #elif defined(__aarch64__)
@@ -33,7 +33,7 @@
 #define HOLD(vector) (void)0
 #endif
 
-/* Unroll the next loop completely: its bounds are constants after inlining, and its arrays live in registers then. */
+/* Unroll the next loop fully: its bounds are constants after inlining, and unrolled its arrays stay in registers. */
 #ifdef __clang__
 #define UNROLL(n) _Pragma("clang loop unroll(full)")
 #define NOT_UNROLLED _Pragma("clang loop unroll(disable)")
@@ -42,14 +42,14 @@
 #define NOT_UNROLLED _Pragma("GCC unroll 1")
 #endif
 
-/* Lanes of a and b taken in turns, from their lower or their upper halves. */
+/* SHUFFLE picks lanes of a and b by index. */
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
-/* Lane i and lane i ^ step change places. */
+/* Swaps lanes i and i ^ step. */
 #define SWAP_LANES(n, step, v) CONCAT(CONCAT(SWAP_, n), CONCAT(_, step))(v)
 #define SWAP_2_1(v) SHUFFLE(v, v, 1, 0)
 #define SWAP_4_1(v) SHUFFLE(v, v, 1, 0, 3, 2)

@@ -1,7 +1,7 @@
-/* The dot-product score: queries and keys into the layouts that product.inc.h wants, and the scores of a group of rows
- * against a packed block. */
+/* The dot-product score: packs queries and keys into the layouts of product.inc.h, and scores a group of rows against a
+ * packed block. */
 
-/* Queries, multiplied by `factor`: [group][strip of channels][row][STRIP]; zeros up to `channels`. */
+/* Queries times `factor`, as [group][strip of channels][row][STRIP], padded with zeros to `channels`. */
 static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int group,
                          real factor, int64_t channels, real *restrict to)
 {
@@ -27,15 +27,14 @@ static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t
     }
 }
 
-/* Queries for a scale that is far from 1 (scale_after_product). The scale goes into the query, so that the product is
- * the score and has its range; but for a power of two, different for each row, where the query would leave the range
- * then: that is multiplied by after the product, after[row]. A query of 1e20 and keys of 1e20 with a scale of 1e-40
- * have scores of 1.
+/* Queries for a scale far from 1 (scale_after_product). The scale is multiplied into the query, so that the product is
+ * the score and has its range. If the query would then over- or underflow, a power of two, after[row], is left out and
+ * applied after the product. A query of 1e20 and keys of 1e20 with a scale of 1e-40 have scores of 1.
  */
 static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                            int group, int64_t channels, real *to, double *after)
 {
-    const int most = BITS == 32 ? 100 : 900; /* exponent of a row's largest number */
+    const int most = BITS == 32 ? 100 : 900; /* largest exponent of a row's numbers */
     pack_queries(problem, head, row, rows, group, 1, channels, to);
     for (int64_t i = 0; i < rows; i++) {
         real *q = to + i / group * group_size(channels) + i % group * STRIP;
@@ -50,7 +49,7 @@ static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_h
         frexp(problem->scale, &of_scale);
         const int exponent = of_query + of_scale;
         if (largest > 0 && exponent > most)
-            shift = (exponent - most + 1) / 2 * 2; /* even, so that its root is a power of two, too */
+            shift = (exponent - most + 1) / 2 * 2; /* even, so that its square root is a power of two too */
         else if (largest > 0 && exponent < -most)
             shift = -((-most - exponent + 1) / 2 * 2);
         const double factor = ldexp(problem->scale, -shift);
@@ -62,8 +61,8 @@ static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_h
     }
 }
 
-/* Keys [begin, end) of the block, whose first key lies at `keys`, into panels: [panel][channel][key of the panel].
- * Whole vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
+/* Packs keys [begin, end) of the block that starts at `keys` into panels, [panel][channel][key of the panel]. Whole
+ * vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
 static void pack_keys(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
                       int64_t padded, real *restrict to)
 {

@@ -1,10 +1,9 @@
 /* All kernels for one instruction set and one dtype, and their table: fa_<isa>_f32 or fa_<isa>_f64.
  *
  * Expects BITS (32 or 64) and, from the header of the instruction set: ISA, VECTOR_BYTES, ROWS x VECS (sums in
- * registers), STEPS and CHUNK (product.inc.h), DECODE_QUERIES,
- * MANY_QUERIES, LEAST_ROWS, MOST_ROWS, WINDOW_ROWS and KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (rows that
- * share each load where keys come from memory, and at most: decode.inc.h, decode_scores.inc.h), and the words that it
- * does better (vector.inc.h).
+ * registers), STEPS and CHUNK (product.inc.h), DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS, MOST_ROWS, WINDOW_ROWS and
+ * KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys from memory: decode.inc.h,
+ * decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
  */
 #include "contract.h"
 #include <float.h>
@@ -29,27 +28,27 @@ _Static_assert(VECS >= 1 && VECS <= 4, "vectors of a product for which there are
 enum {
     PREFETCH_BYTES = 10240, /* prefetch distance in decode, in bytes */
     DECODE_VECS =
-        4, /* decode_scores.inc.h: two keys of up to so many vectors are read at a time, longer ones by themselves */
-    MOST_VECS = 16, /* vectors of all rows, where that is known to the compiler (FOR_USUAL) */
-    LONG_VECS = 8,  /* keys or values of so many are read one a turn of a loop: prefetchers follow few instructions */
-    LINKS = 4,      /* decode_sums.inc.h: values added to a sum between its load and its store; a multiple of STEPS */
-    CHAIN = 64,     /* decode_scores.inc.h: vectors of a key that are multiplied and added one after the other */
-    WORTH_COPYING = 256, /* from so many rows that share a value on, it is copied to where its vectors are aligned */
-    STRIP = 64,          /* channels of a query that lie together (product.inc.h) */
-    PREFETCH_AT_ONCE = 3072, /* of the next block that a group asks memory for before it multiplies */
-    PASS_BYTES = 8192,       /* of keys that several groups of few rows pass over together, or PASS_KEYS */
+        4, /* decode_scores.inc.h: keys of up to this many vectors are read two at a time, longer ones singly */
+    MOST_VECS = 16,      /* most vectors of all rows together, for lengths known to the compiler (FOR_USUAL) */
+    LONG_VECS = 8,       /* from this many vectors on, one key or value per iteration: prefetchers track few loads */
+    LINKS = 4,           /* decode_sums.inc.h: values added to a sum per load and store of it; a multiple of STEPS */
+    CHAIN = 64,          /* decode_scores.inc.h: vectors of a key accumulated in one chain */
+    WORTH_COPYING = 256, /* values shared by this many rows or more are copied if their vectors are misaligned */
+    STRIP = 64,          /* channels of a query stored together (product.inc.h) */
+    PREFETCH_AT_ONCE = 3072, /* bytes of the next block that a group prefetches at once, before it multiplies */
+    PASS_BYTES = 8192,       /* decode.inc.h: bytes of keys that several groups pass over in turn, or PASS_KEYS keys */
     PASS_KEYS = 64,
-    VALUES_AHEAD = 3, /* times PREFETCH_BYTES: so far ahead those groups ask for values */
-    SHARE = 4         /* channels that share a division (additive.inc.h) */
+    VALUES_AHEAD = 3, /* their prefetch distance for values, in PREFETCH_BYTES */
+    SHARE = 4         /* channels per division (additive.inc.h) */
 };
 
-enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* instead of the number of the span that a state belongs to */
+enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
-/* The numbers of vectors in a key or value for which one or two queries have code of their own, as long as those of all
- * rows are at most MOST_VECS. */
+/* The numbers of vectors per key or value with specialised code for one or two queries, if all rows together have at
+ * most MOST_VECS. */
 #define FOR_USUAL(f) f(2) f(4) f(5) f(6) f(8) f(10) f(12) f(16)
 
-/* In this order: a file may use what stands above it, and nothing else. */
+/* In this order: a file may only use those above it. */
 #include "vector.inc.h"
 
 #include "storage.inc.h"

@@ -1,41 +1,41 @@
-/* What is prefetched, and when: the keys and values that come next, while others are worked on. (Two loops that know
- * the length of a key or value prefetch by themselves: products_in_registers, add_value.)
+/* What is prefetched, and when: the next keys and values while others are processed. (Two loops specialised for the
+ * length of a key or value prefetch on their own: products_in_registers, add_value.)
  *
- * Decode of up to DECODE_ROWS rows asks a fixed number of bytes ahead of each load (prefetch_vectors, rows_ahead);
- * prefill, and the values of more rows, spread the rows of the next block over the products of this one (struct
- * next_rows, struct prefetch), for a CPU that is asked for much at once waits. Addresses may lie beyond an array: a
- * prefetch never faults. */
+ * Decode of up to DECODE_ROWS rows prefetches at a fixed distance ahead of each load (prefetch_vectors, rows_ahead);
+ * prefill, and the values of more rows, spread the prefetches of the next block over the products of this one (struct
+ * next_rows, struct prefetch), because a CPU stalls on many prefetches at once. Addresses may be past the end of an
+ * array: a prefetch never faults. */
 
-/* Bytes of n numbers in a row, or as many as they would be next to each other. */
+/* Bytes of n numbers of a row; for larger strides, as if they were contiguous. */
 static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
 {
     return n * (matrix->col > 0 && matrix->col < (ptrdiff_t)sizeof(real) ? matrix->col : (ptrdiff_t)sizeof(real));
 }
 
-/* Whether decode has to prefetch keys or values of n numbers. One stream of rows without gaps some CPUs follow by
- * themselves. */
+/* Whether decode has to prefetch keys or values of n numbers. Some CPUs prefetch a single contiguous stream in hardware
+ * well enough. */
 static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, const fa_view *matrix)
 {
     return problem->prefetch || rows > 2 || matrix->row != bytes_of(matrix, n);
 }
 
-/* How many rows of n numbers are PREFETCH_BYTES. */
+/* How many rows of n numbers make PREFETCH_BYTES, rounded up. */
 static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
 {
     const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
     return (PREFETCH_BYTES + bytes - 1) / bytes;
 }
 
-/* Prefetches a row of so many bytes into the first cache. */
+/* Prefetches `bytes` bytes of a row into L1. */
 static ALWAYS_INLINE void prefetch_bytes(const char *row, int64_t bytes)
 {
     for (int64_t at = 0; at < bytes; at += 64)
         __builtin_prefetch(row + at, 0, 3);
 }
 
-/* Asks for the lines that `count` vectors so far apart begin in, unless a vector right before one of them does. Where
- * rows without gaps between them are read together, memory likes best to be asked in its own order, rather than in that
- * of the loads: the next few vectors then, rather than one of each row. */
+/* Prefetches the cache lines in which `count` vectors, `apart` bytes from each other, begin, unless the vector before
+ * begins in the same line. For contiguous rows that are read together, prefetching in memory order is fastest: the next
+ * `count` vectors, rather than one per row. */
 static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count)
 {
     UNROLL(8)
@@ -44,13 +44,13 @@ static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, cons
             __builtin_prefetch(at, 0, 3);
 }
 
-/* Lines of a matrix to ask memory for, in their order and some at a time, while other rows are worked on: a CPU that is
- * asked for much at once waits, and follows best what goes one way. */
+/* Cache lines of a matrix to prefetch in order, a few at a time, while other rows are processed: a CPU stalls on many
+ * prefetches at once, and ascending addresses are fastest. */
 struct prefetch {
-    const char *at;        /* the next line; `in_row` bytes are left of its row */
+    const char *at;        /* the next line; `in_row` bytes of its row are left */
     int64_t in_row, bytes; /* of each row */
     ptrdiff_t row;
-    int left, pace; /* lines, and how many of them at a time */
+    int left, pace; /* lines left, and lines per step */
 };
 
 static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
@@ -68,14 +68,14 @@ static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
     }
 }
 
-/* How often a product of so many vectors and numbers t asks. */
+/* How many prefetch steps a product over this many vectors of b and values of t makes. */
 static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numbers)
 {
     const int rows_per_step = STEPS > 1 ? 2 : VECS;
     return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
 }
 
-/* The lines of `rows` rows, from `data` on, to be prefetched in `times` equal portions. */
+/* The prefetches of `rows` rows from `data` on, in `times` equal steps. */
 static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_t row, int64_t bytes, int64_t rows,
                                                       int64_t times)
 {
@@ -83,7 +83,7 @@ static ALWAYS_INLINE struct prefetch prefetch_of_rows(const char *data, ptrdiff_
     return (struct prefetch){data, bytes, bytes, row, (int)lines, times ? (int)((lines + times - 1) / times) : 0};
 }
 
-/* Asks for rows [begin, end) of a matrix with a row for each query to come into the second cache. */
+/* Prefetches rows [begin, end) of a matrix with one row per query into L2. */
 static ALWAYS_INLINE void prefetch_queries(const fa_head *head, const fa_view *matrix, int64_t begin, int64_t end,
                                            int64_t bytes)
 {
@@ -92,7 +92,7 @@ static ALWAYS_INLINE void prefetch_queries(const fa_head *head, const fa_view *m
             __builtin_prefetch(fa_row(head, matrix, i) + b, 0, 2);
 }
 
-/* The most rows of a tile that see any of so many keys that lie together. */
+/* The most rows of a tile that see any of `keys` adjacent keys. */
 static ALWAYS_INLINE int64_t rows_seeing(const fa_problem *problem, const fa_head *head, int64_t keys, int64_t rows)
 {
     if (problem->left >= rows || problem->right >= rows - problem->left)
@@ -101,15 +101,15 @@ static ALWAYS_INLINE int64_t rows_seeing(const fa_problem *problem, const fa_hea
     return most < rows ? most : rows;
 }
 
-/* The next rows of a matrix, to ask memory for while groups take turns with a block. */
+/* The next rows of a matrix, to prefetch while the groups pass over a block. */
 struct next_rows {
     const char *data;
     ptrdiff_t row;
     int64_t bytes, rows, rows_per_step;
-    struct prefetch prefetch; /* used if those are many: a CPU that is asked for much at once waits */
+    struct prefetch prefetch; /* used if they are many */
 };
 
-/* times: how often a group's product asks; 0: never. */
+/* times: prefetch steps in the product of a group; 0: none. */
 static ALWAYS_INLINE struct next_rows find_next_rows(const fa_view *matrix, int64_t from, int64_t end, int64_t numbers,
                                                      int64_t turns, int64_t times)
 {
@@ -121,7 +121,7 @@ static ALWAYS_INLINE struct next_rows find_next_rows(const fa_view *matrix, int6
     return next;
 }
 
-/* Asks for the rows of a turn, or returns what its product asks for. */
+/* Prefetches the rows of iteration `turn`, or returns what the product is to prefetch. */
 static ALWAYS_INLINE struct prefetch *prefetch_step(struct next_rows *next, int64_t turn)
 {
     if (next->prefetch.pace)

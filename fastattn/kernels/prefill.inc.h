@@ -1,17 +1,17 @@
-/* Many queries: a block of keys is packed once, and the groups of the tile pass over it one after the other. Keys lie
- * in the lanes. A step of 256 keys, rather than of one panel, pays for the horizontal maximum and for loading,
- * rescaling and storing the output once in 256 keys; the packed block and the values stay in the second cache while the
- * groups of the tile pass over them, the scores of a group in the first. */
+/* Many queries: a block of keys is packed once, and the groups of the tile pass over it one after the other. Keys are
+ * in the lanes. With steps of 256 keys, rather than of one panel, the horizontal maximum and the loading, rescaling and
+ * storing of the output are paid for once per 256 keys; the packed block and the values stay in L2 while the groups
+ * pass over them, the scores of a group in L1. */
 
-/* One block, of which the tile sees the keys [begin, end). */
+/* One block, of which the tile may see the keys [begin, end). */
 static void visit_block(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t block,
                         int begin, int end, int64_t tile_end, struct tile *tile)
 {
     const int natural_log = scores_in_nats(problem, head);
     const char *keys = head->view[FA_KEY].data + block * head->view[FA_KEY].row;
     struct value_rows value = {NULL, 0};
-    /* While groups pass over this block, the next one comes from memory, a few rows with each group; in a window that
-     * may be the next tile's. */
+    /* While groups pass over this block, the next one is prefetched, a few rows per group; with a window it may already
+     * belong to the next tile. */
     const int64_t next = block + FA_BLOCK, groups = (rows_seeing(problem, head, FA_BLOCK, rows) + ROWS - 1) / ROWS;
     const int64_t most_end = problem->left < INT64_MAX ? tile_end + rows / head->heads : tile_end;
     const int64_t fetch_end = most_end < head->key_length ? most_end : head->key_length;
@@ -55,7 +55,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
         else
             dot_scores(q, tile->channels, group, tile->k, v_first, v_last, prefetch, s);
 
-        if (first_block) { /* the output comes too, and the next tile's queries */
+        if (first_block) { /* prefetch the output and the next tile's queries too */
             const int64_t next_row = row + rows + first;
             prefetch_queries(head, &head->view[FA_QUERY], next_row,
                              next_row + ROWS < head->queries ? next_row + ROWS : head->queries,
@@ -76,7 +76,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
         }
 
         if (partial && finite < 0)
-            finite = all_finite(value, begin, end, tile->value_row); /* what pads the terms is */
+            finite = all_finite(value, begin, end, tile->value_row); /* the padding of the terms is finite */
         real *o = tile->o + first * tile->value_row, *sum = span_begins ? o : tile->part;
         prefetch = prefetch_step(&next_values, turn);
         if (partial && !finite) {

@@ -1,25 +1,25 @@
-/* The one matrix product: out[r][:] (+)= sum over t of a[r][t] * b[t][:], a tile of up to ROWS x VECS vectors that
- * lives in registers while t runs. Dot scores (a: queries, t: channels, b: keys in lanes) and weighted sums (a:
- * weights, t: keys, b: values) are both made of it.
+/* The one matrix product: out[r][:] (+)= sum over t of a[r][t] * b[t][:], for a tile of up to ROWS x VECS vectors that
+ * stays in registers during the loop over t. Dot scores (a: queries, t: channels, b: keys in lanes) and weighted sums
+ * (a: weights, t: keys, b: values) are both built on it.
  *
  * The rounding errors of a chain of n equal additions add up to n / 8 eps, so sums are nested: STEPS products make a
- * term, terms are added up for CHUNK steps, and that is added to `out`. STEPS > 1 is for instruction sets with
- * registers enough for terms beside the sums: additions run beside the multiplications. Two vectors of b share each
- * number of a; more would take registers, and one would need a load for each multiplication. Ending chunks more often
- * instead costs stores (docs/notebook, page 3).
+ * term, terms are summed over CHUNK steps, and that sum is added to `out`. STEPS > 1 is for instruction sets with
+ * enough registers for terms as well as sums: the additions overlap the multiplications. Two vectors of b share each
+ * broadcast of a; more would take too many registers, and one would need a load per multiplication. Shorter chunks
+ * instead would cost stores (docs/notebook, page 3).
  *
- * Rows of a are at constant distances, FA_BLOCK numbers (weights) or STRIP (queries): with distances that are not known
- * to the compiler there are not enough registers for the addresses.
+ * The row stride of a is a constant, FA_BLOCK numbers (weights) or STRIP (queries): with a stride unknown to the
+ * compiler there would not be enough registers for the addresses.
  *
- * Terms and chunks end at fixed positions, wherever the product begins: adding a hidden key, with weight zero and a
- * finite value, or leaving it out is the same to the bit, but for the sign of a zero, which finish_row takes away.
+ * Terms and chunks end at fixed positions, wherever the product begins: whether a hidden key is added, with weight zero
+ * and a finite value, or skipped changes no bit except the sign of a zero, which finish_row removes.
  */
 _Static_assert(CHUNK % STEPS == 0 && STRIP % CHUNK == 0, "whole terms make a chunk, whole chunks a strip");
 _Static_assert((CHUNK & (CHUNK - 1)) == 0, "t | (CHUNK - 1) is the last t of a chunk");
 
-/* `panels` tiles side by side, whose columns of b begin b_panel bytes apart. Rows of b are b_row bytes apart, rows of
- * out out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: to what out holds. prefetch:
- * some of these lines in every step, once for each load of vectors of b; may be NULL. */
+/* `panels` adjacent tiles, whose columns of b are b_panel bytes apart. Rows of b are b_row bytes apart, rows of out
+ * out_row numbers; t runs from `from` to `to`, both multiples of STEPS. add: accumulate into out. prefetch: lines to
+ * prefetch, some at each load of vectors of b; may be NULL. */
 typedef void (*product_function)(const real *a, const char *b, ptrdiff_t b_row, ptrdiff_t b_panel, int panels, int from,
                                  int to, real *out, ptrdiff_t out_row, int add, struct prefetch *prefetch);
 
@@ -52,7 +52,7 @@ static ALWAYS_INLINE void product_tile(const real *restrict a, const int a_row, 
                     for (int i = 0; i < n; i++)
                         b_v[k][i] = v_load(b_t + k * b_row + (v + i) * VECTOR_BYTES);
                 }
-                FORGET(a_t); /* or the broadcasts would be kept for the next v, and not all fit */
+                FORGET(a_t); /* or the broadcasts would be kept for the next v, and registers would spill */
                 UNROLL(8)
                 for (int r = 0; r < rows; r++) {
                     vec term[2];

@@ -1,16 +1,16 @@
-/* Rotary encoding: pairs of channels turn by angles in proportion to the position.
+/* Rotary encoding: pairs of channels are rotated by angles proportional to the position.
  *
- * The table of a position is its cosines, one a pair, and then its sines. Angles are taken in double, so that those of
- * far positions keep their fraction of a turn. Where they are very far, the C library takes cosine and sine. */
+ * The table of a position holds its cosines, one per pair, and then its sines. Angles are computed in double, so that
+ * large ones keep their fraction of a revolution. For very large ones the C library computes cosine and sine. */
 
-/* Vectors of double, in which angles are taken whatever the dtype, and as many numbers of type real. */
+/* Vectors of double, in which angles are computed whatever the dtype, and of as many numbers of type real. */
 #define WIDE_LANES (VECTOR_BYTES / 8)
 typedef double wide __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t wide_bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t wide_truth __attribute__((vector_size(VECTOR_BYTES)));
 typedef real narrow __attribute__((vector_size(WIDE_LANES * sizeof(real))));
 
-/* Angles below this are at most 2**20 quarters of a turn. */
+/* Angles below this are at most 2**20 quarter turns. */
 #define NEAR_ANGLE 1647099.0
 
 static ALWAYS_INLINE wide horner(wide x, const double *c, int n)
@@ -21,9 +21,9 @@ static ALWAYS_INLINE wide horner(wide x, const double *c, int n)
     return p;
 }
 
-/* Cosine and sine of angles smaller than NEAR_ANGLE. The nearest whole number of quarters of a turn is taken off, a
- * quarter being the sum of three numbers of which two have 33 bits: their products with it are exact, whether
- * contracted or not. What is left, up to an eighth of a turn, goes into minimax polynomials; error: below 2**-52. */
+/* Cosine and sine of angles smaller than NEAR_ANGLE. The nearest multiple of a quarter turn is subtracted, the quarter
+ * turn being the sum of three numbers of which two have 33 bits: their products with the multiplier are exact, whether
+ * contracted or not. The rest, up to an eighth of a turn, goes into minimax polynomials; error: below 2**-52. */
 static ALWAYS_INLINE void cosine_and_sine(wide angle, wide *cosine, wide *sine)
 {
     static const double s[] = {-0.16666666666666666,   0.0083333333333309462,   -0.00019841269836754971,
@@ -81,7 +81,7 @@ static void turns(void *table, const double *frequency, int64_t pairs, int64_t p
     }
 }
 
-/* Pairs (a, b) become (a cos - b sin, b cos + a sin): lane i of the two vectors or, interleaved, neighbouring lanes. */
+/* Rotates pairs (a, b) to (a cos - b sin, b cos + a sin): lane i of the two vectors or, interleaved, adjacent lanes. */
 static ALWAYS_INLINE void rotate_pair(vec *a, vec *b, vec cosine, vec sine, const int interleaved)
 {
     const vec u = *a, v = *b;

@@ -1,14 +1,14 @@
 /* softmax, log_softmax and logsumexp of rows, and the exact merge of partial attention.
  *
  * Three passes: maximum, exponentials and their sum, result. Short rows go through each pass a few at a time, because a
- * single one is a chain of latencies.
+ * single one is limited by latency.
  *
- * A sum adds eight vectors as a tree, and trees with their rounding errors (TwoSum), so that its error does not grow
- * with the length.
+ * A sum adds eight vectors as a tree, and the trees with compensation (Kahan), so that its error does not grow with the
+ * length.
  */
 enum { ROWS_AT_ONCE = 4, TREE = 8, ROW_BLOCK = TREE * LANES };
 
-/* Numbers j .. j + LANES - 1 of a row; -inf past its end and where the mask hides. */
+/* Elements j .. j + LANES - 1 of a row; -inf past its end and where masked. */
 static ALWAYS_INLINE vec row_vector(const real *x, const char *mask, int64_t j, int64_t n)
 {
     const vec hidden = v_fill(-(real)INFINITY);
@@ -39,7 +39,7 @@ static ALWAYS_INLINE void store_row(real *out, int64_t j, int64_t n, vec v)
     }
 }
 
-/* A sum and what rounding has taken from it. */
+/* A sum and its rounding error. */
 struct row_sum {
     vec sum, lost;
 };
@@ -52,7 +52,7 @@ static ALWAYS_INLINE void add_tree(struct row_sum *to, const vec *e)
     to->sum = now;
 }
 
-/* What pass 2 sums: all exponentials, or those of the numbers below the maximum. */
+/* What pass 2 sums: all exponentials, or only those below the maximum. */
 enum { ALL, OTHERS };
 
 static ALWAYS_INLINE vec row_term(vec x, vec base, const int which, const int far)
@@ -61,11 +61,11 @@ static ALWAYS_INLINE vec row_term(vec x, vec base, const int which, const int fa
     return which == ALL ? e : (vec)((ivec)e & ~(d == (vec){0}));
 }
 
-/* Whether the maximum is most of a sum of exponentials relative to it: then the logarithm is log1p(others), lest the
- * largest number swallow what the others add to it. */
+/* Whether the maximum contributes most of the sum of exponentials relative to it: the logarithm is then log1p(others),
+ * so that the contribution of the others is not rounded away. */
 static ALWAYS_INLINE int maximum_dominates(double total) { return total < 2 && total > 0; }
 
-/* The exponentials of the numbers of a row from j on, a block or what is left of the row, and their sum. */
+/* The exponentials of a row from element j on, a block or what is left of the row, and their sum. */
 static ALWAYS_INLINE void row_block(const real *x, const char *mask, int64_t j, int64_t n, vec base, real *out,
                                     struct row_sum *sum, const int which, const int far, const int whole)
 {
@@ -111,7 +111,7 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
     const vec none = v_fill(-(real)INFINITY);
     const int64_t whole = n / LANES * LANES;
     real base[ROWS_AT_ONCE];
-    double total[ROWS_AT_ONCE]; /* its logarithm where that is wanted */
+    double total[ROWS_AT_ONCE]; /* or its logarithm, except for softmax */
     int far[ROWS_AT_ONCE];      /* whether exponentials may be denormal or 0 */
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
@@ -152,7 +152,7 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         total[r] = maximum_dominates(total[r]) ? log1p(sum_of_others(x_r, mask_r, n, base[r])) : log(total[r]);
-        /* inf - inf has made a NaN of the sum; the sum itself is infinite, unless there is a true NaN. */
+        /* inf - inf made the sum NaN; it should be infinite, unless the row holds a NaN. */
         if (base[r] == (real)INFINITY) {
             total[r] = 0;
             for (int64_t j = 0; j < n; j++)
@@ -168,7 +168,7 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
             *out_r = (real)((double)base[r] + total[r]);
         } else if (function == FA_ROW_SOFTMAX) {
             const real scale = (real)(total[r] == 0 ? 0 : 1 / total[r]);
-            if (mask && scale != scale) { /* a hidden entry stays 0 in a row of NaN */
+            if (mask && scale != scale) { /* a masked entry stays 0 even in a row of NaN */
                 for (int64_t j = 0; j < n; j++)
                     out_r[j] = mask_r[j] ? scale : 0;
                 continue;
@@ -191,7 +191,7 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
 static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
                  char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
 {
-    const int at_once = n * (int64_t)sizeof(real) <= 4096 ? ROWS_AT_ONCE : 1; /* they are to stay in the first cache */
+    const int at_once = n * (int64_t)sizeof(real) <= 4096 ? ROWS_AT_ONCE : 1; /* so that they stay in L1 */
     while (rows > 0) {
         const int count = rows < at_once ? (int)rows : at_once;
         if (function == FA_ROW_SOFTMAX && !mask)
@@ -210,7 +210,7 @@ static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const
     }
 }
 
-/* Contract: contract.h. A part with lse -inf saw no key and is left out. */
+/* Contract: contract.h. A part whose lse is -inf saw no key and is skipped. */
 static void merge(void *out_, void *lse_, const void *const *outs, const void *lses_, int64_t parts, int64_t n)
 {
     real *out = out_, *lse = lse_;
@@ -232,7 +232,7 @@ static void merge(void *out_, void *lse_, const void *const *outs, const void *l
         for (int64_t c = 0; c < n; c++)
             out[c] += share * part[c];
     }
-    /* Rounding must not carry a mean beyond the largest of its numbers, and that beyond the largest there is. */
+    /* Rounding must not carry a mean beyond its largest term, and so beyond the largest finite number. */
     for (int64_t c = 0; c < n; c++) {
         real largest = 0, half = 0;
         for (int64_t p = 0; p < parts && !isfinite(out[c]); p++) {

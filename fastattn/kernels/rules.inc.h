@@ -1,7 +1,7 @@
-/* From raw scores to scores: what is left of the scale, softcap, ALiBi, biases, and what hides keys.
+/* From raw to final scores: the remaining scale, softcap, ALiBi, biases, and hidden keys.
  *
- * Scores are in units of log 2 (the query carries scale * log2 e) when nothing is added to them; otherwise in their own
- * unit, because a bias such as the least float would overflow when multiplied by log2 e. */
+ * Scores are in units of log 2 (the query is multiplied by scale * log2 e) if nothing is added to them, else in nats: a
+ * bias such as -FLT_MAX would overflow when multiplied by log2 e. */
 
 /* A slope or a sink. */
 static ALWAYS_INLINE double per_row(const fa_head *head, const fa_view *numbers, int64_t i)
@@ -11,7 +11,7 @@ static ALWAYS_INLINE double per_row(const fa_head *head, const fa_view *numbers,
     return x;
 }
 
-/* Whether scores change between product and activation. */
+/* Whether scores change between the product and the activation. */
 static ALWAYS_INLINE int scores_change(const fa_problem *problem, const fa_head *head)
 {
     return problem->softcap != 0 || problem->has_slope || head->view[FA_BIAS].data ||
@@ -23,7 +23,7 @@ static ALWAYS_INLINE int scores_in_nats(const fa_problem *problem, const fa_head
     return problem->activation != FA_SOFTMAX || scores_change(problem, head);
 }
 
-/* Scores of the keys that are computed but not seen become -inf, also where they are NaN. */
+/* Sets the scores of keys that are computed but hidden to -inf, even if they are NaN. */
 static ALWAYS_INLINE void hide(const key_bits *computed, const key_bits *seen, real *s)
 {
     for (int w = 0; w < WORDS; w++) {
@@ -38,14 +38,14 @@ static ALWAYS_INLINE void hide(const key_bits *computed, const key_bits *seen, r
     }
 }
 
-/* The same for a row that sees the keys [from, to), over the vectors [first, last). */
+/* The same over the vectors [first, last) of a row that sees the keys [from, to). */
 static ALWAYS_INLINE void hide_outside(int first, int last, int from, int to, real *s)
 {
     const vec hidden = v_fill(-(real)INFINITY);
     const int before = from < last * LANES ? (from + LANES - 1) / LANES : last, behind = to / LANES;
     for (int v = first; v < last; v++) {
         if (v >= before && v < behind)
-            v = behind; /* all of those is seen */
+            v = behind; /* those are all visible */
         if (v < last) {
             const uint64_t seen = bits_below(to - v * LANES) & ~bits_below(from - v * LANES);
             real *s_v = s + v * LANES;
@@ -54,30 +54,31 @@ static ALWAYS_INLINE void hide_outside(int first, int last, int from, int to, re
     }
 }
 
-/* Row i, r of its group, over the vectors [first, last) of the block at key `block`: everything between the raw score
- * and the activation, where that is more than to hide; after: what the raw score is multiplied by. Hidden keys become
- * -inf, also where score or bias are NaN. */
+/* Everything between raw score and activation for row i, number r of its group, over the vectors [first, last) of the
+ * block at key `block`, if more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if
+ * score or bias is NaN. */
 static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block, int first,
                         int last, double after, key_bits *seen, real *s, real *extra, real *other)
 {
     const vec hidden = v_fill(-(real)INFINITY);
     const int late = after != 1, capped = problem->softcap != 0;
-    real cap = 0, per_cap = 0, root = 0, scale = 0; /* computed only where needed: */
-    if (capped) {                                   /* such things dominate small calls */
-        /* A cap beyond these limits changes nothing, or leaves nothing; its reciprocal would not be a normal number. */
+    real cap = 0, per_cap = 0, root = 0, scale = 0; /* computed only if needed: */
+    if (capped) {                                   /* this dominates small calls */
+        /* A cap beyond these limits changes nothing, or leaves nothing, and its reciprocal would not be a normal
+         * number. */
         const double most = BITS == 32 ? 1e30 : 1e290, within = problem->softcap < most ? problem->softcap : most;
         cap = (real)(within > 1 / most ? within : 1 / most);
         per_cap = 1 / cap;
     }
     if (late) {
-        root = (real)sqrt(fabs(after)); /* in two steps: it may be beyond the range of real */
+        root = (real)sqrt(fabs(after)); /* applied in two steps: `after` may be out of range of real */
         scale = (real)(after / (double)root);
     }
     const real slope = problem->has_slope ? (real)per_row(head, &head->view[FA_SLOPES], i) : 0;
     const real distance = (real)(block - (head->offset + fa_query_of(head, i)));
     const int biased = head->view[FA_BIAS].data || head->view[FA_RELATIVE_BIAS].data;
     if (biased) {
-        int from, to; /* what lies outside of the matrix is not read, and of a band only what the row sees */
+        int from, to; /* nothing outside the matrix is read, and of a band only what the row sees */
         rows_range(problem, head, i, 1, block, &from, &to);
         for (int j = first * LANES; j < last * LANES; j++)
             extra[j] = 0;
@@ -88,7 +89,7 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
             const int64_t in_band = block + from - (head->offset + fa_query_of(head, i)) + problem->left;
             gather(other, fa_row(head, &head->view[FA_RELATIVE_BIAS], i) + in_band * head->view[FA_RELATIVE_BIAS].col,
                    head->view[FA_RELATIVE_BIAS].col, to - from, head->view[FA_RELATIVE_BIAS].dtype);
-            for (int j = from; j < to; j++) { /* -inf hides, whatever is added to it; a sum of others does not */
+            for (int j = from; j < to; j++) { /* -inf hides, whatever is added to it; a sum of finite biases does not */
                 const real most = BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX, sum = extra[j] + other[j - from];
                 const int hides = extra[j] == -(real)INFINITY || other[j - from] == -(real)INFINITY;
                 extra[j] = hides ? -(real)INFINITY : sum < -most ? -most : sum;
@@ -116,8 +117,8 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* The scores of a group after softcap, biases and what hides keys; also into the requested weights, which softmax
- * finishes in close_tile. Whether terms of the sum have keys that are not seen. */
+/* Applies softcap, biases and masks to the scores of a group; for softmax, also copies them to the requested weights,
+ * which close_tile finishes. Returns whether terms of the weighted sum include hidden keys. */
 static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
                                      int64_t block, struct visible *visible, struct tile *tile, real *s)
 {
@@ -143,7 +144,7 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
             hide_outside(v_first, v_last, visible->from[r], visible->to[r], s + r * FA_BLOCK);
             partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
         }
-    } /* otherwise whole vectors, all seen: nothing to hide */
+    } /* otherwise whole vectors, all visible: nothing to hide */
     if (head->view[FA_WEIGHTS].data && problem->activation == FA_SOFTMAX)
         keep_weights(problem, head, i, group, block, s);
     return partial;

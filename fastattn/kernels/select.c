@@ -1,4 +1,4 @@
-/* What this CPU, and this operating system, can run, and what suits it. Compiled for the plain target. */
+/* Which kernels this CPU and operating system can run, and which suit it. Compiled for the plain target. */
 #include "contract.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,7 +8,7 @@ extern const fa_kernels fa_baseline_f32, fa_baseline_f64;
 #if defined(__x86_64__)
 extern const fa_kernels fa_avx2_f32, fa_avx2_f64, fa_avx512_f32, fa_avx512_f64;
 
-/* These ask CPUID, and XGETBV for the registers that the system saves. */
+/* These check CPUID, and XGETBV for the registers that the operating system saves. */
 static int runs_avx512(void)
 {
     __builtin_cpu_init();
@@ -21,14 +21,14 @@ static int runs_avx2(void)
     unsigned a, b, c, d;
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* which clang's builtin does not know */
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* clang's builtin does not know f16c */
 }
 #endif
 
 static int runs_always(void) { return 1; }
 
-/* Best first. A slot that is empty is taken from the next row that fills it; 16-bit dtypes, where no row does, from the
- * slot of their accumulation dtype. */
+/* Best first. An empty slot is filled from the next row that has it; 16-bit dtypes that no row has use the kernels of
+ * their accumulation dtype. */
 static const struct {
     const char *name;
     int (*runs)(void);
@@ -64,7 +64,8 @@ int fa_runnable(fa_instruction_set *sets, int room)
     return n;
 }
 
-/* Measured (docs/notebook, page 10): Zen 4 lost by it, Zen 5 gains. Zen 3 is of Zen 4's family; no other was measured.
+/* Measured (docs/notebook, page 10): slower on Zen 4, faster on Zen 5. Zen 3 has Zen 4's family number; no other CPU
+ * was measured.
  */
 int fa_prefetching_helps(void)
 {

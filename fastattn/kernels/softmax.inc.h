@@ -1,11 +1,11 @@
-/* From scores to weights, block by block: the running maximum and sum of Milakov and Gimelshein (2018), or ReLU or the
+/* From scores to weights, block by block: the running maximum and sum of Milakov and Gimelshein (2018), or ReLU or
  * sigmoid in place of the exponential. */
 
-/* The greatest of the vectors [first, last) of a row's scores, in all lanes. */
+/* The maximum of the vectors [first, last) of a row's scores, in every lane. */
 static ALWAYS_INLINE vec row_maximum(const real *s, int first, int last)
 {
     const vec none = v_fill(-(real)INFINITY);
-    vec x[4] = {none, none, none, none}; /* a NaN score does not become the maximum */
+    vec x[4] = {none, none, none, none}; /* NaN scores are ignored */
     int v = first;
     for (; v + 4 <= last; v += 4) {
         UNROLL(4)
@@ -17,21 +17,21 @@ static ALWAYS_INLINE vec row_maximum(const real *s, int first, int last)
     return v_spread_max(v_max(v_max(x[0], x[1]), v_max(x[2], x[3])));
 }
 
-/* Scores with the maximum *most join a row whose running maximum is *m. What the row's weights are relative to from now
- * on, in *most; returns what its earlier weights must be multiplied by. */
+/* Updates a row's running maximum *m with new scores of maximum *most. Sets *most to what its weights are relative to
+ * from now on; returns the factor for its earlier weights. */
 static ALWAYS_INLINE vec raise_maximum(real *m, vec *most, const int natural_log)
 {
     const vec log2e = v_fill((real)1.44269504088896340736);
     const vec none = v_fill(-(real)INFINITY);
     const vec before = v_fill(*m), now = v_max(*most, before);
     *m = now[0];
-    /* A row that has seen nothing yet: -inf - -inf would be NaN. */
+    /* If the row has seen nothing yet, -inf - -inf would be NaN. */
     *most = v_pick(now == none, (vec){0}, now);
     const vec x = before - *most;
     return v_exp2(natural_log ? x * log2e : x);
 }
 
-/* The vectors [first, last) of a row's scores become weights; returns their sum by lanes. */
+/* Turns the vectors [first, last) of a row's scores into weights; returns their lane-wise sum. */
 static ALWAYS_INLINE vec row_weights(real *s, int first, int last, vec most, const int natural_log)
 {
     const vec log2e = v_fill((real)1.44269504088896340736);
@@ -45,13 +45,13 @@ static ALWAYS_INLINE vec row_weights(real *s, int first, int last, vec most, con
     return sum;
 }
 
-/* Softmax: scores of `rows` rows over the vectors [first, last) become weights relative to the new maximum; shrink[r]
- * is what the row's earlier output must be multiplied by. m, l: the group's running maximum and sum. The maximum stays
- * in all lanes of a vector: a detour through memory would cost more than the exponentials of a vector. */
+/* Softmax: turns the scores of `rows` rows over the vectors [first, last) into weights relative to the new maximum;
+ * shrink[r] is the factor for the row's earlier output. m, l: the group's running maximum and sum. The maximum stays in
+ * every lane of a vector: a round trip through memory would cost more than the exponentials of a vector. */
 static void exponentials(real *s, int rows, int first, int last, const int natural_log, real *m, real *l, real *shrink)
 {
     vec most[ROWS], keep[ROWS];
-    /* Row by row, each step of these loops waits for the one before; over all rows the waits overlap. */
+    /* Row by row each step would wait for the one before; in loops over all rows the latencies overlap. */
     for (int r = 0; r < rows; r++)
         most[r] = row_maximum(s + r * FA_BLOCK, first, last);
     for (int r = 0; r < rows; r++) {
@@ -65,7 +65,7 @@ static void exponentials(real *s, int rows, int first, int last, const int natur
     }
 }
 
-/* ReLU and the sigmoid: weights need no neighbours. l counts the visible keys for ReLU. */
+/* ReLU and sigmoid: weights computed one by one. For ReLU, l counts the visible keys. */
 static void pointwise(const fa_problem *problem, real *s, int rows, int first, int last, const key_bits *seen, real *l)
 {
     const vec infinite = v_fill((real)INFINITY), zero = {0};
@@ -89,7 +89,7 @@ static void pointwise(const fa_problem *problem, real *s, int rows, int first, i
     }
 }
 
-/* Scores become weights where they are not softmax's. */
+/* Turns scores into weights for activations other than softmax. */
 static ALWAYS_INLINE void weigh_pointwise(const fa_problem *problem, const fa_head *head, int64_t i, int group,
                                           int64_t block, struct visible *visible, real *s, real *l)
 {

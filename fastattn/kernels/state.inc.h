@@ -1,18 +1,18 @@
-/* The running state of a group of rows, maximum m, sum l and output o: of one span of keys, and the exact total of the
+/* The running state of a group of rows, maximum m, sum l and output o: for one span of keys, and the exact total of the
  * spans before it. */
 
-/* total += x for a total in two parts, the sum and what rounding has taken from it so far (Knuth's TwoSum). */
+/* total = total * keep + x for a total kept as a sum and its accumulated rounding error (Knuth's TwoSum). */
 static ALWAYS_INLINE void add_exactly(real *sum, real *lost, vec keep, vec x)
 {
     const vec before = v_load(sum) * keep, now = before + x, part = now - before;
     const vec error = (before - (now - part)) + (x - part);
-    /* An infinite sum loses nothing; a NaN is in the sum already. */
+    /* If the sum is infinite or NaN, the error would be NaN. */
     v_store(lost, v_load(lost) * keep + v_pick(now - now == (vec){0}, error, (vec){0}));
     v_store(sum, now);
 }
 
-/* The state (m, l, o) of a span joins the total of those before it, without an error that would grow with their number.
- * Joining to an empty total changes no bit. */
+/* Adds the state (m, l, o) of a span to the total of those before it, with an error that does not grow with their
+ * number. Adding it to an empty total changes no bit. */
 static void fold(real *m_all, real *l_all, real *l_error, real *o_all, real *o_error, const real *m, const real *l,
                  const real *o, int64_t rows, int64_t value_row, int natural_log)
 {
@@ -31,7 +31,7 @@ static void fold(real *m_all, real *l_all, real *l_error, real *o_all, real *o_e
 
 static void reset_state(const fa_problem *problem, int64_t rows, real *m, real *l)
 {
-    const real least = problem->activation == FA_SOFTMAX ? -(real)INFINITY : 0; /* the others are relative to nothing */
+    const real least = problem->activation == FA_SOFTMAX ? -(real)INFINITY : 0; /* others need no maximum */
     for (int64_t r = 0; r < rows; r++)
         m[r] = least;
     memset(l, 0, (size_t)(rows * LANES) * sizeof(real));
@@ -52,7 +52,7 @@ static void clear_unseen(int64_t rows, struct tile *tile)
                    (size_t)(rows_from(tile, first, rows) * tile->value_row) * sizeof(real));
 }
 
-/* The state of group g, rows `first` and on, joins that of the spans before it. */
+/* Adds the state of group g, which starts at row `first`, to the total of the spans before it. */
 static NEVER_INLINE void end_span(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
                                   struct tile *tile)
 {
@@ -68,7 +68,7 @@ static NEVER_INLINE void end_span(const fa_problem *problem, const fa_head *head
          tile->l + l, tile->o + o, group, value_row, scores_in_nats(problem, head));
 }
 
-/* The state of a group that has seen several spans becomes that of all of them. */
+/* Sets the state of a group that has seen several spans to their total. */
 static void take_totals(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
                         struct tile *tile)
 {
@@ -81,7 +81,7 @@ static void take_totals(const fa_problem *problem, const fa_head *head, int64_t 
         v_store(tile->o + c, v_load(tile->o_all + c) + v_load(tile->o_error + c));
 }
 
-/* Makes the state of a group that of a span, if it is another's; whether it has seen nothing of it yet. */
+/* Starts span `span` for a group, unless its state already belongs to it; returns whether it did. */
 static ALWAYS_INLINE int begin_span(const fa_problem *problem, const fa_head *head, int64_t g, int64_t first, int group,
                                     int64_t span, struct tile *tile)
 {
@@ -96,7 +96,7 @@ static ALWAYS_INLINE int begin_span(const fa_problem *problem, const fa_head *he
     return 1;
 }
 
-/* The state of a tile becomes that of all keys. */
+/* Sets the state of a tile to the total of all keys. */
 static void gather_spans(const fa_problem *problem, const fa_head *head, int64_t rows, struct tile *tile)
 {
     clear_unseen(rows, tile);
@@ -105,15 +105,14 @@ static void gather_spans(const fa_problem *problem, const fa_head *head, int64_t
             take_totals(problem, head, g, first, rows_from(tile, first, rows), tile);
 }
 
-/* What the sum of a row's weighted values, row r of the tile, is to be multiplied by; and the row's log-sum-exp. 0: it
- * has seen nothing. */
+/* The factor for the weighted sum of row r of the tile, 0 if it has seen nothing; and the row's log-sum-exp. */
 static ALWAYS_INLINE real row_factor(const fa_problem *problem, const fa_head *head, int64_t r, const struct tile *tile,
                                      const int natural_log, double *lse, int *seen)
 {
     real sum = v_total(v_load(tile->l + r * LANES));
     if (problem->activation == FA_SIGMOID)
-        sum = sum > 0; /* its weights are not divided by anything */
-    double share = 1;  /* of all exponentials, sink included, in those of the keys */
+        sum = sum > 0; /* its weights are not normalised */
+    double share = 1;  /* of the keys in the sum of exponentials, sink included */
     *seen = sum != 0;
     *lse = sum == 0 ? -INFINITY : 0;
     if (head->view[FA_LSE].data || problem->has_sink) {
@@ -122,7 +121,7 @@ static ALWAYS_INLINE real row_factor(const fa_problem *problem, const fa_head *h
         const double sink = problem->has_sink ? per_row(head, &head->view[FA_SINKS], tile->row + r) : -INFINITY;
         if (sink != -INFINITY) {
             const double keys_lse = *lse;
-            const double most = keys_lse < sink ? sink : keys_lse; /* NaN in the scores stays */
+            const double most = keys_lse < sink ? sink : keys_lse; /* NaN scores propagate */
             const double least = keys_lse < sink ? keys_lse : sink;
             *lse = least == -INFINITY ? most : most + log1p(exp(least - most));
             share = exp(keys_lse - *lse);

@@ -1,32 +1,32 @@
-/* The workspace of a tile: what lies where. Sizes depend on shapes only. */
+/* The layout of a tile's workspace. Sizes depend on shapes only. */
 
-/* What additive scores need besides (additive.inc.h). */
+/* Additional state of additive scores (additive.inc.h). */
 struct additive {
-    real *w;             /* [channels] their weights, times -2 and the scale; zeros */
-    real w_sum;          /* the same without -2, summed */
-    real *q_raw, *k_raw; /* what q and k are the exponentials of */
+    real *w;             /* [channels] score weights times -2 and the scale; zero-padded */
+    real w_sum;          /* the sum of weights times the scale */
+    real *q_raw, *k_raw; /* the arguments whose exponentials are q and k */
     char *row_is_wide;   /* [rows] whether a row has an argument beyond ADDITIVE_LIMIT */
-    key_bits wide_keys;  /* the same of the block's keys */
+    key_bits wide_keys;  /* the same for the keys of the block */
     int all_wide;
 };
 
 struct tile {
-    int group;         /* rows of a group: ROWS; in decode, the rows divided evenly over the groups */
-    int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (decode); zeros */
-    int64_t value_row; /* numbers in a row of o: value_dim rounded up to whole vectors */
-    real *q;           /* queries as the score wants them: [group][strip of channels][row][STRIP] */
-    real *k;           /* a block of keys, the same: by panels of VECS vectors, [channel][key]; some keys (decode) */
-    real *v;           /* a block of values where they cannot be read in place, rows of v_row numbers */
+    int group;         /* rows per group: ROWS; in decode, the rows divided evenly among the groups */
+    int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (decode); zero-padded */
+    int64_t value_row; /* row length of o: value_dim rounded up to whole vectors */
+    real *q;           /* packed queries: [group][strip of channels][row][STRIP] */
+    real *k;           /* a packed block of keys, [panel][channel][key], VECS vectors per panel; a few keys in decode */
+    real *v;           /* a block of values that cannot be read in place, in rows of v_row numbers */
     int64_t v_row;
     real *s;       /* [ROWS][FA_BLOCK] scores, then weights, of a group and block; [block][rows][FA_BLOCK] in decode */
-    real *part;    /* [ROWS][value_row] their weighted sum; [rows][value_row] in decode */
-    real *chunk;   /* [DECODE_ROWS][value_row] a part of that, in decode */
-    real *extra;   /* [2][FA_BLOCK] the bias of one row, and a part of it */
-    double *after; /* [rows] what scores are still multiplied by after the product, if anything (scale_after_product) */
+    real *part;    /* [ROWS][value_row] the weighted sum; [rows][value_row] in decode */
+    real *chunk;   /* [DECODE_ROWS][value_row] a partial sum, in decode */
+    real *extra;   /* [2][FA_BLOCK] the bias of one row, and one of its terms */
+    double *after; /* [rows] factor of the scores after the product, if any (scale_after_product) */
     int64_t row;   /* the first row of the tile */
-    int64_t *span; /* [groups] which span of keys a group's state is of; with none, its part of o is not set */
+    int64_t *span; /* [groups] the span of a group's state; with NO_SPAN its rows of o are not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
-    /* The same of the spans before it, and what rounding has taken from it, of groups that have seen several. */
+    /* The same for the spans before it, with rounding errors, for groups that have seen several. */
     char *many_spans; /* [groups] */
     real *m_all, *l_all, *l_error, *o_all, *o_error;
     struct additive additive;
@@ -34,25 +34,25 @@ struct tile {
 
 enum { PANEL = VECS * LANES }; /* keys in a panel */
 
-/* Rows of a run's blocks, at most (keys_of_run). */
+/* Most rows of scores in a run: rows times blocks (keys_of_run). */
 enum {
     ROWS_OF_RUN = DECODE_ROWS * FA_SPAN / FA_BLOCK > FA_DECODE_TILE ? DECODE_ROWS *FA_SPAN / FA_BLOCK : FA_DECODE_TILE
 };
 
-/* How many keys of a span a tile of few queries passes over at a time: memory likes long runs of keys, and then long
- * runs of values, but the scores of a run should stay in the first cache. */
+/* How many keys of a span a decode tile processes at a time: long runs of keys, and then of values, are read fastest
+ * from memory, but the scores of a run should stay in L1. */
 static ALWAYS_INLINE int64_t keys_of_run(int64_t rows)
 {
     const int64_t keys = rows <= DECODE_ROWS ? FA_SPAN : FA_SPAN * DECODE_ROWS / rows / FA_BLOCK * FA_BLOCK;
     return keys > FA_BLOCK ? keys : FA_BLOCK;
 }
 
-/* The terms of a weighted sum, STEPS keys each, that cover a block's keys from `lo` on, or up to `hi`. */
+/* Where the terms of a weighted sum, of STEPS keys each, that cover keys [lo, hi) of a block begin and end. */
 static ALWAYS_INLINE int term_begin(int lo) { return lo / STEPS * STEPS; }
 static ALWAYS_INLINE int term_end(int hi) { return (hi + STEPS - 1) / STEPS * STEPS; }
 
-/* A scale that might carry a query, or itself, out of the range of its dtype is given to each row in two parts, before
- * and after the product (pack_wide_queries). */
+/* A scale that is out of range of the dtype, or might carry a query out of range, is split for each row into factors
+ * before and after the product (pack_wide_queries). */
 static ALWAYS_INLINE int scale_after_product(const fa_problem *problem)
 {
     return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
@@ -65,7 +65,7 @@ static ALWAYS_INLINE char *take(char **at, int64_t numbers)
     return here;
 }
 
-/* Numbers of a group's queries. */
+/* Size of a group's packed queries, in numbers. */
 static ALWAYS_INLINE int64_t group_size(int64_t channels) { return (channels + STRIP - 1) / STRIP * STRIP * ROWS; }
 
 /* Lays a tile out from `base` on; returns its size. */
@@ -84,7 +84,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     int64_t panels = (block + PANEL - 1) / PANEL;
     tile->channels = channels;
     tile->value_row = value_row;
-    /* A stride of a multiple of 1 KiB would crowd a block's rows into a few sets of the first cache. */
+    /* With a stride that is a multiple of 1 KiB the rows of a block would map to a few sets of L1. */
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
     tile->q = (real *)take(&at, groups * group_size(channels));
     tile->k = (real *)take(&at, problem->decode ? (4 + PASS_KEYS) * channels : panels * PANEL * channels);
@@ -118,6 +118,6 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
 
 static size_t tile_workspace(const fa_problem *problem, int64_t rows, int64_t keys)
 {
-    struct tile tile; /* only its size is asked for: the addresses are not used */
+    struct tile tile; /* for its size only: the addresses are not used */
     return lay_out(&tile, problem, rows, keys, (char *)(uintptr_t)FA_ALIGN);
 }

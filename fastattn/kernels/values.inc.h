@@ -1,35 +1,35 @@
-/* The weighted sum of values: from memory where the rows allow it, else from a copy of the block. */
+/* The weighted sum of values, read in place if their layout allows it, else from a copy of the block. */
 struct value_rows {
-    const char *data; /* of the block's key 0; only rows that are seen may be touched */
+    const char *data; /* the value of the block's key 0; only visible rows may be read */
     ptrdiff_t row;
 };
 
-/* What values are multiplied by where their sum would overflow. */
+/* The factor that keeps a sum of values from overflowing; usually 1. */
 static ALWAYS_INLINE real value_factor(const fa_problem *problem) { return (real)ldexp(1, -problem->value_shift); }
 
-/* rows: that share a value. */
+/* rows: how many share a value. */
 static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_view *value, int64_t rows)
 {
     if (!readable(value) || problem->value_dim % LANES != 0 || problem->value_shift)
         return 0;
     if (problem->decode)
         return 1;
-    /* A group of rows would find such rows in a few sets of the cache. */
+    /* Such rows would map to a few sets of the cache. */
     if (value->row % 1024 == 0)
         return 0;
-    /* Vectors that lie across two lines of the cache take two loads. */
+    /* Vectors that straddle cache lines take two loads. */
     return rows < WORTH_COPYING || ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0;
 }
 
-/* Rows [begin, end) of a block of values, copied and padded with zeros to whole vectors and whole terms; times
- * 2**-value_shift. */
+/* Copies rows [begin, end) of a block of values, times 2**-value_shift, padded with zeros to whole vectors and whole
+ * terms. */
 static void copy_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
                         real *to, int64_t to_row, int64_t value_row)
 {
     const int shrunk = problem->value_shift != 0;
     const real factor = shrunk ? value_factor(problem) : 1;
     const int whole = value->row == value->col * problem->value_dim && to_row == problem->value_dim;
-    if (whole) /* no gaps: a row's end is the next one's beginning */
+    if (whole) /* no gaps between rows */
         gather(to + begin * to_row, values + begin * value->row, value->col, (end - begin) * to_row, value->dtype);
     for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
         int64_t c = 0;
@@ -45,7 +45,7 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
     }
 }
 
-/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:]; whole terms, and
+/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:], in whole terms, for
  * `columns` columns from `from` on. */
 static void weighted_columns(const real *p, int rows, struct value_rows value, int begin, int end, int64_t from,
                              int64_t columns, int64_t value_row, real *part, int add, struct prefetch *prefetch)
@@ -62,8 +62,8 @@ static void weighted_columns(const real *p, int rows, struct value_rows value, i
                            add, panels ? NULL : prefetch);
 }
 
-/* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a key that a row
- * does not see must be left out of its sum rather than added with weight zero. */
+/* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a hidden key must be
+ * skipped rather than added with weight zero. */
 static NEVER_INLINE void weighted_sum_of_seen(const real *p, int rows, const key_bits *seen, struct value_rows value,
                                               int begin, int end, int64_t value_row, real *part)
 {
@@ -90,7 +90,7 @@ static NEVER_INLINE void weighted_sum_of_seen(const real *p, int rows, const key
 
 static int all_finite(struct value_rows value, int begin, int end, int64_t value_row)
 {
-    vec sum[4] = {{0}}; /* one would be a chain of latencies */
+    vec sum[4] = {{0}}; /* several, since one would be limited by latency */
     for (int j = begin; j < end; j++) {
         const real *v = (const real *)(value.data + j * value.row);
         int64_t c = 0;
@@ -109,13 +109,13 @@ static int all_finite(struct value_rows value, int begin, int end, int64_t value
     return 1;
 }
 
-/* Whether the sum of the values [begin, end) of a block can read them in place: in whole terms. */
+/* Whether the sum of the values [begin, end) of a block can read them in place: they are whole terms. */
 static ALWAYS_INLINE int sum_in_place(const fa_problem *problem, const fa_view *value, int begin, int end, int64_t rows)
 {
     return begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, value, rows);
 }
 
-/* The values of the keys [begin, end) of a block, where a sum can read them; rows: that share one. */
+/* The values of the keys [begin, end) of a block, in place or copied. rows: how many share a value. */
 static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
                                                  int begin, int end, int64_t rows, const struct tile *tile)
 {
@@ -126,7 +126,7 @@ static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, cons
     return (struct value_rows){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
 }
 
-/* The weighted sum of a block joins the output of `rows` rows, whose earlier output shrinks. */
+/* Adds the weighted sum of a block to the output of `rows` rows, after rescaling their earlier output. */
 static ALWAYS_INLINE void join_sum(real *o, const real *sum, int rows, int64_t value_row, const real *shrink)
 {
     for (int r = 0; r < rows; r++) {

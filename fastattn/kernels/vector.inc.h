@@ -1,10 +1,10 @@
-/* The vocabulary of all kernels: words on a vector of LANES numbers of type real.
+/* The vector operations of all kernels, on LANES numbers of type real.
  *
- * Expects REAL, BITS (of REAL) and VECTOR_BYTES. Everything is written with the vector extensions that GCC and clang
- * share, so it compiles for any target. An instruction set that does a word better defines v_<word> itself and
- * HAS_<WORD>, before this file is included.
+ * Expects REAL, BITS (of REAL) and VECTOR_BYTES. Everything uses the vector extensions that GCC and clang share, so it
+ * compiles for any target. An instruction set with a faster v_<word> defines it, and HAS_<WORD>, before this file is
+ * included.
  */
-#if VECTOR_BYTES * 8 / BITS == 16 /* a literal, because names are made of it */
+#if VECTOR_BYTES * 8 / BITS == 16 /* a literal, because it is pasted into names */
 #define LANES 16
 #elif VECTOR_BYTES * 8 / BITS == 8
 #define LANES 8
@@ -26,7 +26,7 @@ typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 static ALWAYS_INLINE vec v_load(const void *p) { return *(const uvec *)p; }
 static ALWAYS_INLINE void v_store(void *p, vec v) { *(uvec *)p = v; }
 static ALWAYS_INLINE vec v_fill(real x) { return x - (vec){0}; }
-/* n numbers, fewer than a vector has, and zeros; bytes behind them are not touched. */
+/* n < LANES numbers, then zeros; bytes after them are not read. */
 #ifndef HAS_LOAD_SOME
 static ALWAYS_INLINE vec v_load_some(const void *p, int n)
 {
@@ -35,7 +35,7 @@ static ALWAYS_INLINE vec v_load_some(const void *p, int n)
     return v;
 }
 #endif
-/* Contracted to one instruction where the target has it (-ffp-contract=fast). */
+/* Contracted to one instruction if the target has it (-ffp-contract=fast). */
 #ifndef HAS_FMA
 static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 #endif
@@ -57,7 +57,7 @@ static ALWAYS_INLINE ivec v_halves(const void *p) { return __builtin_convertvect
 
 static ALWAYS_INLINE vec v_widen_bf16(const void *p) { return (vec)(v_halves(p) << 16); }
 
-/* Exponent and mantissa into place; multiplying by 2**112 mends the bias and makes denormals normal. */
+/* Shifts exponent and mantissa into place; multiplying by 2**112 corrects the bias and normalises denormals. */
 #ifndef HAS_WIDEN_F16
 static ALWAYS_INLINE vec v_widen_f16(const void *p)
 {
@@ -68,17 +68,17 @@ static ALWAYS_INLINE vec v_widen_f16(const void *p)
 #endif
 #endif
 
-/* The greater number; where either is NaN, the second. */
+/* The larger number; if either is NaN, the second. */
 #ifndef HAS_MAX
 static ALWAYS_INLINE vec v_max(vec a, vec b) { return v_pick(a > b, a, b); }
 #endif
 
-/* The lesser number; where either is NaN, the second. */
+/* The smaller number; if either is NaN, the second. */
 #ifndef HAS_MIN
 static ALWAYS_INLINE vec v_min(vec a, vec b) { return v_pick(a < b, a, b); }
 #endif
 
-/* Lane i from a where bit i is set, else from b. */
+/* Lane i of a if bit i is set, else of b. */
 #ifndef HAS_PICK_BITS
 static ALWAYS_INLINE vec v_pick_bits(unsigned bits, vec a, vec b)
 {
@@ -89,7 +89,7 @@ static ALWAYS_INLINE vec v_pick_bits(unsigned bits, vec a, vec b)
 }
 #endif
 
-/* Bit i set where lane i is true (all ones). */
+/* Bit i is set if lane i is true (all ones). */
 #ifndef HAS_TRUE_BITS
 static ALWAYS_INLINE unsigned v_true_bits(ivec where)
 {
@@ -103,7 +103,7 @@ static ALWAYS_INLINE unsigned v_true_bits(ivec where)
 static ALWAYS_INLINE vec v_abs(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
 
 #ifndef HAS_FLOOR
-/* For |x| < 2**(mantissa bits - 1), which is all that exp2 needs: adding 1.5 * 2**(mantissa bits) rounds to nearest. */
+/* For |x| < 2**(mantissa bits - 1), which suffices for exp2: adding 1.5 * 2**(mantissa bits) rounds to nearest. */
 static ALWAYS_INLINE vec v_floor(vec x)
 {
     const vec magic = v_fill(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
@@ -112,7 +112,7 @@ static ALWAYS_INLINE vec v_floor(vec x)
 }
 #endif
 
-/* 2**n for integral n in the normal range; anything for other n. */
+/* 2**n for integral n in the normal range; arbitrary otherwise. */
 static ALWAYS_INLINE vec v_power_of_two(vec n)
 {
     const int mantissa_bits = BITS == 32 ? 23 : 52;
@@ -120,12 +120,12 @@ static ALWAYS_INLINE vec v_power_of_two(vec n)
     return (vec)((ivec)v_fill(1) + ((ivec)(n + magic) << mantissa_bits));
 }
 
-/* x - floor(x); anything for infinities. */
+/* x - floor(x); arbitrary for infinities. */
 #ifndef HAS_FRACTION
 static ALWAYS_INLINE vec v_fraction(vec x) { return x - v_floor(x); }
 #endif
 
-/* p * 2**floor(x) for x <= 0; 0 where that is below the normal range, whatever p is. NaN stays NaN. */
+/* p * 2**floor(x) for x <= 0; 0 if 2**floor(x) is below the normal range, whatever p is. NaN stays NaN. */
 #ifndef HAS_SCALE_DOWN
 static ALWAYS_INLINE vec v_scale_down(vec p, vec x)
 {
@@ -135,7 +135,7 @@ static ALWAYS_INLINE vec v_scale_down(vec p, vec x)
 #endif
 
 /* 2**x for x <= 0 (x may be -inf: 0). Splits x into floor and fraction; 2**fraction is a minimax polynomial with
- * constant term exactly 1, so that 2**0 == 1. Relative error: float 8.2e-8 plus roundings, double 3.2e-18 plus. */
+ * constant term exactly 1, so that 2**0 == 1. Relative error: 8.2e-8 in float, 3.2e-18 in double, plus rounding. */
 static ALWAYS_INLINE vec v_exp2(vec x)
 {
 #if BITS == 32
@@ -156,7 +156,7 @@ static ALWAYS_INLINE vec v_exp2(vec x)
     return v_scale_down(p, x);
 }
 
-/* 2**f - 1 for |f| <= 1/2, with a relative error of an eps, also near 0. */
+/* 2**f - 1 for |f| <= 1/2, with a relative error of 1 eps, also near 0. */
 static ALWAYS_INLINE vec v_exp2_less_1(vec f)
 {
 #if BITS == 32
@@ -175,8 +175,8 @@ static ALWAYS_INLINE vec v_exp2_less_1(vec f)
     return p * f;
 }
 
-/* exp(x) where that is a normal number; anything elsewhere. log 2 in two parts: the product of the first with a whole
- * number is exact, so that the error does not grow with x. */
+/* exp(x) if that is a normal number; arbitrary otherwise. log 2 is split in two parts: the product of the first with an
+ * integer is exact, so the error does not grow with x. */
 static ALWAYS_INLINE vec v_exp(vec x)
 {
     const real log2e = (real)1.44269504088896340736;
@@ -188,11 +188,11 @@ static ALWAYS_INLINE vec v_exp(vec x)
     return v_fma(power, v_exp2_less_1(rest * log2e), power);
 }
 
-/* exp(x) for x <= 0 (NaN stays) to within 1 eps. The nearest multiple of log 2 is taken out in two parts, so that the
+/* exp(x) for x <= 0 to within 1 eps; NaN stays NaN. The nearest multiple of log 2 is subtracted in two parts, so the
  * error does not grow with x as that of exp2(x * log2 e) does; e^rest is 1 + rest + rest**2 * a minimax polynomial,
- * whose relative error is 3.1e-9 in float, 3.6e-18 in double. far: some results may be denormal, or 0 (x = -inf); the
- * bits of the others are the same with it and without. */
-static const real LOG_OF_NORMAL = BITS == 32 ? -87 : -708; /* e to this is a normal number */
+ * whose relative error is 3.1e-9 in float, 3.6e-18 in double. far: results may be denormal, or 0 (x = -inf); it does
+ * not change the bits of the others. */
+static const real LOG_OF_NORMAL = BITS == 32 ? -87 : -708; /* e to this power is a normal number */
 #ifndef EXP_REACHES_FAR
 #define EXP_REACHES_FAR 0 /* whether `far` makes no difference */
 #endif
@@ -224,8 +224,7 @@ static ALWAYS_INLINE vec v_exp_below(vec x, const int far)
     (void)mantissa_bits, (void)step;
     return v_scale(p, whole);
 #else
-    if (far) { /* in two steps, of which only the last rounds; a 0 costs nothing, what is too small for a denormal might
-                */
+    if (far) { /* in two steps, of which only the last rounds; zeros are fast, underflow might not be */
         p = (vec)((ivec)p & ~(x < least));
         return p * v_power_of_two(whole + step) * v_power_of_two(v_fill(-step));
     }
@@ -234,8 +233,8 @@ static ALWAYS_INLINE vec v_exp_below(vec x, const int far)
 }
 #endif
 
-/* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e).
- * e = 2**n * (2**f - 1) + (2**n - 1) with n nearest, so that a small x has n = 0 and loses nothing. */
+/* tanh(x) with a relative error of a few eps, also near 0: with e = 2**(-2|x| log2 e) - 1, tanh|x| = -e / (2 + e). Here
+ * e = 2**n * (2**f - 1) + (2**n - 1) with n the nearest integer, so a small x has n = 0 and loses no digits. */
 static ALWAYS_INLINE vec v_tanh(vec x)
 {
     const real least = BITS == 32 ? -40 : -100;
@@ -248,7 +247,7 @@ static ALWAYS_INLINE vec v_tanh(vec x)
     return (vec)((ivec)t | ((ivec)x & (ivec)(-(vec){0})));
 }
 
-/* The greatest number in all lanes. */
+/* The maximum of the lanes, in every lane. */
 static ALWAYS_INLINE vec v_spread_max(vec v)
 {
 #if LANES > 8
@@ -301,8 +300,8 @@ static ALWAYS_INLINE void v_four_totals(real *to, vec a, vec b, vec c, vec d)
 }
 #endif
 
-/* Rows of LANES numbers at `from`, a byte stride apart, become columns of `to`, whose rows are `to_stride` numbers
- * apart: log2(LANES) rounds that interleave vector i with vector i + LANES / 2. */
+/* LANES rows of LANES numbers at `from` (stride in bytes) become columns of `to` (stride in numbers): log2(LANES)
+ * rounds that interleave vector i with vector i + LANES / 2. */
 #ifndef HAS_TRANSPOSE
 static ALWAYS_INLINE void v_transpose(real *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride)
 {

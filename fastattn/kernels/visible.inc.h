@@ -1,5 +1,5 @@
-/* Which keys of a block a row sees: by position and length a range, and with a dense mask or a bias of -inf, bits: bit
- * j of a row stands for key `block + j`. */
+/* Which keys of a block a row sees: by position and length, a range; with a dense mask or a bias of -inf, bits: bit j
+ * of a row is key `block + j`. */
 
 enum { WORDS = FA_BLOCK / 64 };
 
@@ -51,7 +51,7 @@ static ALWAYS_INLINE unsigned bits_at(const key_bits *a, int at, int lanes)
     return (unsigned)(a->word[at / 64] >> at % 64) & ((1u << lanes) - 1u);
 }
 
-/* Bits of n mask bytes, n <= 64. Eight at a time: any nonzero byte to 1, then their low bits gathered by a product. */
+/* Bits of n mask bytes, n <= 64. Eight at a time: each nonzero byte becomes 1, and a multiplication gathers these. */
 static ALWAYS_INLINE uint64_t bits_of_mask(const char *mask, int n)
 {
     uint64_t bits = 0;
@@ -85,8 +85,8 @@ static inline void bits_and_mask(key_bits *bits, const char *mask, ptrdiff_t str
     }
 }
 
-/* The keys of the block [block, block + FA_BLOCK) that any of the query rows [i, i + rows) may see by position and
- * length; 0, 0 where there are none. */
+/* The keys of the block [block, block + FA_BLOCK) visible to any of the query rows [i, i + rows) by position and
+ * length, relative to the block; 0, 0 if there are none. */
 static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t rows,
                                      int64_t block, int *begin, int *end)
 {
@@ -100,15 +100,15 @@ static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *h
 
 /* What the rows of a group see of a block. */
 struct visible {
-    int lo, hi;               /* keys that any of them sees lie in [lo, hi); lo >= hi: there are none */
-    int same_for_all;         /* all see all of it */
-    int masked;               /* there is a mask, and it hides all of it */
-    int use_bits;             /* whether `bits` count, which may say less than the ranges */
+    int lo, hi;               /* all keys that any row sees are in [lo, hi); lo >= hi: none */
+    int same_for_all;         /* all rows see exactly [lo, hi) */
+    int masked;               /* a mask hides everything */
+    int use_bits;             /* whether `bits` are valid; they may be fewer than the ranges allow */
     int from[ROWS], to[ROWS]; /* what each row sees by position and length */
     key_bits bits[ROWS];
 };
 
-/* Lets the bits count, where they have not yet: most groups need none. */
+/* Fills in the bits, unless they are valid already: most groups need none. */
 static ALWAYS_INLINE void make_bits(struct visible *visible, int rows)
 {
     for (int r = 0; r < rows && !visible->use_bits; r++)
@@ -116,7 +116,7 @@ static ALWAYS_INLINE void make_bits(struct visible *visible, int rows)
     visible->use_bits = 1;
 }
 
-/* Of the rows [i, i + rows). */
+/* What the rows [i, i + rows) see of a block. */
 static inline void find_visible(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
                                 struct visible *visible)
 {
@@ -127,7 +127,7 @@ static inline void find_visible(const fa_problem *problem, const fa_head *head, 
     rows_range(problem, head, i, 1, block, &visible->from[0], &visible->to[0]);
     rows_range(problem, head, i + rows - 1, 1, block, &visible->from[rows - 1], &visible->to[rows - 1]);
     const int from = visible->from[0], to = visible->to[0];
-    /* Ranges move one way only, so between two that are the same all are; but rows may see nothing at either end. */
+    /* Ranges never move back, so if the first and last are equal, all are; but rows at either end may see nothing. */
     visible->same_for_all = from < to && from == visible->from[rows - 1] && to == visible->to[rows - 1];
     visible->lo = FA_BLOCK, visible->hi = 0;
     for (int r = 0; r < rows; r++) {

@@ -1,6 +1,6 @@
-/* The weights that a call wants back: while keys are visited their scores, in close_tile the weights themselves. */
+/* The weights that a call returns: while keys are visited they hold scores; close_tile turns these into weights. */
 
-/* The keys [*first, *last) that have a place in row i of the requested weights. */
+/* The keys [*first, *last) stored in row i of the requested weights. */
 static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head *head, int64_t i, int64_t *first,
                                         int64_t *last)
 {
@@ -11,7 +11,7 @@ static ALWAYS_INLINE void weights_range(const fa_problem *problem, const fa_head
     }
 }
 
-/* Where the weight of key j lies, which has a place. */
+/* Address of the weight of key j, which must be one of these. */
 static ALWAYS_INLINE real *weight(const fa_problem *problem, const fa_head *head, int64_t i, int64_t j)
 {
     int64_t first, last;
@@ -19,7 +19,8 @@ static ALWAYS_INLINE real *weight(const fa_problem *problem, const fa_head *head
     return (real *)(fa_row(head, &head->view[FA_WEIGHTS], i) + (j - first) * (int64_t)sizeof(real));
 }
 
-/* The keys [*begin, *end) of a block that a row sees by position and length; where the weight of the first lies. */
+/* The keys [*begin, *end) of a block that a row sees by position and length; returns the address of the first one's
+ * weight. */
 static ALWAYS_INLINE real *weights_block(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block,
                                          int *begin, int *end)
 {
@@ -29,7 +30,7 @@ static ALWAYS_INLINE real *weights_block(const fa_problem *problem, const fa_hea
     return weight(problem, head, i, block + *begin);
 }
 
-/* Hidden keys of a row of the requested weights: -inf, which close_tile turns into 0. */
+/* Marks a fully masked block in the requested weights: -inf, which close_tile turns into 0. */
 static void hide_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block)
 {
     for (int r = 0; r < rows; r++) {
@@ -40,7 +41,7 @@ static void hide_weights(const fa_problem *problem, const fa_head *head, int64_t
     }
 }
 
-/* Scores, or weights that are not divided yet, of a group into the requested weights, for close_tile to finish. */
+/* Copies a group's scores, or unnormalised weights, to the requested weights, for close_tile to finish. */
 static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
                          const real *s)
 {
@@ -52,13 +53,13 @@ static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t
     }
 }
 
-/* The requested weights of row i: visit_block left its scores there; now the row's maximum and sum are known. */
+/* Finishes the requested weights of row i, which hold its scores, now that its maximum and sum are known. */
 static void finish_weights(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
                            const int natural_log)
 {
     int64_t first, last, begin, end;
     weights_range(problem, head, i, &first, &last);
-    real *w = weight(problem, head, i, first); /* keys count from `first` on here */
+    real *w = weight(problem, head, i, first); /* from here on keys are relative to `first` */
     fa_visible_keys(problem, head, i, 1, &begin, &end);
     if (begin >= end)
         begin = end = first;
