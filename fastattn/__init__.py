@@ -1,21 +1,21 @@
 """Attention for NumPy arrays on CPUs, as fast as the machine allows.
 
-The layers, from the top; each imports only what stands below it:
+The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
-    multihead, projections, _weights    layers, their matrix products, and the weights that people have
+    multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
     attention, softmax, positions, config     the public functions; a docstring is the specification
-    _rules                          the keywords of attention: who hands them on, who reads them
-    _frequencies                    what a model's configuration says of rotary encoding
+    _rules                          the keywords of attention: passed on by some modules, checked by others
+    _frequencies                    what a model's configuration says about rotary encoding
     _attention, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
-    _scores, _call                  a call of attention, checked -> one plain description for its driver
+    _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
-    _load, _runtime                 the kernels in force, number of threads, Ctrl-C, fork
-    kernels/*.c, *.h                the mathematics, once; an instruction set and a dtype enter as definitions
+    _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork
+    kernels/*.c, *.h                the mathematics, written once; instruction set and dtype enter as definitions
 
-`fastattn.reference` has the same functions in plain float64 NumPy. It is what every word means, and nothing here
-imports it.
+`fastattn.reference` has the same functions in plain float64 NumPy. It defines what every function means, and nothing
+here imports it.
 """
 
 import importlib as _importlib
@@ -72,7 +72,7 @@ __all__ = [
     "varlen_attention",
 ]
 
-# Classes are loaded when they are first asked for: where there is no byte code, they are most of what an import reads.
+# Classes are loaded on first use: without cached byte code they are most of what an import reads.
 _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",

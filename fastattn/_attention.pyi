@@ -1,4 +1,4 @@
-# What layers call, with rules that were not checked before.
+# What layers call, with unchecked rules.
 from collections.abc import Mapping
 from typing import Any
 

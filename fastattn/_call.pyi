@@ -1,4 +1,4 @@
-# What layers ask before they begin.
+# What layers call before they start: checks, and returns the shape of the output.
 from collections.abc import Mapping
 from typing import Any
 

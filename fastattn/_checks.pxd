@@ -1,10 +1,10 @@
-# Checks of arguments, each once.
+# Checks of arguments, each written once.
 cimport numpy as cnp
 from libc.stdint cimport int64_t
 
 from fastattn._runtime cimport fa_dtype
 
-# Positions and windows beyond this mean "far away" as well as any larger number, and sums of three stay in 64 bits.
+# Positions and windows are clipped to this: larger ones mean the same, and sums of three stay within 64 bits.
 cdef int64_t FAR
 
 # Arrays

@@ -1,4 +1,4 @@
-# What Python modules share of the checks.
+# The checks that Python modules use.
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray

@@ -1,8 +1,8 @@
 # cython: wraparound=True
-"""Checks of arguments, each once: arrays and their dtypes, numbers, flags, `out`, memory, and arguments left out.
+"""Checks of arguments, each written once: arrays and their dtypes, numbers, flags, `out`, memory, missing arguments.
 
-Messages say which argument, what came, and what is allowed. Nothing here computes, and nothing is written to `out`. It
-is compiled because a small call's time is mostly spent here.
+Messages name the argument, what was passed, and what is allowed. Nothing here computes or writes to `out`. Compiled,
+because small calls spend most of their time here.
 """
 import math
 import numbers
@@ -30,7 +30,7 @@ cdef object float64 = np.dtype(np.float64)
 # Arrays
 
 cdef bint is_masked(object x) except -1:
-    """Whether it is a masked array. Where nobody has loaded numpy.ma there is none, and it stays unloaded."""
+    """Whether x is a masked array. If numpy.ma is not loaded there can be none, so it is not imported here."""
     if cnp.PyArray_CheckExact(x):
         return False
     ma = sys.modules.get("numpy.ma")
@@ -39,7 +39,7 @@ cdef bint is_masked(object x) except -1:
 
 cpdef cnp.ndarray as_array(object x, str name, str instead="pass its data, and its mask inverted as mask= where the "
                            "function takes one (True means attend)"):
-    """An ndarray of what came; no copy where it is one already. instead: what to do with a masked array."""
+    """x as an ndarray; not copied if it is one already. instead: what the error for a masked array advises."""
     if cnp.PyArray_CheckExact(x):
         return x
     if is_masked(x):
@@ -53,8 +53,8 @@ cpdef cnp.ndarray as_array(object x, str name, str instead="pass its data, and i
 
 
 cpdef cnp.ndarray converted(cnp.ndarray a, object dtype):
-    """The array in that dtype; no copy where it has it. What over- or underflows on the way is no affair of the
-    caller's np.errstate: every conversion that may do so is made here."""
+    """The array in that dtype; not copied if it has it. Every conversion that may over- or underflow is made here, so
+    that it does not depend on the caller's np.errstate."""
     if a.dtype is dtype or a.dtype == dtype:
         return a
     with np.errstate(all="ignore"):
@@ -87,7 +87,7 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
 
 
 def storage_dtype(x):
-    """The dtype that a caller asks for, of those that the kernels store."""
+    """The dtype that a caller passes, which must be one that the kernels store."""
     dtype = np.dtype(x)
     if dtype.name not in ("float32", "float64", "float16", "bfloat16") or not dtype.isnative:
         raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {dtype}")
@@ -95,7 +95,7 @@ def storage_dtype(x):
 
 
 cpdef cnp.ndarray floating(object x, str name):
-    """An array of a dtype that the kernels store; integers and bools as float64."""
+    """x as an array of a dtype that the kernels store; integers and bools become float64."""
     cdef cnp.ndarray a = as_array(x, name)
     if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and cnp.PyArray_ISNOTSWAPPED(a):
         return a
@@ -106,7 +106,7 @@ cpdef cnp.ndarray floating(object x, str name):
 
 
 cpdef object common_dtype(list dtypes, tuple names):
-    """What query, key, value and weight matrices of these dtypes promote to."""
+    """The dtype to which query, key, value and weight matrices of these dtypes promote."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
     if float16 in dtypes and any([d.name == "bfloat16" for d in dtypes]):
@@ -116,7 +116,7 @@ cpdef object common_dtype(list dtypes, tuple names):
 
 
 cdef object promoted(list arrays, tuple names, fa_dtype *storage):
-    """What the arrays promote to. None is converted: kernels read each dtype where it lies."""
+    """The dtype to which the arrays promote. None is converted: kernels read each dtype in place."""
     cdef int i, number = cnp.PyArray_TYPE(arrays[0])
     if number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64:
         for i in range(1, len(arrays)):
@@ -145,7 +145,7 @@ cdef object too_few_axes(str name, tuple shape, str wanted):
 # Scalars
 
 cpdef double real(object x, str name, str allowed, bint positive=False) except? -1.0:
-    """A finite real number, also of a 0-d array; not of a bool. allowed: what the message says."""
+    """A finite real number or 0-d array as a float; bools are refused. allowed: for the message."""
     cdef double value
     if type(x) is not float:
         kind = getattr(x, "dtype", None)
@@ -164,8 +164,8 @@ cpdef double real(object x, str name, str allowed, bint positive=False) except? 
 
 
 cpdef object integer(object x, str name, str allowed, object least=None, object most=None):
-    """A Python int of an integer, also of a 0-d array; not of a bool. allowed: what the message says; least, most: the
-    bounds, where there are any."""
+    """An integer or 0-d array as a Python int; bools are refused. allowed: for the message; least, most: optional
+    bounds."""
     if type(x) is not int:
         if (isinstance(x, (bool, np.bool_)) or not hasattr(x, "__index__") or getattr(x, "ndim", 0) or
                 is_masked(x)):
@@ -180,7 +180,7 @@ cpdef object integer(object x, str name, str allowed, object least=None, object 
 
 
 cpdef bint is_one_number(object x) except -1:
-    """Whether x, where an integer or an array of them is allowed, is to be read as an integer."""
+    """Whether an argument that may be an integer or an array of integers is to be read as an integer."""
     return type(x) is int or getattr(x, "ndim", 0) == 0 and (isinstance(x, np.ndarray) or not hasattr(x, "__len__"))
 
 
@@ -206,7 +206,7 @@ cdef int64_t clipped(object x):
 
 
 cpdef cnp.ndarray integer_array(object x, str name, str allowed, str kinds="iu"):
-    """An array of integers; kinds: of dtypes that are allowed. An empty list says nothing of its dtype."""
+    """x as an array of integers; kinds: of the dtypes allowed. An empty list may have any dtype."""
     cdef cnp.ndarray a
     if is_masked(x):
         raise TypeError(f"{name} must be {allowed}, not masked")
@@ -222,7 +222,8 @@ cpdef cnp.ndarray integer_array(object x, str name, str allowed, str kinds="iu")
 
 
 cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object most, int64_t *scalar):
-    """Lengths or offsets: None of an integer, which goes to `scalar`, or a new int64 array with exactly the batch axes.
+    """Lengths or offsets: an integer is stored in `scalar` and gives None, an array a new int64 array with exactly the
+    batch axes.
     """
     cdef cnp.ndarray a
     allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis"
@@ -257,7 +258,8 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
 # Memory
 
 cdef bint overlaps_itself(cnp.ndarray a):
-    """Whether two index tuples may mean the same byte: no, where each stride leaps over all that smaller ones reach."""
+    """Whether two index tuples may refer to the same byte: not if each stride steps past all that smaller ones
+    reach."""
     cdef list axes = sorted([(abs(s), n) for s, n in zip((<object> a).strides, shape_of(a), strict=True) if n > 1])
     reach = cnp.PyArray_ITEMSIZE(a)
     for stride, n in axes:
@@ -285,8 +287,8 @@ cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
 
 
 cpdef object empty(tuple shape, dtype, str what="an array", bint zero=False):
-    """An array that is not initialised, or zeros; what it is, for the error: NumPy's own for sizes beyond the address
-    space is none of memory, and names nothing."""
+    """An uninitialised array, or zeros. what: its name in the error; for sizes beyond the address space NumPy raises a
+    ValueError that names nothing."""
     try:
         return np.zeros(shape, dtype) if zero else np.empty(shape, dtype)
     except ValueError as error:
@@ -294,7 +296,7 @@ cpdef object empty(tuple shape, dtype, str what="an array", bint zero=False):
 
 
 cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
-    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: but may be the first of them."""
+    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: it may be the first of them."""
     if out is None:
         return empty(shape, dtype)
     if not isinstance(out, np.ndarray) or is_masked(out):
@@ -318,7 +320,7 @@ cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple
     return out
 
 
-# Arguments that are not there
+# Missing arguments
 
 cdef extern from *:
     """
@@ -335,7 +337,7 @@ cdef vectorcallfunc plain_call = NULL
 
 
 cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count, PyObject *names) noexcept:
-    """The call as it was; only where it fails, what it lacks is looked for."""
+    """The plain call; missing arguments are looked for only if it fails."""
     cdef PyObject *result = plain_call(f, arguments, count, names)
     if result == NULL and PyErr_ExceptionMatches(TypeError):
         name_missing(<object> f, PyVectorcall_NARGS(count), () if names == NULL else <object> names)
@@ -343,7 +345,7 @@ cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count
 
 
 cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
-    """Sets Python's own error in place of Cython's, if arguments are missing; an unknown keyword goes first."""
+    """If arguments are missing, replaces Cython's error by Python's; an unknown keyword takes precedence."""
     cdef PyObject *kind
     cdef PyObject *value
     cdef PyObject *traceback
@@ -362,7 +364,7 @@ cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
 
 
 def names_missing_arguments(f):
-    """f, a function that Cython compiled, whose errors now say which arguments are missing, not only how many."""
+    """Makes the errors of a compiled function say which arguments are missing, not only how many; returns it."""
     global plain_call
     if type(f).__name__ == "cython_function_or_method" and (plain_call == NULL or plain_call == fa_call_of(f)):
         plain_call = fa_call_of(f)

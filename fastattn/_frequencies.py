@@ -1,4 +1,4 @@
-"""Frequencies of rotary encoding, from the dict of a model's configuration: what rotary_frequencies and layers ask."""
+"""Frequencies of rotary encoding from the dict of a model's configuration, for rotary_frequencies and layers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     Result = tuple[NDArray[np.float64], float]
 
-# Older names of kinds.
+# Older names of rope types.
 _ALSO = {"su": "longrope"}
 
-# What a dict may hold; a kind leaves alone what is not for it. "finetuned" says nothing about the numbers.
+# The keys that a dict may have; each rope type ignores those it does not use. "finetuned" does not affect the
+# frequencies.
 _KEYS = frozenset(
     "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
     "low_freq_factor high_freq_factor beta_fast beta_slow mscale mscale_all_dim truncate short_factor long_factor "
@@ -37,7 +38,7 @@ def _real(x: Any, name: str, *, positive: bool = True) -> float:
 
 
 class _Scaling:
-    """The dict, and what it is called in errors."""
+    """The dict, and its name in errors."""
 
     def __init__(self, scaling: Any, name: str, max_positions: int | None) -> None:
         if scaling is None:
@@ -98,7 +99,7 @@ class _Scaling:
         return self.number(key)
 
     def factor(self) -> float:
-        """How many times longer the context is, which may have to follow from the lengths."""
+        """How many times longer the context is, computed from the lengths if not given."""
         if "factor" not in self.given and "original_max_position_embeddings" in self.given and self.max_positions:
             return self.max_positions / self.original()
         if "factor" not in self.given:
@@ -149,7 +150,7 @@ def _llama3(scaling: _Scaling, base: float, dim: int, _: int | None) -> Result:
     if low >= high:
         raise ValueError(f"{scaling.name} must have a 'high_freq_factor' above 'low_freq_factor', not {high} and {low}")
     speeds = _plain(base, dim)
-    # Turns within the original length: up to `low` of them a pair is slow, from `high` on it is fast.
+    # Full turns within the original length: a pair with up to `low` is slow, one with `high` or more is fast.
     turns = scaling.original() * speeds / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     return speeds * (share + (1 - share) / factor), 1.0
@@ -167,7 +168,7 @@ def _yarn(scaling: _Scaling, base: float, dim: int, _: int | None) -> Result:
     truncate = scaling.given.get("truncate", True)
     if not isinstance(truncate, bool):
         raise TypeError(f"{scaling.name}['truncate'] must be True or False, not {truncate!r}")
-    # The pair, in general between two, that turns so many times within the original length.
+    # The (fractional) index of the pair that makes n full turns within the original length.
     first, last = (dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(base)) for n in (fast, slow))
     if truncate:
         first, last = math.floor(first), math.ceil(last)
@@ -212,12 +213,12 @@ _KINDS: dict[str, Callable[[_Scaling, float, int, int | None], Result]] = {
 
 
 def kind_of(scaling: Any, name: str) -> str:
-    """The rope_type of a dict that is called so in errors."""
+    """The rope_type of a dict; name: its name in errors."""
     return _Scaling(scaling, name, None).kind
 
 
 def scaled_frequencies(dim: Any, base: Any, scaling: Any, name: str, length: Any, max_positions: Any) -> Result:
-    """What `rotary_frequencies` returns; name: what the dict is called in errors."""
+    """What `rotary_frequencies` returns; name: the name of the dict in errors."""
     channels = _whole(dim, "dim", 0)
     length = None if length is None else _whole(length, "length", 0)
     max_positions = None if max_positions is None else _whole(max_positions, "max_positions", 2)
@@ -236,7 +237,7 @@ def scaled_frequencies(dim: Any, base: Any, scaling: Any, name: str, length: Any
             )
         raise ValueError(f"dim must be even, not {channels}")
     try:
-        with np.errstate(all="ignore"):  # what comes out is looked at below
+        with np.errstate(all="ignore"):  # the result is checked below
             frequencies, attention_factor = _KINDS[given.kind](given, base, turning, length)
     except OverflowError:
         frequencies, attention_factor = np.array([math.inf]), 1.0

@@ -1,4 +1,4 @@
-# What the public module calls: arguments by position, unchecked as they came.
+# What the public module calls, with unchecked arguments, by position.
 from typing import Any
 
 def merge_attention(*arguments: Any) -> Any: ...

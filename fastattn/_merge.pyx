@@ -1,5 +1,5 @@
 # cython: wraparound=True
-"""The driver of merge_attention: parts of the key axis, checked, and their rows over threads."""
+"""The driver of merge_attention: checks the parts of the key axis and distributes their rows over threads."""
 import numpy as np
 
 cimport numpy as cnp
@@ -15,7 +15,7 @@ from fastattn._runtime cimport (Team, Watch, allowed_threads, fa_dtype, fa_kerne
 cnp.import_array()
 
 cdef enum:
-    SMALL = 1 << 14        # numbers below which threads cost more than they bring
+    SMALL = 1 << 14        # elements below which threads cost more than they gain
 
 
 # Address, dtype and byte strides of each part.
@@ -25,14 +25,14 @@ cdef class Parts:
     cdef const int64_t[::1] shape               # all axes but value's
     cdef const int64_t[::1] out_at, lse_at      # addresses
     cdef const int64_t[::1] out_dtype, lse_dtype
-    cdef const int64_t[:, ::1] out_strides      # one more than axes in shape: value's axis
+    cdef const int64_t[:, ::1] out_strides      # one axis more than shape: value's
     cdef const int64_t[:, ::1] lse_strides
     cdef list kept
     cdef readonly object out, lse
 
 
 cdef Parts read_parts(object outs, object lses):
-    """Parts of the key axis: outs, each (..., L, E), and lses, each (..., L)."""
+    """Checks the parts of the key axis: outs, each (..., L, E), and lses, each (..., L)."""
     cdef Parts p = Parts.__new__(Parts)
     for x, name in ((outs, "outs"), (lses, "lses")):
         if not isinstance(x, (list, tuple)) and not (isinstance(x, np.ndarray) and x.ndim):
@@ -70,7 +70,7 @@ cdef Parts read_parts(object outs, object lses):
 
 
 cdef void empty_part(char *lse, const char *row, Py_ssize_t value_dim, bint is_double) noexcept nogil:
-    """+inf beside an output of zeros is FlashAttention's mark of a part without keys, here -inf."""
+    """FlashAttention marks a part without keys by lse +inf and an output of zeros; here it becomes -inf."""
     cdef Py_ssize_t i
     if (<double *> lse)[0] != INFINITY if is_double else (<float *> lse)[0] != INFINITY:
         return

@@ -1,4 +1,4 @@
-# What Python modules call. apply_rotary: arguments by position, unchecked as they came.
+# What Python modules call. apply_rotary takes unchecked arguments, by position.
 from typing import Any
 
 from numpy.typing import NDArray

@@ -1,14 +1,14 @@
-"""The driver of apply_rotary: the rotation, checked, its rows over threads, and the tables of cosines and sines.
+"""The driver of apply_rotary: checks arguments, distributes rows over threads, and keeps tables of cosines and sines.
 
-The same table is wanted again at once: for the key after the query, and for the next layer. So the last few are kept
-(KEPT_TABLES, and KEPT_BYTES in all; the oldest goes first). What a row of a table holds depends on its position, the
-speeds of the pairs and the factor alone, so no bit depends on whether it was kept. The GIL guards the list; a table is
-complete before it gets there, never changes, and lives as long as a call uses it.
+The same table is soon needed again: for the key after the query, and for the next layer. So the last few are cached
+(KEPT_TABLES, and KEPT_BYTES in all; the oldest is dropped first). A row of a table depends only on its position, the
+frequencies and the factor, so caching changes no bit. The GIL guards the list; a table is complete before it is added,
+never changes, and lives as long as a call uses it.
 
-Where positions lie close together (a run of tokens, packed sequences that begin again and again, a tree) the table
-holds each position from the least to the greatest once, and a later call with any positions in between finds its rows
-there; where they are scattered it holds a row for each row of x, once for all heads that share it. A table that would
-be longer than what is kept is not made: each run of rows makes its own part of it, again once for those heads.
+If positions are close together (a run of tokens, packed sequences that restart, a tree) the table holds each position
+from the least to the greatest once, and a later call with any positions in between finds its rows there; if they are
+scattered it holds one row per row of x, shared by all heads. A table larger than KEPT_BYTES is not built: each run of
+rows computes its own part, again once for all heads.
 """
 import numpy as np
 
@@ -27,26 +27,26 @@ from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_th
 
 cnp.import_array()
 
-# float64 tells all whole numbers up to here apart: where a position is multiplied, and not compared.
+# Positions are multiplied in float64, which represents all integers up to here.
 cdef int64_t FARTHEST = <int64_t> 1 << 53
 
-cdef double GREATEST_FREQUENCY = 1e290  # times the farthest position it is finite
+cdef double GREATEST_FREQUENCY = 1e290  # finite when multiplied by the farthest position
 
 cdef enum:
-    SMALL = 1 << 16        # numbers below which threads cost more than they bring
-    SMALL_TABLE = 1 << 15  # the same for pairs of a table
-    CHUNK = 1 << 15        # numbers that a thread takes at a time, at least one row
-    TABLE_CHUNK = 1 << 12  # pairs of a table in a run of rows, so that they stay in a near cache; at least one row
-    GATHERED = 4           # times the numbers of CHUNK, where rows of a table are brought together
-    MANY_RUNS = 8          # of rows: tasks enough
+    SMALL = 1 << 16        # elements below which threads cost more than they gain
+    SMALL_TABLE = 1 << 15  # the same, for pairs of a table
+    CHUNK = 1 << 15        # elements that a thread processes at a time, at least one row
+    TABLE_CHUNK = 1 << 12  # pairs of a table per run of rows, so that they stay in cache; at least one row
+    GATHERED = 4           # factor on CHUNK if rows of a table have to be gathered
+    MANY_RUNS = 8          # of rows: enough tasks
     KEPT_TABLES = 4
     KEPT_BYTES = 16 << 20
 
 
-# Rows of pairs that turn by their position. The batch axes are split into those along which positions differ and the
-# others, neighbours joined; strides in a mask's place are 0.
+# Rows of pairs to rotate by position. The batch axes are split into those along which positions differ and the others,
+# adjacent ones merged; the strides of the unused mask are 0.
 cdef class Rotation:
-    cdef Axes cells, members                        # along `cells` positions differ, along `members` they do not
+    cdef Axes cells, members                        # positions differ along `cells`, not along `members`
     cdef Py_ssize_t cell_count, member_count
     cdef Py_ssize_t length, channels, pairs
     cdef Py_ssize_t row[<int> ROW_OPERANDS]         # byte strides of the last two axes
@@ -55,8 +55,8 @@ cdef class Rotation:
     cdef int64_t least, greatest                    # of all positions
     cdef int64_t *positions                         # of all rows of all cells; NULL: least, least + 1, ... of one cell
     cdef double base                                # 0 with frequencies
-    cdef const double *frequencies                  # one a pair, or NULL
-    cdef double factor                              # of the turned numbers
+    cdef const double *frequencies                  # one per pair, or NULL
+    cdef double factor                              # of the rotated channels
     cdef bint interleaved
     cdef fa_dtype dtype
     cdef object num_threads
@@ -78,7 +78,7 @@ cdef void note_position(Rotation p, Py_ssize_t number, int64_t position) noexcep
 
 
 cdef cnp.ndarray new_positions(Rotation p):
-    """Memory for the positions of all rows of all cells."""
+    """Allocates the positions of all rows of all cells."""
     cdef cnp.npy_intp count = p.cell_count * p.length
     cdef cnp.ndarray a = cnp.PyArray_EMPTY(1, &count, cnp.NPY_INT64, 0)
     p.positions = <int64_t *> cnp.PyArray_DATA(a)
@@ -115,8 +115,8 @@ cdef object far_position(object position):
 
 
 cdef list read_positions(Rotation p, cnp.ndarray a, int ndim):
-    """Copies what each row's position is, in the order of the cells; a: positions, of an x with ndim axes. Returns the
-    memory."""
+    """Copies the position of each row, in the order of the cells; a: positions, of an x with ndim axes. Returns the
+    array that holds them."""
     cdef Py_ssize_t shape[MOST_AXES]
     cdef Py_ssize_t strides[MOST_AXES]
     cdef Py_ssize_t index[MOST_AXES]
@@ -154,12 +154,12 @@ cdef list read_positions(Rotation p, cnp.ndarray a, int ndim):
 
 
 cdef bint varies(cnp.ndarray a, int axis):
-    """Whether the numbers may differ along an axis."""
+    """Whether the elements may differ along an axis."""
     return cnp.PyArray_DIM(a, axis) > 1 and cnp.PyArray_STRIDE(a, axis) != 0
 
 
 cpdef cnp.ndarray checked_frequencies(object x, str name, Py_ssize_t pairs):
-    """A float64 array of angles a position, one a pair of channels; perhaps x itself."""
+    """The angles per position, one per pair of channels, as a float64 array; possibly x itself."""
     cdef cnp.ndarray a = floating(x, name)
     cdef Py_ssize_t i
     cdef double angle
@@ -237,7 +237,7 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
     p.answer = o
     p.data[<int> ROW_X] = <char *> cnp.PyArray_DATA(a)
     p.data[<int> ROW_OUT] = <char *> cnp.PyArray_DATA(o)
-    # A stride along an axis of one element means nothing.
+    # The stride of an axis of length 1 is arbitrary.
     p.row[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 2) if p.length > 1 else 0
     p.row[<int> ROW_OUT] = cnp.PyArray_STRIDE(o, ndim - 2) if p.length > 1 else 0
     p.col[<int> ROW_X] = cnp.PyArray_STRIDE(a, ndim - 1) if p.channels > 1 else cnp.PyArray_ITEMSIZE(a)
@@ -274,14 +274,14 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
 
 
 cdef class Table:
-    """Turns of rows at some positions; cosines, then sines of each row, times the factor."""
-    cdef double base                                # 0 where the speeds are the caller's own
+    """For some positions, one per row, the cosines and then the sines, times the factor."""
+    cdef double base                                # 0 if the caller gave frequencies
     cdef double factor
     cdef Py_ssize_t pairs, rows, size               # size: in bytes
     cdef fa_dtype real
     cdef int64_t first                              # position of row 0
     cdef int64_t *positions                         # of all rows; NULL: first, first + 1, ...
-    cdef double *speed                              # radians a position, one a pair
+    cdef double *speed                              # radians per position, one per pair
     cdef char *turns
     cdef void *memory
 
@@ -289,7 +289,7 @@ cdef class Table:
         PyMem_RawFree(self.memory)
 
 
-cdef list kept = []  # tables, the last used one first
+cdef list kept = []  # tables, most recently used first
 
 
 cdef bint same_speeds(Table table, Rotation p) noexcept:
@@ -299,10 +299,11 @@ cdef bint same_speeds(Table table, Rotation p) noexcept:
 
 
 cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint dense):
-    """For a call, with its speeds; the turns are still to be made. dense: of rows that follow each other."""
+    """A table for a call, with its frequencies filled in and its rows still to be computed. dense: positions are
+    consecutive."""
     cdef Table table = Table.__new__(Table), other
     cdef Py_ssize_t i
-    # Cache lines apart from each other, and turns at the start of one.
+    # Each part starts at a cache line.
     cdef Py_ssize_t positions_size = 0 if dense else (rows * 8 + 63) // 64 * 64
     cdef Py_ssize_t speed_size = (p.pairs * 8 + 63) // 64 * 64
     cdef Py_ssize_t turns_size = rows * p.pairs * (2 * real_size(accumulated))
@@ -345,7 +346,7 @@ cdef void make_turns(Table table, const fa_kernels *kernels, int threads) noexce
 
 
 cdef bint has_rows(Table table, Rotation p) noexcept:
-    """Whether a table with the speeds of a call has all rows for it."""
+    """Whether a table with the frequencies of a call has all its rows."""
     if table.positions == NULL:
         return table.first <= p.least and p.greatest - table.first < table.rows
     return (p.positions != NULL and table.rows == p.cell_count * p.length
@@ -353,7 +354,7 @@ cdef bint has_rows(Table table, Rotation p) noexcept:
 
 
 cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulated):
-    """A table for a call; without rows where they are too many to be held."""
+    """A table for a call, cached or new; without rows if there would be too many."""
     cdef Table table
     cdef Py_ssize_t total, i, rows = p.cell_count * p.length
     cdef int threads
@@ -377,7 +378,7 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulate
         threads = <int> min(<Py_ssize_t> allowed_threads(p.num_threads), rows)
         with nogil:
             make_turns(table, kernels, threads)
-    # From here to the end no other thread comes in between.
+    # From here on nothing releases the GIL.
     kept.insert(0, table)
     total = 0
     for i in range(len(kept)):
@@ -388,13 +389,13 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulate
     return table
 
 
-# How a call is cut into tasks: a run of rows, for some of the members of a cell.
+# How a call is split into tasks: a run of rows, for some members of a cell.
 cdef struct Cut:
     Py_ssize_t rows, members            # in a task
     Py_ssize_t row_runs, member_runs    # in a cell
     Py_ssize_t tasks
-    Py_ssize_t real                     # bytes of a number in the kernels
-    bint in_place                       # they can read and write the rows where they are
+    Py_ssize_t real                     # bytes of an element in the kernels
+    bint in_place                       # kernels can read and write the rows in place
 
 
 cdef Cut cut_of(Rotation p, Table table) noexcept:
@@ -404,8 +405,8 @@ cdef Cut cut_of(Rotation p, Table table) noexcept:
     cut.in_place = (p.dtype == FA_F64 or p.dtype == FA_F32) and p.col[<int> ROW_X] == size == p.col[<int> ROW_OUT]
     cut.rows = min(p.length, max(1, TABLE_CHUNK // max(p.pairs, 1)))
     cut.row_runs = (p.length + cut.rows - 1) // cut.rows
-    # A table that is not there is made once for all members. Rows of one that are brought together: for more members
-    # than those that are read where they are, as long as there are tasks for all threads.
+    # Without a table, turns are computed once for all members. Turns that have to be gathered are shared by more
+    # members than those read in place, as long as there are enough tasks for all threads.
     cut.members = p.member_count
     if table.rows:
         cut.members = min(p.member_count, max(1, CHUNK // (cut.rows * max(p.channels, 1))))
@@ -417,7 +418,7 @@ cdef Cut cut_of(Rotation p, Table table) noexcept:
 
 
 cdef void locate(const Axes *axes, Py_ssize_t number, Py_ssize_t *x, Py_ssize_t *out) noexcept nogil:
-    """Adds the bytes to the so many-th element of some axes."""
+    """Adds the byte offsets of element `number` of some axes to x and out."""
     cdef int axis
     cdef Py_ssize_t index
     for axis in range(axes.count - 1, -1, -1):
@@ -429,7 +430,7 @@ cdef void locate(const Axes *axes, Py_ssize_t number, Py_ssize_t *x, Py_ssize_t 
 
 cdef void rotate_rows(Rotation p, const Cut *cut, const fa_kernels *kernels, char *x, char *out, const char *turns,
                       Py_ssize_t rows, char *scratch) noexcept nogil:
-    """Rows of one member. scratch: a row in the accumulation dtype."""
+    """Rotates rows of one member. scratch: a row in the accumulation dtype."""
     cdef Py_ssize_t i
     if cut.in_place:
         kernels.rotate(out, p.row[<int> ROW_OUT], x, p.row[<int> ROW_X], turns, p.channels, p.pairs, rows,
@@ -443,13 +444,13 @@ cdef void rotate_rows(Rotation p, const Cut *cut, const fa_kernels *kernels, cha
 
 
 cdef int64_t position_of(Rotation p, Py_ssize_t number) noexcept nogil:
-    """Of a row, counted through all cells."""
+    """The position of a row, numbered through all cells."""
     return p.least + number if p.positions == NULL else p.positions[number]
 
 
 cdef const char *turns_of(Rotation p, const Cut *cut, Table table, const fa_kernels *kernels, Py_ssize_t number,
                           Py_ssize_t rows, char *own) noexcept nogil:
-    """Turns of some rows, one behind the other: where they are in the table, or made or brought together in `own`."""
+    """The contiguous turns of some rows: in place in the table, or computed or gathered in `own`."""
     cdef Py_ssize_t size = 2 * p.pairs * cut.real, i
     cdef const int64_t *positions
     if table.rows == 0:
@@ -473,11 +474,11 @@ cdef const char *turns_of(Rotation p, const Cut *cut, Table table, const fa_kern
 
 cdef void run_task(Rotation p, const Cut *cut, Table table, const fa_kernels *kernels, Py_ssize_t task,
                    char *scratch) noexcept nogil:
-    """scratch: a row, and behind it a run of rows of turns."""
+    """scratch: a row, followed by the turns of a run of rows."""
     cdef Py_ssize_t member = task % cut.member_runs * cut.members, rest = task // cut.member_runs
     cdef Py_ssize_t row = rest % cut.row_runs * cut.rows, cell = rest // cut.row_runs
     cdef Py_ssize_t rows = min(cut.rows, p.length - row), end = min(p.member_count, member + cut.members), i
-    cdef Py_ssize_t number = cell * p.length + row  # of the first row, counted through all cells
+    cdef Py_ssize_t number = cell * p.length + row  # of the first row, numbered through all cells
     cdef Py_ssize_t cell_x = row * p.row[<int> ROW_X], cell_out = row * p.row[<int> ROW_OUT], x, out
     cdef char *own = scratch + (p.channels * cut.real + 63) // 64 * 64
     cdef const char *turns = turns_of(p, cut, table, kernels, number, rows, own)

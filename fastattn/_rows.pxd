@@ -1,4 +1,4 @@
-# What the drivers of rows share: sizes of numbers, and some of an array's axes, with byte strides for each operand.
+# What the drivers of rows share: item sizes, and some of an array's axes with byte strides for each operand.
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_AXES, FA_ROW_MASK, FA_ROW_OPERANDS, FA_ROW_OUT, FA_ROW_X,
                                 fa_axes, fa_dtype)
 
@@ -15,17 +15,17 @@ ctypedef fa_axes Axes
 
 
 cdef inline Py_ssize_t size_of(fa_dtype dtype) noexcept nogil:
-    """Bytes of a number in storage."""
+    """Bytes of an element in storage."""
     return 8 if dtype == FA_F64 else 4 if dtype == FA_F32 else 2
 
 
 cdef inline Py_ssize_t real_size(fa_dtype dtype) noexcept nogil:
-    """Bytes of a number in accumulation."""
+    """Bytes of an element in the accumulation dtype."""
     return 8 if dtype == FA_F64 else 4
 
 
 cdef inline void join_axes(Axes *axes) noexcept:
-    """Joins each axis to the one after it where all operands allow that; drops axes of one element."""
+    """Merges each axis with the next if the strides of all operands allow it; drops axes of length 1."""
     cdef int i, k, n = 0
     cdef bint joined
     for i in range(axes.count):

@@ -1,9 +1,9 @@
-# The keywords of attention: which keys a query sees, what becomes of a score, what a call returns and with what means.
-# Their only list below the public functions: a reader takes a pointer to it.
+# The keywords of attention: which keys a query sees, how scores become weights, what a call returns and how it runs.
+# The only list of them below the public functions; the code that checks them takes a pointer to it.
 from cpython.object cimport PyObject
 
 
-# Borrowed: whoever fills it keeps the objects alive.
+# Borrowed references: whoever fills it keeps the objects alive.
 cdef struct Rules:
     PyObject *is_causal
     PyObject *window_size
@@ -62,7 +62,7 @@ cdef inline Rules rules(
 
 
 cdef inline Rules rules_of(dict some):
-    """Of a dict, which keeps them alive; those that it does not hold have their defaults."""
+    """From a dict, which keeps them alive; missing ones have their defaults."""
     return rules(
         is_causal=some.get("is_causal", False),
         window_size=some.get("window_size", None),

@@ -1,4 +1,4 @@
-"""The keywords of attention, as Python sees them: for functions that hand them on, and for signatures in help()."""
+"""The keywords of attention, as Python sees them: for functions that pass them on, and for signatures in help()."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class _SharedRules(TypedDict, total=False):
 
 
 class StreamRules(_SharedRules, total=False):
-    """Of StreamingAttention; others follow from the stream."""
+    """Of StreamingAttention; the others follow from the stream."""
 
     enable_gqa: bool
 
 
 class LayerRules(_SharedRules, total=False):
-    """Of layers, which know themselves whether heads are grouped."""
+    """Of layers, which know whether heads are grouped."""
 
     is_causal: bool
     window_size: int | tuple[int | None, int | None] | None
@@ -54,14 +54,14 @@ class Rules(LayerRules, total=False):
 
 
 class _Readable(Signature):
-    """A signature in lines that a person can read; what types arguments have stands in the docstring."""
+    """A signature wrapped for reading; the types of arguments are in the docstring."""
 
     def __str__(self) -> str:
         return "\n".join(textwrap.wrap(super().__str__(), 100, subsequent_indent="    ", break_on_hyphens=False))
 
 
 def readable(function: _Function, added: list[Parameter] | None = None) -> _Function:
-    """The function, with a signature without annotations (they stay where checkers read them); added: in place of its
+    """Gives the function a signature without annotations (type checkers still see them); added: replace its
     ``**rules``."""
     parameters = [p for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters = [p.replace(annotation=Parameter.empty) for p in (*parameters, *(added or ()))]
@@ -70,7 +70,7 @@ def readable(function: _Function, added: list[Parameter] | None = None) -> _Func
 
 
 def takes(kind: type, like: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """For a function with ``**rules: Unpack[kind]``: help() and inspect.signature show them, as they are in `like`."""
+    """For a function with ``**rules: Unpack[kind]``: help() and inspect.signature show these keywords, as in `like`."""
 
     def decorated(function: _Function) -> _Function:
         own = signature(function).parameters
@@ -81,7 +81,7 @@ def takes(kind: type, like: Callable[..., Any]) -> Callable[[_Function], _Functi
 
 
 def refuse_others(rules: Mapping[str, Any], kind: type, name: str) -> None:
-    """What Python itself would say of keywords that a function does not have."""
+    """Raises what Python itself would for keywords that a function does not have."""
     if not rules.keys() <= kind.__annotations__.keys():
         other = next(key for key in rules if key not in kind.__annotations__)
         raise TypeError(f"{name}() got an unexpected keyword argument {other!r}")

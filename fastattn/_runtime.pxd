@@ -118,17 +118,17 @@ cdef extern from "kernels/contract.h" nogil:
                       int64_t *begin, int64_t *end)
 
 
-# The kernels in force for a storage dtype: those of its accumulation dtype.
+# The selected kernels for a storage dtype: those of its accumulation dtype.
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
 
 # fa_problem.prefetch on this CPU.
 cdef int prefetching_helps
 
-# How many threads a call with this num_threads argument (checked) may use, before the size of its work is looked at.
+# How many threads a call with this (checked) num_threads argument may use, whatever the size of its work.
 cdef int allowed_threads(object num_threads) except -1
 
-# The threads of a region: the first thing before it, and the first thing in it, done by each of its threads. `gathered`
-# says how many there are: fewer than wanted where the system gives no more, which would else end the process.
+# The threads of a region: `gathered` is called right before it, `join_team` first by each of its threads. `gathered`
+# returns fewer threads than wanted if the system allows no more, which would otherwise abort the process.
 cdef struct Team:
     int threads
     int growing
@@ -138,16 +138,16 @@ cdef Team gathered(int threads) noexcept nogil
 cdef void join_team(const Team *team) noexcept nogil
 
 # Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL. estimate:
-# about `size`, computed so that it does not wrap around.
+# about `size`, as a double that cannot overflow.
 cdef void *take_workspace(size_t size, double estimate) except NULL
 cdef void give_workspace(void *workspace) noexcept
 
-# Ctrl-C in a long call; one for all its threads, all zero at first.
+# Ctrl-C in a long call; shared by all its threads, initially zero.
 cdef struct Watch:
     int stop
     double last_look
 
-# For every thread, now and then, without the GIL: whether the call is to stop. Only the caller's own thread may look
-# for signals; where one has raised an exception, the others see it here too, and the call ends with raise_pending.
+# Whether the call is to stop; every thread checks it now and then, without the GIL. Only the caller's own thread may
+# check for signals; if one has raised an exception, the others see it here too, and the call ends with raise_pending.
 cdef bint interrupted(Watch *watch, bint caller) noexcept nogil
 cdef int raise_pending() except -1

@@ -1,4 +1,4 @@
-# What config.py shows and sets.
+# What config.py reads and sets.
 selected: str
 runnable: list[str]
 kernel_names: dict[str, str]

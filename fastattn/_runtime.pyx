@@ -1,4 +1,4 @@
-"""What all drivers share: the kernels in force, the threads of a region, scratch memory, Ctrl-C and fork.
+"""What all drivers share: the selected kernels, the threads of a region, scratch memory, Ctrl-C and fork.
 
 The C kernels of every instruction set are linked into this module; the choice is made once, at import.
 """
@@ -45,7 +45,7 @@ cdef extern from *:
         return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
     }
 
-    /* What OpenMP would take in this thread: OMP_NUM_THREADS, or what was set since, for this thread alone. */
+    /* What OpenMP would use in this thread: OMP_NUM_THREADS, or what was set since, for this thread alone. */
     static int fa_openmp_threads(void)
     {
     #if defined(_OPENMP)
@@ -55,30 +55,30 @@ cdef extern from *:
     #endif
     }
 
-    /* The threads of a region. OpenMP ends the process where the system refuses it one (RLIMIT_NPROC, a limit on the
-     * pids of a container, no memory for a stack). It keeps as many threads with the calling one as the last region of
-     * that one had, and makes what is missing when a region begins; so before a region that needs more, as many are
-     * made, kept until all are there, and let go again, and the region is given no more than could be made. What others
-     * take in the microseconds from there to the region could still be too much; so a few are left over for them, and
-     * processes that use this library do so one after the other.
+    /* The threads of a region. OpenMP aborts the process if the system refuses it a thread (RLIMIT_NPROC, a container's
+     * limit on pids, no memory for a stack). For each calling thread it keeps the workers of that thread's last region
+     * and creates the missing ones when a region begins. So before a region that needs more, as many trial threads are
+     * created, kept until all exist, and ended again, and the region gets no more than could be created. Other programs
+     * may still take some in the microseconds until the region begins; so a few are left over for them, and processes
+     * that use this library take turns.
      */
     enum { FA_LEFT_OVER = 2 };
 
     #if defined(_OPENMP) && !defined(_WIN32)
-    /* One for each calling thread; belongs to it and to its workers, and goes with the last of them. */
+    /* One per calling thread; shared with its workers, and freed by the last of them. */
     typedef struct {
-        int members;     /* of these threads those that are alive: they leave by the destructor of fa_pool_key */
+        int members;     /* those of these threads that are alive: the destructor of fa_pool_key removes them */
         int last;        /* threads of the last region */
-        double refused;  /* when the system last gave fewer threads than were wanted */
+        double refused;  /* when the system last gave fewer threads than wanted */
     } fa_pool;
 
     static pthread_key_t fa_pool_key;
     static __thread fa_pool *fa_own_pool;
     static size_t fa_stack_size;  /* of OpenMP's threads; 0: the system's default */
 
-    /* Both are held from the trial until OpenMP has its threads, so that no two count on the same ones: the mutex among
-     * the threads of this process, and among processes a lock on the file of this module, which is there wherever the
-     * module is. */
+    /* Both locks are held from the trial until OpenMP has its threads, so that no two callers count on the same ones:
+     * the mutex among the threads of this process, and a lock on this module's file, which always exists, among
+     * processes. */
     static pthread_mutex_t fa_growing = PTHREAD_MUTEX_INITIALIZER;
     static char *fa_lock_path;
     static int fa_lock = -1;
@@ -91,7 +91,7 @@ cdef extern from *:
         pthread_mutex_unlock(&fa_growing);
     }
 
-    /* Whether it is this thread's turn; not if others do not come to an end. */
+    /* Waits for this thread's turn; false if that takes too long. */
     static int fa_begin_growing(void)
     {
         double begin;
@@ -142,7 +142,7 @@ cdef extern from *:
         return NULL;
     }
 
-    /* How many of so many threads the system gives at the same time. */
+    /* How many of the wanted threads the system allows at the same time. */
     static int fa_try_threads(int wanted)
     {
         fa_trial *trial = (fa_trial *)malloc((size_t)wanted * sizeof *trial);
@@ -155,7 +155,7 @@ cdef extern from *:
             return 0;
         }
         if (fa_stack_size != 0)
-            pthread_attr_setstacksize(&attributes, fa_stack_size);  /* what it refuses, OpenMP refuses, too */
+            pthread_attr_setstacksize(&attributes, fa_stack_size);  /* a size refused here is refused by OpenMP too */
         pthread_mutex_init(&gate, NULL);
         pthread_mutex_lock(&gate);
         while (made < wanted) {
@@ -185,8 +185,8 @@ cdef extern from *:
         return gone;
     }
 
-    /* Right before a region: how many threads it may have, at most so many. growing: until they
-     * are there it is this thread's turn. */
+    /* Right before a region: how many threads it may have, at most `threads`. growing: it is this thread's turn until
+     * they exist. */
     static int fa_gather(int threads, void **team, int *growing)
     {
         fa_pool *pool = fa_own_pool;
@@ -205,7 +205,7 @@ cdef extern from *:
                 return 1;
             }
         }
-        /* The caller and its workers. Those that the last region did not need are about to end. */
+        /* The caller and its workers; workers that the last region did not need are about to end. */
         have = __atomic_load_n(&pool->members, __ATOMIC_ACQUIRE);
         have = have > pool->last ? pool->last : have;
         have = have < 1 ? 1 : have;
@@ -229,7 +229,7 @@ cdef extern from *:
         return threads;
     }
 
-    /* The first thing that every thread of a region does. */
+    /* To be called first by every thread of a region. */
     static void fa_join_team(void *team, int growing)
     {
         if (growing && omp_get_thread_num() == 0)
@@ -239,7 +239,7 @@ cdef extern from *:
     }
 
     /* A child of fork() inherits the record of its parent's OpenMP threads but not the threads, and would wait for them
-     * for ever. Letting them go before the fork, in the parent, cures it; in the child it is too late. */
+     * forever. The parent must release them before the fork; in the child it is too late. */
     static void fa_before_fork(void)
     {
         pthread_mutex_lock(&fa_growing);
@@ -344,10 +344,10 @@ cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
 
 # Threads
 
-cdef int chosen_threads = 0       # by set_num_threads; 0: not yet
-cdef int environment_threads = 0  # FASTATTN_NUM_THREADS; 0: it says nothing
-cdef int openmp_environment = 0   # OMP_NUM_THREADS, too
-cdef int openmp_untouched = 0     # what OpenMP would take if nobody had told it otherwise since
+cdef int chosen_threads = 0       # by set_num_threads; 0: not set
+cdef int environment_threads = 0  # FASTATTN_NUM_THREADS; 0: not set
+cdef int openmp_environment = 0   # OMP_NUM_THREADS; 0: not set
+cdef int openmp_untouched = 0     # what OpenMP would use if nobody has set it otherwise since the import
 cdef int quota_threads = 0
 
 # More threads than this, or than there are CPUs, never help.
@@ -356,7 +356,7 @@ cdef enum:
 
 
 def _threads_from_environment(name):
-    """What the variable says (of OMP_NUM_THREADS, a list, the first); 0 where that is nothing usable."""
+    """The value of the variable (of OMP_NUM_THREADS, a list, the first); 0 if unset or unusable."""
     text = os.environ.get(name, "").strip()
     first = text.split(",")[0].strip() if name == "OMP_NUM_THREADS" else text
     if first.isascii() and first.isdigit() and len(first) < 10 and int(first) >= 1:
@@ -368,7 +368,7 @@ def _threads_from_environment(name):
 
 
 def _threads_from_quota():
-    """CPUs that the control groups of this process allow, rounded up; a large number where there is no limit."""
+    """CPUs that the control groups of this process allow, rounded up; a large number if unlimited."""
     least = 1 << 30
     try:
         with open("/proc/self/cgroup") as file:
@@ -404,12 +404,12 @@ if not environment_threads:
     openmp_environment = _threads_from_environment("OMP_NUM_THREADS")
 openmp_untouched = fa_openmp_threads()
 if openmp_untouched < fa_affinity() and not openmp_environment:
-    # Told by somebody before this import, and perhaps for a while only.
+    # It was set before this import, perhaps only for a while.
     openmp_untouched = fa_affinity()
 
 
 def _stack_size():
-    """Bytes of the stack of OpenMP's threads, as its library reads it; 0: the system's default."""
+    """The stack size of OpenMP's threads in bytes, parsed as its library does; 0: the system's default."""
     for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
         match = re.fullmatch(r"\s*(\d{1,12})\s*([bkmg]?)\s*", os.environ.get(name, "").lower())
         if match:
@@ -473,7 +473,7 @@ cdef enum:
     MOST_KEPT = 16 << 20
 
 
-# Stands in front of the aligned block.
+# Stored just before the aligned block.
 cdef struct Allocation:
     void *address
     size_t size

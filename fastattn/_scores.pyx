@@ -1,7 +1,7 @@
 # cython: wraparound=True
-"""Scores with weights of their own, additive and bilinear: the weights checked, query and key projected.
+"""Scores with weights of their own, additive and bilinear: checks the weights and projects query and key.
 
-The projections are NumPy's matrix products, and their results are what the call is then about.
+The projections are NumPy matrix products; the call then proceeds with their results.
 """
 import numpy as np
 
@@ -17,7 +17,8 @@ cnp.import_array()
 
 
 cdef list read_weights(Problem p, tuple given, tuple names):
-    """Query, key, value and weights, which make the dtype of the result; a weight that is None stays None."""
+    """Query, key, value and weights as arrays; sets the dtype of the result, to which they promote. A weight that is
+    None stays None."""
     cdef list arrays = [], present = [], present_names = []
     cdef int i
     cdef cnp.ndarray a
@@ -45,7 +46,7 @@ cdef object read_vector(object x, str name, Py_ssize_t size, str why, fa_dtype d
 
 
 cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object columns, str why) except -1:
-    """Whether x @ w can be taken, and has so many columns; None: any number of them."""
+    """Checks that x @ w is possible and has this many columns; None: any number."""
     cdef Py_ssize_t rows = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
     if (cnp.PyArray_NDIM(w) != 2 or cnp.PyArray_DIM(w, 0) != rows or
             columns is not None and cnp.PyArray_DIM(w, 1) != columns):
@@ -55,7 +56,7 @@ cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object
 
 
 cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):
-    """x @ w + b in the accumulation dtype; without w and b x as it is. The product is NumPy's."""
+    """x @ w + b in the accumulation dtype; without w and b, x itself. The product is NumPy's."""
     if w is None and b is None:
         return x
     cdef object real = accumulation(dtype)
@@ -70,8 +71,8 @@ cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype
 
 
 cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
-    """Score weights in float64, the largest between 1/2 and 1, and the power of two that was taken out: with it in the
-    scale, where it may wait until the sum is taken, no product over- or underflows."""
+    """Score weights in float64, scaled by a power of two so that the largest is between 1/2 and 1; `factor` undoes it.
+    As part of the scale, which may be applied after the sum, it keeps products from over- or underflowing."""
     cdef cnp.ndarray a = empty(shape_of(w), accumulation(FA_F64), "a copy of w_score")
     cnp.PyArray_CopyInto(a, w)
     cdef double *number = <double *> cnp.PyArray_DATA(a)

@@ -1,4 +1,4 @@
-# What the public modules call: arguments by position, unchecked as they came.
+# What the public module calls, with unchecked arguments, by position.
 from typing import Any
 
 def softmax(*arguments: Any) -> Any: ...

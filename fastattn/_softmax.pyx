@@ -1,8 +1,7 @@
-"""The driver of softmax, log_softmax and logsumexp: its rows, checked, over threads.
+"""The driver of softmax, log_softmax and logsumexp: checks arguments and distributes rows over threads.
 
-Rows that lie contiguously in memory are read and written in place. Where a row's numbers are apart but its neighbours'
-lie side by side, many rows are taken at once, so that whole lines of the cache are used; what is left passes through a
-row of scratch. The bits of a row are the same each way.
+Contiguous rows are read and written in place. If rows are strided but lie side by side, many are processed at once, so
+that whole cache lines are used; other rows are copied through scratch. The bits of a row are the same each way.
 """
 import numpy as np
 
@@ -20,19 +19,19 @@ from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSU
 cnp.import_array()
 
 cdef enum:
-    SMALL = 1 << 14        # numbers below which threads cost more than they bring
-    CHUNK = 1 << 15        # numbers that a thread takes at a time, at least one row
-    LINE = 64              # bytes of memory that come together
+    SMALL = 1 << 14        # elements below which threads cost more than they gain
+    CHUNK = 1 << 15        # elements that a thread processes at a time, at least one row
+    LINE = 64              # bytes of a cache line
 
 
-# Rows of one or more axes: the axes of x split into those of a row and the others, neighbours that can be walked as one
-# joined.
+# Rows of one or more axes: the axes of x split into those of a row and the others, merging adjacent axes where strides
+# allow.
 cdef class Rows:
     cdef Axes row, batch
-    cdef Py_ssize_t length, rows            # numbers in a row; rows
+    cdef Py_ssize_t length, rows            # elements per row; number of rows
     cdef char *data[<int> ROW_OPERANDS]     # the mask may be NULL
     cdef fa_dtype dtype, out_dtype
-    cdef bint aligned                       # x and out: each number at a multiple of its size
+    cdef bint aligned                       # x and out: elements at multiples of their size
     cdef object num_threads
     cdef list kept
     cdef readonly object answer
@@ -56,7 +55,7 @@ cdef tuple checked_axes(object axis, int ndim):
 
 
 cdef Rows read_rows(object x, object axis, object mask, object out, object num_threads, bint reduces, object keepdims):
-    """reduces: the result has one number a row, in the accumulation dtype (logsumexp)."""
+    """reduces: the result has one element per row, in the accumulation dtype (logsumexp)."""
     cdef Rows p = Rows.__new__(Rows)
     cdef cnp.ndarray a = floating(x, "x"), m = None, o
     cdef int ndim = cnp.PyArray_NDIM(a), i, k
@@ -113,7 +112,7 @@ cdef Rows read_rows(object x, object axis, object mask, object out, object num_t
 
 cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, char *scratch, fa_dtype dtype,
                    Py_ssize_t scratch_size) noexcept nogil:
-    """A row with any strides to contiguous scratch, or for ROW_OUT from it; innermost axis first."""
+    """Copies a row with any strides to contiguous scratch or, for ROW_OUT, from it; innermost axis first."""
     cdef Py_ssize_t index[MOST_AXES]
     cdef int axis, last = p.row.count - 1
     cdef Py_ssize_t inner = p.row.shape[last] if last >= 0 else 1, done = 0, i
@@ -141,7 +140,7 @@ cdef void copy_row(Rows p, const fa_kernels *kernels, int which, char *memory, c
 
 
 cdef bint in_place(Rows p, int which, fa_row_function function) noexcept nogil:
-    """Whether the kernels can read or write the rows of an operand where they are."""
+    """Whether the kernels can read or write the rows of an operand in place."""
     cdef int last = p.row.count - 1
     cdef Py_ssize_t size = real_size(p.dtype)
     if which == ROW_MASK:
@@ -153,7 +152,7 @@ cdef bint in_place(Rows p, int which, fa_row_function function) noexcept nogil:
 
 cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, Py_ssize_t begin, Py_ssize_t end,
                   char *scratch, Watch *watch, bint caller) noexcept nogil:
-    """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes, where not all is in place."""
+    """Rows [begin, end); scratch: two rows in the accumulation dtype and one of bytes, unless all is in place."""
     cdef Py_ssize_t size = real_size(p.dtype), rest = begin, r = begin, looked = begin, run
     cdef fa_dtype real = FA_F64 if p.dtype == FA_F64 else FA_F32
     cdef Py_ssize_t index[MOST_AXES]
@@ -174,7 +173,7 @@ cdef int run_rows(Rows p, const fa_kernels *kernels, fa_row_function function, P
     while r < end:
         run = 1
         if x_in_place and y_in_place and mask_in_place:
-            # All rows to the end of the innermost batch axis at once.
+            # All rows up to the end of the innermost batch axis at once.
             if inner >= 0:
                 run = min(end - r, p.batch.shape[inner] - index[inner])
                 run = max(1, min(run, CHUNK // max(p.length, 1)))
@@ -234,14 +233,14 @@ cdef void run_parallel(Rows p, const fa_kernels *kernels, fa_row_function functi
 # Rows side by side
 
 cdef double bytes_touched(Rows p, Py_ssize_t stride, int which, Py_ssize_t run) noexcept:
-    """Bytes of memory for each number of an operand along an axis with this stride, `run` of them in a run."""
+    """Memory traffic in bytes per element of an operand along an axis with this stride and `run` elements."""
     cdef Py_ssize_t size = 1 if which == ROW_MASK else size_of(p.dtype)
     return min(<double> LINE, max(<double> abs(stride), min(<double> size, <double> LINE / max(run, 1))))
 
 
 cdef int axis_of_columns(Rows p, fa_row_function function, Py_ssize_t least) noexcept:
-    """The batch axis along which rows are to be taken side by side, -1 if they are to be taken one after the other.
-    least: rows that are worth it; fewer leave most lanes empty."""
+    """The batch axis along which to process rows side by side, or -1 to process them one by one. least: minimum number
+    of rows; fewer leave most lanes empty."""
     cdef int axis, k, best = -1, last = p.row.count - 1
     cdef double along_row = 0, along_axis = 0, cost
     if last < 0 or (in_place(p, ROW_X, function) and in_place(p, ROW_OUT, function) and
@@ -259,14 +258,14 @@ cdef int axis_of_columns(Rows p, fa_row_function function, Py_ssize_t least) noe
     for k in range(<int> ROW_OPERANDS):
         if p.data[k] != NULL and not (k == ROW_OUT and function == FA_ROW_LOGSUMEXP):
             cost = bytes_touched(p, p.row.strides[k][last], k, p.row.shape[last])
-            # A short run of numbers is a call for few of them.
+            # Short runs cost a call each.
             along_row += max(cost, min(<double> LINE, <double> LINE / p.row.shape[last]))
     return best if best >= 0 and along_axis <= along_row else -1
 
 
 cdef struct Columns:
-    fa_columns first        # the first rows; `rows` is the most that are taken at once
-    int64_t count           # rows side by side
+    fa_columns first        # the first rows; `rows` is the most processed at once
+    int64_t count           # number of rows side by side
     fa_axes others          # the other batch axes
     Py_ssize_t tasks
 
@@ -332,7 +331,7 @@ cdef void run_columns_parallel(const Columns *columns, const fa_kernels *kernels
 
 cdef int run_by_columns(Rows p, fa_row_function function, int axis, const fa_kernels *kernels, bint small,
                         int threads) except -1:
-    """All rows, side by side along a batch axis."""
+    """Processes all rows, side by side along a batch axis."""
     cdef Columns columns = columns_along(p, axis, kernels)
     cdef Py_ssize_t chunk = max(1, CHUNK // max(p.length * columns.first.rows, 1))
     cdef size_t size = (kernels.columns_workspace(p.length) + 63) // 64 * 64

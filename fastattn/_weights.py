@@ -1,7 +1,7 @@
-"""Weights as PyTorch, Hugging Face and Keras store them, from arrays by name: what MultiHeadAttention is made of.
+"""Reads weights as PyTorch, Hugging Face and Keras store them, from arrays by name, for MultiHeadAttention.
 
 Each function returns keyword arguments of MultiHeadAttention. PyTorch's linear layers store (out, in) and multiply by
-the transpose; here weights stand on the right of x, (in, out).
+the transpose; here weights are (in, out), on the right of x.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Names that an error lists at most.
+# The most names that an error lists.
 _MOST_NAMES = 6
 
 
@@ -35,7 +35,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _as_array(x: Any, name: str) -> NDArray[Any]:
-    """A NumPy array, also of a torch tensor."""
+    """x, which may be a torch tensor, as a NumPy array."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         try:
@@ -48,7 +48,7 @@ def _as_array(x: Any, name: str) -> NDArray[Any]:
 
 
 class _Tensors:
-    """Arrays by name; one is read when it is asked for."""
+    """Arrays by name, each read only when needed."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Any]) -> None:
         self.names = list(names)
@@ -59,7 +59,7 @@ class _Tensors:
         return name in self._known
 
     def missing(self, wanted: Sequence[str], where: str = "") -> ValueError:
-        """The error for names that are not there: what was looked for, and what there is, the closest first."""
+        """The error for missing names: what was looked for, and what there is, the closest names first."""
         lost = [name for name in wanted if name not in self]
         found = "found none of them" if len(lost) == len(wanted) else f"did not find {_listed(lost)}"
         near = difflib.get_close_matches(lost[0], self.names, _MOST_NAMES, 0.0)
@@ -92,7 +92,7 @@ class _Tensors:
 
     def resolve(self, prefix: str, default: str, wanted: Sequence[str]) -> str:
         """
-        What stands before the wanted names: `prefix`, or what else it can only be if that is the default.
+        The prefix of the wanted names: `prefix` or, if that is the default, the only other one possible.
 
         All of them must be there.
         """
@@ -108,13 +108,13 @@ class _Tensors:
         return prefix
 
     def prefixes(self, name: str) -> list[str]:
-        """What stands before this name wherever it is a whole part of another."""
+        """What precedes this name wherever it ends another, after a dot or slash."""
         return [
             other[: -len(name)] for other in self.names if other == name or other.endswith((f".{name}", f"/{name}"))
         ]
 
     def refuse_others(self, prefix: str, known: Iterable[str]) -> None:
-        """An error where there are weights under this prefix that the layer would leave out."""
+        """Raise an error if there are weights under this prefix that the layer would ignore."""
         known = {prefix + name for name in known}
         others = [name for name in self.names if name.startswith(prefix) and name not in known]
         if others:
@@ -125,7 +125,7 @@ class _Tensors:
 
 @contextmanager
 def _opened(state: Any) -> Iterator[_Tensors]:
-    """Arrays by name, from a mapping or from the path of a safetensors file, which is open meanwhile."""
+    """Arrays by name, from a mapping or from the path of a safetensors file, which stays open meanwhile."""
     if isinstance(state, Mapping):
         yield _Tensors(state, state.__getitem__)
         return
@@ -147,7 +147,7 @@ def _opened(state: Any) -> Iterator[_Tensors]:
     def read(name: str) -> Any:
         if file.get_slice(name).get_dtype() == "BF16":
             try:
-                importlib.import_module("ml_dtypes")  # which makes bfloat16 known to NumPy
+                importlib.import_module("ml_dtypes")  # registers bfloat16 with NumPy
             except ImportError as error:
                 raise ImportError(f"{name} in {path} is bfloat16: pip install ml_dtypes") from error
         return file.get_tensor(name)
@@ -212,14 +212,14 @@ def from_bert(state: Any, layer: int, prefix: str) -> dict[str, Any]:
     with _opened(state) as tensors:
         at = tensors.resolve(prefix, "", [f"{at}{name}.weight" for name in names.values()]) + at
         known = [f"{name}.{kind}" for name in names.values() for kind in ("weight", "bias")]
-        # The norm behind it is another layer; old files call its arrays gamma and beta.
+        # The norm after it is another layer; old files call its arrays gamma and beta.
         known += [f"output.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")]
         tensors.refuse_others(at, known)
         return tensors.linears(**{which: at + name for which, name in names.items()})
 
 
 def _rotary(head_dim: int, rotary_base: Any, rope_parameters: Any, max_positions: Any) -> dict[str, Any]:
-    """How a layer rotates whose configuration says this."""
+    """The rotary arguments of a layer with this configuration."""
 
     def at(length: int | None) -> tuple[NDArray[np.float64], float]:
         return scaled_frequencies(head_dim, rotary_base, rope_parameters, "rope_parameters", length, max_positions)
@@ -253,17 +253,17 @@ def from_llama(
     with _opened(state) as tensors:
         at = tensors.resolve(prefix, "model.", [f"{at}{name}.weight" for name in names.values()]) + at
         known = [f"{name}.{kind}" for name in names.values() for kind in ("weight", "bias")]
-        # A table that follows from the base.
+        # The table rotary_emb.inv_freq follows from the base.
         tensors.refuse_others(at, [*known, "rotary_emb.inv_freq"])
         arguments = tensors.linears(**{which: at + name for which, name in names.items()})
     columns, kv_columns = arguments["w_query"].shape[1], arguments["w_key"].shape[1]
     arguments |= {"num_kv_heads": num_kv_heads, "rotary_base": rotary_base}
     heads = integer(num_heads, "num_heads", "an integer of at least 1", 1)
     if columns % heads:
-        return arguments  # which the layer refuses
+        return arguments  # the layer refuses these
     head_dim = columns // heads
     if num_kv_heads is None:
-        # As many heads as there are columns for.
+        # As many heads as the columns make.
         num_kv_heads = kv_columns // head_dim if head_dim and kv_columns % head_dim == 0 else None
         arguments["num_kv_heads"] = num_kv_heads or None
     if rope_parameters is not None:
@@ -277,7 +277,7 @@ def from_keras(weights: Any, prefix: str) -> dict[str, Any]:
     kernels: dict[str, NDArray[Any]] = {}
     biases: dict[str, NDArray[Any]] = {}
     if isinstance(weights, Mapping):
-        # Keras 2 puts ":0" behind every name.
+        # Keras 2 appends ":0" to every name.
         names = {name.removesuffix(":0"): name for name in weights}
         tensors = _Tensors(names, lambda name: weights[names[name]])
         prefix = tensors.resolve(prefix, "", [f"{part}/kernel" for part in parts.values()])

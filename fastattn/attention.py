@@ -1,6 +1,6 @@
 """Attention. The docstrings are the specification; fastattn.reference says the same in float64 NumPy.
 
-This module is compiled by Cython: build it again after a change.
+This module is compiled by Cython: rebuild after a change.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def dot_product_attention(
         ``(left, right)``: a query sees the keys from its position - left to its position + right, both inclusive. None
         or -1 on a side: unbounded. An int w: ``(w, w)``.
     chunk_size, left_chunks : int, optional
-        The key axis is cut into chunks of `chunk_size`, and a query sees the whole of the chunk that its position lies
-        in and of `left_chunks` chunks before it (None or -1: of all), as in streaming speech recognition.
+        The key axis is split into chunks of `chunk_size`, and a query sees all of the chunk that its position is in and
+        of the `left_chunks` chunks before it (None or -1: all of them), as in streaming speech recognition.
     query_offset : int or array of int, optional
         Position of query 0 on the key axis; may be negative. Default: the last query lines up with the last valid key,
         as with a cache; 0 lines up the first ones. With 2 queries and 4 keys, causal (x: seen)::
@@ -76,8 +76,8 @@ def dot_product_attention(
               x x x x        x x . .
 
     key_lengths, query_lengths : int or array of int, optional
-        Valid lengths, for padded batches. Keys past the length are unseen, query rows past it see nothing. An array has
-        exactly as many axes as there are batch axes, each of their size or 1: ``lengths[:, None]`` for batch axes
+        Valid lengths, for padded batches. Keys past the length are hidden, query rows past it see nothing. An array has
+        exactly as many axes as there are batch axes, each of the same size or 1: ``lengths[:, None]`` for batch axes
         (B, H).
     mask : array_like of bool, broadcasts to (..., L, S), optional
         **True means attend.**
@@ -89,13 +89,13 @@ def dot_product_attention(
         ``(heads, 1, left + right + 1)`` is a bias by distance (T5); one that depends on the query too (Shaw,
         Transformer-XL) needs no (L, S) array either. -inf hides a key.
     alibi_slopes : array_like, broadcasts over the batch axes, optional
-        Adds ``-slope * abs(query position - key position)``; ``(H,)`` is one slope a query head [2]_.
+        Adds ``-slope * abs(query position - key position)``; ``(H,)`` is one slope per query head [2]_.
     scale : float, optional
         Factor of the scores; default ``1 / sqrt(D)``.
     softcap : float, optional
         Makes the scaled score ``softcap * tanh(score / softcap)``, before ALiBi and bias.
     sinks : array_like, broadcasts over the batch axes, optional
-        One extra logit a query head, in the softmax's denominator only; neither scaled nor capped.
+        One extra logit per query head, in the softmax's denominator only; neither scaled nor capped.
     activation : {'softmax', 'relu', 'sigmoid'}, default 'softmax'
         'relu': weights are ``max(score, 0) / number of visible keys``; 'sigmoid': ``1 / (1 + exp(-score))``.
     enable_gqa : bool, default False
@@ -129,13 +129,13 @@ def dot_product_attention(
 
     Notes
     -----
-    An array without axes is a number wherever a number is taken.
+    A 0-d array is accepted wherever a number is.
 
-    All rules combine; a key counts only where every rule given allows it. What a query does not see, be it NaN or
-    infinite, never reaches its output. A row that sees no key, or only scores of -inf, gives output 0, weights 0 and
-    log-sum-exp -inf (the sink, if there is one). Bounds (causal, window, lengths) cost no memory, and what lies outside
-    them is skipped. Memory beyond inputs and outputs does not grow with L * S [1]_. The bits of a row do not depend on
-    threads, batch, padding, strides or the other rows.
+    All rules combine; a key counts only if every given rule allows it. What a query does not see, even NaN or infinity,
+    never reaches its output. A row that sees no key, or only scores of -inf, gives output 0, weights 0 and log-sum-exp
+    -inf (the sink, if there is one). Bounds (causal, window, lengths) cost no memory, and keys outside them are
+    skipped. Memory beyond inputs and outputs does not grow with L * S [1]_. The bits of a row do not depend on threads,
+    batch, padding, strides or the other rows.
 
     References
     ----------
@@ -220,7 +220,8 @@ def additive_attention(
     """
     Additive (Bahdanau) attention: the score is ``w_score . tanh(query @ w_query + key @ w_key + b_hidden)``.
 
-    It never makes an array of shape (L, S, hidden), nor (L, S), and costs two to four times as much as dot products.
+    It never allocates an array of shape (L, S, hidden), nor (L, S), and costs two to four times as much as dot
+    products.
 
     Parameters
     ----------
@@ -232,10 +233,10 @@ def additive_attention(
         Weight of each hidden unit in the score. Promotes together with query, key, value and the matrices.
     w_query : array_like, shape (D_query, hidden), optional
     w_key : array_like, shape (D_key, hidden), optional
-        Projections. One that is left out is the identity: that last axis must be `hidden` then. Without either this is
-        the form of Keras' ``AdditiveAttention``.
+        Projections. One that is omitted is the identity: that last axis must then be `hidden`. Without both this is the
+        form of Keras' ``AdditiveAttention``.
     b_hidden : array_like, shape (hidden,), optional
-        Added before the tanh; taken in the accumulation dtype.
+        Added before the tanh; converted to the accumulation dtype.
     is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
         As for `dot_product_attention`: which keys a query sees.
     bias, relative_bias, alibi_slopes
@@ -254,7 +255,7 @@ def additive_attention(
     weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
-        Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
+        Only with `return_lse`; float64 for float64, else float32. Of the complete scores.
 
     Raises
     ------
@@ -265,13 +266,13 @@ def additive_attention(
 
     Notes
     -----
-    The tanh costs no exponential for a pair of query and key: ``tanh(a + b) = 1 - 2 / (1 + exp(2 a) exp(2 b))``, with
-    the exponentials taken once for each query and each key, and one division for four hidden units. Arguments too
-    large for that (43 in float32, 350 in float64) take a plain tanh, which is several times slower. The error of a
-    score is at most ``eps * (hidden + 8) * sum(abs(w_score))``, and what the projections add.
+    The tanh costs no exponential per pair of query and key: ``tanh(a + b) = 1 - 2 / (1 + exp(2 a) exp(2 b))``, with the
+    exponentials computed once per query and once per key, and one division per four hidden units. Arguments too large
+    for that (43 in float32, 350 in float64) use a plain tanh, which is several times slower. The error of a score is at
+    most ``eps * (hidden + 8) * sum(abs(w_score))``, plus that of the projections.
 
-    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
-    promised that the bits of a row do not depend on threads and on padding.
+    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
+    not depend on threads and padding only holds from their results on.
 
     References
     ----------
@@ -364,7 +365,7 @@ def bilinear_attention(
     num_threads: int | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
-    Attention by a bilinear score, ``(query @ w_query + b_query) . (key @ w_key + b_key)``.
+    Attention with a bilinear score, ``(query @ w_query + b_query) . (key @ w_key + b_key)``.
 
     Luong's "general" score ``query @ W . key`` is ``w_query=W, w_key=np.eye(D_key)``, or, without that product,
     ``dot_product_attention(query @ W, key, value, scale=1)``.
@@ -379,7 +380,7 @@ def bilinear_attention(
     w_key : array_like, shape (D_key, n), optional
         Projections; they promote together with query, key and value. Without `w_key` the keys share `w_query`.
     b_query, b_key : array_like, shape (n,), optional
-        Added to the projections; taken in the accumulation dtype. Without `w_key`, and unless `b_key` is given, the
+        Added to the projections; converted to the accumulation dtype. Without `w_key`, and unless `b_key` is given, the
         keys share `b_query`.
     is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
         As for `dot_product_attention`: which keys a query sees.
@@ -399,7 +400,7 @@ def bilinear_attention(
     weights : ndarray, shape (..., L, S) or (..., L, left + right + 1)
         Only with `return_weights`; float64 for float64, else float32.
     lse : ndarray, shape (..., L)
-        Only with `return_lse`; float64 for float64, else float32. Of the whole scores.
+        Only with `return_lse`; float64 for float64, else float32. Of the complete scores.
 
     Raises
     ------
@@ -410,8 +411,8 @@ def bilinear_attention(
 
     Notes
     -----
-    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
-    promised that the bits of a row do not depend on threads and on padding.
+    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
+    not depend on threads and padding only holds from their results on.
 
     References
     ----------
@@ -492,7 +493,7 @@ def truncated_attention(
     """
     Dot-product attention in which a query sees only `left` keys before its position and `right` after it.
 
-    The cost grows with the length, not with its square: what lies outside the window is never looked at.
+    The cost grows with the length, not with its square: keys outside the window are never read.
 
     Parameters
     ----------
@@ -501,7 +502,7 @@ def truncated_attention(
     value : array_like, shape (..., S, E)
         As for `dot_product_attention`.
     left, right : int
-        Keys seen before and after the query's position, beside the one at it; None or -1: all of them.
+        Keys seen before and after the query's position, besides the one at it; None or -1: all of them.
     relative_bias : array_like of floats, broadcasts to (..., L, left + right + 1), optional
         Added to the scores of the window, entry w to that of the key at the query's position - left + w.
     return_weights : bool or 'band', default False
@@ -594,7 +595,7 @@ def varlen_attention(
     num_threads: int | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
-    Dot-product attention within each of several sequences that lie packed, without padding, on one axis.
+    Dot-product attention within each of several sequences that are packed, without padding, on one axis.
 
     Parameters
     ----------

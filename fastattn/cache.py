@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for decoding: room for them is made once, and attention reads them in place."""
+"""Keys and values of the tokens so far, for decoding: allocated once, and read in place by attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _place(
     """
     Write `count` tokens of x, from `first` on, into each sequence of `to`, from token `at` on.
 
-    The numbers have one batch axis, as `to`.
+    `at`, `first` and `count` have one batch axis, like `to`.
     """
     sequences, heads, _, channels = to.shape
     n = x.shape[-2]
@@ -38,30 +38,30 @@ def _place(
     if sequences and all((a == a[0]).all() for a in (at, first, count)):
         to[:, :, at[0] : at[0] + count[0]] = x[:, :, first[0] : first[0] + count[0]]
     else:
-        # All that count of all sequences at once: sequence b, token i of x.
+        # All valid tokens of all sequences at once: sequence b, token i of x.
         tokens = np.arange(n)
         b, i = np.nonzero((tokens >= first[:, None]) & (tokens < (first + count)[:, None]))
         to[b, :, at[b] + i - first[b]] = x[b, :, i]
 
 
 class _Step(NamedTuple):
-    """What a layer's queries attend to while new tokens come in: those that were there, and behind them the new."""
+    """What a layer's queries attend to in a step: the tokens already there, followed by the new ones."""
 
     key: NDArray[Any]
     value: NDArray[Any]
     lengths: NDArray[np.int64]  # of key and value
     dropped: NDArray[np.int64]  # tokens before them
-    in_place: bool  # key and value are views of the cache, in which the new tokens do not count yet
+    in_place: bool  # key and value are views of the cache, whose length does not include the new tokens yet
 
 
 class KVCache:
     """
-    Keys and values of a batch of sequences that grow, for decoding with `dot_product_attention`.
+    Keys and values of a batch of growing sequences, for decoding with `dot_product_attention`.
 
     Parameters
     ----------
     batch_shape : int or tuple of int
-        The batch axes before the heads; an int B means ``(B,)``, and ``()`` one sequence.
+        The batch axes before the heads; an int B means ``(B,)``, ``()`` a single sequence.
     num_kv_heads : int
         Heads of key and value (axis -3); queries may have a whole multiple of them, with ``enable_gqa=True``.
     capacity : int
@@ -73,8 +73,8 @@ class KVCache:
     dtype : dtype_like, default float32
         float32, float64, float16 or ml_dtypes.bfloat16.
     window : int, optional
-        With it the cache never fills up: it keeps at least the last `window` tokens of each sequence and lets go of
-        others when it needs room. At most `capacity`.
+        If given, the cache never fills up: it keeps at least the last `window` tokens of each sequence and drops others
+        when it needs room. At most `capacity`.
 
     Attributes
     ----------
@@ -96,23 +96,23 @@ class KVCache:
     See Also
     --------
     dot_product_attention
-    MultiHeadAttention : takes a cache, and sees to windows and positions.
+    MultiHeadAttention : takes a cache, and handles windows and positions.
 
     Notes
     -----
     Key 0 of `key` is the first one that is still there: all positions (`query_offset`, windows, chunks, ALiBi, the
     columns of a mask) count from it. By default the last query lines up with the last valid key, which is right for a
-    causal step whatever has gone. Where absolute positions matter, as for rotary encodings, add `dropped`.
+    causal step whatever has been dropped. Where absolute positions matter, as for rotary encodings, add `dropped`.
 
-    With a window, tokens are moved only when there is no room: then the last `window` of those that are there (fewer
-    where the new ones leave less room) go to the front, and the new ones behind them. A capacity of twice the window
-    makes that one copy a token, on the average. For steps of n tokens, each of which looks back on `window` others, a
-    capacity of ``window + n`` or more is needed; and attention has to be told the window too, since more than the
-    window may be there. `MultiHeadAttention` sees to all that: its queries attend to what is there and to the new
-    tokens before anything is let go, whatever the capacity, in the window of the cache.
+    With a window, tokens are moved only when there is no room: then the last `window` of those that are there (fewer if
+    the new ones leave less room) move to the front, and the new ones follow them. With a capacity of twice the window
+    that is one copy per token on average. Steps of n tokens, each of which looks back on `window` others, need a
+    capacity of ``window + n`` or more; and the window must be passed to attention too, since the cache may hold more.
+    `MultiHeadAttention` handles all that: its queries attend to what is there and to the new tokens before anything is
+    dropped, whatever the capacity, in the window of the cache.
 
-    `copy`, `crop` and `select` give new caches, for rollback and for beams. So do ``copy.copy`` and ``copy.deepcopy``,
-    and a cache can be pickled: the tokens that are there, not the room for others.
+    `copy`, `crop` and `select` return new caches, for rollback and for beams. So do ``copy.copy`` and
+    ``copy.deepcopy``, and a cache can be pickled: only the tokens that are there, not the free room.
 
     Examples
     --------
@@ -165,11 +165,12 @@ class KVCache:
         self.reset()
 
     def _make_room(self) -> None:
-        # Zeros: what lies past the length of a sequence is in the views, too, and better nothing than anything.
+        # Zeros, because the views include what is past the length of a sequence.
         self._key, self._value = (empty(shape, self._dtype, "a cache", True) for shape in self._shapes)
 
     def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys and values with one batch axis. Not kept: in a copy such a view would be an array of its own."""
+        """Keys and values with one batch axis. Not stored: in a copy of the cache such a view would become a separate
+        array."""
         count = math.prod(self._batch)
         return self._key.reshape(count, *self._key.shape[-3:]), self._value.reshape(count, *self._value.shape[-3:])
 
@@ -188,20 +189,20 @@ class KVCache:
         """
         The keys, (*batch_shape, num_kv_heads, max(lengths), head_dim): a read-only view.
 
-        Past the length of a sequence it holds anything. Appending to a cache without window leaves a view as it is;
-        with a window, what it shows may move.
+        Past the length of a sequence its contents are arbitrary. Appending to a cache without a window leaves a view as
+        it is; with a window, its contents may move.
         """
         return _read_only(self._key[..., : self._longest, :])
 
     @property
     def value(self) -> NDArray[Any]:
-        """The values, (*batch_shape, num_kv_heads, max(lengths), value_dim): a read-only view, as `key`."""
+        """The values, (*batch_shape, num_kv_heads, max(lengths), value_dim): a read-only view, like `key`."""
         return _read_only(self._value[..., : self._longest, :])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """
-        How many tokens of each sequence are there, int64, (*batch_shape, 1), as `key_lengths` wants it.
+        How many tokens of each sequence are there, int64, (*batch_shape, 1), in the form that `key_lengths` takes.
 
         Read-only; appending makes a new one.
         """
@@ -209,7 +210,8 @@ class KVCache:
 
     @property
     def dropped(self) -> NDArray[np.int64]:
-        """How many tokens of each sequence have been let go, as `lengths`; ``dropped + lengths`` have ever come."""
+        """How many tokens of each sequence have been dropped, shaped like `lengths`; ``dropped + lengths`` were ever
+        appended."""
         return self._dropped
 
     @property
@@ -219,7 +221,7 @@ class KVCache:
 
     @property
     def window(self) -> int | None:
-        """How many of the last tokens are kept at least; None: all."""
+        """How many of the last tokens are always kept; None: all."""
         return self._window
 
     @property
@@ -250,14 +252,14 @@ class KVCache:
 
     def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
         """
-        Add n tokens to each sequence, behind those that are there.
+        Append n tokens to each sequence.
 
         Parameters
         ----------
         key : array_like, shape (*batch_shape, num_kv_heads, n, head_dim)
         value : array_like, shape (*batch_shape, num_kv_heads, n, value_dim)
-            Converted to the cache's dtype where that is a conversion of the same kind
-            (``numpy.can_cast(..., 'same_kind')``: also float64 to float32, or integers).
+            Converted to the cache's dtype if that is a conversion of the same kind (``numpy.can_cast(...,
+            'same_kind')``: also float64 to float32, or integers).
         lengths : int or array_like of int, shape batch_shape or (*batch_shape, 1), optional
             How many of the n tokens count in each sequence, 0 to n: the first ones; default all.
 
@@ -291,11 +293,11 @@ class KVCache:
         if value.shape[-2] != n:
             raise ValueError(f"value has {value.shape[-2]} tokens (axis -2) and key {n}: each token brings both")
         came = self._counts(lengths, n)
-        # Of more than there is room for the last ones; of the old ones then as many as there is room for.
+        # If more tokens come than there is room for, the last ones; then as many of the old ones as fit.
         new = np.minimum(came, self._capacity)
         kept = np.minimum(self._beside(came), self._capacity - new)
         if (kept < self._lengths.ravel()).any():
-            # What came might be views of what is about to move.
+            # The new tokens may be views of memory that is about to move.
             own = self._key, self._value
             key, value = (x.copy() if any(np.may_share_memory(x, y) for y in own) else x for x in (key, value))
         self._let_go(kept)
@@ -306,7 +308,7 @@ class KVCache:
 
     def copy(self) -> Self:
         """
-        A cache of its own with the same tokens, lengths and room.
+        An independent cache with the same tokens, lengths and capacity.
 
         Returns
         -------
@@ -319,7 +321,7 @@ class KVCache:
 
         Examples
         --------
-        Two ways to go on from the same prompt:
+        Two continuations of the same prompt:
 
         >>> from fastattn.cache import KVCache
         >>> cache = KVCache((), 1, 10, 1)
@@ -333,7 +335,7 @@ class KVCache:
 
     def crop(self, lengths: ArrayLike) -> Self:
         """
-        A cache of its own with the first `lengths` of the tokens that are there: it takes back what came behind them.
+        An independent cache with only the first `lengths` of the tokens that are there: it takes back those after them.
 
         Parameters
         ----------
@@ -343,13 +345,13 @@ class KVCache:
         Returns
         -------
         KVCache
-            Of the same capacity and window; ``dropped`` is as it was, so positions go on from what is left.
+            Of the same capacity and window; ``dropped`` is unchanged, so positions continue from what is left.
 
         Raises
         ------
         ValueError
             If `lengths` do not fit; if a sequence that has dropped tokens would keep fewer than `window`: the next
-            token would look back on some that are gone.
+            token would look back on dropped ones.
         TypeError
             If `lengths` are not integers.
         MemoryError
@@ -382,13 +384,13 @@ class KVCache:
 
     def select(self, indices: ArrayLike) -> Self:
         """
-        A cache of its own with the chosen sequences, in that order: for beams, and to drop those that are finished.
+        An independent cache with the chosen sequences, in that order: for beams, and to drop finished ones.
 
         Parameters
         ----------
         indices : array_like of int, shape (n,), or of bool, shape (batch_shape[0],)
-            Which entries of the first batch axis, as in ``x[indices]``: any of them any number of times, negative
-            numbers from the end. Booleans say which ones stay.
+            Which entries of the first batch axis, as in ``x[indices]``: each any number of times, negative numbers from
+            the end. Booleans say which ones to keep.
 
         Returns
         -------
@@ -406,7 +408,7 @@ class KVCache:
 
         Examples
         --------
-        Beam 2 has won twice; then only the second of the two goes on.
+        Beam 2 wins twice; then only the second of the two continues.
 
         >>> import numpy as np
         >>> from fastattn.cache import KVCache
@@ -428,7 +430,8 @@ class KVCache:
         return self._derived(batch, sources, self._lengths[chosen], self._dropped[chosen])
 
     def _derived(self, batch: tuple[int, ...], sources: Any, lengths: Any, dropped: Any) -> Self:
-        """A cache of the same kind; its sequence s begins with the first `lengths` tokens of my sequence sources[s]."""
+        """A cache of the same kind; its sequence s holds the first `lengths` tokens of this one's sequence
+        sources[s]."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new._batch = batch
@@ -442,8 +445,8 @@ class KVCache:
 
     def _beside(self, came: NDArray[np.int64], every: bool = False) -> NDArray[np.int64]:
         """
-        How many of the tokens that are there count beside those that come: all, but with a window no more than that
-        where there is no room for all; `every`: even then.
+        How many of the tokens that are there are kept beside the new ones: all; with a window only that many if there
+        is no room for all, unless `every`.
         """
         there = self._lengths.ravel()
         full = there + came > self._capacity
@@ -454,7 +457,7 @@ class KVCache:
         return there if every else np.where(full, np.minimum(there, self._window), there)
 
     def _let_go(self, kept: NDArray[np.int64]) -> None:
-        """Of each sequence keep the last `kept` tokens."""
+        """Keep only the last `kept` tokens of each sequence."""
         there = self._lengths.ravel()
         moved = np.flatnonzero(kept < there)
         if moved.size == 0:
@@ -469,8 +472,9 @@ class KVCache:
         self, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64], old: NDArray[np.int64]
     ) -> _Step:
         """
-        What a layer's queries attend to when `came` tokens come: `old` of those that are there, as `_beside` has it,
-        and the new ones behind them. They lie in the cache if it has room, and have come in only with `_end_step`.
+        What a layer's queries attend to when `came` tokens come: `old` of those that are there, as from `_beside`,
+        followed by the new ones. They are written to the cache if it has room, but are part of it only after
+        `_end_step`.
         """
         key, value = self._converted(key, "key", 0), self._converted(value, "value", 1)
         there, shape, nothing = self._lengths.ravel(), self._lengths.shape, np.zeros_like(came)
@@ -497,7 +501,7 @@ class KVCache:
         return _Step(key, value, lengths.reshape(shape), dropped, in_place)
 
     def _end_step(self, step: _Step, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64]) -> None:
-        """The tokens of `_begin_step` have come in."""
+        """Make the tokens of `_begin_step` part of the cache."""
         if step.in_place:
             self._settle(step.lengths, step.dropped)
         else:
@@ -508,9 +512,9 @@ class KVCache:
         self._longest = int(lengths.max(initial=0))
 
     def _converted(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
-        """A checked array, in the cache's dtype."""
+        """A checked key or value array, in the cache's dtype."""
         a = as_array(x, name, "pass its data, and lengths=")
-        # NumPy takes complex to bfloat16 for a conversion of the same kind.
+        # For NumPy, complex to bfloat16 is a conversion of the same kind.
         if a.dtype.kind == "c" or not np.can_cast(a.dtype, self._dtype, "same_kind"):
             raise TypeError(
                 f"{name} has dtype {a.dtype}, which does not go into a cache of {self._dtype} safely: convert it"
@@ -523,8 +527,8 @@ class KVCache:
 
     def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """
-        How many tokens count in each sequence, on one batch axis: at most as many as come, or, with an
-        array, of those that are there. None: as many.
+        `lengths`, checked, on one batch axis: at most `most`, the number of new tokens or, as an array, of those that
+        are there. None: all of them.
         """
         batch = self._batch
         count = math.prod(batch)
@@ -547,7 +551,7 @@ class KVCache:
         return np.full(count, a, np.int64) if a.ndim == 0 else flat.astype(np.int64)
 
     def _indices(self, indices: Any) -> NDArray[np.int64]:
-        """Entries of the first batch axis, none of them negative."""
+        """Entries of the first batch axis as non-negative integers."""
         size = self._batch[0]
         allowed = f"integers from {-size} to {size - 1}, or {size} booleans, on one axis"
         a = integer_array(indices, "indices", allowed, "biu")
@@ -562,7 +566,7 @@ class KVCache:
         return np.where(a < 0, a + size, a)
 
     def _where(self, b: int) -> str:
-        """Which sequence that is."""
+        """For errors: which sequence b is."""
         return f" in sequence {', '.join(map(str, np.unravel_index(b, self._batch)))}" if self._batch else ""
 
     def _no_room(self, there: NDArray[Any], came: NDArray[Any], full: NDArray[Any]) -> ValueError:

@@ -16,11 +16,11 @@ def get_num_threads() -> int:
     """
     Number of threads that a call may use when it has no ``num_threads`` argument.
 
-    In this order: `set_num_threads`, the environment variable ``FASTATTN_NUM_THREADS`` (read at import), what OpenMP
-    would take in this thread (``OMP_NUM_THREADS``, or what `threadpoolctl.threadpool_limits`, joblib or another library
-    has set, for the thread that set it), the CPUs that this process may use (affinity and control-group quota). Small
-    calls use one thread whatever it says, a system that gives no more threads gets by with fewer, and no result depends
-    on it.
+    The first of these that applies: `set_num_threads`, the environment variable ``FASTATTN_NUM_THREADS`` (read at
+    import), what OpenMP would use in this thread (``OMP_NUM_THREADS``, or what `threadpoolctl.threadpool_limits`,
+    joblib or another library has set, for the thread that set it), the CPUs that this process may use (affinity and
+    control-group quota). Small calls always use one thread, calls use fewer if the system allows no more, and no result
+    depends on it.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def set_num_threads(num_threads: int) -> None:
     Raises
     ------
     ValueError, TypeError
-        If it is below 1, or not an integer.
+        If `num_threads` is below 1, or not an integer.
 
     Examples
     --------
@@ -64,14 +64,14 @@ def set_num_threads(num_threads: int) -> None:
 
 def cpu_info() -> dict[str, Any]:
     """
-    The instruction set in use, and those that could be.
+    The instruction set in use, and those available.
 
     Returns
     -------
     dict
-        ``'selected'``: the instruction set in use; ``'runnable'``: all that this build has and this CPU can run, best
-        first (each can be forced by the environment variable ``FASTATTN_ISA``, read at import); ``'kernels'``: for each
-        dtype the name of the kernels that serve it; ``'machine'``: the architecture.
+        ``'selected'``: the instruction set in use; ``'runnable'``: all that are in this build and that this CPU can
+        run, best first (each can be forced with the environment variable ``FASTATTN_ISA``, read at import);
+        ``'kernels'``: for each dtype the name of the kernels that serve it; ``'machine'``: the architecture.
 
     Examples
     --------

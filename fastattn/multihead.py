@@ -77,7 +77,7 @@ def _heads(x: Any, name: str) -> int:
 
 
 def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = None) -> Any:
-    """Lengths (0 to most) or offsets of sequences, arrays with one more axis, for the heads."""
+    """Check lengths (0 to most) or offsets of sequences; arrays get one more axis, for the heads."""
     if x is None:
         return None
     allowed = f"an integer or an integer array with {len(batch)} axes, one for each batch axis of x"
@@ -100,7 +100,7 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
 def _check_out(
     out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Any], rules: LayerRules
 ) -> None:
-    """Whether the result can go there, and overlaps neither an input nor an array of a rule."""
+    """Check that the result fits in `out`, and that `out` overlaps neither an input nor an array of a rule."""
     inputs = {**inputs, **{name: x for name, x in rules.items() if isinstance(x, np.ndarray) and name != "out"}}
     checked_out(out, shape, dtype, list(inputs.values()), tuple(inputs))
 
@@ -114,7 +114,7 @@ def self_attention(
     **rules: Unpack[LayerRules],
 ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
     """
-    Self-attention in its textbook form: ``softmax(Q K^T / sqrt(d_k)) V``, where Q, K and V are x times a matrix each.
+    Self-attention in its textbook form, ``softmax(Q K^T / sqrt(d_k)) V``, where Q, K and V are x times a matrix each.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ def self_attention(
     w_value : array_like, shape (d_model, d_v)
         The matrices W^Q, W^K and W^V, on the right of x; they promote together with x as `numpy.result_type` says.
     is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
-        As for `dot_product_attention`: which keys a query sees. Both L and S are the length of x here, and
-        `query_lengths` is `key_lengths` unless it is given: in a padded batch ``key_lengths=lengths`` is enough.
+        As for `dot_product_attention`: which keys a query sees. Here L and S are both the length of x, and
+        `query_lengths` defaults to `key_lengths`: for a padded batch ``key_lengths=lengths`` is enough.
     bias, relative_bias, alibi_slopes
         As for `dot_product_attention`: what is added to the scores.
     scale, softcap, sinks, activation
@@ -152,16 +152,16 @@ def self_attention(
 
     See Also
     --------
-    MultiHeadAttention : with heads, biases and an output projection, and for weights that are used again and again.
+    MultiHeadAttention : with heads, biases and an output projection, and for weights that are reused.
 
     Notes
     -----
-    The projections are NumPy's matrix products: they use the threads of its BLAS, and only from their results on is it
-    promised that the bits of a row do not depend on threads, batch and padding. 16-bit arrays are projected, and
-    attended to, in float32; only the output is rounded.
+    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
+    not depend on threads, batch and padding only holds from their results on. 16-bit arrays are projected, and attended
+    to, in float32; only the output is rounded.
 
-    The matrices are multiplied one after the other: side by side, as `MultiHeadAttention` holds them, they would have
-    to be copied in each call.
+    The matrices are multiplied one by one: to be side by side, as `MultiHeadAttention` stores them, they would have to
+    be copied in each call.
 
     References
     ----------
@@ -230,45 +230,44 @@ class _Call(NamedTuple):
     """A call of a layer, checked."""
 
     tokens: NDArray[Any]
-    context: NDArray[Any] | None  # where it is not x
+    context: NDArray[Any] | None  # None if it is x
     batch: tuple[int, ...]
     length: int
     num_keys: int
     dtype: np.dtype[Any]  # of the output
-    accumulation: np.dtype[Any]  # of its sums, and of the products
+    accumulation: np.dtype[Any]  # the dtype of its sums and of the products
     out: NDArray[Any] | None
-    rules: Rules  # of the attention, whose lengths and offsets have an axis for the heads
+    rules: Rules  # for attention; lengths and offsets have an axis for the heads
 
 
 class MultiHeadAttention:
     """
     Multi-head attention with its projections: self-attention, cross-attention, and steps that extend a cache.
 
-    ``layer(x)`` is ``concat(head_1, ..., head_h) @ w_out + b_out`` with ``head_i = attention(x @ W_i^Q, c @ W_i^K,
-    c @ W_i^V)``, where c is `context`, or x again [1]_. The weights people have come in through `from_torch`,
-    `from_linear`, `from_bert`, `from_llama` and `from_keras`.
+    ``layer(x)`` is ``concat(head_1, ..., head_h) @ w_out + b_out`` with ``head_i = attention(x @ W_i^Q, c @ W_i^K, c @
+    W_i^V)``, where c is `context`, or x again [1]_. Existing weights are loaded by `from_torch`, `from_linear`,
+    `from_bert`, `from_llama` and `from_keras`.
 
     Parameters
     ----------
     w_query : array_like, shape (d_model, num_heads * head_dim)
     w_key : array_like, shape (d_context, num_kv_heads * head_dim)
     w_value : array_like, shape (d_context, num_kv_heads * value_dim)
-        Projections; they stand on the right, ``x @ w_query``, and a head's columns lie side by side. float32, float64,
-        float16 or bfloat16; integers and bools become float64. They are copied. Self-attention needs ``d_context ==
-        d_model``.
+        Projections, applied from the right, ``x @ w_query``; a head's columns are adjacent. float32, float64, float16
+        or bfloat16; integers and bools become float64. They are copied. Self-attention needs ``d_context == d_model``.
     w_out : array_like, shape (num_heads * value_dim, d_out), optional
-        Output projection. Without it the heads come back side by side.
+        Output projection. Without it the heads are returned side by side.
     num_heads : int
     num_kv_heads : int, optional
-        Heads of key and value, default `num_heads`. If there are fewer of them, query head h reads key head
-        ``h // (num_heads // num_kv_heads)`` (grouped-query attention [2]_).
+        Heads of key and value, default `num_heads`. If there are fewer, query head h reads key head ``h // (num_heads
+        // num_kv_heads)`` (grouped-query attention [2]_).
     b_query, b_key, b_value, b_out : array_like, optional
-        Added to the projections, one number for each of their columns; taken in the accumulation dtype.
+        Added to the projections, one number per column; converted to the accumulation dtype.
     rotary_base : float, optional
-        With it query and key are rotated by their positions, as `apply_rotary` does it with this base.
+        If given, query and key are rotated by their positions, as `apply_rotary` does with this base.
     rotary_frequencies : pair (frequencies, attention_factor), optional
-        Instead of a base, what the function `rotary_frequencies` returns: an angle a position for each pair of
-        channels that turn, and what both are multiplied by.
+        Instead of a base, what the function `rotary_frequencies` returns: an angle per position for each rotated pair
+        of channels, and the factor of both channels.
     rotary_interleaved : bool, default False
     rotary_dim : int, optional
         As `interleaved` and `rotary_dim` of `apply_rotary`. Default: all of `head_dim`.
@@ -276,11 +275,11 @@ class MultiHeadAttention:
     Attributes
     ----------
     w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out : ndarray or None
-        The layer's own copies, in the dtype in which they are multiplied; read-only, also in what a pickle brings back.
+        The layer's own copies, in the dtype in which they are multiplied; read-only, also after unpickling.
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
     rotary_base, rotary_frequencies, rotary_dim : as given, or None where nothing is rotated
     dtype : numpy.dtype
-        What the weight matrices promote to.
+        The dtype to which the weight matrices promote.
 
     Raises
     ------
@@ -292,16 +291,16 @@ class MultiHeadAttention:
     See Also
     --------
     self_attention : one head, the textbook form.
-    dot_product_attention : attention alone, and what every rule means.
+    dot_product_attention : attention alone, and the meaning of every rule.
     KVCache
 
     Notes
     -----
-    Weights that see the same input lie side by side in memory, so that query, key and value come from one matrix
-    product. The heads are views of its result, attention writes its output where the last product reads it: nothing is
-    moved in between.
+    Weights that multiply the same input are side by side in memory, so query, key and value come from one matrix
+    product. The heads are views of its result, and attention writes its output where the last product reads it: nothing
+    is copied in between.
 
-    Weights in 16 bits are held in float32, and those that x promotes to another dtype are converted in each call: give
+    16-bit weights are stored in float32, and weights that x promotes to another dtype are converted in each call: give
     them the dtype of x.
 
     References
@@ -325,7 +324,7 @@ class MultiHeadAttention:
     >>> weights.shape
     (2, 4, 10, 50)
 
-    A prompt of 9 tokens and a step of one, with a cache: the last row of what they give together.
+    A prompt of 9 tokens and a step of one, with a cache, give the same last row as all 10 together:
 
     >>> cache = fastattn.KVCache(2, 4, 100, 8)
     >>> _ = layer(x[:, :9], cache=cache, is_causal=True)
@@ -386,7 +385,7 @@ class MultiHeadAttention:
             _vector(b, name, w.shape[1], f"w{name[1:]}")
             for b, name, w in ((b_query, "b_query", query), (b_key, "b_key", key), (b_value, "b_value", value))
         ]
-        # As they were given: for a call in float64 those of the accumulation dtype would have lost digits.
+        # In float64, as given: for a call in float64 those in the accumulation dtype would have lost digits.
         self._b_every = None if b_query is b_key is b_value is None else np.concatenate(biases)
         self._b_out = None if out is None or b_out is None else _vector(b_out, "b_out", out.shape[1], "w_out")
         self._has_bias = b_query is not None, b_key is not None, b_value is not None
@@ -416,10 +415,11 @@ class MultiHeadAttention:
         state : mapping from names to arrays, or path of a .safetensors file
             Arrays or torch tensors: ``in_proj_weight`` or, where `kdim` and `vdim` were given, ``q_proj_weight``,
             ``k_proj_weight`` and ``v_proj_weight``; ``out_proj.weight``; the biases ``in_proj_bias`` and
-            ``out_proj.bias`` if there are any. A file needs the package safetensors, and only these are read.
+            ``out_proj.bias`` if there are any. A file needs the package safetensors; only these arrays are read from
+            it.
         num_heads : int
         prefix : str, default ""
-            Prefix of the names, as ``"layers.0.self_attn."``.
+            Prefix of the names, such as ``"layers.0.self_attn."``.
 
         Returns
         -------
@@ -429,14 +429,14 @@ class MultiHeadAttention:
         ------
         ValueError, TypeError
             If names are missing (the message lists what was looked for and what is there), if shapes do not fit, if
-            `kdim` and `vdim` differ, or if there is a ``bias_k`` (add_bias_kv), for which there is no place here.
+            `kdim` and `vdim` differ, or if there is a ``bias_k`` (add_bias_kv), which is not supported.
         ImportError
-            If the package is missing that reads the file.
+            If the package that reads the file is missing.
 
         Notes
         -----
-        There a boolean mask is True where a query may *not* attend, `is_causal` aligns the first query with the first
-        key, and weights are averaged over the heads.
+        In PyTorch, a boolean mask is True where a query may *not* attend, `is_causal` aligns the first query with the
+        first key, and weights are averaged over the heads.
 
         Examples
         --------
@@ -474,7 +474,7 @@ class MultiHeadAttention:
         state : mapping from names to arrays, or path of a .safetensors file
             As for `from_torch`.
         query, key, value, out : str
-            Names of the layers, without ``.weight``: that must be there, ``.bias`` may be.
+            Names of the layers, without ``.weight``, which must exist; ``.bias`` may.
         num_heads, num_kv_heads, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
             As for `MultiHeadAttention`.
         prefix : str, default ""
@@ -510,21 +510,21 @@ class MultiHeadAttention:
     @classmethod
     def from_bert(cls, state: State, layer: int, *, num_heads: int, prefix: str = "") -> Self:
         """
-        From the weights of a layer of BERT as Hugging Face names them (also RoBERTa and MiniLM).
+        From the weights of a layer of BERT with Hugging Face's names (also RoBERTa and MiniLM).
 
         Parameters
         ----------
         state : mapping from names to arrays, or path of a .safetensors file
-            As for `from_torch`. Looked for are ``encoder.layer.{layer}.attention.self.query.weight``, ``key`` and
-            ``value`` alike, ``encoder.layer.{layer}.attention.output.dense.weight``, and their biases. The norm behind
-            attention is not part of the layer.
+            As for `from_torch`. It must hold ``encoder.layer.{layer}.attention.self.query.weight``, ``key`` and
+            ``value`` alike, and ``encoder.layer.{layer}.attention.output.dense.weight``; their biases are read if
+            there. The norm after attention is not part of the layer.
         layer : int
             From 0 on.
         num_heads : int
             ``num_attention_heads`` of the model's config.json.
         prefix : str, default ""
-            Prefix of the names. If it is not given, and the names have one other prefix only (as
-            ``"bert."``), that is taken.
+            Prefix of the names. If not given, and the names have exactly one other prefix (such as ``"bert."``), that
+            is used.
 
         Returns
         -------
@@ -533,8 +533,8 @@ class MultiHeadAttention:
         Raises
         ------
         ValueError, TypeError, ImportError
-            As for `from_torch`; also if there are other weights of attention (as ``distance_embedding``), without which
-            the results would be wrong.
+            As for `from_torch`; also if there are other attention weights (such as ``distance_embedding``), without
+            which the results would be wrong.
 
         Examples
         --------
@@ -561,30 +561,29 @@ class MultiHeadAttention:
         prefix: str = "model.",
     ) -> Self:
         """
-        From the weights of a layer of LLaMA as Hugging Face names them (also Mistral and Qwen2).
+        From the weights of a layer of LLaMA with Hugging Face's names (also Mistral and Qwen2).
 
         Parameters
         ----------
         state : mapping from names to arrays, or path of a .safetensors file
-            As for `from_torch`. Looked for are ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
-            ``o_proj`` alike, and their biases if there are any.
+            As for `from_torch`. It must hold ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
+            ``o_proj`` alike; their biases are read if there.
         layer : int
             From 0 on.
         num_heads : int
             ``num_attention_heads`` of the model's config.json.
         num_kv_heads : int, optional
-            ``num_key_value_heads``. Default: as many as ``k_proj`` has room for.
+            ``num_key_value_heads``. Default: as follows from the size of ``k_proj``.
         rotary_base : float, default 10000
-            ``rope_theta``. Halves of a head are paired, as Hugging Face has it.
+            ``rope_theta``. Channels are paired across the halves of a head, as in Hugging Face.
         rope_parameters : mapping, optional
             The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
-            `rotary_frequencies`. Its ``rope_theta`` wins over `rotary_base`, and by its ``partial_rotary_factor`` only
-            the first part of each head turns.
+            `rotary_frequencies`. Its ``rope_theta`` takes precedence over `rotary_base`; with a
+            ``partial_rotary_factor`` only the first part of each head is rotated.
         max_positions : int, optional
             ``max_position_embeddings``, which some dicts need.
         prefix : str, default "model."
-            Prefix of the names. If it is not given, and the names have one other prefix only, that is
-            taken.
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
 
         Returns
         -------
@@ -594,14 +593,14 @@ class MultiHeadAttention:
         Raises
         ------
         ValueError, TypeError, ImportError
-            As for `from_torch`; also if there are other weights of attention (as ``q_norm``, or of quantization),
-            without which the results would be wrong; and if `rope_parameters` asks for what is not known here, or for
-            frequencies that change with the length of the sequence ("dynamic", "longrope").
+            As for `from_torch`; also if there are other attention weights (such as ``q_norm``, or of quantization),
+            without which the results would be wrong; and if `rope_parameters` has something unknown, or frequencies
+            that change with the length of the sequence ("dynamic", "longrope").
 
         Notes
         -----
-        Where the frequencies change with the length, those of one length are what `rotary_frequencies` gives for it;
-        `from_linear` takes them.
+        For frequencies that change with the length, `rotary_frequencies` returns those of one length, and `from_linear`
+        takes them.
 
         Examples
         --------
@@ -612,7 +611,7 @@ class MultiHeadAttention:
         >>> fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4)
         <MultiHeadAttention: 8 -> 4 heads of 2 -> 8, num_kv_heads=2, value_dim=2, rotary_base=10000, float32>
 
-        With the dict of a model whose context was extended:
+        With the dict of a model with an extended context:
 
         >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
         >>> layer = fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4, rope_parameters=yarn)
@@ -637,16 +636,15 @@ class MultiHeadAttention:
         ----------
         weights : list of arrays, or mapping from names to arrays
             What ``layer.get_weights()`` returns: kernels of query, key, value (d_model, heads, channels) and output
-            (heads, channels, d_out), each followed by its bias, or without. Or the same by the names
-            ``query/kernel``, ``query/bias``, ``key/kernel``, ..., ``attention_output/bias``.
+            (heads, channels, d_out), each followed by its bias, or none of them. Or the same by name: ``query/kernel``,
+            ``query/bias``, ``key/kernel``, ..., ``attention_output/bias``.
         prefix : str, default ""
-            Prefix of the names. If it is not given, and the names have one other prefix only, that is
-            taken.
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
 
         Returns
         -------
         MultiHeadAttention
-            The heads are told by the shapes.
+            The number of heads follows from the shapes.
 
         Raises
         ------
@@ -664,7 +662,7 @@ class MultiHeadAttention:
         return cls(**_weights.from_keras(weights, prefix))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views would be written down again as arrays of their own.
+        # Views would be pickled as separate arrays.
         return {**self.__dict__, "_weights": self._weights.arrays()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -743,31 +741,30 @@ class MultiHeadAttention:
         Parameters
         ----------
         x : array_like, shape (..., L, d_model)
-            What asks: a sequence of L tokens, or a batch of them.
+            The tokens that attend: a sequence of L, or a batch of them.
         context : array_like, shape (..., S, d_context), optional
-            What is asked (cross-attention); its batch axes and those of x broadcast. Default: x.
+            The tokens attended to (cross-attention); its batch axes and those of x broadcast. Default: x.
         cache : KVCache, optional
-            x attends to the keys and values that are there and to those of x, and these are appended. Its batch_shape
-            is the batch axes of x; `query_lengths` says how many rows of x count in each sequence. Neither `context`
-            nor `key_lengths` nor `query_offset` go with it: the cache knows them.
+            x attends to the keys and values that are there and to those of x, which are appended. Its batch_shape must
+            be the batch axes of x; `query_lengths` says how many rows of x count in each sequence. `context`,
+            `key_lengths` and `query_offset` are not allowed with it: the cache knows them.
         is_causal, window_size, chunk_size, left_chunks : optional
-            As for `dot_product_attention`. Over a cache with ``window=w``, which lets go of old tokens, the default is
+            As for `dot_product_attention`. With a cache of ``window=w``, which drops old tokens, the default is
             ``window_size=(w - 1, None)``, unless there is a chunk rule; neither may let a query see more than w keys
             before its own.
         query_offset, key_lengths, query_lengths : int or array of int, optional
-            As for `dot_product_attention`, but with the batch axes of x, without one for the heads: ``(B,)`` for x
-            (B, L, d_model). Where x attends to itself, without a cache, `query_lengths` is `key_lengths` unless it is
-            given: in a padded batch ``key_lengths=lengths`` is enough.
+            As for `dot_product_attention`, but with the batch axes of x and none for the heads: ``(B,)`` for x (B, L,
+            d_model). If x attends to itself, without a cache, `query_lengths` defaults to `key_lengths`: for a padded
+            batch ``key_lengths=lengths`` is enough.
         mask, bias, relative_bias : array_like, optional
-            As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), the last one to
-            (..., num_heads, L, left + right + 1). S is the length of x or of `context`. With a cache, columns are the
-            tokens that were there before the call, and behind them, in each sequence, the new ones: S is
-            ``max(cache.lengths + query_lengths)``, also where some are let go then. A mask for each sequence, not for
-            each head, is ``mask[:, None]``.
+            As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), the last one to (..., num_heads,
+            L, left + right + 1). S is the length of x or of `context`. With a cache, columns are the tokens that were
+            there before the call, followed in each sequence by the new ones: S is ``max(cache.lengths +
+            query_lengths)``, even if some are then dropped. A mask per sequence, not per head, is ``mask[:, None]``.
         alibi_slopes, sinks : array_like, optional
             As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
         scale, softcap, activation, num_threads : optional
-            As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not bind
+            As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not limit
             the matrix products, which are NumPy's.
         return_weights, return_lse : optional
             As for `dot_product_attention`, for each head.
@@ -779,7 +776,7 @@ class MultiHeadAttention:
         out : ndarray, shape (..., L, d_out)
             Of the dtype to which x, `context` and the weight matrices promote.
         weights : ndarray, shape (..., num_heads, L, S) or (..., num_heads, L, left + right + 1)
-            Only with `return_weights`; float64 where attention is in float64, else float32.
+            Only with `return_weights`; float64 if attention is in float64, else float32.
         lse : ndarray, shape (..., num_heads, L)
             Only with `return_lse`; of the same dtype.
 
@@ -789,27 +786,27 @@ class MultiHeadAttention:
             If an argument is not as above; the message names it, `out` is untouched and nothing is appended.
         MemoryError
             If there is no memory for the result, the projected arrays or the workspace. Nothing is appended then, nor
-            when Ctrl-C ends a call (but what is beyond the window of the cache may have been let go).
+            if Ctrl-C ends a call (but tokens beyond the window of the cache may have been dropped).
 
         Notes
         -----
-        A row of x that sees no key, as those past the length of a sequence, has weights 0 and a log-sum-exp of -inf,
-        its heads give 0, and so its output is `b_out`, or 0 without it.
+        A row of x that sees no key, such as one past the length of a sequence, has weights 0 and a log-sum-exp of -inf;
+        its heads give 0, so its output is `b_out`, or 0 without it.
 
         Rotary encoding puts key j at position j and query i at ``query_offset + i``; with a cache, row i of x at
-        ``cache.dropped + cache.lengths + i``, with the lengths before the call. With a cache chunks too count from the
-        first token that ever came. So results do not depend on how tokens were cut into calls, but for rounding, as
-        long as no rule lets a query see behind the tokens of its call.
+        ``cache.dropped + cache.lengths + i``, with the lengths before the call. With a cache, chunks too are counted
+        from the first token ever appended. So, except for rounding, results do not depend on how tokens were split into
+        calls, as long as no rule lets a query see past the tokens of its call.
 
-        Over a cache with a window, queries attend to all new tokens before any is let go: where there is no room for
-        them beside those that the window needs, that takes memory for both for the time of the call.
+        With a cache that has a window, queries attend to all new tokens before any is dropped: if there is no room for
+        them beside those in the window, the call takes temporary memory for both.
 
-        16-bit arrays are projected, and attended to, in float32; only the output is rounded. With a cache attention is
-        in the cache's dtype: query, key and value are rounded to it, and the output of the heads comes in it. All
-        else is in the accumulation dtype, float64 for float64 and else float32.
+        16-bit arrays are projected, and attended to, in float32; only the output is rounded. With a cache, attention is
+        in the cache's dtype: query, key and value are rounded to it, and so is the output of the heads. Everything else
+        is in the accumulation dtype, float64 for float64 and otherwise float32.
 
-        The projections use the threads of NumPy's BLAS, and only from their results on is it promised that the bits of
-        a row do not depend on threads, batch and padding.
+        The projections use the threads of NumPy's BLAS; the promise that the bits of a row do not depend on threads,
+        batch and padding only holds from their results on.
         """
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
         call = self._checked(x, context, cache, rules)
@@ -834,7 +831,7 @@ class MultiHeadAttention:
         return (result, *rest) if rest else result
 
     def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> _Call:
-        """What came, and whether it is as it must be."""
+        """Check the arguments."""
         tokens = _tokens(x, "x", "L", "w_query", self.d_model)
         other = None
         batch, length = tokens.shape[:-2], tokens.shape[-2]
@@ -888,13 +885,13 @@ class MultiHeadAttention:
         return _Call(tokens, other, batch, length, num_keys, dtype, accumulation_of(dtype), out, every)
 
     def _checked_step(self, call: _Call, cache: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many tokens come into each sequence of a cache, and how many of those that are there count beside them.
-        Nothing may be appended if a rule is wrong."""
+        """How many tokens come into each sequence of a cache, and how many of those there are kept beside them. Checks
+        the rules too: nothing may be appended if one is wrong."""
         rules = call.rules
         came = self._came(cache, call.batch, call.length, rules["query_lengths"])
         if cache.window is not None and rules.get("window_size") is None and rules.get("chunk_size") is None:
             rules["window_size"] = cache.window - 1, None
-        # Columns of a matrix mean all that is there.
+        # The columns of a matrix are all tokens that are there.
         columns = rules.get("mask") is not None or rules.get("bias") is not None
         old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
         num_keys = int((old + came).max(initial=0))
@@ -910,7 +907,7 @@ class MultiHeadAttention:
         return came, old
 
     def _weights_in(self, dtype: np.dtype[Any]) -> Weights:
-        """The weights as the products of a call take them."""
+        """The weights in the dtype of a call's products."""
         if dtype == self._accumulation:
             return self._weights
         return Weights.of(self.w_query, (self.w_key, self.w_value), self.w_out, self._b_every, self._b_out, dtype)
@@ -918,7 +915,7 @@ class MultiHeadAttention:
     def _projected(
         self, call: _Call, weights: Weights
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """From tokens to heads: query, key and value; and for a rotation query and key as one array."""
+        """From tokens to heads: query, key and value; and, to rotate them together, query and key as one array."""
 
         def heads(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
             return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
@@ -946,7 +943,7 @@ class MultiHeadAttention:
     def _rotate(
         self, call: _Call, cache: KVCache | None, query: NDArray[Any], key: NDArray[Any], both: NDArray[Any] | None
     ) -> None:
-        """Turn queries and keys by their positions, where they are; together where they have the same."""
+        """Rotate queries and keys by their positions, in place; together if they have the same positions."""
         rules = call.rules
         rows_valid: Any = rules["query_lengths"]
         keys_valid: Any = rules["key_lengths"]
@@ -967,7 +964,7 @@ class MultiHeadAttention:
     def _attended(
         self, call: _Call, weights: Weights, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], step: Any
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...]]:
-        """Attention, into memory with the heads side by side; and what else a call returns."""
+        """Attention, written with the heads side by side; and whatever else the call returns."""
         shape = (*call.batch, call.length, self.num_heads * self.value_dim)
         heads = call.out
         if heads is None or weights.out is not None or query.dtype != call.dtype:
@@ -992,7 +989,7 @@ class MultiHeadAttention:
         return rounded(product, dtype, out)
 
     def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
-        """Turn queries or keys by their positions, where they are."""
+        """Rotate queries or keys by their positions, in place."""
         frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
         apply_rotary(
             heads,
@@ -1007,7 +1004,7 @@ class MultiHeadAttention:
         )
 
     def _came(self, cache: Any, batch: tuple[int, ...], length: int, query_lengths: Any) -> NDArray[np.int64]:
-        """How many rows of x count in each sequence, as a cache that fits has it."""
+        """Check that the cache fits; return how many rows of x count in each sequence, on one batch axis."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a fastattn.KVCache, not {type(cache).__name__}")
         sizes = self.num_kv_heads, self.head_dim, self.value_dim
@@ -1024,7 +1021,7 @@ class MultiHeadAttention:
 
 
 def _check_reach(window: int, given: Rules) -> None:
-    """Whether a cache with that window keeps all that a query may see by rules that are known to be valid."""
+    """Check that a cache with this window keeps all that a query may see by these (valid) rules."""
     window_size: Any = given.get("window_size")
     chunk_size: Any = given.get("chunk_size")
     left_chunks: Any = given.get("left_chunks")

@@ -1,7 +1,7 @@
 """Pictures of attention weights: heat maps with matplotlib, and the arrays that BertViz reads.
 
-`import fastattn` does not import this module, and this module imports matplotlib only when `heatmap` is called:
-``pip install "fastattn[plot]"``.
+`import fastattn` does not import this module, which imports matplotlib only when `heatmap` is called: ``pip install
+"fastattn[plot]"``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 __all__ = ["bertviz", "heatmap"]
 
-# Lengths are inches, sizes of fonts are points, 72 to the inch.
+# Lengths are in inches, font sizes in points, 72 to the inch.
 DPI = 150
-CELL = 0.3  # the side of a cell where there is room for it
-SIDE = 10.0  # what the cells of one head, or of all heads of a grid together, may take
-PANEL = 2.0  # but a head of a grid is not made smaller than this on account of the others
+CELL = 0.3  # the side of a cell if there is room for it
+SIDE = 10.0  # the most that the cells of one head, or of all heads of a grid together, may take
+PANEL = 2.0  # but a head of a grid is not shrunk below this for the sake of the others
 MARGIN, GAP = 0.15, 0.15
 FONT, SMALL_FONT = 10.0, 6.5
-LINE = 1.25  # height of a line of text, of its font's size
-LINES_FROM = 0.08  # cells that are smaller are drawn without lines between them
-ELONGATED = 4  # the longer side of a head's picture, of the shorter one; from here on cells are no squares
+LINE = 1.25  # line height, as a multiple of the font size
+LINES_FROM = 0.08  # smaller cells are drawn without grid lines
+ELONGATED = 4  # largest aspect ratio of a head's picture with square cells
 LONGEST_LABEL = 24
 GRAY, PALE, HIDDEN = "0.6", "0.9", "0.9"
 
-# matplotlib's own font has no Chinese, Japanese, Korean or Indic letters and few emoji; those of these fonts that are
-# installed are asked next. Fonts of coloured bitmaps cannot be used.
+# matplotlib's own font has no Chinese, Japanese, Korean or Indic letters and few emoji; these fonts, if installed, are
+# the fallbacks. Fonts of coloured bitmaps cannot be used.
 FALLBACK_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -85,37 +85,37 @@ def heatmap(
     colorbar: bool = True,
 ) -> Figure:
     """
-    Draw the weights of one head, or of several side by side: a row a query, a column a key.
+    Draw the weights of one head, or of several side by side: one row per query, one column per key.
 
     Parameters
     ----------
     weights : array_like, shape (L, S) or (heads, L, S)
-        What `return_weights=True` gives; axes of length 1 before these are left out. Several heads become a grid with
-        one scale of colours.
+        What `return_weights=True` returns; leading axes of length 1 are dropped. Several heads become a grid with one
+        colour scale.
     query_labels, key_labels : iterable of str, optional
-        The tokens, L and S of them, for the rows and the columns; drawn as they are ("$" and "_" mean nothing
-        special), but cut at 24 characters. Without them, positions. Where there is no room for all, every second,
-        third ... is drawn, and a tick says at which row or column.
+        The tokens, L and S of them, for the rows and the columns; drawn literally ("$" and "_" have no special
+        meaning), but cut at 24 characters. Default: positions. If there is no room for all, every second, third ... is
+        drawn, and a tick marks its row or column.
     title : str, optional
-        Stands above everything; above the axes where `ax` is given.
+        Placed above everything; above the axes if `ax` is given.
     titles : iterable of str, optional
-        One a head, above its picture. Default: "head 0", "head 1" ... where there are several.
+        One per head, above its picture. Default: "head 0", "head 1" ... if there are several.
     columns : int, optional
         Heads side by side; chosen if not given.
     band : tuple of two int, optional
         (left, right), for weights of ``return_weights="band"``, whose last axis has left + right + 1 entries. With
-        `key_labels` they are drawn at the places of their keys, and grey is outside of the band; without, as a band,
-        whose columns are labelled with the distance between key and query.
+        `key_labels` they are drawn at their keys, with grey outside the band; without, as a band whose columns are
+        labelled with the distance between key and query.
     query_offset : int, optional
         Position of query 0 among the keys, for a band with `key_labels`. Default, as in attention: S - L.
     ax : matplotlib Axes, optional
-        Draws one head there instead of in a new figure. Sizes are then the caller's; ``layout="constrained"`` makes
+        Draws one head there instead of in a new figure. Sizes are then up to the caller; ``layout="constrained"`` makes
         room for the labels.
     cmap : str or matplotlib Colormap, default "Blues"
     vmin, vmax : float, optional
-        The ends of the scale of colours. Default 0 and the largest weight of all heads; None takes the smallest too.
+        The ends of the colour scale. Default 0 and the largest weight of all heads; ``vmin=None`` is the smallest.
     colorbar : bool, default True
-        Draw the scale.
+        Whether to draw the scale.
 
     Returns
     -------
@@ -132,15 +132,14 @@ def heatmap(
 
     Notes
     -----
-    The size of the figure follows the number of tokens. Cells are squares, unless one side has more than four times as
+    The size of the figure follows the number of tokens. Cells are square, unless one side has more than four times as
     many tokens as the other.
 
-    pyplot is not used, so that nothing has to be closed and no window opens. A notebook displays a figure that is the
-    last thing in a cell, once ``%matplotlib inline`` was said.
+    pyplot is not used, so nothing has to be closed and no window opens. A notebook displays a figure that is the last
+    expression of a cell, after ``%matplotlib inline``.
 
-    Letters that matplotlib's font does not have are looked for in the usual fonts for Chinese, Japanese, Korean and
-    emoji; if none is installed, matplotlib warns and draws a box. Any other font can be put into
-    ``matplotlib.rcParams["font.family"]``.
+    Letters that matplotlib's font lacks are taken from common fonts for Chinese, Japanese, Korean and emoji; if none is
+    installed, matplotlib warns and draws a box. Any other font can be put into ``matplotlib.rcParams["font.family"]``.
 
     Examples
     --------
@@ -202,7 +201,7 @@ def heatmap(
 
     if ax is not None and not isinstance(ax, Axes):
         raise TypeError(f"ax must be matplotlib Axes, not {type(ax).__name__}")
-    # Grey is what no color of the scale is: outside of a band, and NaN.
+    # Grey, which is not on the scale, marks NaN and what is outside a band.
     colors = {"cmap": matplotlib.colormaps.get_cmap(cmap).with_extremes(bad=HIDDEN), "vmin": vmin, "vmax": vmax}
     if ax is not None:
         if title is not None and titles[0]:
@@ -213,34 +212,33 @@ def heatmap(
 
 def bertviz(weights: ArrayLike | Sequence[ArrayLike]) -> tuple[NDArray[np.float32], ...]:
     """
-    Arrange weights as BertViz reads them: one array (1, heads, L, S) a layer.
+    Arrange weights as BertViz reads them: one array (1, heads, L, S) per layer.
 
     Parameters
     ----------
     weights : sequence of array_like
-        The weights of each layer, (heads, L, S) or (1, heads, L, S), of the same shape in all of them. An array
-        (layers, heads, L, S) is such a sequence too: what comes first is layers, never a batch. The weights of a single
-        layer go in a list.
+        The weights of each layer, (heads, L, S) or (1, heads, L, S), all of the same shape. An array (layers, heads, L,
+        S) is such a sequence too: the first axis is layers, never a batch. The weights of a single layer go in a list.
 
     Returns
     -------
     attention : tuple of ndarray, shape (1, heads, L, S), float32
-        One a layer, C-contiguous.
+        One per layer, C-contiguous.
 
     Raises
     ------
     ValueError, TypeError
-        If a layer has another shape than these, or than the others.
+        If a layer has neither of these shapes, or differs from the others.
 
     Notes
     -----
-    BertViz works on tensors of PyTorch, which this library does not need. Two lines more, in a notebook::
+    BertViz works on PyTorch tensors, which this library does not need. Two more lines, in a notebook::
 
         attention = tuple(torch.from_numpy(layer) for layer in fastattn.plot.bertviz(weights))
         bertviz.head_view(attention, tokens)  # or model_view; tokens is a list of str, as long as L and S
 
-    For attention between two sequences it is
-    ``head_view(cross_attention=attention, decoder_tokens=..., encoder_tokens=...)``: queries come from the decoder.
+    For attention between two sequences use ``head_view(cross_attention=attention, decoder_tokens=...,
+    encoder_tokens=...)``: queries come from the decoder.
 
     References
     ----------
@@ -284,7 +282,7 @@ def bertviz(weights: ArrayLike | Sequence[ArrayLike]) -> tuple[NDArray[np.float3
                 f"weights[{i}] has shape {x.shape[1:]}, weights[0] has {attention[0].shape[1:]}: "
                 "BertViz needs the same heads, queries and keys in all layers"
             )
-        # torch.from_numpy takes no negative strides, and warns of arrays that cannot be written.
+        # torch.from_numpy accepts no negative strides, and warns about read-only arrays.
         attention.append(np.require(x, np.float32, ["C", "W"]))
     return tuple(attention)
 
@@ -293,7 +291,7 @@ def bertviz(weights: ArrayLike | Sequence[ArrayLike]) -> tuple[NDArray[np.float3
 
 
 class _Names(NamedTuple):
-    """What the rows or columns are called; the numbers say which of the names stay where not all have room."""
+    """The labels of rows or columns; the numbers decide which are drawn if there is no room for all."""
 
     title: str
     texts: list[str]
@@ -303,7 +301,7 @@ class _Names(NamedTuple):
 
 def _numbers(x: ArrayLike, name: str) -> NDArray[Any]:
     array = np.asarray(x)
-    # bfloat16 is of no kind that NumPy knows, and becomes float32 like the other small ones.
+    # bfloat16 has kind "V" in NumPy; it becomes float32 like the other small dtypes.
     if array.dtype.kind not in "biufV" or array.dtype.names:
         raise TypeError(f"{name} must be an array of real numbers, not of {array.dtype}")
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
@@ -369,7 +367,7 @@ def _names(labels: Any, title: str, count: int, what: str) -> _Names:
 
 
 def _printable(text: str) -> str:
-    """Return the text on one line and not too long; what cannot be seen is written as Python writes it."""
+    """Return the text on one line and not too long; control characters are escaped as in Python."""
     text = "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
     if text.isspace():
         return "\N{OPEN BOX}" * min(len(text), LONGEST_LABEL)
@@ -387,7 +385,7 @@ def _scale(heads: NDArray[Any], vmin: float | None, vmax: float | None) -> tuple
     if high <= low:
         if vmin is not None and vmax is not None:
             raise ValueError(f"vmin must be less than vmax, not {low:g} and {high:g}")
-        # All weights are the same, such as zeros: any scale will do that has two ends.
+        # All weights are equal, e.g. zeros: any scale of nonzero length will do.
         low, high = (low, low + 1) if vmax is None else (high - 1, high)
     return low, high
 
@@ -405,7 +403,7 @@ def _draw_grid(
     colors: dict[str, Any],
     colorbar: bool,
 ) -> Figure:
-    """Draw each head in cells of one size, then make the figure as large as they and their labels are."""
+    """Draw all heads with the same cell size, then make the figure as large as they and their labels need."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -418,7 +416,7 @@ def _draw_grid(
     renderer = FigureCanvasAgg(figure).get_renderer()
 
     def overhang(axes: Axes) -> NDArray[Any]:
-        """What its labels need on the left, right, top and bottom of the axes."""
+        """The space that its labels need to the left, right, top and bottom of the axes."""
         box, whole = axes.bbox, axes.get_tightbbox(renderer)
         if whole is None:
             return np.zeros(4)
@@ -428,7 +426,7 @@ def _draw_grid(
     for h, (weights, text) in enumerate(zip(heads, titles, strict=True)):
         row, column = divmod(h, columns)
         axes = figure.add_axes((0.3, 0.3, width / SIDE, height / SIDE), label=f"head {h}")
-        # The tokens are the same for all heads: those at the left and at the top are enough.
+        # The tokens are the same for all heads: labels at the left and at the top are enough.
         labels = (down if column == 0 else None, across if row == 0 else None)
         image = _draw_head(axes, weights, *labels, cell_width, cell_height, "auto", colors)
         _write_title(axes, text, max(width, 1.2))
@@ -481,9 +479,9 @@ def _draw_grid(
 def _draw_into(
     axes: Axes, weights: NDArray[Any], down: _Names, across: _Names, title: str, colors: dict[str, Any], colorbar: bool
 ) -> Figure:
-    """Draw one head into axes that somebody else has placed."""
+    """Draw one head into axes that the caller has placed."""
     num_queries, num_keys = weights.shape
-    figure = axes.figure.figure  # of axes in a subfigure, the whole one
+    figure = axes.figure.figure  # the whole figure, even if the axes are in a subfigure
     box = axes.get_window_extent()
     width, height = box.width / figure.dpi / num_keys, box.height / figure.dpi / num_queries
     square = max(num_queries, num_keys) <= ELONGATED * min(num_queries, num_keys)
@@ -492,13 +490,14 @@ def _draw_into(
     image = _draw_head(axes, weights, down, across, width, height, "equal" if square else "auto", colors)
     _write_title(axes, title, max(width * num_keys, 1.2))
     if colorbar:
-        # At the cells' own height, whatever room the layout gives.
+        # As high as the cells, whatever room the layout gives.
         _draw_bar(axes.inset_axes((1.03, 0, 0.035, 1)), image)
     return figure
 
 
 def _columns(count: int, aspect: float) -> int:
-    """Return how many heads of this aspect (height / width) side by side make about a square, the last row full."""
+    """Return how many heads of this aspect (height / width) to put side by side for an about square grid, its last row
+    full if possible."""
     ideal = min(max(math.ceil(math.sqrt(count * min(max(aspect, 1 / ELONGATED), ELONGATED))), 1), count)
     return next((n for n in range(ideal, min(2 * ideal, count) + 1) if count % n == 0), ideal)
 
@@ -512,7 +511,7 @@ def _cell(num_queries: int, num_keys: int, rows: int, columns: int) -> tuple[flo
     )
 
     def stretched(count: int, other: int) -> float:
-        # One query that looks at hundreds of keys would be a hairline.
+        # Otherwise one query with hundreds of keys would be a hairline.
         return min(max(CELL, side), side * max(1.0, other / count / ELONGATED))
 
     return stretched(num_keys, num_queries), stretched(num_queries, num_keys)
@@ -528,7 +527,7 @@ def _draw_head(
     aspect: Any,
     colors: dict[str, Any],
 ) -> AxesImage:
-    """Draw the cells of one head, with labels where names are given."""
+    """Draw the cells of one head, with labels if names are given."""
     num_queries, num_keys = weights.shape
     image = axes.imshow(weights, aspect=aspect, **colors)
     axes.grid(False)
@@ -552,7 +551,7 @@ def _draw_head(
         axes.set_ylabel(down.title, fontsize=font, color="0.4")
     if across is not None:
         widest = max(map(_ems, across.texts)) * font / 72
-        # Numbers are rather left out than turned.
+        # Numbers are skipped rather than rotated.
         turned = not across.counted and widest + 0.04 > cell_width
         step = _step(across, LINE * font / 72 if turned else widest + 0.04, cell_width)
         shown = [j for j, n in enumerate(across.numbers) if n % step == 0]
@@ -577,7 +576,7 @@ def _write_title(axes: Axes, text: str, width: float) -> None:
 
 
 def _as_it_is(texts: list[Text]) -> None:
-    """Let tokens be no formulas, and find their letters in some font."""
+    """Draw tokens literally, not as formulas, with fallback fonts."""
     from matplotlib import font_manager
 
     installed = set(font_manager.get_font_names())
@@ -596,15 +595,15 @@ def _wrap(text: str, width: float, font: float) -> str:
 
 
 def _ems(text: str) -> float:
-    """Return about how wide a text is, as a multiple of its font's size."""
+    """Return the approximate width of a text, as a multiple of the font size."""
     return sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.64 for c in text)
 
 
 def _step(names: _Names, needed: float, cell: float) -> int:
-    """Return n such that every n-th name has the room that it needs."""
+    """Return n such that every n-th name has room."""
     if not names.counted:
         return max(math.ceil(needed / cell), 1)
-    # Numbers are easily counted on: those that are left stand apart, and are round.
+    # Numbers are easy to interpolate: show round ones, well apart.
     if needed > cell:
         needed *= 2
     power = 1

@@ -1,6 +1,6 @@
-"""Where a token stands: encodings that are added, rotations, slopes and buckets. fastattn.reference says it in NumPy.
+"""Positions of tokens: added encodings, rotations, slopes and buckets. fastattn.reference is the same in NumPy.
 
-A learned table of absolute positions needs no function; it is an array, and is added: ``x + table[: x.shape[-2]]``.
+A learned table of absolute positions needs no function; it is an array that is added: ``x + table[: x.shape[-2]]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-_FARTHEST = 1 << 53  # float64 tells all whole numbers up to here apart
+_FARTHEST = 1 << 53  # float64 represents all integers up to here
 
 
 def _integer(x: Any, name: str, least: int, most: int = _FARTHEST) -> int:
@@ -36,9 +36,9 @@ def sinusoidal_encoding(
     dtype: DTypeLike = np.float64,
 ) -> NDArray[Any]:
     """
-    Sines and cosines of the position, which are added to the embeddings of tokens.
+    Sines and cosines of the position, to be added to the embeddings of tokens.
 
-    Pair i of channels turns by ``base ** (-2 * i / dim)`` radians a position (Vaswani et al. 2017, "Attention is all
+    Pair i of channels turns by ``base ** (-2 * i / dim)`` radians per position (Vaswani et al. 2017, "Attention is all
     you need", section 3.5).
 
     Parameters
@@ -46,9 +46,9 @@ def sinusoidal_encoding(
     length : int
         Number of positions L, at least 0.
     dim : int
-        Number of channels, at least 0. If it is odd, the last cosine is left out.
+        Number of channels, at least 0. If it is odd, the last cosine is omitted.
     base : float, default 10000
-        Positive. The slowest pair takes a little less than ``2 * pi * base`` positions for a turn.
+        Positive. The slowest pair takes a little less than ``2 * pi * base`` positions for a full turn.
     layout : {"interleaved", "split"}
         "interleaved", as in the paper: sines in channels 0, 2, 4, ..., cosines in channels 1, 3, 5, ...; "split", as in
         tensor2tensor: all sines, then all cosines. The angles are the same.
@@ -129,7 +129,7 @@ def apply_rotary(
     """
     Rotate pairs of channels by their position, so that dot products depend on distances (rotary encoding, RoPE).
 
-    Pair i of a row at position p turns by the angle ``p * frequencies[i]``, by default ``p * base ** (-2 * i /
+    Pair i of a row at position p is rotated by the angle ``p * frequencies[i]``, by default ``p * base ** (-2 * i /
     rotary_dim)``: (a, b) becomes ``(a * cos - b * sin, b * cos + a * sin)`` (Su et al. 2021, "RoFormer", equation 34),
     times `attention_factor`. Queries and keys are rotated, values are not.
 
@@ -139,7 +139,7 @@ def apply_rotary(
         float32, float64, float16 or bfloat16; integers and bools become float64. Any strides.
     offset : int or array_like of int, default 0
         Position of row 0; row i has position ``offset + i``. May be negative. An array has exactly as many axes as x
-        has batch axes, each of its size or 1: for x (B, H, L, D) and one offset a sequence, ``offset[:, None]``.
+        has batch axes, each of its size or 1: for x (B, H, L, D) and one offset per sequence, ``offset[:, None]``.
     positions : array_like of int, optional
         Instead of an offset, the position of each row, in any order, as for packed sequences and trees: broadcasts to
         (..., L), x's shape without its last axis. For x (B, H, L, D) and positions (B, L), which are the same for all
@@ -147,15 +147,14 @@ def apply_rotary(
     base : float, default 10000
         Positive.
     frequencies : array_like, shape (rotary_dim / 2,), optional
-        Instead of a base, the angle of each pair in radians a position, as `rotary_frequencies` gives it; finite.
+        Instead of a base, the angle of each pair in radians per position, as returned by `rotary_frequencies`; finite.
     attention_factor : float, default 1
-        Positive. Both numbers of a pair are multiplied by it when they are turned; channels that do not turn stay as
-        they are.
+        Positive. Both channels of a rotated pair are multiplied by it; channels that are not rotated are not.
     interleaved : bool, default False
         False: channel i is paired with channel ``i + rotary_dim / 2`` (GPT-NeoX, and LLaMA as in Hugging Face); True:
         channel 2 i with channel 2 i + 1 (RoFormer, GPT-J, and LLaMA as published).
     rotary_dim : int, optional
-        Only this many first channels turn, the others are copied; even, at most D. Default D.
+        Only the first `rotary_dim` channels are rotated, the others are copied; even, at most D. Default D.
     out : ndarray, optional
         Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
     num_threads : int, optional
@@ -178,17 +177,17 @@ def apply_rotary(
 
     Notes
     -----
-    Angles are taken in float64, so that those of far positions are right, and cosines and sines are then rounded to
-    float32, or float64 for float64, in which the rotation is done. The tables of the last few calls are kept for the
-    next, at most 16 MiB in all; no bit of a result depends on that.
+    Angles are computed in float64, so that those of large positions are right; cosines and sines are then rounded to
+    float32, or float64 for float64, in which the rotation is done. The tables of the last few calls are cached, at most
+    16 MiB in all; no bit of a result depends on that.
 
-    A frequency of 0 leaves the finite numbers of a pair as they are. So models whose pairs turn by several positions
-    (time, height and width of a part of a picture, M-RoPE) take a call for each, with the frequencies of the others set
-    to 0.
+    A frequency of 0 leaves the finite numbers of a pair unchanged. So for models with several positions (time, height
+    and width of an image patch, M-RoPE) make one call for each, with the frequencies of the pairs of the others set to
+    0.
 
     Examples
     --------
-    One radian a position, for the only pair of channels:
+    One radian per position, for the only pair of channels:
 
     >>> import numpy as np
     >>> from fastattn.positions import apply_rotary
@@ -197,7 +196,7 @@ def apply_rotary(
            [ 0.5403,  0.8415],
            [-0.4161,  0.9093]])
 
-    Only the distance of two positions counts:
+    Only the distance between two positions matters:
 
     >>> rng = np.random.default_rng(0)
     >>> query, key = rng.normal(size=(2, 1, 8))
@@ -206,7 +205,7 @@ def apply_rotary(
     >>> bool(np.isclose(near, far)[0, 0])
     True
 
-    In place, for a batch of 2 sequences with 4 heads, of which the second goes on at position 12:
+    In place, for a batch of 2 sequences with 4 heads, the second of which continues at position 12:
 
     >>> x = rng.normal(size=(2, 4, 3, 8)).astype(np.float32)
     >>> apply_rotary(x, offset=[[0], [12]], out=x) is x
@@ -219,7 +218,7 @@ def apply_rotary(
     >>> bool((packed[:, 3:] == apply_rotary(x[:, 3:])).all())
     True
 
-    Four pairs of which the first turns by the time and the others by the height, which are 7, 7, ... and 0, 1, ...:
+    Four pairs: the first is rotated by time, 7, 7, ..., the others by height, 0, 1, ...:
 
     >>> frequencies = 10000.0 ** (-np.arange(4) / 4)
     >>> of_time = np.array([True, False, False, False])
@@ -240,50 +239,50 @@ def rotary_frequencies(
     max_positions: int | None = None,
 ) -> tuple[NDArray[np.float64], float]:
     """
-    Frequencies of rotary encoding, as models have them whose context was extended.
+    Frequencies of rotary encoding, including those of models whose context was extended.
 
-    Without `scaling` frequency i is ``base ** (-2 * i / dim)`` radians a position; with it, what Hugging Face's
-    Transformers makes of the same dict.
+    Without `scaling` frequency i is ``base ** (-2 * i / dim)`` radians per position; with it, what Hugging Face's
+    Transformers computes from the same dict.
 
     Parameters
     ----------
     dim : int
-        Channels of a head, even. A ``partial_rotary_factor`` in the dict says which share of them turns.
+        Channels of a head, even. A ``partial_rotary_factor`` in the dict says what fraction of them is rotated.
     base : float, default 10000
-        Positive. A ``rope_theta`` in the dict wins over it.
+        Positive. A ``rope_theta`` in the dict takes precedence.
     scaling : mapping, optional
         The dict that model files call ``rope_scaling`` or ``rope_parameters``. Its ``rope_type`` (in older files
         ``type``) is one of
 
         - ``"default"``: no scaling;
         - ``"linear"``: all frequencies divided by ``factor``;
-        - ``"dynamic"``: a larger base from the original length on, that grows with `length`; needs ``factor``;
-        - ``"llama3"``: slow pairs divided by ``factor``, fast ones as they are, a smooth step between; also needs
+        - ``"dynamic"``: beyond the original length, a larger base that grows with `length`; needs ``factor``;
+        - ``"llama3"``: slow pairs divided by ``factor``, fast ones unchanged, a smooth transition between; also needs
           ``low_freq_factor`` and ``high_freq_factor``;
-        - ``"yarn"`` [1]_: alike, in another way, with an attention factor; needs ``factor``, may have
+        - ``"yarn"`` [1]_: similar, with another transition and an attention factor; needs ``factor``, may have
           ``attention_factor``, ``beta_fast``, ``beta_slow``, ``mscale``, ``mscale_all_dim`` and ``truncate``;
         - ``"longrope"`` (``"su"``) [2]_: each frequency divided by its own number, of ``long_factor`` where `length` is
           greater than the original length, else of ``short_factor``; may have ``factor`` and ``attention_factor``.
 
-        The original length, of the context in pretraining, is ``original_max_position_embeddings``.
+        The original length, that of the context in pretraining, is ``original_max_position_embeddings``.
     length : int, optional
-        Tokens of the sequence, the greatest position plus 1. Needed for "dynamic"; "longrope" takes the short factors
-        without it; the others do not depend on it.
+        Tokens of the sequence, the greatest position plus 1. Needed for "dynamic"; without it "longrope" uses the short
+        factors; the others do not depend on it.
     max_positions : int, optional
-        The model's ``max_position_embeddings``. It is the original length where the dict does not say that, and with
-        the original length it gives a ``factor`` that the dict of "yarn" or "longrope" does not have.
+        The model's ``max_position_embeddings``. Used as the original length if the dict does not give that; divided by
+        the original length it is the ``factor`` that the dict of "yarn" or "longrope" may lack.
 
     Returns
     -------
     frequencies : ndarray of float64, shape (rotary_dim / 2,)
-        rotary_dim is `dim`, or its share that turns.
+        rotary_dim is `dim`, or the part of it that is rotated.
     attention_factor : float
-        1 but for "yarn" and "longrope".
+        1 except for "yarn" and "longrope".
 
     Raises
     ------
     ValueError, TypeError
-        If an argument is not as above, a key is missing, or a kind or a key is not known; the message names it.
+        If an argument is not as above, a key is missing, or a type or a key is unknown; the message names it.
 
     See Also
     --------
@@ -291,8 +290,8 @@ def rotary_frequencies(
 
     Notes
     -----
-    The frequencies of "dynamic" and "longrope" are those of one length. Keys that were rotated with those of another
-    do not fit: while a cached sequence grows past the original length, its keys would have to be rotated anew.
+    The frequencies of "dynamic" and "longrope" are for one length. Keys rotated with those of another length do not
+    match: when a cached sequence grows past the original length, its keys would have to be rotated again.
 
     References
     ----------
@@ -310,7 +309,7 @@ def rotary_frequencies(
     >>> (frequencies / rotary_frequencies(128, base=500000.0)[0])[[0, 28, 30, 33, 35, 63]].round(4)
     array([1.    , 1.    , 0.6437, 0.2714, 0.125 , 0.125 ])
 
-    They go into `apply_rotary` as they are:
+    They can be passed straight to `apply_rotary`:
 
     >>> import numpy as np
     >>> from fastattn.positions import apply_rotary
@@ -323,11 +322,11 @@ def rotary_frequencies(
 
 def alibi_slopes(num_heads: int) -> NDArray[np.float64]:
     """
-    Slopes of ALiBi, one a head, for ``alibi_slopes=`` of the attention functions.
+    Slopes of ALiBi, one per head, for ``alibi_slopes=`` of the attention functions.
 
     For a power of two H the slope of head h = 0, 1, ... is ``2 ** (-8 * (h + 1) / H)``. For other numbers: the slopes
-    of the largest power of two below, then every other one of twice that power, from the first on (Press, Smith and
-    Lewis 2022, "Train short, test long", section 3, and the authors' program).
+    of the largest power of two below, then every other slope of twice that power, starting with the first (Press, Smith
+    and Lewis 2022, "Train short, test long", section 3, and the authors' code).
 
     Parameters
     ----------
@@ -377,7 +376,7 @@ def relative_position_buckets(
     """
     Buckets of the distance from query to key, which a learned table turns into a bias (T5).
 
-    Half of the buckets hold one distance each, from 0 on; the others hold distances up to `max_distance` in parts
+    Half of the buckets hold one distance each, from 0 on; the others hold distances up to `max_distance` in ranges
     whose size grows in proportion, and the last one all beyond (Raffel et al. 2020, "Exploring the limits of transfer
     learning with a unified text-to-text transformer", section 2.1).
 
@@ -386,13 +385,13 @@ def relative_position_buckets(
     query_length, key_length : int
         Numbers of queries L and of keys S, at least 0.
     num_buckets : int, default 32
-        Rows of the table; at least 4, or 2 where `bidirectional` is False.
+        Rows of the table; at least 4, or 2 if `bidirectional` is False.
     max_distance : int, default 128
         Larger than the number of distances that have a bucket of their own: a quarter of `num_buckets`, or half of it
-        where `bidirectional` is False.
+        if `bidirectional` is False.
     bidirectional : bool, default True
-        True (encoders): keys after the query's position have the second half of the buckets. False (decoders): they
-        are in bucket 0.
+        True (encoders): keys after the query's position use the second half of the buckets. False (decoders): they are
+        in bucket 0.
     query_offset : int, optional
         Position of query 0 on the key axis. Default: the last query lines up with the last key, ``S - L``.
 
@@ -426,8 +425,8 @@ def relative_position_buckets(
     (4, 20, 20)
     >>> out = fastattn.dot_product_attention(query, key, value, bias=bias, scale=1.0)
 
-    In a window the buckets of the distances in it are enough, and no array of L x S numbers is needed: those of one
-    query, with `left` keys before it and `right` after.
+    With a window the buckets of the distances in it suffice, and no L x S array is needed: those of one query, with
+    `left` keys before it and `right` after.
 
     >>> left, right = 15, 4
     >>> buckets = relative_position_buckets(1, left + right + 1, query_offset=left)
@@ -450,10 +449,11 @@ def relative_position_buckets(
     most = _integer(max_distance, "max_distance", exact + 1)
     first = cols - rows if query_offset is None else _integer(query_offset, "query_offset", -_FARTHEST)
     result = empty((rows, cols), np.int64, "buckets")
-    # One bucket for each distance, key position - query position, from that of the last query and the first key on.
+    # One bucket for each distance, key position - query position, starting with that of the last query and the first
+    # key.
     distance = np.arange(rows + cols) - (first + rows - 1)
     size = abs(distance) if bidirectional else np.maximum(-distance, 0)
-    # In float32, as in T5: at the edge of a bucket the rounding decides.
+    # In float32, as in T5: rounding decides at the edges of buckets.
     share = np.log(np.maximum(size, exact) / np.float32(exact), dtype=np.float32) / np.float32(math.log(most / exact))
     large = np.minimum(exact + (share * np.float32(side - exact)).astype(np.int64), side - 1)
     bucket = np.where(size < exact, size, large)

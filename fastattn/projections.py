@@ -1,4 +1,4 @@
-"""Matrix products between tokens and heads, which are NumPy's, and the weights as the products take them."""
+"""NumPy's matrix products between tokens and heads, and the weights in the form that they need."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def accumulation_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which sums are taken."""
+    """The dtype in which sums are accumulated."""
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
 def rows_of(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """x as (tokens, channels), as BLAS takes it: a copy only of what has another dtype or gaps between its channels."""
+    """x as (tokens, channels) for BLAS: copied only if it has another dtype or gaps between its channels."""
     channels = x.shape[-1]
     rows = x.reshape(math.prod(x.shape[:-1]), channels)
     if rows.dtype != dtype:
@@ -37,21 +37,21 @@ def rows_of(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 def project(
     x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """x @ w + b, in one product over all tokens and one pass over its result."""
+    """x @ w + b: one product over all tokens and one pass over its result."""
     y = np.matmul(x, w, out=empty((len(x), w.shape[1]), x.dtype, "a product") if out is None else out)
     return y if b is None else np.add(y, b, out=y)
 
 
 class Weights(NamedTuple):
     """
-    The weights in one dtype, in C order, and side by side where they read the same input.
+    The weights in one dtype, in C order, side by side if they multiply the same input.
 
-    Columns of a wider matrix are no obstacle to BLAS, so the parts are views where there is a whole.
+    BLAS accepts columns of a wider matrix, so the parts of a combined matrix are views.
     """
 
     query: NDArray[Any]
     context: NDArray[Any]  # of key and value
-    every: NDArray[Any] | None  # of query, key and value; None where x and context differ in their channels
+    every: NDArray[Any] | None  # of query, key and value; None if x and context differ in their channels
     out: NDArray[Any] | None
     b_query: NDArray[Any] | None
     b_context: NDArray[Any] | None
@@ -89,8 +89,8 @@ class Weights(NamedTuple):
         b_out: NDArray[Any] | None,
     ) -> Weights:
         """
-        Views of these arrays, which nobody may write to from here on; n: columns of the query's. inputs: all
-        projections side by side, or those of query and of context.
+        Views of these arrays, which become read-only; n: columns of the query's. inputs: all projections side by side,
+        or those of query and of context.
         """
         for a in (*inputs, out, b_every, b_out):
             if a is not None:
@@ -101,13 +101,13 @@ class Weights(NamedTuple):
         return cls(own, other, every, out, b_own, b_other, b_every, b_out)
 
     def arrays(self) -> tuple[Any, ...]:
-        """The arguments of `sharing` behind n: what is in memory, each once."""
+        """The arguments of `sharing` after n: each array in memory once."""
         inputs = (self.query, self.context) if self.every is None else (self.every,)
         return inputs, self.out, self.b_every, self.b_out
 
 
 def rounded(x: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    """x in that dtype, in `out` if there is one."""
+    """x in that dtype, in `out` if given."""
     with np.errstate(all="ignore"):
         if out is None:
             return x.astype(dtype)

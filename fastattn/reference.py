@@ -1,18 +1,18 @@
-"""What every word of fastattn means, in plain float64 NumPy.
+"""What every function of fastattn means, in plain float64 NumPy.
 
-The functions here have the names, the arguments and the rules of the compiled ones, compute in float64
-whatever comes in, and return float64. They are slow and hold a whole ``(L, S)`` matrix in memory: they are
-here to be read, and to be what the compiled library is tested against, which never calls them.
+These functions have the names, arguments and rules of the compiled ones, but compute and return float64 whatever the
+input. They are slow and hold a whole ``(L, S)`` matrix in memory: they are meant to be read, and to test the compiled
+library against, which never calls them.
 
-Attention is three steps, and so is this file:
+Attention has three steps, and so has this file:
 
 1. which keys a query sees, and how well they match it   ``visible_keys``, ``finish_scores``, and one of
                                                          ``dot_scores``, ``additive_scores``, ``bilinear_scores``
 2. scores become weights                                 ``normalise`` (softmax), ``activate``
 3. the values are added up by weight                     ``add_up``
 
-Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, scores and weights ``(..., L, S)``.
-Query rows are i, keys are j. Arguments are not checked here beyond what the result needs.
+Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, scores and weights ``(..., L, S)``. Query
+rows are i, keys are j. Arguments are checked only as far as the result requires.
 """
 
 import functools
@@ -46,15 +46,15 @@ __all__ = [
 
 
 def per_row(number_per_batch):
-    """Give a number, or an array over the batch axes, the two axes ``(L, S)`` to broadcast along."""
+    """Append two axes to a number or an array over the batch axes, to broadcast along ``(L, S)``."""
     return np.asarray(number_per_batch, dtype=np.float64)[..., None, None]
 
 
 def query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths):
-    """Where each query stands on the key axis, ``(..., L, 1)``.
+    """The position of each query on the key axis, ``(..., L, 1)``.
 
-    By default the last query stands on the last valid key. Positions are float64, which holds every integer
-    that matters here and cannot overflow.
+    By default the last query is at the last valid key. Positions are float64, which represents every integer that
+    matters here and does not overflow.
     """
     if query_offset is None:
         last_key = per_row(num_keys if key_lengths is None else key_lengths)
@@ -66,24 +66,24 @@ def query_positions(num_queries, num_keys, query_offset, query_lengths, key_leng
 
 
 def window_sides(window_size, is_causal=False):
-    """``(left, right)`` of a window: infinite where there is no bound; a causal window ends at the query."""
+    """``(left, right)`` of a window: infinite if unbounded; a causal window ends at the query."""
     left, right = window_size if np.ndim(window_size) else (window_size, window_size)
     left, right = (np.inf if side is None or side == -1 else float(side) for side in (left, right))
     return left, 0.0 if is_causal else right
 
 
 def take_inside(x, index):
-    """``x[..., index]`` along the last axis, with an index for each row; 0 where it points outside of the axis."""
+    """``x[..., index]`` along the last axis, with indices for each row; 0 where an index is out of range."""
     inside = (index >= 0) & (index < x.shape[-1])
     rows = np.broadcast_shapes(x.shape[:-1], index.shape[:-1])
-    # One column more, which holds the 0.
+    # An additional column holds the 0.
     x = np.concatenate([np.broadcast_to(x, (*rows, x.shape[-1])), np.zeros((*rows, 1))], axis=-1)
     index = np.where(inside, index, x.shape[-1] - 1).astype(np.int64)
     return np.take_along_axis(x, np.broadcast_to(index, (*rows, index.shape[-1])), axis=-1)
 
 
 def from_window(band, position, left, right, num_keys):
-    """From the window to the key axis: entry w of row i goes to the key ``position - left + w``, 0 to all others.
+    """From window to key axis: entry w of row i goes to the key ``position - left + w``, all others get 0.
 
     `band` broadcasts to ``(..., L, left + right + 1)``; returns ``(..., L, S)``.
     """
@@ -93,12 +93,13 @@ def from_window(band, position, left, right, num_keys):
 
 
 def to_window(matrix, position, left, right):
-    """The way back, from ``(..., L, S)`` to ``(..., L, left + right + 1)``; 0 where the window leaves the key axis."""
+    """The inverse, from ``(..., L, S)`` to ``(..., L, left + right + 1)``; 0 where the window extends beyond the key
+    axis."""
     return take_inside(matrix, position - left + np.arange(int(left + right) + 1))
 
 
 def near_chunks(position, key_position, chunk_size, left_chunks):
-    """Whether a key lies in the chunk of a position, or in one of `left_chunks` before it."""
+    """Whether a key is in the chunk of a position, or in one of the `left_chunks` before it."""
     chunks_before = position // float(chunk_size) - key_position // float(chunk_size)
     most = np.inf if left_chunks is None or left_chunks == -1 else float(left_chunks)
     return (chunks_before >= 0) & (chunks_before <= most)
@@ -154,7 +155,7 @@ def dot_scores(query, key, scale=None):
 
 
 def project(x, weights, bias=None):
-    """``x @ weights + bias``: from ``(..., D)`` to ``(..., hidden)``. What is left out changes nothing."""
+    """``x @ weights + bias``: from ``(..., D)`` to ``(..., hidden)``. Either may be None."""
     if weights is not None:
         x = x @ np.asarray(weights, dtype=np.float64)
     return x if bias is None else x + np.asarray(bias, dtype=np.float64)
@@ -163,9 +164,9 @@ def project(x, weights, bias=None):
 def additive_scores(query, key, w_score, *, w_query=None, w_key=None, b_hidden=None, scale=None):
     """``w_score . tanh(query @ w_query + key @ w_key + b_hidden)``, ``(..., L, S)``.
 
-    A network with one hidden layer says how well a query and a key match: Bahdanau, Cho and Bengio 2015, "Neural
-    machine translation by jointly learning to align and translate", appendix A.1.2. One hidden unit is added after
-    the other, so that no array has all three axes (L, S, hidden). With no unit all scores are 0.
+    A network with one hidden layer scores how well a query and a key match: Bahdanau, Cho and Bengio 2015, "Neural
+    machine translation by jointly learning to align and translate", appendix A.1.2. Hidden units are added one by one,
+    so that no array has all three axes (L, S, hidden). With no unit all scores are 0.
     """
     query, key = project(query, w_query, b_hidden), project(key, w_key)
     batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
@@ -180,7 +181,7 @@ def bilinear_scores(query, key, w_query, w_key=None, *, b_query=None, b_key=None
     """``(query @ w_query + b_query) . (key @ w_key + b_key)``, ``(..., L, S)``; without `w_key` both share `w_query`.
 
     Luong, Pham and Manning 2015, "Effective approaches to attention-based neural machine translation", call it the
-    "general" score, ``query @ w @ key.T``: `w_query` is w there, and `w_key` the identity.
+    "general" score, ``query @ w @ key.T``: w is `w_query`, and `w_key` the identity.
     """
     if w_key is None:
         w_key = w_query
@@ -205,11 +206,11 @@ def finish_scores(scores, position, *, softcap=None, alibi_slopes=None, bias=Non
 
 
 def normalise(scores, visible, axis=-1, sink=-np.inf):
-    """Softmax of the visible scores along `axis`; returns the weights and the log-sum-exp (axis kept).
+    """Softmax of the visible scores along `axis`; returns the weights and the log-sum-exp (with the axis kept).
 
-    The largest score is subtracted first, so that nothing overflows. Where nothing is left, or only scores
-    of ``-inf``, the weights are 0 and the log-sum-exp is ``-inf``. A `sink` (Xiao 2023) is one more logit in
-    the sum, whose weight goes nowhere.
+    The largest score is subtracted first, so that nothing overflows. If nothing is visible, or only scores of ``-inf``,
+    the weights are 0 and the log-sum-exp is ``-inf``. A `sink` (Xiao 2023) is one more logit in the sum, whose weight
+    is discarded.
     """
     scores = np.where(visible, scores, -np.inf)
     largest = np.maximum(np.max(scores, axis=axis, keepdims=True, initial=-np.inf), sink)
@@ -221,7 +222,7 @@ def normalise(scores, visible, axis=-1, sink=-np.inf):
 
 
 def activate(scores, visible, activation):
-    """Weights that need no sum over the row: ReLU (Wortsman 2023) or sigmoid (Ramapuram 2024)."""
+    """Weights without a softmax over the row: ReLU (Wortsman 2023) or sigmoid (Ramapuram 2024)."""
     if activation == "relu":
         count = np.sum(visible, axis=-1, keepdims=True)
         weights = np.maximum(scores, 0.0) / np.maximum(count, 1)
@@ -238,10 +239,10 @@ def activate(scores, visible, activation):
 
 
 def add_up(weights, visible, value, is_mean):
-    """``weights @ value`` over the visible keys only: 0 * NaN is NaN, so an unseen NaN must not take part.
+    """``weights @ value`` over the visible keys only: 0 * NaN is NaN, so a hidden NaN must be left out.
 
-    Half of the values are added up, and the sum is doubled: rounding may carry a mean of the largest numbers a little
-    beyond them, and no further.
+    The values are halved, and the sum is doubled: rounding may carry a mean of the largest floats slightly above them,
+    where it is clipped.
     """
     finite = np.isfinite(value)
     known = np.where(finite, value, 0.0)
@@ -257,7 +258,7 @@ def add_up(weights, visible, value, is_mean):
 
 
 def attend(scores, value, visible, *, sinks=None, activation="softmax", return_weights, return_lse, out):
-    """Steps 2 and 3, for finished scores of any kind: the tail that all attention functions share."""
+    """Steps 2 and 3, for finished scores of any kind; shared by all attention functions."""
     if activation != "softmax" and (sinks is not None or return_lse):
         raise ValueError(f"sinks and return_lse need activation='softmax', got {activation!r}")
     batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
@@ -267,7 +268,7 @@ def attend(scores, value, visible, *, sinks=None, activation="softmax", return_w
 
     if activation == "softmax":
         weights, lse = normalise(scores, visible, sink=-np.inf if sinks is None else per_row(sinks))
-        weights = np.where(scores == -np.inf, 0.0, weights)  # also in a row of NaN
+        weights = np.where(scores == -np.inf, 0.0, weights)  # even in a row of NaN
     else:
         weights, lse = activate(scores, visible, activation), None
     result = add_up(weights, visible, value, activation == "softmax")
@@ -293,9 +294,9 @@ def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     ----------
     x : array_like
     axis : int, tuple of int or None, default: -1
-        The axes to sum over; None means all.
+        The axes to sum over; None: all.
     mask : array_like of bool, optional
-        Broadcasts to the shape of `x`; where it is False the entry is hidden.
+        Broadcasts to the shape of `x`; False hides an entry.
     out : ndarray, optional
         Receives the result and is returned.
     num_threads : int, optional
@@ -304,7 +305,7 @@ def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     Returns
     -------
     ndarray
-        The shape of `x`; hidden entries are 0, and so are all entries of a row that is hidden as a whole.
+        The shape of `x`; hidden entries are 0, and so are all entries of a fully hidden row.
     """
     x, visible = _array_and_mask(x, mask)
     with np.errstate(all="ignore"):
@@ -313,7 +314,7 @@ def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
 
 
 def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
-    """``x - logsumexp(x)`` along `axis`: the logarithm of `softmax`, exact also where that underflows.
+    """``x - logsumexp(x)`` along `axis`: the logarithm of `softmax`, accurate even where that underflows.
 
     Parameters
     ----------
@@ -394,9 +395,9 @@ def attend_by(
     out=None,
     num_threads=None,
 ):
-    """All three steps for a score of any kind: ``score(query, key)`` gives the scaled scores, ``(..., L, S)``.
+    """All three steps for any kind of score: ``score(query, key)`` returns the scaled scores, ``(..., L, S)``.
 
-    Its keywords are those of all attention functions but `scale`; they hand them on as ``**rules``.
+    Its keywords are those of all attention functions except `scale`; they pass them on as ``**rules``.
     """
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     if enable_gqa:
@@ -405,7 +406,8 @@ def attend_by(
     with np.errstate(all="ignore"):
         position = query_positions(num_queries, num_keys, query_offset, query_lengths, key_lengths)
         scores = score(query, key)
-        # Lengths, slopes, masks and the like have the batch axes of the output, which value may widen.
+        # Lengths, slopes, masks and so on have the batch axes of the output, which may be more than those of the
+        # scores.
         batch_shape = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
         scores = np.broadcast_to(scores, (*batch_shape, num_queries, num_keys))
         scores = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
@@ -443,13 +445,13 @@ def attend_by(
 
 
 def repeat_heads(query, key, value):
-    """Grouped queries: write every key and value head down once for each query head that reads it."""
+    """Grouped queries: repeat every key and value head for each query head that reads it."""
     group = query.shape[-3] // max(key.shape[-3], 1)
     return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
 
 
 def shows_rules(function, without=()):
-    """Give the signature of a function, for help(), the keywords of `attend_by` in place of its ``**rules``."""
+    """In the signature of a function, for help(), replace ``**rules`` by the keywords of `attend_by`."""
     own = inspect.signature(function).parameters
     rules = inspect.signature(attend_by).parameters
     added = [p for p in rules.values() if p.kind is p.KEYWORD_ONLY and p.name not in (*own, *without)]
@@ -469,8 +471,8 @@ def dot_product_attention(
 ):
     """Scaled dot-product attention, ``softmax(query @ key.T * scale) @ value`` (Vaswani et al. 2017).
 
-    A score goes through ``* scale``, the soft cap, ``+ alibi + bias + relative bias``, the rules of which keys are
-    seen, the activation, and the weighted sum, in that order.
+    A score goes through ``* scale``, the soft cap, ``+ alibi + bias + relative bias``, the visibility rules, the
+    activation, and the weighted sum, in that order.
 
     Parameters
     ----------
@@ -483,12 +485,12 @@ def dot_product_attention(
     window_size : int or (left, right), optional
         See only keys from ``position - left`` to ``position + right``; None or -1 is unbounded.
     chunk_size, left_chunks : int, optional
-        With the key axis cut into chunks, see only the one that the position lies in and `left_chunks` before it; None
-        or -1 is unbounded.
+        With the key axis split into chunks, see only the one that the position is in and the `left_chunks` before it;
+        None or -1 is unbounded.
     query_offset : int or array of int, optional
-        Position of query 0 on the key axis. Default: the last valid query stands on the last valid key.
+        Position of query 0 on the key axis. Default: the last valid query is at the last valid key.
     key_lengths, query_lengths : int or array of int over the batch axes, optional
-        Keys past the length are not seen, queries past it see nothing.
+        Keys past the length are hidden, queries past it see nothing.
     mask : array_like of bool, optional
         Broadcasts to ``(..., L, S)``; True means attend.
     bias : array_like of float, optional
@@ -507,7 +509,7 @@ def dot_product_attention(
     activation : {"softmax", "relu", "sigmoid"}
         relu gives ``max(score, 0) / number of visible keys``.
     enable_gqa : bool, default: False
-        Query head h reads key head ``h // g``, g query heads a key head (Ainslie et al. 2023).
+        Query head h reads key head ``h // g``, with g query heads per key head (Ainslie et al. 2023).
     return_weights : bool or "band", default: False
         Return the weights ``(..., L, S)`` too; "band": ``(..., L, left + right + 1)``, placed as in `relative_bias`.
     return_lse : bool, default: False
@@ -555,10 +557,10 @@ def additive_attention(
     value : array_like, shape (..., S, E)
         The leading axes are batch axes and broadcast; axis -3 is the head axis.
     w_score : array_like, shape (hidden,)
-        How much each hidden unit counts.
+        The weight of each hidden unit.
     w_query : array_like, shape (D_query, hidden), optional
     w_key : array_like, shape (D_key, hidden), optional
-        The projections. One that is left out is the identity (Keras' form), and D_query or D_key is `hidden` then.
+        The projections. One that is omitted is the identity (Keras' form); D_query or D_key is then `hidden`.
     b_hidden : array_like, shape (hidden,), optional
         Added to each sum of a projected query and a projected key.
     scale : float, optional
@@ -653,7 +655,7 @@ def truncated_attention(
     key : array_like, shape (..., S, D)
     value : array_like, shape (..., S, E)
     left, right : int
-        The window, beside the key at the position itself; None or -1 is unbounded.
+        The window, besides the key at the position itself; None or -1 is unbounded.
     **rules
         As in `dot_product_attention`.
 
@@ -671,7 +673,7 @@ def truncated_attention(
     )
 
 
-# Rules that packed sequences do not have.
+# Rules that do not apply to packed sequences.
 NOT_PACKED = (
     *("chunk_size", "left_chunks", "query_offset", "key_lengths", "query_lengths"),
     *("mask", "bias", "relative_bias", "return_weights"),
@@ -703,7 +705,7 @@ def varlen_attention(
     cu_seqlens_k : array_like of int, optional
         The same for keys; default `cu_seqlens_q`.
     **rules
-        As in `dot_product_attention`, but for those of `NOT_PACKED`; positions begin anew in each sequence.
+        As in `dot_product_attention`, except those in `NOT_PACKED`; positions restart in each sequence.
 
     Returns
     -------
@@ -714,7 +716,7 @@ def varlen_attention(
     starts_k = starts_q if cu_seqlens_k is None else [int(n) for n in cu_seqlens_k]
 
     outs, lses = [], []
-    # The empty sequence at the end gives the result its shape when there is no other.
+    # The empty sequence at the end gives the result its shape if there is no other.
     for q0, q1, k0, k1 in zip(
         starts_q, [*starts_q[1:], starts_q[-1]], starts_k, [*starts_k[1:], starts_k[-1]], strict=True
     ):
@@ -741,8 +743,8 @@ def merge_attention(outs, lses):
     outs : sequence of array_like, each (..., L, E)
         Outputs over disjoint parts of the key axis.
     lses : sequence of array_like, each (..., L)
-        Their log-sum-exps: the parts count in proportion to ``exp(lse)``. One of -inf counts for nothing, and so does
-        one of +inf beside an output of zeros, FlashAttention's mark of a part without keys.
+        Their log-sum-exps: parts are weighted in proportion to ``exp(lse)``. One of -inf does not count, nor does one
+        of +inf with an output of zeros, which is how FlashAttention marks a part without keys.
 
     Returns
     -------
@@ -775,7 +777,7 @@ def sinusoidal_encoding(length, dim, *, base=10000.0, layout="interleaved", offs
     base : float, default: 10000
         Channels 2 i and 2 i + 1 hold sine and cosine of ``position / base ** (2 * i / dim)``.
     layout : {"interleaved", "split"}
-        Sines and cosines in turns, or all sines and then all cosines.
+        Alternating sines and cosines, or all sines and then all cosines.
     offset : int, default: 0
         The position of row 0.
     dtype : dtype_like
@@ -784,7 +786,7 @@ def sinusoidal_encoding(length, dim, *, base=10000.0, layout="interleaved", offs
     Returns
     -------
     ndarray (length, dim)
-        With an odd `dim` the last cosine is left out.
+        With an odd `dim` the last cosine is omitted.
     """
     angle = rotation_angles(length, dim, base, offset)
     sines, cosines = np.sin(angle), np.cos(angle)[:, : dim // 2]
@@ -808,7 +810,7 @@ def apply_rotary(
     out=None,
     num_threads=None,
 ):
-    """Rotate pairs of channels by angles in proportion to the position (Su et al. 2021, "RoFormer", section 3.2.2).
+    """Rotate pairs of channels by angles proportional to the position (Su et al. 2021, "RoFormer", section 3.2.2).
 
     As complex numbers, pair i of a row is multiplied by ``attention_factor * exp(1j * position * frequencies[i])``.
 
@@ -818,16 +820,16 @@ def apply_rotary(
     offset : int or array of int over the batch axes, default: 0
         Row i has position ``offset + i``.
     positions : array of int that broadcasts to (..., L), optional
-        The position of each row, instead.
+        The position of each row, instead of `offset`.
     base : float, default: 10000
         Frequency i is ``base ** (-2 * i / rotary_dim)``.
     frequencies : array, shape (rotary_dim / 2,), optional
-        Given instead.
+        Instead of those from `base`.
     attention_factor : float, default: 1
     interleaved : bool, default: False
         A pair is channels 2 i and 2 i + 1 (GPT-J), not i and ``i + rotary_dim / 2`` (GPT-NeoX).
     rotary_dim : int, optional
-        Only this many first channels turn, and are multiplied. Default all.
+        Only the first `rotary_dim` channels are rotated and multiplied. Default all.
     out : ndarray, optional
         Receives the result and is returned.
     num_threads : int, optional
@@ -858,25 +860,25 @@ def apply_rotary(
 
 
 def rotary_frequencies(dim, *, base=10000.0, scaling=None, length=None, max_positions=None):
-    """Angles of rotary encoding a position, one a pair, as a model's configuration scales them.
+    """Angles per position of rotary encoding, one per pair, as scaled by a model's configuration.
 
     Parameters
     ----------
     dim : int
         Channels of a head.
     base : float, default: 10000
-        ``base ** (-2 * i / dim)`` before any scaling; ``rope_theta`` in the dict wins.
+        ``base ** (-2 * i / dim)`` before any scaling; ``rope_theta`` in the dict takes precedence.
     scaling : dict, optional
         What model files call rope_scaling or rope_parameters. S is its ``original_max_position_embeddings``, else
-        `max_positions`; f its ``factor``, else ``max_positions / S``; w_i the frequencies without it. By rope_type:
+        `max_positions`; f its ``factor``, else ``max_positions / S``; w_i the unscaled frequencies. By rope_type:
 
-        - default: w_i, of ``partial_rotary_factor * dim`` channels, as for all kinds;
+        - default: w_i, of ``partial_rotary_factor * dim`` channels, as for all types;
         - linear: ``w_i / f``;
         - dynamic: w_i of the base times ``(f * max(length, S) / S - (f - 1)) ** (dim / (dim - 2))``;
-        - llama3: a mean of ``w_i`` and ``w_i / f``, where the former's share goes from 0 to 1 while the number of
-          turns in S positions goes from low_freq_factor to high_freq_factor;
-        - yarn: the same mean, where the share goes from 1 to 0 along the pairs, between the one that turns beta_fast
-          times in S positions and the one that turns beta_slow times (Peng et al. 2023, section 3.2);
+        - llama3: a weighted mean of ``w_i`` and ``w_i / f``; the weight of the former goes from 0 to 1 as the number of
+          full turns in S positions goes from low_freq_factor to high_freq_factor;
+        - yarn: the same mean; the weight goes from 1 to 0 between the pair that makes beta_fast full turns in S
+          positions and the one that makes beta_slow (Peng et al. 2023, section 3.2);
         - longrope: ``w_i / long_factor[i]`` where `length` is greater than S, else ``w_i / short_factor[i]`` (Ding et
           al. 2024).
     length : int, optional
@@ -888,9 +890,8 @@ def rotary_frequencies(dim, *, base=10000.0, scaling=None, length=None, max_posi
     -------
     frequencies : ndarray
     attention_factor : float
-        What the dict says, else for yarn ``m(mscale) / m(mscale_all_dim)`` if it has both, or ``m(1)``, with
-        ``m(k) = 1 + 0.1 k log f``; for longrope ``sqrt(1 + log f / log S)``; but 1 where f is at most 1, and for the
-        other kinds.
+        What the dict says, else for yarn ``m(mscale) / m(mscale_all_dim)`` if it has both, or ``m(1)``, with ``m(k) = 1
+        + 0.1 k log f``; for longrope ``sqrt(1 + log f / log S)``; but 1 if f is at most 1, and for the other types.
     """
     given = dict(scaling or {})
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -931,13 +932,13 @@ def rotary_frequencies(dim, *, base=10000.0, scaling=None, length=None, max_posi
 
 
 def alibi_slopes(num_heads):
-    """One slope a head for ALiBi (Press, Smith and Lewis 2022, section 3, and their program for other numbers).
+    """One slope per head for ALiBi (Press, Smith and Lewis 2022, section 3, and their code for other numbers).
 
     Parameters
     ----------
     num_heads : int
-        For a power of two the slopes are the powers of ``2 ** (-8 / num_heads)``, from the first on. Else those of
-        the power of two below, followed by every other slope of the power of two above.
+        For a power of two the slopes are the powers of ``2 ** (-8 / num_heads)``, starting with the first. Else those
+        of the power of two below, followed by every other slope of the power of two above.
 
     Returns
     -------
@@ -951,7 +952,7 @@ def alibi_slopes(num_heads):
 def relative_position_buckets(
     query_length, key_length, *, num_buckets=32, max_distance=128, bidirectional=True, query_offset=None
 ):
-    """The bucket of each query and key by their distance: a row of T5's table of biases (Raffel et al. 2020).
+    """The bucket of each query and key, by distance: a row index of T5's table of biases (Raffel et al. 2020).
 
     Parameters
     ----------
@@ -960,9 +961,9 @@ def relative_position_buckets(
     max_distance : int, default: 128
         From here on all distances share a bucket.
     bidirectional : bool, default: True
-        Half of the buckets are for keys after the query's position; else those are all in bucket 0.
+        Half of the buckets are for keys after the query's position; otherwise those are all in bucket 0.
     query_offset : int, optional
-        Position of query 0 on the key axis. Default: the last query stands on the last key.
+        Position of query 0 on the key axis. Default: the last query is at the last key.
 
     Returns
     -------
@@ -976,7 +977,7 @@ def relative_position_buckets(
         first = np.where(distance > 0, num_buckets, 0)
         distance = -abs(distance)
     distance = np.maximum(-distance, 0)
-    # Up to here a bucket holds one distance; the others hold shares of the logarithm of what is left.
+    # Below this a bucket holds one distance; the other buckets divide the remaining range evenly by logarithm.
     exact = num_buckets // 2
     share = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
     logarithmic = np.minimum(exact + np.floor(share * (num_buckets - exact)), num_buckets - 1)
@@ -1005,7 +1006,7 @@ def self_attention(
     w_query, w_key : array_like, shape (d_model, d_k)
     w_value : array_like, shape (d_model, d_v)
     **rules
-        As in `dot_product_attention`; `query_lengths` is by default `key_lengths`.
+        As in `dot_product_attention`; `query_lengths` defaults to `key_lengths`.
 
     Returns
     -------
@@ -1047,8 +1048,8 @@ class MultiHeadAttention:
     b_query, b_key, b_value, b_out : array_like, optional
         Added to the projections.
     rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
-        Rotate queries and keys by their positions, as `apply_rotary` does with this base, or with these frequencies and
-        this attention factor, a pair; not without one of the two.
+        Rotate queries and keys by their positions, as `apply_rotary` does with this base, or with this pair of
+        frequencies and attention factor; only if one of the two is given.
     """
 
     def __init__(
@@ -1096,19 +1097,19 @@ class MultiHeadAttention:
         out=None,
         **rules,
     ):
-        """Attend from x to itself, to `context`, or to what is in the cache and, behind that, to x.
+        """Attend from x to itself, to `context`, or to what is in the cache followed by x.
 
         Parameters
         ----------
         x : array_like, shape (..., L, d_model)
         context : array_like, shape (..., S, d_context), optional
         cache : KVCache, optional
-            Keys and values of x go in, `query_lengths` of them in each sequence, after attention. If it has a window
-            w, and neither `window_size` nor `chunk_size` is given, ``window_size`` is ``(w - 1, None)``.
+            Keys and values of x are appended after attention, `query_lengths` of them in each sequence. If it has a
+            window w, and neither `window_size` nor `chunk_size` is given, `window_size` is ``(w - 1, None)``.
         **rules
-            As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads.
-            Where x attends to itself `query_lengths` is by default `key_lengths`. With a cache chunks count from the
-            first token that ever came, the columns of masks, biases and weights from the first that is there.
+            As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads. If x
+            attends to itself, `query_lengths` defaults to `key_lengths`. With a cache, chunks count from the first
+            token ever appended, the columns of masks, biases and weights from the first that is there.
 
         Returns
         -------
@@ -1179,7 +1180,7 @@ class MultiHeadAttention:
 
 
 def behind(old, new, old_lengths, new_lengths):
-    """In each sequence the first of the new tokens right behind the first of the old; rounded to the dtype of the old.
+    """In each sequence the first new tokens right after the first old ones; rounded to the dtype of the old.
 
     old, new: ``(..., heads, tokens, channels)``; lengths: ``(..., 1)``, over the batch axes and one for the heads.
     """

@@ -1,4 +1,4 @@
-"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference says it in NumPy."""
+"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference is the same in NumPy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def softmax(
     axis : int, tuple of int or None, default -1
         The axes of a row; None: all of them.
     mask : array_like of bool, optional
-        Broadcasts to x's shape; **True means that the entry counts**. Hidden entries give 0, also where x is NaN or
-        infinite there; so does a row of which nothing counts, or counts nothing but -inf.
+        Broadcasts to x's shape; **True means that the entry counts**. Hidden entries give 0, even if x is NaN or
+        infinite there; so does a row in which nothing counts, or only -inf.
     out : ndarray, optional
         Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
     num_threads : int, optional
@@ -76,7 +76,7 @@ def log_softmax(
     Parameters
     ----------
     x, axis, mask, out, num_threads
-        As for `softmax`, except that hidden entries, and rows of nothing else, give -inf.
+        As for `softmax`, except that hidden entries, and rows in which nothing counts, give -inf.
 
     Returns
     -------
@@ -115,14 +115,14 @@ def logsumexp(
     x, axis, mask, num_threads
         As for `softmax`. Hidden entries do not count.
     keepdims : bool, default False
-        Whether the axes of a row stay, with size 1.
+        Whether to keep the axes of a row, with size 1.
     out : ndarray, optional
         Receives the result; shape and dtype of the result. Must not overlap `x`.
 
     Returns
     -------
     ndarray or scalar
-        float64 for float64, integers and bools, else float32. -inf for a row of which nothing counts.
+        float64 for float64, integers and bools, else float32. -inf for a row in which nothing counts.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Attention over a stream: what the offline call would give, bit for bit, in memory that does not grow with time.
+"""Attention over a stream: the results of the offline call, bit for bit, in memory that does not grow with time.
 
-Frames arrive a few at a time and the rows whose look-ahead is complete go out. Three tapes hold what is still needed:
-the queries that wait, and the keys and values that a row to come may see.
+Frames arrive a few at a time, and rows whose look-ahead is complete are returned. Three tapes hold what is still
+needed: the waiting queries, and the keys and values that later rows may see.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-# FA_SPAN of kernels/contract.h: sums over keys are cut at multiples of it, counted from the first key of a call. Where
-# every call's first key is at such a multiple, they are cut where those of the offline call are.
+# FA_SPAN of kernels/contract.h: sums over keys are split at multiples of it, counted from the first key of a call. If
+# every call's first key is at such a multiple, they are split as in the offline call.
 _SPAN = 2048
-# Frames that are taken in at once; of a longer push, the tapes need not hold all.
+# Frames processed at a time; the tapes need not hold all of a longer push.
 _PIECE = 2048
-# Frames for which there is room at least.
+# The least capacity of a tape, in frames.
 _LEAST_CAPACITY = 256
 
 _NAMES = ("query", "key", "value")
-# Rules that are arrays.
+# Rules whose values are arrays.
 _ARRAYS = {"alibi_slopes", "relative_bias", "sinks"}
-_INSTEAD = "pass its data"  # of a masked array
+_INSTEAD = "pass its data"  # for masked arrays
 
 
 class _Tape(NamedTuple):
     """
     The latest frames of a stream, (*batch, frames, channels), in one piece of memory.
 
-    Appending gives a new tape. It may share the memory of the old one, but writes only behind its end; so the old tape
-    stays as it was, and whoever fails on the way keeps it.
+    Appending returns a new tape. It may share the memory of the old one, but writes only after its end; so the old tape
+    is unchanged, and remains valid if an error follows.
     """
 
     memory: NDArray[np.uint8]
@@ -49,22 +49,22 @@ class _Tape(NamedTuple):
     channels: int
     dtype: np.dtype[Any]
     strides: tuple[int, ...]
-    room: int  # how many frames before `first` a view may begin
-    capacity: int  # frames for which there is memory
+    room: int  # how many frames before `first` a view may start
+    capacity: int  # frames that fit in memory
     first: int  # position of the first frame in memory
-    end: int  # ... and of the one that comes next
+    end: int  # position of the next frame
 
     @classmethod
     def blank(
         cls, batch: tuple[int, ...], channels: int, dtype: np.dtype[Any], room: int, capacity: int, first: int
     ) -> _Tape:
-        """A tape without frames; the next one has the position `first`."""
+        """A tape without frames; the next frame has position `first`."""
         frame = channels * dtype.itemsize
         strides = [dtype.itemsize, frame]
         stride = capacity * frame
         for size in reversed(batch):
             strides.append(stride)
-            stride *= max(size, 1)  # also a view of nothing must lie in the memory
+            stride *= max(size, 1)  # even an empty view must lie within the memory
         memory = np.empty(room * frame + stride, np.uint8)
         return cls(memory, batch, channels, dtype, tuple(reversed(strides)), room, capacity, first, first)
 
@@ -72,24 +72,24 @@ class _Tape(NamedTuple):
         """
         The frames [start, stop).
 
-        What lies before the first frame in memory is anything: other heads' frames, or what was never written. It is
-        there so that a call's first key can be where the sums should be cut, and no query may see it. One `room` is
-        enough for all heads, since before a head's frames there are those of another.
+        What precedes the first frame in memory is arbitrary: other heads' frames, or unwritten memory. It is there so
+        that a call's first key can be where sums are split, and no query may see it. One `room` suffices for all heads,
+        since a head's frames are preceded by those of another.
         """
         offset = (self.room + start - self.first) * self.channels * self.dtype.itemsize
         shape = (*self.batch, stop - start, self.channels)
-        # Unlike as_strided, this refuses what would reach out of the memory.
+        # Unlike as_strided, this refuses views that reach outside the memory.
         return np.ndarray(shape, self.dtype, self.memory, offset, self.strides)
 
     def append(self, frames: NDArray[Any], needed: int, room: int = 0) -> _Tape:
         """
-        With these frames; those before the position `needed` may go. A view of the new tape may begin `room` frames
-        before the first one in memory.
+        A tape with these frames appended; those before position `needed` may be dropped. A view of it may start `room`
+        frames before the first one in memory.
         """
         end = self.end + frames.shape[-2]
         tape = self
         if end > self.first + self.capacity:
-            # Twice of what is needed: before the next move at least as many frames come as this one copies.
+            # Twice what is needed: at least as many frames then arrive before the next move as this one copies.
             capacity = max(self.capacity, 2 * (end - needed), _LEAST_CAPACITY)
             tape = _Tape.blank(self.batch, self.channels, self.dtype, room, capacity, needed)
             tape.view(needed, self.end)[...] = self.view(needed, self.end)
@@ -97,7 +97,7 @@ class _Tape(NamedTuple):
         return tape._replace(end=end)
 
     def __reduce__(self) -> Any:
-        """For copies and pickles: with memory of their own, and of this memory what holds frames."""
+        """For copies and pickles: memory of their own, and only the frames of this one."""
         frames = self.view(self.first, self.end)
         return _filled, (self.batch, self.channels, self.dtype, self.room, self.capacity, self.first, frames)
 
@@ -119,11 +119,11 @@ def _filled(
 
 
 class _State(NamedTuple):
-    """Where a stream stands. A push replaces it as a whole, at its end: an error leaves the old one."""
+    """The state of a stream. A push replaces it as a whole, at its end: an error leaves the old one."""
 
     shapes: tuple[tuple[int, ...], ...] = ()  # of query, key and value, without the frames' axis
     dtypes: tuple[np.dtype[Any], ...] = ()
-    rows: NDArray[Any] | None = None  # an output without rows
+    rows: NDArray[Any] | None = None  # an output with no rows
     tapes: tuple[_Tape, ...] = ()
     pushed: int = 0
     returned: int = 0
@@ -131,7 +131,7 @@ class _State(NamedTuple):
 
 
 def _side(x: Any, name: str) -> int | None:
-    """`left` or `right`; None where it is unbounded."""
+    """`left` or `right`; None if unbounded."""
     if x is None:
         return None
     n = integer(x, name, "an integer of at least 0, or -1 or None for unbounded", -1)
@@ -140,24 +140,24 @@ def _side(x: Any, name: str) -> int | None:
 
 class StreamingAttention:
     """
-    Truncated dot-product self-attention over a stream: frames come in as they arrive, rows go out as soon as they can.
+    Truncated dot-product self-attention over a stream: frames go in as they arrive, rows come out as soon as they can.
 
-    However the stream is cut into pushes, the rows are those of the offline call on the whole of it, bit for bit:
+    However the stream is split into pushes, the rows are those of the offline call on all of it, bit for bit:
     ``truncated_attention(query, key, value, left, right, query_offset=0)``, or `dot_product_attention` with
     ``window_size=(left, right)``, `chunk_size` and `left_chunks`. Memory and the cost of a frame do not grow with time.
 
     Parameters
     ----------
     left : int or None
-        Keys that a query sees before its own frame. None or -1: all of them; unless `left_chunks` bounds them, memory
-        and cost grow with the stream then.
+        Keys that a query sees before its own frame. None or -1: all of them; memory and cost then grow with the stream,
+        unless `left_chunks` bounds them.
     right : int or None, default 0
         Keys that a query sees after its own frame: its look-ahead, for which its row has to wait. None or -1: all of
         them, which needs `chunk_size`.
     chunk_size, left_chunks : int, optional
-        The stream is cut into chunks of `chunk_size` frames, and a query sees the whole of its own chunk and
-        `left_chunks` chunks before it (None or -1: all). A key counts only where `left` and `right` allow it too:
-        for chunks alone pass ``StreamingAttention(None, None, chunk_size=16, left_chunks=4)``.
+        The stream is split into chunks of `chunk_size` frames, and a query sees all of its own chunk and of the
+        `left_chunks` chunks before it (None or -1: all). A key counts only if `left` and `right` allow it too: for
+        chunks alone pass ``StreamingAttention(None, None, chunk_size=16, left_chunks=4)``.
     scale, softcap, alibi_slopes, sinks, activation, enable_gqa, num_threads : optional
         As for `dot_product_attention`. `scale` is by default ``1 / sqrt(D)``, `activation` 'softmax', `enable_gqa`
         False.
@@ -168,7 +168,7 @@ class StreamingAttention:
     Attributes
     ----------
     pushed, returned, waiting, latency, nbytes : int
-        Where the stream stands, in frames, and the bytes that it holds; read-only.
+        The state of the stream, in frames, and the bytes that it holds; read-only.
 
     Raises
     ------
@@ -181,19 +181,19 @@ class StreamingAttention:
 
     Notes
     -----
-    Offline calls with eight queries or fewer in all take other loops; with them a stream agrees to rounding only.
+    Offline calls with eight queries or fewer use other loops; a stream agrees with them only up to rounding.
 
-    Arrays are copied as they come, and what was passed may be overwritten. The tapes of queries, keys and values hold
-    twice the frames that are needed (all that the next row sees, up to the last frame), and at least 256; when they
-    are full, what is needed moves to new ones, so that a frame is copied twice on the average. Pushes of more than
-    2048 frames are taken in that many at a time.
+    Arrays are copied, so what was passed may be overwritten. The tapes of queries, keys and values hold twice the
+    frames that are needed (all that the next row sees, up to the last frame), and at least 256; when they are full,
+    what is needed is moved to new ones, so a frame is copied twice on average. Longer pushes are processed 2048 frames
+    at a time.
 
-    An object serves one stream, or one batch of streams in step, and one thread at a time. A copy (``copy.copy``,
-    ``copy.deepcopy``) is a stream of its own that goes on from the same frame; so is what a pickle brings back.
+    An object serves one stream, or one batch of synchronous streams, and one thread at a time. A copy (``copy.copy``,
+    ``copy.deepcopy``) is an independent stream that continues from the same frame; so is an unpickled one.
 
     Examples
     --------
-    A row sees two frames before it and one after it, so it is returned when the next frame has come:
+    A row sees two frames before it and one after it, so it is returned once the next frame has arrived:
 
     >>> import numpy as np
     >>> from fastattn.streaming import StreamingAttention
@@ -225,7 +225,7 @@ class StreamingAttention:
         refuse_others(rules, StreamRules, "StreamingAttention")
         self._left, self._right = _side(left, "left"), _side(right, "right")
         own: dict[str, Any] = {name: x for name, x in rules.items() if x is not None}
-        # Copies, so that a change between two pushes changes nothing.
+        # Copies, so that changing an array between two pushes has no effect.
         for name in own.keys() & _ARRAYS:
             own[name] = np.array(as_array(own[name], name, _INSTEAD))
         self._rules = {**own, "window_size": (self._left, self._right)}
@@ -243,30 +243,30 @@ class StreamingAttention:
     def __copy__(self) -> Self:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        # Tapes write behind their ends: two streams on one memory would write over each other's frames.
+        # Tapes write after their ends: two streams sharing memory would overwrite each other's frames.
         new._state = self._state._replace(tapes=tuple(copy.copy(tape) for tape in self._state.tapes))
         return new
 
     @property
     def pushed(self) -> int:
-        """Frames that have come."""
+        """Frames pushed so far."""
         return self._state.pushed
 
     @property
     def returned(self) -> int:
-        """Rows that have been returned."""
+        """Rows returned so far."""
         return self._state.returned
 
     @property
     def waiting(self) -> int:
-        """Rows that have not: ``pushed - returned``, what `flush` would return."""
+        """Rows not returned yet: ``pushed - returned``, what `flush` would return."""
         return self._state.pushed - self._state.returned
 
     @property
     def latency(self) -> int:
         """
-        How many frames must follow a frame, at most, before its row is returned: `right`, or with chunks the smaller
-        one of `right` and ``chunk_size - 1``.
+        The most frames that must follow a frame before its row is returned: `right`, or with chunks the smaller of
+        `right` and ``chunk_size - 1``.
         """
         sides = [self._right, None if self._chunk_size is None else self._chunk_size - 1]
         return min(side for side in sides if side is not None)
@@ -291,13 +291,13 @@ class StreamingAttention:
         Returns
         -------
         ndarray, shape (..., rows, E)
-            The next rows whose look-ahead is complete, often none: of all rows so far ``max(0, pushed - right)``, and
-            with chunks those of whole chunks too. Of the dtype to which query, key and value promote.
+            The next rows whose look-ahead is complete, often none: in total ``max(0, pushed - right)`` rows so far, and
+            with chunks those of complete chunks too. Of the dtype to which query, key and value promote.
 
         Raises
         ------
         ValueError, TypeError
-            If the frames are not as above or do not go with those before, or after `flush`.
+            If the frames are not as above or do not match those before, or after `flush`.
         MemoryError
             If there is no memory for the result or the frames.
 
@@ -339,7 +339,7 @@ class StreamingAttention:
 
     def flush(self) -> NDArray[Any]:
         """
-        End the stream; return the rows that waited for more frames. They see what there is.
+        End the stream; return the rows that were waiting for more frames. They see the frames that there are.
 
         Returns
         -------
@@ -349,7 +349,7 @@ class StreamingAttention:
         Raises
         ------
         ValueError
-            If nothing was ever pushed, not even 0 frames: the shape of a row is not known then.
+            If nothing was ever pushed, not even 0 frames: the shape of a row is then unknown.
         MemoryError
             If there is no memory for the result.
 
@@ -373,7 +373,7 @@ class StreamingAttention:
 
     def reset(self) -> None:
         """
-        Forget all frames and begin a new stream, whose shapes and dtypes may be others.
+        Forget all frames and begin a new stream, whose shapes and dtypes may differ.
 
         Examples
         --------
@@ -386,7 +386,7 @@ class StreamingAttention:
         self._state = _State()
 
     def _check_rules(self) -> None:
-        """What can be said of the rules before there are frames."""
+        """Check the rules as far as possible without frames."""
         bias = self._rules.get("relative_bias")
         if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
             raise ValueError(
@@ -406,7 +406,7 @@ class StreamingAttention:
         check(nothing, nothing, nothing, np.float64, self._rules)
 
     def _checked(self, state: _State, arrays: tuple[NDArray[Any], ...]) -> _State:
-        """The state, in which the first push notes what all must be like."""
+        """Check the frames; return the state, in which the first push records shapes and dtypes."""
         for name, x in zip(_NAMES, arrays, strict=True):
             if x.ndim < 2:
                 axes = "(..., n, E)" if name == "value" else "(..., n, D)"
@@ -420,7 +420,7 @@ class StreamingAttention:
         shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in arrays)
         dtypes = tuple(x.dtype for x in arrays)
         if state.rows is None:
-            # In the dtype in which the library computes with them, so that no call converts them again.
+            # In the dtype of the computation, so that no call converts them again.
             checked = [floating(x[..., :0, :], name) for x, name in zip(arrays, _NAMES, strict=True)]
             dtype = common_dtype([x.dtype for x in checked], _NAMES)
             query, key, value = (x.shape for x in checked)
@@ -442,7 +442,7 @@ class StreamingAttention:
         return np.empty((*state.rows.shape[:-2], count, state.rows.shape[-1]), state.rows.dtype)
 
     def _complete(self, pushed: int) -> int:
-        """How many rows see nothing that is yet to come."""
+        """How many rows see no frame that is still to come."""
         complete = 0 if self._right is None else max(pushed - self._right, 0)
         if self._chunk_size is not None:
             complete = max(complete, pushed // self._chunk_size * self._chunk_size)
@@ -458,11 +458,11 @@ class StreamingAttention:
         return first
 
     def _attend(self, tapes: tuple[_Tape, ...], first: int, stop: int, pushed: int, out: NDArray[Any]) -> None:
-        """The rows [first, stop) into `out`; of the frames those before `pushed` are there."""
+        """Compute the rows [first, stop) into `out`; frames before `pushed` have arrived."""
         if first == stop:
             return
         query, key, value = tapes
         start = self._first_seen(first) // _SPAN * _SPAN
         rules = {**self._rules, "query_offset": first - start, "out": out}
-        # The loops must not depend on how many queries a push has completed: none of their own for few.
+        # The loops must not depend on how many queries a push completes, so no decode loops for few.
         attend(query.view(first, stop), key.view(start, pushed), value.view(start, pushed), rules, False, start)
