@@ -21,18 +21,18 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
-CONTRACT = [f"{KERNELS}/contract.h", f"{KERNELS}/call.h"]  # all that a driver sees of them
+CONTRACT = [f"{KERNELS}/contract.h", f"{KERNELS}/call.h"]  # the only kernel headers that drivers include
 
-# Contraction is what turns a * b + c into one instruction; -std=c11 would switch it off, and -ffast-math would switch
-# denormals off for the whole process and break infinities.
+# Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals
+# in the whole process and break infinities.
 compile_args = [
     "-std=gnu11",
     "-O2",
-    "-g0",  # Python is built with -g, and hands it on
+    "-g0",  # Python is built with -g, and passes it on
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fno-wrapv",  # Python is built with -fwrapv, and hands it on
+    "-fno-wrapv",  # Python is built with -fwrapv, and passes it on
     "-Wno-psabi",
 ]
 link_args = []
@@ -70,7 +70,7 @@ class BuildInParallel(build_ext):
         compile_one, jobs = compiler.compile, []
 
         def note(sources, output_dir=None, depends=None, **options):
-            """In place of compiling: the names of the objects that there will be."""
+            """Instead of compiling, return the names of the object files."""
             objects = compiler.object_filenames(sources, output_dir=output_dir)
             for source, target in zip(sources, objects, strict=True):
                 flags = options.get("extra_postargs", []) + flags_of(source)
@@ -100,22 +100,22 @@ def is_kernel(source):
 
 def flags_of(source):
     """
-    More for kernels: with -O2 narrow windows, short calls and caches take 3 to 6 % longer. Cython's C gains nothing
-    from more, and takes longer to compile; nor is it worth while for the kernels that only old CPUs run.
+    -O3 for kernels: with -O2 narrow windows, short calls and caches take 3 to 6 % longer. Cython's C gains nothing from
+    it, and takes longer to compile; nor is it worthwhile for kernels that only old CPUs run.
     """
     is_for_old = "baseline" in source and platform.machine() in ("x86_64", "AMD64")
     return ["-O3"] if is_kernel(source) and not is_for_old and not DEBUG else []
 
 
 def newer(target, sources):
-    """Whether any of the sources is newer than the target, or there is no target."""
+    """Whether any of the sources is newer than the target, or the target does not exist."""
     if not os.path.exists(target):
         return True
     return max(os.path.getmtime(source) for source in sources) > os.path.getmtime(target)
 
 
 def cost(source):
-    """About how long a C file takes: kernels are short files that include long ones."""
+    """Roughly how long a C file takes to compile: kernels are short files that include long ones."""
     return 3_000_000 if is_kernel(source) else os.path.getsize(source)
 
 
@@ -143,7 +143,7 @@ setup(
             extension("_softmax"),
             extension("_merge"),
             extension("_positions"),
-            # Plain Python, compiled because a small call spends a fifth of its time on the defaults of its arguments.
+            # Plain Python, compiled because a small call spends a fifth of its time on default arguments.
             extension("attention", suffix="py"),
         ],
         compiler_directives={

@@ -1,10 +1,10 @@
-"""Errors of softmax, log_softmax and logsumexp beside SciPy's and, where it is installed, PyTorch's.
+"""Errors of softmax, log_softmax and logsumexp beside those of SciPy and, if installed, PyTorch.
 
     python benchmarks/accuracy.py               every length, a line for each kind of numbers
     python benchmarks/accuracy.py --worst       only where fastattn is worse than it may be
 
-An error is the largest relative one of many rows, in eps of the dtype, against the same formula in long double. Allowed
-is 1.3 times the error of the better of the others, or 2 eps more, whichever is larger.
+An error is the largest relative error over many rows, in eps of the dtype, against the same formula in long double.
+Allowed is 1.3 times the smaller error of the others, or 2 eps more, whichever is larger.
 """
 
 import argparse
@@ -21,7 +21,7 @@ except ImportError:
     torch = None
 
 LENGTHS = (7, 100, 128, 1000, 2000, 4096, 50257)
-NUMBERS = 40_000  # of a case, at least
+NUMBERS = 40_000  # at least, per case
 FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
 
 
@@ -42,7 +42,7 @@ def kinds(rng, rows, length):
 
 
 def exact(x):
-    """The three functions in long double, whose own errors are nothing here."""
+    """The three functions in long double, whose own errors are negligible here."""
     x = x.astype(np.longdouble)
     largest = x.max(-1, keepdims=True)
     distance = x - largest
@@ -58,7 +58,7 @@ def exact(x):
 
 
 def error(result, expected, finfo):
-    """The largest relative error in eps; below the denormals' precision an absolute one."""
+    """The largest relative error in eps; absolute below the precision of denormals."""
     floor = 2 * finfo.smallest_subnormal / finfo.eps
     size = np.maximum(abs(expected), floor)
     return float(np.max(abs(result.astype(np.longdouble) - expected) / size) / finfo.eps)

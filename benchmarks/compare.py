@@ -3,9 +3,9 @@
     python benchmarks/compare.py --quick                              two minutes
     python benchmarks/compare.py --markdown table.md --plot plot.png --json all.json
 
-Each thread count runs in a process of its own, pinned to that many CPUs, with the environment of every
-library set before it is imported. What is compared runs in turn within one process (see measure.py), the
-hardware's own limits among it (hardware.py). Then come report.py, plot.py and, with --goals, goals.py.
+Each thread count runs in its own process, pinned to that many CPUs, with the environment of every library set before it
+is imported. Everything compared runs alternately within one process (see measure.py), including probes of the
+hardware's limits (hardware.py). Then come report.py, plot.py and, with --goals, goals.py.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main():
         chosen = json.dumps(report.variants(everything["records"]), indent=1)
         options.markdown.with_suffix(".variants.json").write_text(chosen + "\n")
     if options.plot:
-        import plot  # matplotlib is needed for this alone
+        import plot  # only this needs matplotlib
 
         plot.draw(everything, options.plot)
     wrong = [record["case"] for record in everything["records"] if record.get("notes", {}).get("fastattn")]
@@ -96,7 +96,7 @@ def cpus():
     return list(range(os.cpu_count()))
 
 
-# The few that show most in a minute.
+# The few most informative cases, for a run of a minute.
 QUICK = {
     "attention-1x1x1x8x8",
     "attention-1x8x16x16x64",
@@ -125,11 +125,11 @@ TABLES = (
     *cases.ROTARY,
     *cases.MINILM,
 )
-# One window at several lengths.
+# Cases of one window at several lengths.
 WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
-# These take every round; the others measure once.
+# These measure in every round; the others once.
 IN_ROUNDS = ("libraries", "lengths", "isa", "scaling")
-# Where another instruction set is compared with its own limit.
+# Cases that compare another instruction set with its own limit.
 FORCED_ISA = [
     *(case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)),
     cases.ADDITIVE[0].name,
@@ -137,7 +137,7 @@ FORCED_ISA = [
 
 
 def plans(options):
-    """One plan a worker process; together they are the whole run."""
+    """One plan per worker process; together they are the whole run."""
 
     def chosen(names):
         return [name for name in names if fnmatch.fnmatch(name, options.only) and (not options.quick or name in QUICK)]
@@ -182,7 +182,7 @@ def machine():
 
 
 def run_worker(plan):
-    """Runs this script again, so that threads and instruction set are settled before anything is imported."""
+    """Runs this script again, so that threads and instruction set are set before anything is imported."""
     import peers
 
     environment = peers.thread_environment(plan["threads"])
@@ -190,7 +190,7 @@ def run_worker(plan):
         environment["FASTATTN_ISA"] = plan["isa"]
     with tempfile.TemporaryDirectory() as folder:
         plan = {**plan, "result": str(Path(folder) / "result.json"), "cpus": cpus()[-plan["threads"] :]}
-        # Inherited affinity: a library that counts its CPUs finds as many as it has threads.
+        # Affinity is inherited: a library that counts CPUs finds as many as it has threads.
         pin = (lambda: os.sched_setaffinity(0, plan["cpus"])) if hasattr(os, "sched_setaffinity") else None
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(plan)]
         done = subprocess.run(command, env=environment, preexec_fn=pin, stdout=subprocess.DEVNULL)
@@ -242,7 +242,7 @@ def work(plan):
 
 
 class Disturbance:
-    """How many CPUs other processes kept busy since this was made; 0 where the system does not say."""
+    """How many CPUs other processes have kept busy since this was created; 0 if the system does not say."""
 
     def __init__(self):
         self.start = time.perf_counter(), self._others()
@@ -261,7 +261,7 @@ class Disturbance:
 
 
 def case_of(name, among):
-    """The case that a job's name ends in: "threads-attention-..." and so on."""
+    """The case at the end of a job's name, such as "threads-attention-..."."""
     return next(case for case in among if f"-{name}".endswith(f"-{case.name}"))
 
 
@@ -292,9 +292,9 @@ def compare_libraries(plan, name, progress, only=None):
 
 
 def limit_of(case, plan):
-    """The hardware's limit for a case: its name, the case's work in its terms, and a probe, or None for that.
+    """The hardware's limit for a case: its name, the case's work in its units, and a probe or None.
 
-    The work of an encoder is sentences, for which there is none.
+    The work of an encoder is sentences, which have no limit.
     """
     threads = plan["threads"]
     if case.kind in ("softmax", "rotary"):
@@ -310,10 +310,10 @@ def limit_of(case, plan):
 
 
 def compare_lengths(plan, name, progress):
-    """Seconds that fastattn takes for a row of one window at each length, in the same rounds, beside the limits.
+    """Seconds per row that fastattn takes with one window at each length, measured in the same rounds as the limits.
 
-    Those are the FMA peak, in seconds an operation, and, in seconds a row, the memory at the longest length: reading as
-    much as a row of two arrays, and copying a row of one.
+    These are the FMA peak, in seconds per operation, and, in seconds per row, memory at the longest length: reading a
+    row of two arrays, and copying a row of one.
     """
     import measure
     import peers
@@ -348,7 +348,7 @@ def compare_with_own_peak(plan, name, progress):
 
 
 def compare_thread_counts(plan, name, progress):
-    """fastattn on one and on all threads, beside what the same threads gain in the FMA probe."""
+    """fastattn on one and on all threads, beside the speedup of the same threads in the FMA probe."""
     import fastattn
     import measure
 
@@ -366,7 +366,7 @@ def compare_thread_counts(plan, name, progress):
 
 
 def measure_memory(plan, name, progress):
-    """What one call adds to the resident memory of a fresh process, the output not counted."""
+    """What one call adds to the resident memory of a fresh process, not counting the output."""
     import fastattn
     from suite import baselines, memory
 
@@ -383,7 +383,7 @@ def measure_memory(plan, name, progress):
 
 
 def measure_import(plan, name, progress, samples=15):
-    """Seconds that `import fastattn` takes after `import numpy`, the least of several fresh processes."""
+    """Seconds that `import fastattn` takes after `import numpy`, the minimum over several fresh processes."""
     code = "import numpy, time; t = time.perf_counter(); import fastattn; print(time.perf_counter() - t)"
     times = []
     for _ in range(samples):

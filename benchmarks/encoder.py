@@ -1,8 +1,8 @@
-"""The encoder of examples/minilm.py in PyTorch and as ONNX graphs, from the same files, and sentences for it.
+"""The encoder of examples/minilm.py in PyTorch and as ONNX graphs, from the same files, and sentences to encode.
 
-Each way of writing it for PyTorch is a function of the model's folder that returns a function of token numbers (B, S)
-and lengths (B,). Each ONNX graph is made by a function of the folder and S, and has these two as its int64 inputs "ids"
-and "lengths". All give embeddings of length 1, (B, d_model).
+Each PyTorch version is a function of the model's folder that returns a function of token numbers (B, S) and lengths
+(B,). Each ONNX graph is built by a function of the folder and S, and has these two as its int64 inputs "ids" and
+"lengths". All return embeddings of norm 1, (B, d_model).
 """
 
 import functools
@@ -71,12 +71,12 @@ SENTENCES = (
 
 
 def missing():
-    """The packages that are not installed, of those that the model needs."""
+    """The packages that the model needs and that are not installed."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def load_example():
-    """The module examples/minilm.py, which is in no package."""
+    """The module examples/minilm.py, which is not in a package."""
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
     import minilm
@@ -92,20 +92,20 @@ def model():
 
 @functools.cache
 def inputs(case):
-    """The case's sentences as lists of token numbers; the model's folder; the lists padded, and their lengths."""
+    """The case's sentences as lists of token numbers; the model's folder; the padded lists, and their lengths."""
     minilm = load_example()
     batch = model().tokenize(SENTENCES[: case.batch])
     return batch, minilm.find_model(), *minilm.pad(batch)
 
 
 def expected(case):
-    """The embeddings of a case, all of it in float64."""
+    """The embeddings of a case, computed in float64."""
     batch, *_ = inputs(case)
     return load_example().MiniLM(dtype=np.float64, attention=reference_attention).encode_tokens(batch)
 
 
 def reference_attention(layer):
-    """The layer in float64 by fastattn's reference, for the example's `attention`."""
+    """The layer in float64 from fastattn's reference, in place of the example's `attention`."""
     from fastattn import reference
 
     names = ("w_query", "w_key", "w_value", "w_out", "b_query", "b_key", "b_value", "b_out")
@@ -132,7 +132,7 @@ def _projections(stored, at):
 
 
 def pytorch_functions(folder):
-    """Written out, queries, keys and values in one product."""
+    """Written out, with queries, keys and values from one product."""
     import torch
     from torch.nn import functional
 
@@ -166,7 +166,7 @@ def pytorch_functions(folder):
 
 
 def pytorch_layers(folder):
-    """PyTorch's own layers, which compute nothing for padding."""
+    """PyTorch's own layers, which skip padding."""
     import torch
     from torch.nn import functional
 
@@ -220,7 +220,7 @@ def _torch_embedded(functional, stored, ids, eps):
 
 
 def _torch_pooled(functional, x, valid):
-    """The mean over a sentence's own tokens, of length 1."""
+    """The mean over a sentence's own tokens, normalised."""
     return functional.normalize((x * valid[..., None]).sum(1) / valid.sum(1, keepdim=True), dim=-1)
 
 
@@ -231,7 +231,7 @@ PYTORCH = {"linear, scaled_dot_product_attention": pytorch_functions, "nn.Transf
 
 
 class _Graph:
-    """The encoder of ONNX's own operators, for the runtime to fuse what it can."""
+    """The encoder in standard ONNX operators; the runtime fuses what it can."""
 
     def __init__(self, folder, seqlen):
         self.config, self.stored = _stored(folder)
@@ -244,7 +244,7 @@ class _Graph:
         def described(name, kind, *shape):
             return helper.make_tensor_value_info(name, kind, shape)
 
-        # With a length that it knows the runtime sees that two arrays are of one shape, and fuses sum and norm.
+        # If the length is known, the runtime sees that two arrays have the same shape, and fuses sum and norm.
         inputs = [described("ids", TensorProto.INT64, "B", self.seqlen), described("lengths", TensorProto.INT64, "B")]
         outputs = [described(self.encode(), TensorProto.FLOAT, "B", self.config["hidden_size"])]
         graph = helper.make_graph(self.nodes, "encoder", inputs, outputs, self.constants)
@@ -252,7 +252,7 @@ class _Graph:
         return helper.make_model(graph, opset_imports=domains, ir_version=10)
 
     def node(self, op, *inputs, **attributes):
-        """Adds a node, with constants for arrays and numbers among its inputs, and returns its output's name."""
+        """Adds a node, turning arrays and numbers among its inputs into constants, and returns its output's name."""
         from onnx import helper, numpy_helper
 
         names = []
@@ -287,7 +287,7 @@ class _Graph:
             hidden = self.gelu(x, f"{at}.intermediate.dense")
             x = self.add_and_norm(hidden, f"{at}.output.dense", x, f"{at}.output.LayerNorm")
         counts = node("Where", node("Unsqueeze", valid, [2]), np.float32(1), np.float32(0))
-        # Of length 1 in the end, so that a sum will do for the mean.
+        # Normalised in the end, so a sum will do for the mean.
         pooled = node("ReduceSum", node("Mul", x, counts), [1], keepdims=0)
         return node("LpNormalization", pooled, axis=-1)
 
@@ -320,10 +320,10 @@ class _Graph:
 
 
 class _FusedGraph(_Graph):
-    """The encoder of ONNX Runtime's own operators for BERT."""
+    """The encoder in ONNX Runtime's own operators for BERT."""
 
     def mask(self, valid):
-        """What its Attention takes instead: lengths, as int32."""
+        """Its Attention takes lengths instead, as int32."""
         return self.node("CastLike", "lengths", np.int32(0))
 
     def attention(self, x, mask, at):

@@ -1,13 +1,13 @@
-"""What fastattn sets out to reach, and whether it did.
+"""The goals of fastattn, and whether they were reached.
 
-Shares are of the hardware's limit, which for attention is the FMA peak for the operations that reach the answer;
+Shares are of the hardware's limit, which for attention is the FMA peak for the operations that affect the result;
 ratios say how many times faster fastattn is. Both are medians over the rounds of one run (see measure.py).
 """
 
 import measure
 from peers import COMPILED, PEERS, PRODUCTS_AND_ATTENTION
 
-# By shape and dtype, on one thread. float64, and another instruction set than the best, may lose OTHER_KIND.
+# By shape and dtype, on one thread. float64, and instruction sets other than the best, may be lower by OTHER_KIND.
 SHARES = {
     "1x12x128x128x64": 0.78,
     "1x8x512x512x64": 0.86,
@@ -17,24 +17,24 @@ SHARES = {
     "1x8x2048x2048x128-causal": 0.88,
 }
 OTHER_KIND = 0.05
-# Softmax reads and writes each number once, as a copy does, and computes an exponential in between.
+# Softmax reads and writes each element once, as a copy does, and computes an exponential in between.
 SHARE_OF_COPY = 0.3
 
-# Additive scores: of the speed at which five instructions do a vector of terms, one reciprocal for each. Sharing a
-# reciprocal among several terms can pass it.
+# Additive scores: of the speed of five instructions per vector of terms, including one reciprocal. Sharing a reciprocal
+# among several terms can exceed it.
 ADDITIVE_CASE = "additive-1x8x512x512x64"
 ADDITIVE_SHARE = 0.8
 
-# In a window: of the FMA peak, by useful operations, at the widest; a row at the longest length costs at most so much
-# more than at the shortest.
+# Windows: of the FMA peak, counting useful operations, at the widest; and the most that a row at the longest length may
+# cost relative to the shortest.
 WINDOW_SHARES = {"256x256": 0.70}
 FLATNESS = 1.25
 WINDOW_RATIOS = {"truncated-1x1x4096x64-64x64": {"NumPy, best band": 2.5, "PyTorch, masked": 15.0}}
 
-# One query over a cache: of the speed at which as many bytes as key and value have can be read.
+# One query over a cache: of the speed at which the bytes of key and value can be read.
 DECODE_SHARE = 0.85
 
-# A layer, on one thread: how many times as long it may take as its matrix products and its attention alone.
+# A layer, on one thread: the most time it may take, relative to its matrix products and its attention alone.
 MULTI_HEAD_CASES = ("multihead-1x128x768x12", "multihead-1x512x768x12")
 OVERHEAD = 1.05
 
@@ -50,9 +50,9 @@ ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
-# Of what the same threads gain in the FMA probe.
+# Of the speedup of the same threads in the FMA probe.
 SHARE_OF_GAIN = 0.97
-# The best peer, by the size of the cache: larger ones are the memory's business.
+# Relative to the best peer, by size of the cache: larger ones are limited by memory.
 SMALL_CACHE_BYTES = 40e6
 DECODE_RATIOS = {True: {BEST_PEER: 1.3}, False: {BEST_PEER: 1.0}}
 EXTRA_BYTES = 64 * 2**20
@@ -87,7 +87,7 @@ def share(record):
 
 
 def overhead(record):
-    """How many times as long a layer takes as its products and attention alone, and the goal, or None."""
+    """The time of a layer relative to its products and attention alone, and the goal, or None."""
     goal = OVERHEAD if _is_goal_layer(record) else None
     return measure.ratio(record["seconds"], "fastattn", PRODUCTS_AND_ATTENTION), goal
 
@@ -103,7 +103,7 @@ def best_peer(samples, peers=PEERS):
 
 
 def missed(record):
-    """In words, the goals that a record does not reach; None if it has no goal that was measured."""
+    """In words, the goals that a record misses; None if none of its goals was measured."""
     samples, words = record["seconds"], {}
     if "fastattn" not in samples:
         return ["failed"]
@@ -149,7 +149,7 @@ def _window_share(record):
 
 
 def flatness(record):
-    """How many times as much a row costs at the longest length as at the shortest."""
+    """The cost of a row at the longest length relative to the shortest."""
     names = (f"fastattn, {seqlen}" for seqlen in (record["seqlens"][-1], record["seqlens"][0]))
     return measure.ratio(record["seconds"], *names)
 
@@ -166,7 +166,7 @@ def length_shares(record):
 
 
 def missed_lengths(record):
-    """In words, what a record of one window at several lengths does not reach; None if it has no goal."""
+    """In words, the goals that a record of one window at several lengths misses; None if it has none."""
     shares, goal = length_shares(record)
     reached = flatness(record)
     if reached is None:

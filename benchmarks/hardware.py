@@ -1,8 +1,8 @@
-"""The machine's own limits: FMA peak, sums of tanh, read and copy bandwidth, on one or several threads.
+"""The machine's limits: FMA peak, sums of tanh, read and copy bandwidth, on one or several threads.
 
-A share of the peak says more than milliseconds, and carries over to other machines. But clocks drift, so a
-peak is worth something only next to what it is compared with: `fma`, `triples`, `read` and `copy` return a
-`Probe`, a call that takes its turn between the libraries in `measure.interleave`.
+A share of the peak says more than milliseconds, and carries over to other machines. But clocks drift, so a peak is only
+meaningful if measured next to what it is compared with: `fma`, `triples`, `read` and `copy` return a `Probe`, a call
+that is interleaved with the libraries by `measure.interleave`.
 
     python benchmarks/hardware.py            prints the limits
 """
@@ -25,7 +25,7 @@ import numpy as np
 
 SOURCE = Path(__file__).with_name("hardware.c")
 ALIGNMENT = 64
-# Long enough that starting the threads does not show.
+# Long enough for the cost of starting threads to be negligible.
 PROBE_SECONDS = 0.02
 
 
@@ -41,7 +41,7 @@ if platform.machine().lower() in ("aarch64", "arm64"):
     # Up to 4 units x 4 cycles, 32 registers.
     INSTRUCTION_SETS = {"neon": InstructionSet((), 16, 24)}
 else:
-    # Best first. 12 chains of the 16 registers; AVX-512 has 32. SSE2 multiplies and adds in two instructions.
+    # Best first. 12 chains in 16 registers; AVX-512 has 32. SSE2 multiplies and adds in two instructions.
     INSTRUCTION_SETS = {
         "avx512": InstructionSet(("-mavx512f",), 64, 20, '__builtin_cpu_supports("avx512f")'),
         "avx2": InstructionSet(
@@ -53,7 +53,7 @@ else:
 
 @dataclass(frozen=True)
 class Probe:
-    """One call of `call` does `work` (floating-point operations, triples or bytes) in all its threads together."""
+    """One call of `call` does `work` (floating-point operations, triples or bytes), counting all its threads."""
 
     call: object
     work: float
@@ -61,7 +61,7 @@ class Probe:
 
 @functools.cache
 def load(isa, dtype="float32"):
-    """The compiled hardware.c, or None where the compiler or the CPU lacks the instruction set."""
+    """The compiled hardware.c, or None if the compiler or the CPU lacks the instruction set."""
     spec = INSTRUCTION_SETS[isa]
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def _on_threads(work, threads):
 
 
 def _repeats(work_once):
-    """How often `work_once(n)` must repeat to last PROBE_SECONDS."""
+    """How many repetitions of `work_once(n)` last PROBE_SECONDS."""
     for repeats in (4**power for power in itertools.count()):
         start = time.perf_counter()
         work_once(repeats)
@@ -140,10 +140,10 @@ def fma(dtype="float32", isa=None, threads=1):
 
 @functools.cache
 def triples(isa=None, threads=1):
-    """Terms of additive scores in float32, each for a query, a key and a channel, by five instructions a vector.
+    """Terms of additive scores in float32, each for a query, a key and a channel, with five instructions per vector.
 
-    It bounds what takes a reciprocal for every term: with one for several of them, more is possible. None
-    where the instruction set has no estimate of a reciprocal that hardware.c knows.
+    The limit if every term takes a reciprocal; sharing one among several is faster. None if the instruction set has no
+    reciprocal estimate that hardware.c supports.
     """
     library = load(isa or best_isa())
     per_block = library.fractions_per_block()
@@ -170,15 +170,15 @@ def _buffer(nbytes):
 
 @functools.lru_cache(maxsize=4)
 def read(nbytes, threads=1):
-    """Reads of a buffer of `nbytes`: the threads share it."""
+    """Reads of a buffer of `nbytes`, shared among the threads."""
     return read_arrays([_buffer(nbytes)], threads)
 
 
 def read_arrays(arrays, threads=1):
-    """Reads of contiguous arrays where they lie, one after the other, of each array a part on each thread. Of the ways
-    in hardware.c the fastest.
+    """Reads of contiguous arrays in place, one after the other, each divided among the threads, in the fastest of the
+    ways in hardware.c.
 
-    How fast memory is read depends on where in it the arrays are: on their pages, and on what else shares the caches.
+    How fast memory is read depends on where the arrays are: on their pages, and on what else is in the caches.
     """
     library, isa = load(best_isa()), INSTRUCTION_SETS[best_isa()]
     unit = 8 * isa.vector_bytes
@@ -212,7 +212,7 @@ def read_arrays(arrays, threads=1):
 
 @functools.lru_cache(maxsize=4)
 def copy(nbytes, threads=1):
-    """Copies of a buffer of `nbytes` in all; `work` counts each byte copied once, though read and written."""
+    """Copies of a buffer of `nbytes` in all; `work` counts each copied byte once, although it is read and written."""
     library = load(best_isa())
     share = max(ALIGNMENT, nbytes // threads // ALIGNMENT * ALIGNMENT)
     pairs = [(_buffer(share), _buffer(share)) for _ in range(threads)]
@@ -230,7 +230,7 @@ def copy(nbytes, threads=1):
 
 
 def _rate(probe):
-    """The best of a few calls, in units of 1e9 a second."""
+    """The best of a few calls, in units of 1e9 per second."""
     best = min(_timed(probe.call) for _ in range(5))
     return probe.work / best / 1e9
 

@@ -1,8 +1,8 @@
-"""Timing that holds: candidates in turn, ratios within a round, idle threads asleep.
+"""Reliable timing: interleaved candidates, ratios within a round, idle threads asleep.
 
-Clocks drift by ten percent within a minute, so the milliseconds of two libraries mean little unless they were
-measured seconds apart. Each round therefore times every candidate once, every second round backwards (A B C,
-C B A), and only numbers of the same round are compared; `ratio` is the median over the rounds.
+Clocks drift by ten percent within a minute, so the milliseconds of two libraries are only comparable if measured
+seconds apart. Each round therefore times every candidate once, every second round in reverse (A B C, C B A), and only
+times of the same round are compared; `ratio` is the median over the rounds.
 """
 
 import math
@@ -10,28 +10,29 @@ import statistics
 import time
 from dataclasses import dataclass
 
-# A sample shorter than this repeats its call: clock resolution and one interrupt must not show.
+# Shorter calls are repeated in a sample, so that clock resolution and single interrupts do not matter.
 SAMPLE_SECONDS = 0.02
-# A call longer than this needs none before it to fill the caches and wake the threads. Shorter ones have as many as are
-# in a sample: what is larger than a cache takes several passes until the cache holds as much of it as it ever will.
+# A call longer than this needs no warm-up to fill the caches and wake the threads. Shorter ones get as many warm-up
+# calls as are in a sample: data larger than a cache takes several passes until the cache holds as much of it as it ever
+# will.
 LONG_SECONDS = 0.1
 
 
 @dataclass
 class Candidate:
-    """Something to time. One call counts as `units` calls, for probes that repeat by themselves."""
+    """Something to time. One call counts as `units` calls, for probes that repeat internally."""
 
     name: str
     call: object
     units: float = 1.0
-    number: int = 0  # calls in a sample, and
-    estimate: float = 0.0  # seconds of one, found before the first round
+    number: int = 0  # calls in a sample
+    estimate: float = 0.0  # seconds of one call, measured before the first round
 
 
 def wait_until_idle(limit=1.0):
     """Sleeps until no thread of this process runs.
 
-    OpenBLAS spins for 26 ms after a call and ONNX Runtime for 90: who is timed meanwhile shares the cores.
+    OpenBLAS spins for 26 ms after a call and ONNX Runtime for 90: whatever is timed meanwhile shares the cores.
     """
     deadline = time.perf_counter() + limit
     while time.perf_counter() < deadline:
@@ -42,7 +43,7 @@ def wait_until_idle(limit=1.0):
 
 
 def seconds(call, number):
-    """Of one call, by the mean of `number` calls."""
+    """Seconds per call, the mean of `number` calls."""
     start = time.perf_counter()
     for _ in range(number):
         call()
@@ -50,7 +51,7 @@ def seconds(call, number):
 
 
 def calibrate(call):
-    """How many calls make a sample, and about how many seconds one takes."""
+    """How many calls make a sample, and roughly how many seconds one takes."""
     call()
     number, each = 1, seconds(call, 1)
     while number * each < SAMPLE_SECONDS:
@@ -78,7 +79,7 @@ def interleave(candidates, rounds, progress=None):
 
 
 def ratio(samples, numerator, denominator):
-    """Median over the rounds, or None where either was not measured."""
+    """Median over the rounds, or None if either was not measured."""
     if numerator not in samples or denominator not in samples:
         return None
     pairs = zip(samples[numerator], samples[denominator], strict=True)

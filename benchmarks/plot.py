@@ -1,4 +1,4 @@
-"""The plots of what compare.py measured: shares of the machine's limits, four jobs in milliseconds, windows' cost."""
+"""Plots of compare.py's results: shares of the machine's limits, four jobs in milliseconds, the cost of windows."""
 
 import statistics
 
@@ -28,19 +28,19 @@ JOBS = {
     "decode-1x8x8x1x32768x64": "The next token, over a cache of 32768: 8 heads of 64",
     "truncated-1x1x4096x64-64x64": "4096 frames that see 64 on either side: 1 head of 64",
 }
-# Below this a call is all overhead, and its share of the peak says nothing.
+# Below this a call is mostly overhead, and its share of the peak means nothing.
 LEAST_FLOPS_IN_PLOT = 1e6
 
 
 def draw(everything, path):
-    """Writes the shares to `path`; four jobs to jobs.* and what windows cost to truncated.* beside it."""
+    """Writes the shares to `path`, four jobs to jobs.* and the cost of windows to truncated.* next to it."""
     _draw_shares(everything, path)
     _draw_jobs(everything, path.with_stem("jobs"))
     _draw_windows(everything, path.with_stem("truncated"))
 
 
 def _draw_jobs(everything, path):
-    """The milliseconds of each library for JOBS on one thread, one panel a job, the shortest bar on top."""
+    """The milliseconds of each library for JOBS on one thread, one panel per job, the shortest bar on top."""
     records = {record["case"]: record for record in records_of(everything["records"], "libraries", threads=1)}
     if not all(case in records for case in JOBS):
         return
@@ -79,7 +79,7 @@ def _draw_shares(everything, path):
     shown = {}
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         shown |= _bars(axis, *panel)
-    # One legend, in the order of the colours, above all panels; inches, whatever the number of panels.
+    # One legend, in the order of the colours, above all panels; sized in inches, whatever the number of panels.
     names = [name for name in COLOURS if name in shown]
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.65 / height), h_pad=2.0)
     style = {"ncols": len(names), "frameon": False, "fontsize": 10, "handlelength": 1.0}
@@ -106,7 +106,7 @@ def _panels(records):
 
 
 def _bars(axis, title, limit, records):
-    """One panel; returns a bar of each library for the legend."""
+    """One panel; returns one bar per library for the legend."""
     names = [name for name in COLOURS if any(name in record["seconds"] for record in records)]
     width, shown, top = 0.84 / max(1, len(names)), {}, 0.0
     for index, record in enumerate(records):
@@ -140,7 +140,7 @@ def _frame(axis, title):
 
 
 def _draw_windows(everything, path):
-    """The cost of a row against the length, of the window that was measured at most lengths, and against the window."""
+    """The cost of a row against the length, for the window measured at the most lengths, and against the window."""
     records = records_of(everything["records"], "libraries", kind="truncated")
     records = [record for record in records if record["threads"] == min(r["threads"] for r in records)]
     by_window, by_length = _largest_group(records, "window"), _largest_group(records, "seqlen")
@@ -178,7 +178,7 @@ def _draw_windows(everything, path):
 
 
 def _largest_group(records, key):
-    """Those of the records with the most frequent value of `key`."""
+    """The records with the most frequent value of `key`."""
     groups = {}
     for record in records:
         groups.setdefault(str(record[key]), []).append(record)
@@ -186,9 +186,9 @@ def _largest_group(records, key):
 
 
 def _lines(axis, groups):
-    """Nanoseconds a row of each library over the keys of `groups`, both axes logarithmic; returns a line of each.
+    """Nanoseconds per row of each library against the keys of `groups`, both axes logarithmic; returns one line each.
 
-    Where a group has several records, each has its dot, and the line passes between them.
+    If a group has several records, each has a dot, and the line passes between them.
     """
     shown = {}
     axis.set_xscale("log", base=2)

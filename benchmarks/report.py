@@ -1,4 +1,4 @@
-"""The Markdown tables of what compare.py measured; on request with the goals of goals.py."""
+"""Markdown tables of compare.py's results; on request with the goals of goals.py."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
 MINILM_SHAPE = "sentences, tokens of the longest"
 
-# What the numbers of a section mean to someone who uses the library, by the first words of its title.
+# What the numbers of a section mean to users of the library, by the first words of its title.
 MEANINGS = {
     "Attention": "How long one call takes, and how much of what the multipliers can do it uses; the operations that "
     "causality hides do not count.",
@@ -43,7 +43,7 @@ MEANINGS = {
 
 @dataclass
 class Table:
-    """Columns headed "goal" or "outcome" are printed on request only."""
+    """Columns headed "goal" or "outcome" are printed only on request."""
 
     title: str
     heads: list
@@ -57,7 +57,7 @@ class Table:
 
 
 def meaning(title):
-    """The sentence of the longest beginning that fits the title."""
+    """The sentence for the longest prefix of the title."""
     return MEANINGS[max((words for words in MEANINGS if title.startswith(words)), key=len)]
 
 
@@ -83,7 +83,7 @@ def markdown(everything, with_goals=False):
     texts, before = [], None
     for part in parts:
         if isinstance(part, Table) and part.rows:
-            # Tables of the same kind, for other threads or dtypes, say once what they mean.
+            # Tables of the same kind, for other threads or dtypes, are explained once.
             texts.append(part.markdown(with_goals, with_meaning=meaning(part.title) != before))
             before = meaning(part.title)
         elif isinstance(part, str):
@@ -92,7 +92,7 @@ def markdown(everything, with_goals=False):
 
 
 def variants(records):
-    """The fastest way of writing each case in each library, or why it is left out: {library: {note: cases}}."""
+    """The fastest variant of each case in each library, or why it is left out: {library: {note: cases}}."""
     found = {}
     for record in records:
         for name, note in record.get("notes", {}).items():
@@ -205,7 +205,7 @@ def _lengths(records):
                 f"{_nanoseconds(measure.median(samples, f'fastattn, {seqlen}'))} ({_percent(share)})"
                 for seqlen, share in zip(seqlens, shares, strict=True)
             ]
-            # What one row of query, key and value takes to read, and a row of the result to write.
+            # The time to read a row of query, key and value and to write a row of the result.
             memory = [sum(parts) for parts in zip(samples["read"], samples["copy"], strict=True)]
             flatness = goals.flatness(record)
             numbers += [_nanoseconds(measure.median({"": memory}, "")), f"{flatness:.2f}x" if flatness else "-"]
@@ -274,7 +274,7 @@ def _minilm(records):
 
 
 def _sentences(record, name):
-    """A second, and how many times as many are fastattn's."""
+    """Rate per second, and fastattn's relative to it."""
     samples = record["seconds"]
     if name not in samples:
         return "-"
@@ -284,7 +284,7 @@ def _sentences(record, name):
 
 
 def left_out(missing):
-    """A note on the model, where packages are missing that it needs."""
+    """A note on the model, if packages that it needs are missing."""
     if missing:
         yield f"MiniLM is left out: {', '.join(missing)} not installed (README.md says how)."
 
@@ -348,7 +348,7 @@ def _beside(samples, name):
 
 
 def _outcome(words):
-    """Of the goals missed, in words; None is no goal at all."""
+    """The outcome for the goals missed, in words; None: there was no goal."""
     if words is None:
         return ""
     return "**missed**: " + ", ".join(words) if words else "met"

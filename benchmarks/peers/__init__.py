@@ -1,8 +1,8 @@
 """The libraries that fastattn is measured against, each at its best.
 
-One module per library; its `LIBRARIES` says how that library writes each kind of case. Every library gets its inputs
-beforehand in its own format and favourite layout. Where it can write the same thing in several ways (`Variant`), all of
-them are tried on each case, and the fastest one with the right answer counts.
+One module per library; its `LIBRARIES` says how that library implements each kind of case. Every library gets its
+inputs beforehand in its own format and preferred layout. If it has several implementations (`Variant`), all are tried
+on each case, and the fastest with the right answer counts.
 """
 
 import importlib.metadata
@@ -25,16 +25,16 @@ LIBRARIES = {
     for module in (fastattn, numpy, torch, onnx, openvino, jax)
     for name, library in module.LIBRARIES.items()
 }
-# Against these a goal "beats the best peer" counts; NumPy and SciPy are baselines.
+# The libraries that "beats the best peer" refers to; NumPy and SciPy are baselines.
 PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
-# Those who write additive attention out.
+# Libraries that write out additive attention.
 COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
 TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
 ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
-# Errors allowed before a library is timed, of values near 1: several times what honest float32 and float64
-# need, and far below what bfloat16 arithmetic in disguise would give.
+# Errors allowed before a library is timed, for values near 1: several times those of real float32 and float64, and far
+# below those of hidden bfloat16 arithmetic.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
-# Embeddings are of length 1, their numbers of a twentieth.
+# Embeddings have norm 1 and elements of about 1/20.
 EMBEDDING_TOLERANCE = 1e-5
 
 
@@ -42,13 +42,13 @@ def thread_environment(threads):
     """What must be set before any library is imported, so that each uses exactly `threads` threads."""
     names = ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB_MAXIMUM", "NUMEXPR", "FASTATTN")
     settings = {f"{name}_NUM_THREADS": str(threads) for name in names}
-    # What fastattn sets by itself where it is imported before NumPy, as it is not here (fastattn/_load.py).
+    # fastattn sets this itself if imported before NumPy, which is not the case here (fastattn/_load.py).
     settings["OPENBLAS_THREAD_TIMEOUT"] = "18"
-    # XLA and TBB take one thread for each CPU they may run on: the affinity decides, and this only helps.
+    # XLA and TBB use one thread per CPU that they may run on: affinity decides, this only helps.
     settings["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
     settings["JAX_PLATFORMS"] = "cpu"
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # torch.compile would leave a pool of processes behind.
+    # Otherwise torch.compile would leave a pool of processes behind.
     settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     return {**os.environ, **settings}
 
@@ -64,9 +64,9 @@ def versions():
 
 
 def candidates(case, threads, names, notes):
-    """A right and fast candidate for each library that is installed, has the function, and is among `names`.
+    """The fastest correct candidate of each library that is installed, has the function, and is in `names`.
 
-    `notes` receives the variant chosen and the reason why a library is left out.
+    `notes` receives the variant chosen, or the reason why a library is left out.
     """
     expected = None
     for name, (_, makers) in LIBRARIES.items():
@@ -119,7 +119,7 @@ def check(variant, expected, case, name, notes):
     except Exception as error:
         notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
         return False
-    if case.kind == "decode":  # groups are rows in what is expected, and in some libraries' answers
+    if case.kind == "decode":  # groups are rows in the expected result and in some libraries' results
         got = got.reshape(expected.shape)
     error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
     allowed = EMBEDDING_TOLERANCE if case.kind == "minilm" else TOLERANCE[case.dtype]

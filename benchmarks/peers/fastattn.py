@@ -1,4 +1,4 @@
-"""fastattn itself, and what one of its layers cannot do without."""
+"""fastattn itself, and the minimum work of one of its layers."""
 
 import functools
 
@@ -10,12 +10,12 @@ from suite import baselines
 
 from .variant import Variant
 
-# Not a library: what fastattn's layer is measured against.
+# Not a library, but what fastattn's layer is measured against.
 PRODUCTS_AND_ATTENTION = "products and attention"
 
 
 def attention(case, threads):
-    # No num_threads: the environment says how many, as it does to the others.
+    # No num_threads: the environment sets it, as for the others.
     call = functools.partial(fastattn.dot_product_attention, *case.inputs())
     yield Variant("", functools.partial(call, is_causal=True) if case.is_causal else call)
 
@@ -36,7 +36,7 @@ def multihead(case, threads):
 
 
 def products_and_attention(case, threads):
-    """What a layer cannot do without, into arrays that are there already and without biases."""
+    """The minimum work of a layer, into preallocated arrays and without biases."""
     x, *weights, w_out = case.inputs()
     w_qkv = case.packed()[0]
     zeros = np.zeros(3 * case.d_model), np.zeros(case.d_model)
@@ -91,7 +91,7 @@ def softmax_out(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "fastattn": (
         "fastattn",

@@ -71,7 +71,7 @@ def _compiled(name, function, arrays, read=np.asarray):
     return Variant(name, lambda: compiled(*arrays).block_until_ready(), read)
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "JAX": ("jax", {"attention": attention, "truncated": truncated, "decode": decode, "multihead": multihead}),
 }

@@ -1,4 +1,4 @@
-"""NumPy and SciPy, as they are usually written and at their best."""
+"""NumPy and SciPy, as usually written and at their best."""
 
 import functools
 
@@ -16,7 +16,7 @@ def truncated(case, threads):
     arguments = *case.inputs(), *case.window
     for rows in (8, 16, 32, 64, 128, 256):
         yield Variant(f"blocks of {rows}", functools.partial(baselines.truncated_attention, *arguments, rows=rows))
-    if sum(case.window) <= 32:  # wider they are far behind
+    if sum(case.window) <= 32:  # wider ones are far slower
         yield Variant("a window a row, einsum", functools.partial(baselines.truncated_by_row, *arguments))
         yield Variant("a sum a distance", functools.partial(baselines.truncated_by_distance, *arguments))
 
@@ -49,7 +49,7 @@ def _additive(case, threads, ways):
 
 
 def textbook_additive(case, threads):
-    refuse_large(case, case.triples // (case.batch * case.heads))  # a head at a time
+    refuse_large(case, case.triples // (case.batch * case.heads))  # one head at a time
     return _additive(case, threads, {"": baselines.textbook_scores})
 
 
@@ -72,7 +72,7 @@ def scipy_softmax(case, threads):
     yield Variant("", functools.partial(softmax, *case.inputs(), axis=case.axis))
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "NumPy": (
         "numpy",

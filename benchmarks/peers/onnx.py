@@ -1,4 +1,4 @@
-"""ONNX Runtime: each graph that it has an operator for."""
+"""ONNX Runtime: a graph for each operator that it has."""
 
 import functools
 
@@ -83,8 +83,8 @@ def decode(case, threads):
         return variant("Attention, grouped", [node], {"q": query, "k": key, "v": value}, query.shape)
 
     def group_query_attention():
-        # Its cache holds all keys but the last one, which it puts there itself, in place. Rows that share a key head
-        # are as good as heads: all of them see all keys.
+        # Its cache holds all keys except the last one, which it writes there itself, in place. Rows that share a key
+        # head are equivalent to heads: all of them see all keys.
         heads = kv_heads * case.as_rows.seqlen_q
         node = helper.make_node(
             "GroupQueryAttention",
@@ -119,7 +119,7 @@ def multihead(case, threads):
     def variant(name, nodes, **weights):
         output = [helper.make_node("MatMul", ["a", "w_out"], ["p"]), helper.make_node("Add", ["p", "b_out"], ["o"])]
         weights |= {"b_qkv": b_qkv, "w_out": w_out, "b_out": b_out}
-        # Constants, which it may pack for its matrix products beforehand.
+        # Constants, so that it may pack them for its matrix products beforehand.
         constants = [numpy_helper.from_array(array, letter) for letter, array in weights.items()]
         return _graph_variant(threads, name, nodes + output, {"x": x}, x.shape, constants=constants)
 
@@ -149,7 +149,7 @@ def minilm(case, threads):
 
 
 def _graph_variant(threads, name, nodes, arrays, shape, read=np.asarray, constants=(), opset=23, updated=None):
-    """A graph with these inputs, by name, and output "o"; `updated` are outputs that overwrite an input."""
+    """A graph with these inputs, by name, and output "o"; `updated`: outputs that overwrite an input."""
     from onnx import helper
 
     updated = updated or {}
@@ -168,7 +168,7 @@ def _graph_variant(threads, name, nodes, arrays, shape, read=np.asarray, constan
 
 
 def _model_variant(threads, name, model, arrays, read=np.asarray, updated=None):
-    """A model with these inputs and one output beside those that are `updated`."""
+    """A model with these inputs and one output besides the `updated` ones."""
     import onnxruntime
 
     updated = updated or {}
@@ -180,7 +180,7 @@ def _model_variant(threads, name, model, arrays, read=np.asarray, updated=None):
         # The optimiser folds the scale into a matrix product that keeps it in float32.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    # Bound once: no look-up of names and no new output in each call.
+    # Bound once: calls look up no names and allocate no output.
     binding = session.io_binding()
     values = {letter: onnxruntime.OrtValue.ortvalue_from_numpy(array) for letter, array in arrays.items()}
     for letter, ort_value in values.items():
@@ -210,7 +210,7 @@ def _unpacked(array, heads):
     return array.reshape(*array.shape[:2], heads, -1).swapaxes(1, 2)
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "ONNX Runtime": (
         "onnxruntime",

@@ -35,14 +35,14 @@ def multihead(case, threads):
 
 
 def _variants(threads, node, parameters, arrays):
-    """A graph that ends in `node`, of these parameters and their arrays."""
+    """A graph that ends in `node`, with these parameters and their arrays."""
     import openvino
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        # The default would be bfloat16 where the CPU has it.
+        # The default would be bfloat16 if the CPU has it.
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
@@ -62,5 +62,5 @@ def _variants(threads, node, parameters, arrays):
     yield Variant("start_async", call, read)
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {"OpenVINO": ("openvino", {"attention": attention, "decode": decode, "multihead": multihead})}

@@ -8,7 +8,7 @@ from suite import baselines
 
 from .variant import Variant, refuse_large
 
-# Keeps what it has entered: PyTorch leaves inference mode when the object that entered it is collected.
+# Keeps the context manager alive: PyTorch leaves inference mode when it is collected.
 _for_good = contextlib.ExitStack()
 
 
@@ -17,7 +17,7 @@ def _torch(threads):
     import torch
 
     torch.set_num_threads(threads)
-    # Entered for good: as a `with` around each call it would cost a microsecond.
+    # Entered permanently: a `with` around each call would cost a microsecond.
     _for_good.enter_context(torch.inference_mode())
     return torch
 
@@ -41,21 +41,21 @@ def masked_truncated(case, threads):
 
 
 def flex_truncated(case, threads):
-    """torch.compile's attention that skips blocks of hidden scores."""
+    """torch.compile's attention, which skips blocks of hidden scores."""
     torch = _torch(threads)
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     query, key, value = map(torch.from_numpy, case.inputs())
-    # It compiles anew for each window and length.
+    # It recompiles for each window and length.
     torch._dynamo.config.recompile_limit = 256
     left, right = case.window
 
     def visible(batch, head, row, column):
         return (row - column <= left) & (column - row <= right)
 
-    # Smaller blocks hide less and cost more calls; each size takes up to ten seconds to compile.
+    # Smaller blocks waste less but need more calls; each size takes up to ten seconds to compile.
     for size in (16, 32) if left + right < 64 else (32, 64):
-        # What create_block_mask finds out with an array of L x S: which blocks are seen in part, and which wholly.
+        # What create_block_mask computes with an L x S array: which blocks are partly and which fully visible.
         count = -(-case.seqlen // size)
         apart = torch.arange(count) - torch.arange(count)[:, None]
         nearest = (apart.abs() - 1).clamp(min=0) * size + (apart != 0)
@@ -71,7 +71,7 @@ def flex_truncated(case, threads):
 
 
 def _ordered(blocks):
-    """How many are set in each row, and which: those that are set come first."""
+    """How many are set in each row, and their indices: those that are set come first."""
     return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
@@ -134,13 +134,14 @@ def minilm(case, threads):
 
 
 def _additive(case, threads, ways, is_compiled=False):
-    """`ways` make scores of query, key and w_score; those in _KEYS_LAST take the key with its last axes swapped."""
+    """`ways` compute scores from query, key and w_score; those in _KEYS_LAST take the key with its last axes
+    swapped."""
     torch = _torch(threads)
     query, key, value, w_score = map(torch.from_numpy, case.inputs())
     projections = {name: torch.from_numpy(array) for name, array in case.projections().items()}
     key_last = key.mT.contiguous()
     if is_compiled:
-        # One function is compiled for every case, and after 8 of them PyTorch would refuse to go on.
+        # One function is compiled for every case, and after 8 PyTorch would stop compiling.
         torch._dynamo.config.recompile_limit = 256
     for name, make_scores in ways.items():
         is_key_last = make_scores in _KEYS_LAST
@@ -161,7 +162,7 @@ def _tanh_matmul(torch, query, key, w_score):
 
 
 def _tanh_sum(torch, query, key, w_score):
-    """As Keras's AdditiveAttention writes it."""
+    """As in Keras' AdditiveAttention."""
     return torch.sum(w_score * torch.tanh(query[..., :, None, :] + key[..., None, :, :]), -1)
 
 
@@ -193,7 +194,7 @@ def keras_additive(case, threads):
 
 
 def compiled_additive(case, threads):
-    # PyTorch makes the same loops of Keras's sum as of the matrix product.
+    # PyTorch compiles Keras' sum to the same loops as the matrix product.
     ways = {"keys as rows": _tanh_matmul, "keys last": _tanh_sum_keys_last}
     return _additive(case, threads, ways, is_compiled=True)
 
@@ -208,7 +209,7 @@ def softmax(case, threads):
     yield Variant("", lambda: x.softmax(case.axis))
 
 
-# Name -> (distribution, how it writes each kind of case).
+# Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "PyTorch": (
         "torch",

@@ -1,11 +1,11 @@
-"""One way to write a case in a library, and what the libraries' modules share."""
+"""One implementation of a case in a library, and what the libraries' modules share."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# Where the formula of additive attention makes an array of (L, S, hidden), or what masks a window one of (L, S), it is
-# left out above this size.
+# A variant that makes an array of (L, S, hidden) for additive attention, or of (L, S) to mask a window, is skipped
+# above this size.
 LARGEST_ARRAY = 2**30
 
 
@@ -13,7 +13,7 @@ LARGEST_ARRAY = 2**30
 class Variant:
     """`call` is timed; `read` turns what it returns into a (..., L, E) NumPy array.
 
-    `expected` is the right answer where it is not the case's own.
+    `expected` is the right answer if it is not the case's own.
     """
 
     name: str
@@ -29,12 +29,12 @@ def refuse_large(case, count):
 
 
 def those_that_work(*makers):
-    """The variants of a library that it can build; its complaint if it can build none."""
+    """The variants that a library can build, or its error if it can build none."""
     complaints = []
     for make in makers:
         try:
             made = make()
-        except Exception as error:  # whatever a library throws at an operator it does not know
+        except Exception as error:  # whatever a library raises for an operator it does not know
             complaints.append(error)
         else:
             yield made

@@ -1,1 +1,1 @@
-"""The asv suite, and the cases and baselines that compare.py shares with it."""
+"""The asv suite, and the cases and baselines shared with compare.py."""

@@ -24,7 +24,7 @@ def _additive(shape, dtype, is_projected, implementation):
 
 
 class AdditiveAttention:
-    # NumPy's sums and exponentials use one thread whatever it is told, so it is measured once, as the baseline of both.
+    # NumPy's sums and exponentials always use one thread, so it is measured once, as the baseline of both.
     params = [list(ADDITIVE_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["shape", "dtype", "implementation"]
 

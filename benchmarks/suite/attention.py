@@ -10,8 +10,8 @@ from . import baselines
 from .cases import ATTENTION_SHAPES, Attention
 
 
-# No asv `setup` hook: with one, asv times a single call a sample, which is noise for microseconds. The first
-# call makes the inputs here, and asv's warm-up throws that call away (only --quick keeps it).
+# No asv `setup` hook: with one, asv times a single call per sample, which is noise at microseconds. Here the first call
+# makes the inputs, and asv's warm-up discards that call (except with --quick).
 @functools.cache
 def _call(shape, dtype, is_causal, threads, implementation):
     arrays = Attention(*shape, dtype, is_causal).inputs()

@@ -1,4 +1,4 @@
-"""What a careful NumPy user would write instead of calling fastattn: the baseline of every benchmark."""
+"""What a careful NumPy user would write instead of calling fastattn: the baselines of all benchmarks."""
 
 import functools
 
@@ -13,7 +13,7 @@ def softmax(x, axis=-1):
 
 
 def dot_product_attention(query, key, value, is_causal=False, scale=None):
-    """Two matrix products, with everything between them in place; L x S scores for each head at once."""
+    """Two matrix products, with everything between them in place; L x S scores for all heads at once."""
     if scale is None:
         scale = query.shape[-1] ** -0.5
     scores = (query * scale) @ key.swapaxes(-1, -2)
@@ -29,25 +29,25 @@ def _add_up(scores, value):
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     output = scores @ value
-    # Dividing the output rather than the weights: head_dim numbers a row, not seqlen_k.
+    # Dividing the output rather than the weights: head_dim numbers per row, not seqlen_k.
     output /= scores.sum(axis=-1, keepdims=True)
     return output
 
 
-# Queries of a block in a band, a compromise between wide windows and narrow ones.
+# Queries per block of a band, a compromise between wide and narrow windows.
 BAND_ROWS = 64
 
 
 def truncated_attention(query, key, value, left, right=0, rows=BAND_ROWS):
-    """A head at a time, blocks of queries over the keys of their windows, several blocks in one call of NumPy.
+    """One head at a time, blocks of queries over the keys of their windows, several blocks per NumPy call.
 
-    Of a block's scores the hidden ones are computed too, and get a bias of minus infinity: all blocks share it.
+    Hidden scores of a block are computed too, and get a bias of minus infinity that all blocks share.
     """
     seqlen, head_dim = query.shape[-2:]
     query = query * query.dtype.type(head_dim**-0.5)
     output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
     width = left + rows + right
-    # Blocks whose windows lie within the keys: those from `first` up to `last`.
+    # Blocks whose windows are within the keys: [first, last).
     first = -(-left // rows)
     last = max(first, (seqlen - right) // rows)
     offsets = np.arange(width) - left - np.arange(rows)[:, None]
@@ -72,7 +72,7 @@ def truncated_attention(query, key, value, left, right=0, rows=BAND_ROWS):
 
 
 def _edge(query, key, value, output, start, stop, left, right):
-    """Rows of a band whose windows reach past the keys."""
+    """Rows of a band whose windows extend past the keys."""
     keys = slice(max(0, start - left), min(len(key), stop + right))
     scores = query[start:stop] @ key[keys].T
     offsets = np.arange(keys.start, keys.stop) - np.arange(start, stop)[:, None]
@@ -81,24 +81,24 @@ def _edge(query, key, value, output, start, stop, left, right):
 
 
 def _blocks(array, rows):
-    """(n, head_dim) in whole blocks: (n // rows, rows, head_dim)."""
+    """(n, head_dim) as whole blocks: (n // rows, rows, head_dim)."""
     return array[: len(array) // rows * rows].reshape(-1, rows, array.shape[-1])
 
 
 def _windows_of_blocks(array, rows, width):
-    """A view (n - width + 1, width, head_dim) of (n, head_dim): entry i begins at row i."""
+    """A view (n - width + 1, width, head_dim) of (n, head_dim): entry i starts at row i."""
     if len(array) < width:
         return array[:0, None]
     return np.lib.stride_tricks.sliding_window_view(array, width, axis=0).swapaxes(-1, -2)
 
 
 def truncated_by_row(query, key, value, left, right=0):
-    """The same with a window for each query, and products over them that einsum adds up: for narrow windows."""
+    """The same with a window per query, and products summed by einsum: for narrow windows."""
     return _by_row(query, key, value, left, right, _einsum_scores, _einsum_values)
 
 
 def truncated_by_distance(query, key, value, left, right=0):
-    """The same with a sum over all queries for each distance between query and key: for the narrowest windows."""
+    """The same with one sum over all queries per distance between query and key: for the narrowest windows."""
     return _by_row(query, key, value, left, right, _shifted_scores, _shifted_values)
 
 
@@ -165,14 +165,14 @@ def grouped_attention_keys_first(query, key, value):
 
 
 def bilinear_attention(query, key, value, w_query, w_key):
-    """Dot products of what two matrices make of the queries and the keys, at scale 1."""
+    """Dot products of projected queries and keys, at scale 1."""
     return dot_product_attention(query @ w_query, key @ w_key, value, scale=1.0)
 
 
 def multi_head_attention(x, w_qkv, b_qkv, w_out, b_out, heads):
-    """One product for queries, keys and values, with weights put side by side beforehand, and the formula."""
+    """One product for queries, keys and values, with weights concatenated beforehand, and the formula."""
     batch, seqlen, d_model = x.shape
-    # Flat rows: over a stack of matrices NumPy would make a product for each.
+    # Flat rows: for a stack of matrices NumPy would make one product each.
     projected = x.reshape(-1, d_model) @ w_qkv
     projected += b_qkv
     query, key, value = projected.reshape(batch, seqlen, 3, heads, -1).transpose(2, 0, 3, 1, 4)
@@ -189,7 +189,7 @@ def rotary_tables(seqlen, head_dim, dtype, base=10000.0):
 
 
 def apply_rotary(x, cosines, sines):
-    """Turns each pair of channels i and i + head_dim / 2 by the angles of the tables."""
+    """Rotates each pair of channels i and i + head_dim / 2 by the angles of the tables."""
     first, second = np.split(x, 2, axis=-1)
     output = np.empty_like(x)
     new_first, new_second = np.split(output, 2, axis=-1)
@@ -200,14 +200,14 @@ def apply_rotary(x, cosines, sines):
     return output
 
 
-# What a block of (queries, channels, keys) may take: the passes over it then find it in a core's cache, and few
-# enough calls are made that their own cost does not show. Found by trying.
+# Size of a block of (queries, channels, keys): small enough for a core's cache, large enough for the overhead of calls
+# to be negligible. Found by experiment.
 BLOCK_BYTES = 2**19
 
 
 def tanh_scores(query, key, w_score):
     """Additive scores of one head, (L, S): a block of sums, their tanh in place, a matrix product with w_score."""
-    key = np.ascontiguousarray(key.T)  # keys last: the inner loops are long whatever the number of channels
+    key = np.ascontiguousarray(key.T)  # keys last, for long inner loops whatever the number of channels
     scores = np.empty((len(query), key.shape[1]), query.dtype)
     rows = _rows_of_a_block(key, BLOCK_BYTES)
     block = _workspace((rows, *key.shape), query.dtype)
@@ -221,9 +221,9 @@ def tanh_scores(query, key, w_score):
 
 
 def exponential_scores(query, key, w_score):
-    """The same by tanh(a + b) = 1 - 2 A / (A + B), where A = exp(-2a) and B = exp(2b): a sum and a division.
+    """The same with tanh(a + b) = 1 - 2 A / (A + B), where A = exp(-2a) and B = exp(2b): a sum and a division.
 
-    The exponentials are taken once a row. For numbers so small that they stay finite.
+    The exponentials are computed once per row. Only for numbers small enough for them to be finite.
     """
     a, b = np.exp(-2 * query), np.exp(2 * key.T, order="C")
     weights = (w_score * a)[:, None, :]
@@ -240,13 +240,13 @@ def exponential_scores(query, key, w_score):
 
 
 def paired_scores(query, key, w_score):
-    """The same with one division for two channels, whose denominator and numerator are matrix products.
+    """The same with one division per two channels, whose denominator and numerator are matrix products.
 
-    (A1 + B1) (A2 + B2) = [A1 A2, A1, A2, 1] . [1, B2, B1, B1 B2], and with the weights u and v of the channels
-    u A1 (A2 + B2) + v A2 (A1 + B1) = [(u + v) A1 A2, u A1, v A2, 0] . [the same].
-    For numbers so small that products of two exponentials stay finite.
+    (A1 + B1) (A2 + B2) = [A1 A2, A1, A2, 1] . [1, B2, B1, B1 B2], and with the weights u and v of the channels u A1 (A2
+    + B2) + v A2 (A1 + B1) = [(u + v) A1 A2, u A1, v A2, 0] . [the same]. Only for numbers small enough for products of
+    two exponentials to be finite.
     """
-    if len(w_score) % 2:  # one more channel, which weighs nothing
+    if len(w_score) % 2:  # one more channel, of weight 0
         query, key, w_score = (np.append(x, np.zeros_like(x[..., :1]), axis=-1) for x in (query, key, w_score))
     a1, a2 = np.exp(-2 * query.T, order="C").reshape(-1, 2, len(query)).swapaxes(0, 1)
     b1, b2 = np.exp(2 * key.T, order="C").reshape(-1, 2, len(key)).swapaxes(0, 1)
@@ -267,7 +267,7 @@ def paired_scores(query, key, w_score):
     return _from_sum(scores, w_score)
 
 
-# Kept for the next head and the next call: memory fresh from the system costs a page fault for each 4 KiB.
+# Kept for the next head and the next call: fresh memory costs a page fault per 4 KiB.
 @functools.lru_cache(maxsize=1)
 def _workspace(shape, dtype):
     return np.empty(shape, dtype)
@@ -284,12 +284,12 @@ def _from_sum(scores, w_score):
 
 
 def textbook_scores(query, key, w_score):
-    """As the formula has it: an array of (L, S, hidden)."""
+    """The formula as it stands: an array of (L, S, hidden)."""
     return np.tanh(query[:, None, :] + key) @ w_score
 
 
 def additive_attention(query, key, value, w_score, w_query=None, w_key=None, scores=tanh_scores):
-    """A head at a time; `scores` is one of the ways above to make a head's L x S scores."""
+    """One head at a time; `scores` is one of the ways above to compute a head's L x S scores."""
     query = query if w_query is None else query @ w_query
     key = key if w_key is None else key @ w_key
     output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
@@ -305,7 +305,7 @@ def expected_additive_attention(*arrays, **projections):
 
 
 def expected_attention(query, key, value, is_causal=False):
-    """The answer to check against: the same formula in float64, a head at a time to bound the memory."""
+    """The answer to check against: the same formula in float64, one head at a time to bound the memory."""
     output = np.empty((*query.shape[:-1], value.shape[-1]))
     for head in np.ndindex(query.shape[:-2]):
         rows = (array[head].astype(np.float64) for array in (query, key, value))
@@ -324,7 +324,7 @@ def expected_rotary(x):
 
 
 def expected_truncated_attention(query, key, value, left, right):
-    """The same in a window: a row at a time, with nothing but its window."""
+    """The same in a window: one row at a time, with only its window."""
     query, key, value = (array.astype(np.float64) for array in (query, key, value))
     output = np.empty((*query.shape[:-1], value.shape[-1]))
     for *head, row in np.ndindex(query.shape[:-1]):

@@ -1,6 +1,6 @@
-"""What is measured: shapes, dtypes and their inputs, once for asv and for compare.py.
+"""What is measured: shapes, dtypes and inputs, shared by asv and compare.py.
 
-Only append: a case that changes breaks the comparison with every older result.
+Only append: changing a case breaks the comparison with all older results.
 """
 
 import functools
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Channels of the values of additive attention, and of its queries and keys before matrices project them.
+# Channels of the values of additive attention, and of its queries and keys before projection.
 HEAD_DIM = 64
 
 
 class Case:
-    """Something to measure. Its name and label come from its shape, its dtype and a few words.
+    """Something to measure. Its name and label are made from its shape, its dtype and a few words.
 
-    `fields` are the attributes that make the shape; `words` follow it in the name, `label_words` in the label. Names
-    say float64, and leave float32 out.
+    `fields` are the attributes that form the shape; `words` follow it in the name, `label_words` in the label. Names
+    include float64, but not float32.
     """
 
     kind = ""
@@ -69,7 +69,7 @@ class Attention(Case):
 
     @property
     def flops(self):
-        """Operations of the two matrix products that reach the answer: hidden scores do not count."""
+        """Operations of the two matrix products that affect the result: hidden scores do not count."""
         pairs = self.seqlen_q * self.seqlen_k
         if self.is_causal:
             if self.seqlen_q != self.seqlen_k:
@@ -112,7 +112,7 @@ class Softmax(Case):
 
 @dataclass(frozen=True)
 class Additive(Case):
-    """Additive attention of queries and keys with `hidden` channels, or with HEAD_DIM that matrices make into them."""
+    """Additive attention of queries and keys with `hidden` channels, or with HEAD_DIM, projected to `hidden`."""
 
     batch: int
     heads: int
@@ -134,7 +134,7 @@ class Additive(Case):
 
     @property
     def triples(self):
-        """Of a query, a key and a channel: each costs a tanh."""
+        """Triples of a query, a key and a channel: each costs a tanh."""
         return math.prod(self.shape)
 
     def inputs(self):
@@ -149,7 +149,7 @@ class Additive(Case):
 
 @dataclass(frozen=True)
 class Bilinear(Case):
-    """Bilinear attention: each head's queries and keys, of head_dim channels, are multiplied with a square matrix."""
+    """Bilinear attention: each head's queries and keys, of head_dim channels, are multiplied by a square matrix."""
 
     batch: int
     heads: int
@@ -197,14 +197,14 @@ class Truncated(Case):
 
     @property
     def flops(self):
-        """Operations of the two matrix products on pairs of a query and a key that it sees."""
+        """Operations of the two matrix products, for pairs of a query and a visible key."""
         sides = (min(side, self.seqlen - 1) for side in self.window)
         pairs = self.seqlen + sum(side * self.seqlen - side * (side + 1) // 2 for side in sides)
         return 4 * self.batch * self.heads * pairs * self.head_dim
 
     @property
     def nbytes(self):
-        """Of each of query, key, value and result."""
+        """Bytes of each of query, key, value and result."""
         return self.rows * self.head_dim * np.dtype(self.dtype).itemsize
 
     def inputs(self):
@@ -231,7 +231,7 @@ class Decode(Case):
 
     @property
     def nbytes(self):
-        """Of key and value, which must be read once."""
+        """Bytes of key and value, which must be read once."""
         return 2 * self.batch * self.kv_heads * self.seqlen_k * self.head_dim * np.dtype(self.dtype).itemsize
 
     @property
@@ -272,7 +272,7 @@ class MultiHead(Case):
         return dict(zip(("b_query", "b_key", "b_value", "b_out"), biases, strict=True))
 
     def packed(self):
-        """w_qkv and b_qkv, which make queries, keys and values in one product, w_out and b_out."""
+        """w_qkv and b_qkv, for queries, keys and values in one product, w_out and b_out."""
         _, *weights, w_out = self.inputs()
         *biases, b_out = self.biases().values()
         return np.concatenate(weights, axis=1), np.concatenate(biases), w_out, b_out
@@ -280,7 +280,7 @@ class MultiHead(Case):
 
 @dataclass(frozen=True)
 class Rotary(Case):
-    """Rotary positions of (batch, heads, seqlen, head_dim), channel i turned together with i + head_dim / 2."""
+    """Rotary encoding of (batch, heads, seqlen, head_dim), channel i paired with i + head_dim / 2."""
 
     batch: int
     heads: int
@@ -309,8 +309,8 @@ class MiniLM(Case):
     fields = ("batch", "seqlen")
 
 
-# Made once for each case and read by every library, so that no benchmark times the random numbers. Few are
-# kept: the largest is 134 MB.
+# Made once per case and read by every library, so that no benchmark times the random numbers. Few are kept: the largest
+# is 134 MB.
 @functools.lru_cache(maxsize=2)
 def _attention_inputs(shape, dtype):
     batch, heads, seqlen_q, seqlen_k, head_dim = shape
@@ -337,7 +337,7 @@ def _additive_inputs(shape, dtype, is_projected):
 
 @functools.lru_cache(maxsize=2)
 def _square_matrices(head_dim, dtype):
-    """Two, of a size that makes scores of size 1."""
+    """Two matrices, scaled so that scores are of size 1."""
     generator = np.random.default_rng(8)
     matrices = generator.standard_normal((2, head_dim, head_dim), dtype=np.float32) * np.float32(head_dim**-0.75)
     return tuple(matrices.astype(dtype))
@@ -345,7 +345,7 @@ def _square_matrices(head_dim, dtype):
 
 @functools.lru_cache(maxsize=2)
 def _multihead_inputs(batch, seqlen, d_model, dtype):
-    """x, four matrices and four biases, of sizes that make queries, keys and values, and so the scores, of size 1."""
+    """x, four matrices and four biases, scaled so that queries, keys and values, and so the scores, are of size 1."""
     generator = np.random.default_rng(7)
 
     def normal(*shape, size=1.0):
@@ -395,7 +395,7 @@ SOFTMAX = (
     Softmax((8, 256, 32, 32), axis=1),
 )
 
-# The middle, tails in every axis, from one channel to very many, a long sequence.
+# A medium size, remainders in every axis, from one channel to very many, a long sequence.
 ADDITIVE_SHAPES = (
     (1, 8, 512, 512, 64),
     (1, 8, 500, 509, 61),
@@ -421,13 +421,13 @@ SCALING = (
     Attention(1, 12, 128, 128, 64),
 )
 
-# Neighbours, a few frames back, both sides, a long memory, wide. The last length no longer fits in a core's caches.
+# Neighbours, a few frames back, both sides, far back, wide. The last length no longer fits in a core's caches.
 WINDOWS = ((1, 1), (15, 0), (64, 64), (128, 0), (256, 256))
 LENGTHS = (1024, 4096, 16384, 65536)
 
 
 def in_window(seqlen, window):
-    """One head, so that the longest stays small; its rows are shared out among the threads all the same."""
+    """One head, so that the longest stays small; its rows are still divided among the threads."""
     return Truncated(1, 1, seqlen, 64, *window)
 
 

@@ -1,4 +1,4 @@
-"""asv: how much memory a call takes beyond its inputs and output, and in all."""
+"""asv: how much memory a call takes beyond its inputs and output, and in total."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ from .cases import Additive, Attention, Bilinear, in_window
 
 
 def _resident():
-    """Bytes of this process in memory now, and at most so far."""
+    """Resident bytes of this process, now and at their peak."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     status = Path("/proc/self/status")
@@ -25,21 +25,22 @@ def _resident():
 
 
 def _give_back():
-    """Returns what the C library keeps of freed memory: a result placed there would not raise the peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    """Gives freed memory that the C library keeps back to the system: a result placed there would not raise the
+    peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim:
         trim(0)
 
 
 def extra_memory(call, result_bytes=0):
-    """Bytes by which `call()` raises the peak of this process's memory, its result not counted.
+    """Bytes by which `call()` raises the peak memory of this process, not counting its result.
 
-    The first call is taken, with whatever it allocates to keep: a workspace that stays is no less memory.
+    The first call counts, with whatever it allocates and keeps: a cached workspace is memory too.
     """
     _give_back()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        clear.write_text("5")  # starts the peak anew from what is resident now
+        clear.write_text("5")  # resets the peak to what is resident now
     before, _ = _resident()
     result = call()
     _, peak = _resident()
@@ -75,7 +76,7 @@ class Memory:
 
 
 def _other_call(kind, seqlen, implementation):
-    """The same for another kind of attention, named as its function is."""
+    """The same for another kind of attention, given by the name of its function."""
     module = {"fastattn": fastattn, "numpy": baselines}[implementation]
     arrays = {"additive_attention": Additive, "bilinear_attention": Bilinear}[kind](1, 1, seqlen, seqlen, 64).inputs()
     return functools.partial(getattr(module, kind), *arrays), arrays[0].nbytes

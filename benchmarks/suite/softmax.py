@@ -17,7 +17,7 @@ def _call(shape, axis, dtype, threads, implementation):
 
 
 class Softmax:
-    # NumPy's softmax uses one thread whatever it is told, so it is measured once, as the baseline of both.
+    # NumPy's softmax always uses one thread, so it is measured once, as the baseline of both.
     params = [
         sorted({(case.shape, case.axis) for case in cases.SOFTMAX if case.nbytes <= 2**26}),
         ["float32", "float64"],
