@@ -1,4 +1,4 @@
-"""What all tests share: a seeded generator, how long hypothesis may look for trouble, and on which kernels they ran."""
+"""What all tests share: a seeded generator, hypothesis profiles, and a report of the kernels that were tested."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 import fastattn
 from fastattn import _runtime
 
-# Derandomised: the same examples on every run. HYPOTHESIS_PROFILE=explore looks for new ones.
+# Derandomised: the same examples on every run. HYPOTHESIS_PROFILE=explore searches for new ones.
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
@@ -32,7 +32,7 @@ def rng():
 
 
 def built_instruction_sets():
-    """The sets whose kernels are in the library that runs here, whether this CPU has them or not."""
+    """The instruction sets in this build, whether this CPU can run them or not."""
     with open(_runtime.__file__, "rb") as file:
         return sorted({name.decode() for name in re.findall(rb"kernels_f32_(\w+)\0", file.read())})
 
@@ -49,7 +49,7 @@ def describe_instruction_sets(selected, runnable, built, forced):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A green line says nothing of kernels that did not run: this does."""
+    """A green result says nothing about kernels that did not run: this does."""
     info = fastattn.cpu_info()
     forced = bool(os.environ.get("FASTATTN_ISA"))
     terminalreporter.section("instruction sets")

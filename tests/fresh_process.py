@@ -1,4 +1,4 @@
-"""Run a piece of Python in an interpreter of its own: for imports, signals, forks and memory."""
+"""Run Python code in a fresh interpreter: for tests of imports, signals, forks and memory."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import textwrap
 def environment(**changes):
     """The environment of a child that imports the same fastattn as this process; None removes a variable."""
     variables = dict(os.environ)
-    # The tests' own folder comes too, so that a child can use its modules.
+    # With the tests' folder, so that a child can use its modules.
     paths = [os.path.dirname(os.path.abspath(__file__)), *(path or os.getcwd() for path in sys.path)]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -32,7 +32,7 @@ def start(code, **changes):
     )
 
 
-# Seconds after which a child hangs: far beyond what the slowest takes on a machine that has much else to do.
+# Seconds after which a child counts as hanging: far more than the slowest takes on a busy machine.
 HANGS = 300
 
 
@@ -48,7 +48,7 @@ def finish(process, timeout=HANGS):
 
 
 def run(code, timeout=HANGS, **changes):
-    """Run `code`, demand that it ends well, and return its standard output."""
+    """Run `code`, require that it succeeds, and return its standard output."""
     returncode, stdout, stderr = finish(start(code, **changes), timeout)
     assert returncode == 0, f"exit status {returncode}\n{stdout}\n{stderr}"
     return stdout

@@ -1,12 +1,12 @@
-"""Does the suite see a bug? One-line bugs in the kernels, one after the other, and the tests that have to go red.
+"""Does the suite catch bugs? Plants one-line bugs in the kernels, one by one, and runs the tests that must fail.
 
     python tests/planted_bugs.py                  all of them, some minutes
     python tests/planted_bugs.py sink "tail"      those whose name contains one of these words
 
-It works on a copy of the tree in a temporary folder, with the baseline kernels alone and little optimisation. First the
-tests that are to find the bugs run without any: they must be green. Then each bug is planted, the kernels are built,
-its tests run until the first fails, and the line is put right again. The exit status is 0 if every bug was found.
-pytest does not collect this file; it is run by hand, after changes of kernels or tests.
+It works on a copy of the tree in a temporary folder, with only the baseline kernels and little optimisation. First the
+tests run without bugs: they must pass. Then each bug is planted, the kernels are built, its tests run until the first
+failure, and the line is restored. The exit status is 0 if every bug was found. pytest does not collect this file; run
+it by hand after changing kernels or tests.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ("fastattn", "tests", "setup.py", "pyproject.toml", "README.md")
-# What the copy is built with: no other kernels than those of baseline_*.c, for which it does not take long.
+# Settings of the copy's build: only the kernels of baseline_*.c, so that it is quick.
 SETTINGS = (("setup.py", '"-O2"', '"-O1"'), ("fastattn/kernels/select.c", "defined(__x86_64__)", "0"))
 OTHER_KERNELS = ("avx2_*.c", "avx512_*.c")
 
 
 @dataclasses.dataclass
 class Bug:
-    """A line of a kernel that alone holds `right`, and what replaces it."""
+    """A text that occurs once in a kernel file, `right`, and its replacement."""
 
     name: str
     file: str
@@ -127,7 +127,7 @@ BUGS = (
 
 
 def replaced(path, right, wrong, name):
-    """The text of a file with the one place replaced, or the end of it all where that is not one place."""
+    """The text of a file with the one occurrence replaced; exits if there is not exactly one."""
     with open(path) as file:
         text = file.read()
     if text.count(right) != 1:
@@ -139,7 +139,7 @@ def replaced(path, right, wrong, name):
 
 
 class Copy:
-    """A copy of the tree, built, in which kernels can be changed."""
+    """A built copy of the tree, in which kernels can be changed."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -159,7 +159,7 @@ class Copy:
         self.environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         self.environment.pop("FASTATTN_ISA", None)
         output = self.run([sys.executable, "setup.py", "build_ext", "--inplace"])
-        # The kernels are built again by what has just built them: the compiler's own command lines.
+        # Kernels are rebuilt with the command lines of this build.
         lines = [line for line in output.splitlines() if "fastattn/kernels/baseline_" in line]
         compiling, linking = ([shlex.split(line) for line in lines if word in line] for word in (" -c ", " -shared "))
         if len(compiling) != 2 or len(linking) != 1:
@@ -185,7 +185,7 @@ class Copy:
         return done.stdout
 
     def build(self):
-        """The kernels as they are now."""
+        """Rebuild the kernels."""
         for command in self.commands:
             self.run(command)
         shutil.copy(os.path.join(self.folder, self.library), os.path.join(self.folder, "fastattn"))
@@ -205,7 +205,7 @@ class Copy:
 
 
 def verdict(returncode, output):
-    """Whether the tests have found the bug, and what is to say about it."""
+    """Whether the tests found the bug, and a message about it."""
     failed = re.search(r"^FAILED tests/(.+?)( - .*)?$", output, re.MULTILINE)
     if returncode == 1 and failed:
         return True, failed[1]

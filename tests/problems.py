@@ -1,4 +1,4 @@
-"""Inputs for the tests: random arrays of a given shape, and the same array in every layout of memory."""
+"""Inputs for the tests: random arrays of a given shape, and the same array in every memory layout."""
 
 import tempfile
 
@@ -11,7 +11,7 @@ DTYPES = (np.float32, np.float64)
 
 
 def sixteen_bits():
-    """The 16-bit dtypes there are: bfloat16 only where ml_dtypes is installed."""
+    """The available 16-bit dtypes: bfloat16 only if ml_dtypes is installed."""
     try:
         import ml_dtypes
     except ImportError:
@@ -20,7 +20,7 @@ def sixteen_bits():
 
 
 def qkv(rng, batch=(), num_queries=17, num_keys=33, head_dim=16, value_dim=None, dtype=np.float32, kv_batch=None):
-    """Query, key and value of standard normal numbers; `kv_batch` where keys have other batch axes."""
+    """Standard normal query, key and value; `kv_batch` if key and value have other batch axes."""
     kv_batch = batch if kv_batch is None else kv_batch
     value_dim = head_dim if value_dim is None else value_dim
     return (
@@ -31,7 +31,7 @@ def qkv(rng, batch=(), num_queries=17, num_keys=33, head_dim=16, value_dim=None,
 
 
 def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
-    """Keyword arguments by name: every rule that all attention functions share, alone, and many of them together."""
+    """Keyword arguments by name: every rule that all attention functions share, alone, and many together."""
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
@@ -91,7 +91,7 @@ RULES = tuple(rules(np.random.default_rng(0)))
 
 
 def misaligned(array):
-    """A copy whose items begin at odd addresses."""
+    """A copy whose items start at odd addresses."""
     buffer = np.zeros(array.nbytes + 1, dtype=np.uint8)
     view = buffer[1:].view(array.dtype).reshape(array.shape)
     view[...] = array
@@ -107,7 +107,7 @@ def spaced(array):
 
 
 def wide_rows(array):
-    """A copy whose rows begin 4096 bytes apart (rows that fall on the same places of the cache)."""
+    """A copy whose rows are 4096 bytes apart, so that they map to the same cache sets."""
     row = max(4096 // array.itemsize, array.shape[-1])
     view = np.zeros((*array.shape[:-1], row), dtype=array.dtype)[..., : array.shape[-1]]
     view[...] = array
@@ -123,7 +123,7 @@ def mapped(array):
 
 
 def layouts(array):
-    """Pairs (name, the same numbers in another layout of memory)."""
+    """Pairs (name, the same numbers in another memory layout)."""
     flip = tuple(slice(None, None, -1) for _ in array.shape)
     yield "transposed", np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
     yield "negative strides", np.ascontiguousarray(array[flip])[flip]
@@ -141,5 +141,5 @@ def layouts(array):
 
 
 def bits(array):
-    """The bytes of an array in C order: equal exactly when all bits are."""
+    """The bytes of an array in C order: equal if and only if all bits are."""
     return np.ascontiguousarray(array).tobytes()

@@ -1,9 +1,9 @@
-"""Frequencies of rotary encoding and attention factors, as the package transformers 5.0.0 computes them.
+"""Frequencies of rotary encoding and attention factors, as computed by the package transformers 5.0.0.
 
-By name: arguments of `rotary_frequencies` (dim, base, scaling, length, max_positions), how many frequencies there are,
-some of them by their number, and the attention factor. The frequencies were computed in float32, of which all digits
-are here. The dicts are those of published models where there are any (Gemma 3, InternLM 2, Llama 3.1 and 3.2, Qwen 2.5,
-gpt-oss, Kimi K2), or made up for what these leave out.
+By name: arguments of `rotary_frequencies` (dim, base, scaling, length, max_positions), the number of frequencies, some
+of them by index, and the attention factor. The frequencies were computed in float32 and are given to all digits. The
+dicts are from published models where possible (Gemma 3, InternLM 2, Llama 3.1 and 3.2, Qwen 2.5, gpt-oss, Kimi K2), or
+made up for what these do not cover.
 """
 
 SHORT = [1.0, 1.05, 1.1, 1.2, 1.35, 1.5]

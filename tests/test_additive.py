@@ -1,8 +1,8 @@
 """additive_attention: its score against the reference and published numbers, and every rule on top of it.
 
-A compiled score may be made in several ways, by the size of what goes into tanh: from exponentials of the query and
-of the key while these stay in range, from their sum otherwise. So the tests look at every such size, and at rows and
-keys of different sizes beside each other: which way is taken must be a row's and a key's own matter.
+A compiled score may be computed in several ways, depending on the size of the arguments of tanh: from exponentials of
+the query and of the key while these stay in range, from their sum otherwise. So the tests cover every such size, and
+rows and keys of different sizes side by side: the choice must depend only on the row and the key.
 """
 
 import functools
@@ -25,7 +25,7 @@ from fastattn import reference
 
 NAME = "additive_attention"
 HIDDEN = (1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129, 300, 1024)
-# The arguments beside w_score; D_query and D_key differ from each other, and from hidden where there is a projection.
+# The arguments besides w_score; D_query and D_key differ from each other, and from hidden if there is a projection.
 FORMS = {
     "plain": (),
     "bias": ("b_hidden",),
@@ -46,7 +46,7 @@ additive_results = functools.partial(results, function=additive)
 
 
 def problem(rng, form="plain", batch=(), num_queries=17, num_keys=33, hidden=16, value_dim=9, dtype=np.float32, **kv):
-    """((query, key, value), the arguments of the score): normal numbers, projections that keep their size."""
+    """((query, key, value), the arguments of the score): normal numbers, projections that preserve their size."""
     widths = [11 if "w_query" in FORMS[form] else hidden, 6 if "w_key" in FORMS[form] else hidden]
     query, _, value = qkv(rng, batch, num_queries, num_keys, widths[0], value_dim, dtype, kv.get("kv_batch"))
     key = rng.standard_normal((*value.shape[:-1], widths[1])).astype(dtype)
@@ -69,7 +69,7 @@ def score_matrix(query, key, w_score, **weights):
 
 
 def assert_scores(query, key, **weights):
-    """Every score by itself within its own bound; relu divides by the keys, which is the 2 times |score|."""
+    """Every score is within its own bound; dividing by the keys in relu adds the 2 times |score|."""
     eps = np.finfo(query.dtype).eps * (2 if query.dtype == np.float64 else 1)
     query64, key64 = query.astype(np.float64), key.astype(np.float64)
     with np.errstate(all="ignore"):
@@ -104,7 +104,7 @@ def test_scores_of_tensorflow_in_one_dimension():
 )
 def test_outputs_of_tensorflow(value, expected):
     """The same file, test_multi_dim, test_multi_dim_with_key and test_multi_dim_with_query_mask: the third key is
-    masked, the second query too."""
+    masked, and so is the second query."""
     query, key = np.array([[[1.1], [-0.5]]]), np.array([[[1.6], [0.7], [-0.8]]])
     mask = np.array([[True, True, False]])
     out, weights = additive(query, key, np.array([value]), [0.5], mask=mask, return_weights=True)
@@ -117,7 +117,7 @@ def test_outputs_of_tensorflow(value, expected):
 
 def test_outputs_of_keras():
     """Keras 3, keras/src/layers/attention/additive_attention_test.py: test_attention_correctness (to three digits;
-    there the last one is cut, not rounded) and test_attention_with_mask. Without a scale w_score is ones."""
+    there the last one is truncated, not rounded) and test_attention_with_mask. Without a scale w_score is ones."""
     query, key = np.array([[[1.0, 0.0], [0.0, 1.0]]]), np.array([[[0.0, 1.0], [1.0, 0.0]]])
     value = np.array([[[1.0, 2.0], [3.0, 4.0]]])
     out, weights = additive(query, key, value, np.ones(2), return_weights=True)
@@ -130,7 +130,7 @@ def test_outputs_of_keras():
 
 
 def test_scores_of_allennlp():
-    """allennlp, tests/modules/attention/additive_attention_test.py: one query a batch, both projections."""
+    """allennlp, tests/modules/attention/additive_attention_test.py: one query per batch, both projections."""
     query = np.array([[[0.7, -0.8]], [[0.4, 0.9]]])
     key = np.array(
         [
@@ -180,8 +180,8 @@ def test_many_keys(rng, num_queries, num_keys):
 
 
 def promised_scores_and_sizes(query, key, eps, *, w_score):
-    """The size of the promise as it is written, with no room for more hidden units: the sum of the absolute values of
-    all that is added up, ``|w_h| * (1 + (1 - tanh^2) * (|q_h| + |k_h|))``."""
+    """The size as promised, with no allowance for more hidden units: the sum of the absolute values of all terms,
+    ``|w_h| * (1 + (1 - tanh^2) * (|q_h| + |k_h|))``."""
     scores = reference.additive_scores(query, key, w_score)
     size = np.zeros(scores.shape)
     for w, q, k in zip(np.abs(w_score), np.moveaxis(query, -1, 0), np.moveaxis(key, -1, 0), strict=True):
@@ -194,8 +194,7 @@ def promised_scores_and_sizes(query, key, eps, *, w_score):
 @pytest.mark.parametrize("signs", ["positive", "mixed"])
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_softmax_keeps_the_promise_as_it_is_written(rng, monkeypatch, hidden, signs, dtype):
-    """Though hidden units cost additions: roundings do not all go the same way, and softmax drops what is common to
-    all keys of a row."""
+    """Hidden units cost additions, but roundings partly cancel, and softmax drops what all keys of a row share."""
     monkeypatch.setitem(SCORES, NAME, (promised_scores_and_sizes, ("w_score",)))
     for shape in ((9, 37), (1, 37), (9, 1)):
         arrays, weights = problem(rng, "plain", (2,), *shape, hidden, dtype=dtype)
@@ -233,7 +232,7 @@ def test_no_hidden_unit_gives_equal_scores(rng, num_queries, form):
 
 
 def test_no_channels(rng):
-    """D_query = 0 or D_key = 0: the projection of nothing is 0, and b_hidden is left."""
+    """D_query = 0 or D_key = 0: the projection of nothing is 0, and b_hidden remains."""
     (query, key, value), weights = problem(rng, "all", (2,))
     for empty in ("query", "key", "both"):
         arguments = dict(weights)
@@ -350,7 +349,8 @@ SMALL_LENGTHS = (0, 1, 2, 5, 15, 17, 33, 65, 129)
 
 @st.composite
 def additive_calls(draw):
-    """(query, key, value, keyword arguments): those of test_combinations, any projections, some rows far out."""
+    """(query, key, value, keyword arguments): as in test_combinations, with any projections and some very large
+    rows."""
     query, key, value, arguments = draw(calls(SMALL_LENGTHS, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     form = FORMS[draw(st.sampled_from(sorted(FORMS)))]
@@ -375,12 +375,12 @@ def test_everything_together(call):
 
 # ----------------------------------------------------------------------------------------- large numbers
 
-# Where a score may come to be made another way: exponentials and their products leave the range of the dtype.
+# Where the way to compute a score may change: exponentials and their products leave the range of the dtype.
 SWITCHES = (5, 10, 21.5, 43, 44.36, 88.7, 350, 354.9, 709.7, 1e4)
 
 
 def steps_around(number, dtype):
-    """The number in that dtype, and its neighbours."""
+    """The number in that dtype, and the adjacent ones."""
     below, above = (np.nextafter(dtype(number), dtype(to)) for to in (-np.inf, np.inf))
     return np.array([np.nextafter(below, dtype(-np.inf)), below, number, above, np.nextafter(above, dtype(np.inf))])
 
@@ -445,7 +445,7 @@ def test_small_arguments_are_not_lost(dtype):
 @pytest.mark.parametrize("size", [1e30, 1e-30, 1e37, 1e-37, 1e12, 0.0])
 @pytest.mark.parametrize("scale", [None, "inverse", -1.0])
 def test_sizes_of_w_score(rng, scale, size, dtype):
-    """Also together with a scale that brings the scores back."""
+    """Also with a scale that brings the scores back into range."""
     (query, key, value), weights = problem(rng, "plain", (2,), 18, 40, 7, dtype=dtype)
     weights["w_score"] *= dtype(size)
     if scale == "inverse":
@@ -465,7 +465,7 @@ def test_scales(rng, scale, dtype):
 
 
 def test_weights_of_very_different_sizes(rng):
-    """A weight that is lost beside another does no harm, nor do zeros among them."""
+    """A weight that is negligible beside another does no harm, nor do zeros."""
     arrays, _ = problem(rng, "plain", (2,), 18, 40, 6)
     for w_score in ([1, 1e-20, 1, -1, 0, 1e-38], [1e20, 1, 1, 1, 1, 1], [0, 0, 0, 2, 0, 0], [1, -1, 1, -1, 1, -1]):
         assert_additive(*arrays, w_score=np.array(w_score, dtype=np.float32))
@@ -486,7 +486,7 @@ def test_weights_that_cancel(rng):
 @pytest.mark.parametrize("form", ["plain", "bias"])
 @pytest.mark.parametrize("rule", ["all", "causal", "mask"])
 def test_infinite_channels(rng, rule, form, num_queries, dtype):
-    """tanh of infinity is 1: an infinite query or key has ordinary scores, but for inf - inf, which is NaN."""
+    """tanh of infinity is 1: an infinite query or key has ordinary scores, except for inf - inf, which is NaN."""
     (query, key, value), weights = problem(rng, form, (2, 3), num_queries, 70, 5, dtype=dtype)
     arguments = {} if rule == "all" else rules(rng, num_queries=num_queries, dtype=dtype)[rule]
     for at, sign in ((0, 1), (3, -1)):
@@ -550,7 +550,7 @@ def test_infinite_weight(rng, sign, dtype):
 
 
 def test_weights_of_a_row_of_nan():
-    """NaN, but for keys that have no weight in any row: those that are not seen, and those whose own score is -inf."""
+    """NaN, except for keys without weight in any row: hidden ones, and those whose own score is -inf."""
     query, key = np.float32([[1.0]]), np.float32([[1.0], [-3.0], [2.0], [np.nan]])
     _, weights = additive(query, key, key, [np.inf], key_lengths=3, return_weights=True)
     np.testing.assert_array_equal(weights, [[np.nan, 0, np.nan, 0]])
@@ -601,7 +601,7 @@ def test_seen_nan_gives_nan(rng, num_queries, form):
 
 @pytest.mark.parametrize("bad", [np.nan, 44.0, 1e4, 1e38])
 def test_keys_seen_by_some_rows_only(rng, bad):
-    """Causal: key 20 is NaN or far out, and the rows before it do not notice, though they share its block."""
+    """Causal: key 20 is NaN or very large, and the rows before it are unaffected, though they share its block."""
     (query, key, value), weights = problem(rng, "plain", (2,), 40, 40, 6)
     clean = additive_results(query, key, value, **weights, is_causal=True)
     key[:, 20, 1:3] = bad
@@ -642,7 +642,7 @@ def test_again(rng, form):
 @pytest.mark.parametrize("shape", [(70, 133), (1, 600)])
 @pytest.mark.parametrize("size", [1, 50, 1e4])
 def test_each_head_alone(rng, size, shape):
-    """In company of heads whose numbers are far out, and by itself."""
+    """Together with heads whose numbers are very large, and alone."""
     (query, key, value), weights = problem(rng, "plain", (2, 4), *shape, 6)
     query[:, ::2] *= np.float32(size)
     key[:, 1] *= np.float32(size)
@@ -656,7 +656,7 @@ def test_each_head_alone(rng, size, shape):
 @pytest.mark.parametrize("rule", ["causal", "window", "mask", "bias", "together"])
 @pytest.mark.parametrize("bad", [4.0, 43.5, 360.0, 1e4, 1e30, np.nan, np.inf])
 def test_what_other_rows_hold(rng, bad, rule, dtype):
-    """Every third query, or every second head, is far out or not a number at all: the other rows do not notice."""
+    """Every third query, or every second head, is very large or NaN: the other rows are unaffected."""
     (query, key, value), weights = problem(rng, "plain", (2, 4), 70, 133, 6, dtype=dtype)
     arguments = rules(rng, (2, 4), 70, 133, dtype)[rule]
     expected = additive_results(query, key, value, **weights, **arguments)
@@ -872,7 +872,7 @@ def test_out_overlaps_a_weight_that_is_converted():
 
 
 def test_sizes_beyond_the_address_space():
-    """Zero strides make arrays of any size: no memory is an error, not the end of the process."""
+    """Zero strides make arrays of any size: running out of memory is an error, not a crash."""
     long, one = np.broadcast_to(np.float16(0), (1, 2**61)), np.zeros((1, 1), np.float16)
     with pytest.raises(MemoryError):
         additive(long, long, one, long[0])
@@ -886,7 +886,7 @@ def test_sizes_beyond_the_address_space():
 
 
 def planted(change):
-    """additive_attention that does something else than it is asked to: `change` gets all arguments by name."""
+    """An additive_attention with its arguments altered: `change` gets all of them by name."""
 
     def wrong(query, key, value, **arguments):
         return additive(**change(dict(arguments, query=query, key=key, value=value)))
@@ -922,7 +922,7 @@ def test_a_planted_bug_is_found(rng, bug):
 
 @pytest.mark.parametrize("error", [3e-6, -3e-6])
 def test_an_inexact_tanh_is_found(rng, monkeypatch, error):
-    """The reference's tanh is made wrong by 3e-6, so that the library's looks wrong by as much."""
+    """The reference's tanh is off by 3e-6, so that the library's seems to be."""
     (query, key, _), weights = problem(rng, "plain", (), 17, 33)
     exact = reference.additive_scores
 
@@ -936,7 +936,7 @@ def test_an_inexact_tanh_is_found(rng, monkeypatch, error):
 
 
 def test_clamped_arguments_are_found(rng):
-    """Queries and keys cut off at 21.5 each: right nearly everywhere, and wrong where they cancel."""
+    """Queries and keys clipped to 21.5 each: right nearly everywhere, and wrong where they cancel."""
     (query, key, value), weights = problem(rng, "plain", (), 17, 33, 5)
     query[:, 2] = 30
     key[:, 2] -= 30

@@ -1,7 +1,7 @@
-"""The alignment example: its gradients are right, it learns what it says, and the script runs and explains itself.
+"""The alignment example: its gradients are right, it learns what it claims, and the script runs with clear messages.
 
-The script needs tqdm (the `examples` extra), the picture matplotlib. What is not installed is skipped, and the reason
-says so.
+The script needs tqdm (the `examples` extra), the picture matplotlib. Tests for what is not installed are skipped, with
+the reason.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ TARGETS = ["2007-07-07", "1979-05-03", "1979-05-03", "1969-07-20"]
 
 @pytest.fixture(scope="module")
 def alignment():
-    """The module examples/alignment.py, which is in no package."""
+    """The module examples/alignment.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("alignment", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,7 +53,7 @@ DATE_FORMS.append("%m/%d/%{0}")
 
 
 def read_date(text):
-    """Read a spelled date a second way, with strptime; its two-digit years are those of POSIX too."""
+    """Parse a spelled date independently, with strptime; its two-digit years are those of POSIX too."""
     words = re.sub(r"(?<=\d)(st|nd|rd|th)", "", text)
     words = re.sub(r"(?<=[a-z])\.", "", words)
     words = re.sub(r"\b(the|of|\w+day|Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b|,", " ", words)
@@ -91,7 +91,7 @@ def test_held_out_days_are_in_no_training_set(alignment):
     "name", ["w_query", "w_key", "b_hidden", "w_score", "w_value", "w_mix", "b_mix", "w_out", "b_out"]
 )
 def test_gradients_match_finite_differences(alignment, name):
-    """Along random directions, which every entry of a parameter has a part in."""
+    """Along random directions, which involve every entry of a parameter."""
     rng = np.random.default_rng(3)
     model = alignment.Aligner(fastattn.additive_attention, rng, np.float64, hidden=7, features=5, mixed=6)
     for parameter in model.parameters.values():
@@ -109,7 +109,7 @@ def test_gradients_match_finite_differences(alignment, name):
         for sign in (1, -1):
             parameter[...] = start + sign * step * direction
             losses.append(model.loss_and_gradients(SOURCES, TARGETS)[0])
-        # What is left of the curve's third derivative is of the order of step**2, of rounding eps / step.
+        # The error from the third derivative is of the order of step**2, that from rounding eps / step.
         expected = (losses[0] - losses[1]) / (2 * step)
         assert abs((gradients[name] * direction).sum() - expected) <= 1e-8 * max(1, np.linalg.norm(direction))
 
@@ -139,7 +139,7 @@ def test_a_few_steps_lower_the_loss(alignment):
     model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(5))
     losses = list(alignment.train(model, random.Random(5), steps=30, batch=16))
     assert len(losses) == 30
-    assert losses[0] > 2  # about log(11): it knows nothing
+    assert losses[0] > 2  # about log(11): untrained
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
@@ -152,7 +152,7 @@ def test_training_is_reproducible(alignment):
 
 
 def test_held_out_dates_are_translated(alignment, trained):
-    """A quarter of the training reaches more than 99 % on the machines it was tried on; the rest is margin."""
+    """A quarter of the training reached more than 99 % on the machines tried; the rest is margin."""
     model, losses = trained
     assert np.mean(losses[-20:]) < 0.05
     sources, targets = alignment.random_dates(500, random.Random(7), held_out=True)
@@ -197,7 +197,7 @@ def test_description_names_what_was_looked_at(alignment):
 
 
 def run_script(*arguments, without=None, cwd=None):
-    """Run alignment.py in a process of its own; `without` hides a package from it."""
+    """Run alignment.py in a separate process; `without` hides a package from it."""
     command = [sys.executable, str(SCRIPT), *arguments]
     if without:
         hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "

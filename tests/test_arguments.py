@@ -1,7 +1,7 @@
 """Bad arguments: the kind of error, a message that names the argument, and an `out` that stays untouched.
 
-Most tests here run over a table, `CALLS`: each attention function with a good call. A new function gets all of these
-refusals by one row; what only one function refuses is tested in that function's own file.
+Most tests here run over a table, `CALLS`: each attention function with a good call. One row gives a new function all of
+these tests; errors of only one function are tested in that function's own file.
 """
 
 import inspect
@@ -42,12 +42,12 @@ CALLS = {
     "self_attention": {"x": arrays()[0], "w_query": ones(8, 4), "w_key": ones(8, 4), "w_value": ones(8, 6)},
 }
 TOKENS = ("query", "key", "value", "x")
-# Where query and key are as wide as each other, and nothing projects them.
+# Functions in which query and key have the same width, and nothing projects them.
 UNPROJECTED = ("dot_product_attention", "truncated_attention", "varlen_attention")
 
 
 def array_names(function):
-    """The arguments of its good call that are arrays."""
+    """The array arguments of its good call."""
     return [name for name, x in CALLS[function].items() if isinstance(x, np.ndarray)]
 
 
@@ -77,7 +77,7 @@ def result_shape(function):
 
 
 def refuse(error, message, *changes, function="dot_product_attention", **arguments):
-    """Call with the good arguments but for `changes` and `arguments`: demand the error, and nothing written."""
+    """Call with the good arguments, altered by `changes` and `arguments`: require the error, and nothing written."""
     call = {**CALLS[function], **dict(changes), **arguments}
     with pytest.raises(error, match=message):
         getattr(fastattn, function)(**call)
@@ -97,7 +97,7 @@ def test_the_good_call_is_good(function):
 
 
 def test_every_attention_function_is_in_the_table():
-    """Those of the public functions that take an `out` and a `softcap`."""
+    """The public functions that take an `out` and a `softcap`."""
     parameters = {name: inspect.signature(getattr(fastattn, name)).parameters for name in fastattn.__all__}
     assert {name for name, given in parameters.items() if {"out", "softcap"} <= set(given)} == set(CALLS)
 
@@ -106,7 +106,7 @@ def test_every_attention_function_is_in_the_table():
 
 
 def foreign(array):
-    """The array as every dtype and class that is refused."""
+    """The array in every dtype and class that is refused."""
     return {
         "complex64": array.astype(np.complex64),
         "complex128": array.astype(np.complex128),
@@ -151,7 +151,7 @@ def test_tokens_that_are_no_matrices(function, name):
 
 @for_each_array(lambda name: not name.startswith("b_"))
 def test_float16_with_bfloat16(function, name):
-    """(Biases do not decide the dtype of the result, and may be of any.)"""
+    """(Biases do not affect the dtype of the result, and may have any.)"""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     halves = {other: CALLS[function][other].astype(np.float16) for other in array_names(function)}
     message = "|".join(TOKENS) if name in TOKENS else name
@@ -174,7 +174,7 @@ def test_shapes(function):
 
 @for_each_function()
 def test_the_message_shows_what_came(function):
-    """Shapes, dtypes and numbers stand in the message."""
+    """Shapes, dtypes and numbers are in the message."""
     first = array_names(function)[0]
     refuse(ERRORS, "complex64", (first, CALLS[function][first].astype(np.complex64)), function=function)
     refuse(ValueError, "gelu", activation="gelu", function=function)
@@ -417,7 +417,7 @@ def test_options_of_softmax_are_keywords_only():
 
 @for_each_function()
 def test_options_are_keywords_only(function):
-    """One value more than there are positional parameters."""
+    """One more value than there are positional parameters."""
     parameters = inspect.signature(getattr(fastattn, function)).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     values = [CALLS[function][name] for name in positional]
@@ -457,7 +457,7 @@ def test_out_read_only(function):
 
 @for_each_keyword(*dict.fromkeys(name for function in CALLS for name in array_names(function)), "bias")
 def test_out_overlaps_an_array(function, name):
-    """`out` is (8, 8) here, as are all matrices; a vector is a part of one. The message names the array."""
+    """Here `out` and all matrices are (8, 8); a vector is part of one. The message names the array."""
     call = {n: ones(*(8,) * min(x.ndim, 2)) if n in array_names(function) else x for n, x in CALLS[function].items()}
     call |= {n: [0, 8] for n in call if n.startswith("cu_seqlens")}
     buffer = ones(72)
@@ -521,7 +521,7 @@ def test_num_threads_of_softmax(name, num_threads):
 
 
 def test_many_threads_are_no_harm():
-    """More threads than anyone has are an upper limit as any other, also of a call that uses threads."""
+    """More threads than anyone has are an upper limit like any other, also for a call that uses threads."""
     large = [x.repeat(80, axis=-2) for x in arrays()]
     for inputs in (arrays(), large):
         expected = fastattn.dot_product_attention(*inputs, num_threads=1)
@@ -533,7 +533,7 @@ def test_many_threads_are_no_harm():
 @pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30])
 @pytest.mark.parametrize("causal", [False, True])
 def test_huge_numbers(size, causal):
-    """Windows and offsets that overflow an integer: what they say (all or nothing), or a refusal."""
+    """Windows and offsets that overflow an integer: the right result (all or nothing), or an error."""
     query, key, value = arrays()
     for arguments in (
         {"window_size": size},
@@ -552,7 +552,7 @@ def test_huge_numbers(size, causal):
             result = fastattn.dot_product_attention(query, key, value, is_causal=causal, **arguments)
         except ERRORS as error:
             assert re.search("window_size|query_offset", str(error))
-            assert size >= 2**63  # what fits an int64 has an answer
+            assert size >= 2**63  # anything that fits an int64 must work
         else:
             np.testing.assert_allclose(result, expected, atol=1e-5)
 
@@ -837,7 +837,7 @@ def test_what_is_no_real_number_is_refused(function, name, number, bad):
 
 
 def test_numbers_of_a_stream_are_its_own():
-    """An array that changes between two pushes changes nothing."""
+    """Changing an array between two pushes has no effect."""
     numbers = {"scale": np.array(0.5), "softcap": np.array(2.0), "num_threads": np.array(2), "chunk_size": np.array(2)}
     stream, expected = fastattn.StreamingAttention(3, 0, **numbers), streamed(3, 0, scale=0.5, softcap=2, chunk_size=2)
     for number in numbers.values():
@@ -883,7 +883,7 @@ def test_left_of_truncated_attention_is_named():
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.float32, bool])
 def test_a_mask_of_tokens_and_padding_shows_how_to_pass_it(dtype):
-    """(B, S) of 0 and 1, as Hugging Face's tokenizers give it: what the message says is then right."""
+    """(B, S) of 0 and 1, as from Hugging Face's tokenizers: following the message gives the right result."""
     x = np.ones((2, 3, 6, 4), np.float32) * np.arange(6, dtype=np.float32)[:, None]
     mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], dtype)
     with pytest.raises(ERRORS, match=re.escape("mask[:, None, None, :].astype(bool)")) as caught:
@@ -897,7 +897,7 @@ def test_a_mask_of_tokens_and_padding_shows_how_to_pass_it(dtype):
     tokens = x[:, 0]
     with pytest.raises(ERRORS, match=re.escape("mask[:, None, None, :].astype(bool)")):
         layer()(tokens, mask=mask)
-    valid = mask.astype(bool)  # of padding, lengths make 0
+    valid = mask.astype(bool)  # lengths make 0 of padding
     by_mask = layer()(tokens, mask=mask[:, None, None, :].astype(bool))
     np.testing.assert_allclose(by_mask[valid], layer()(tokens, key_lengths=mask.astype(int).sum(-1))[valid])
     with pytest.raises(ERRORS, match=re.escape("mask[:, None, :].astype(bool)")):
@@ -953,7 +953,7 @@ def test_a_call_can_be_checked_without_arrays():
 
 
 def test_layers_check_without_calling(monkeypatch):
-    """What a rule says is known before anything is projected, appended or attended to."""
+    """Rules are checked before anything is projected, appended or attended to."""
 
     def call(*arguments, **others):
         raise AssertionError("no call is to be made")

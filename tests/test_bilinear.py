@@ -19,7 +19,7 @@ from fastattn import reference
 
 NAME = "bilinear_attention"
 HIDDEN = (0, 1, 2, 3, 15, 16, 17, 64, 65, 129, 300, 1024)
-# The arguments beside w_query. Where w_key is left out D_key is D_query, else not.
+# The arguments besides w_query. D_key equals D_query only if w_key is omitted.
 FORMS = {
     "shared": (),
     "shared, bias": ("b_query",),
@@ -38,7 +38,7 @@ def bilinear(*args, **kwargs):
 
 
 def problem(rng, form="two", batch=(), num_queries=17, num_keys=33, hidden=16, value_dim=9, dtype=np.float32, **kv):
-    """((query, key, value), the arguments of the score): normal numbers, projections that keep their size."""
+    """((query, key, value), the arguments of the score): normal numbers, projections that preserve their size."""
     key_dim = 6 if "w_key" in FORMS[form] else 11
     query, _, value = qkv(rng, batch, num_queries, num_keys, 11, value_dim, dtype, kv.get("kv_batch"))
     key = rng.standard_normal((*value.shape[:-1], key_dim)).astype(dtype)
@@ -92,7 +92,7 @@ def test_a_shared_projection_is_written_twice(rng):
     np.testing.assert_array_equal(call(b_query=b), call(w, b_query=b, b_key=b))
     np.testing.assert_array_equal(call(b_query=b, b_key=2 * b), call(w, b_query=b, b_key=2 * b))
     np.testing.assert_array_equal(call(b_query=b, b_key=0 * b), call(w, b_query=b))
-    # What is added to all keys alike shifts the scores of a row, which leaves its output as it is, but not its lse.
+    # What is added to all keys alike shifts the scores of a row, which changes its lse but not its output.
     lses = [call(*given, b_query=b, return_lse=True)[1] for given in ((), (w,))]
     assert abs(lses[0] - lses[1]).min() > 0.01
 
@@ -120,7 +120,7 @@ def test_hidden(rng, form, hidden, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, 64, 65, 300])
 def test_dims(rng, dim, dtype):
-    """D_query and D_key; without channels the biases are left."""
+    """D_query and D_key; without channels only the biases remain."""
     (query, key, value), weights = problem(rng, "two, two biases", (2,), dtype=dtype)
     long = rng.standard_normal((2, 33, dim)).astype(dtype)
     w = (rng.standard_normal((dim, 16)) / max(dim, 1) ** 0.5).astype(dtype)
@@ -239,7 +239,7 @@ def test_rules(rng, rule, num_queries, dtype):
 
 @st.composite
 def bilinear_calls(draw):
-    """(query, key, value, keyword arguments): those of test_combinations, and any projections."""
+    """(query, key, value, keyword arguments): as in test_combinations, with any projections."""
     query, key, value, arguments = draw(calls((0, 1, 2, 15, 17, 33, 65, 129), 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     dim, hidden = query.shape[-1], draw(st.integers(0, 80))
@@ -276,7 +276,7 @@ def test_sizes_of_projections(rng, size, scale, form, dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("rule", list(hiding_rules(np.random.default_rng())))
 def test_unseen_keys_and_values(rng, rule, bad, form):
-    """The contents of a key or value that no query sees do not reach its output, through a projection either."""
+    """The contents of a key or value that no query sees do not reach the output, not even through a projection."""
     arguments, unseen = hiding_rules(rng)[rule]
     (query, key, value), weights = problem(rng, form, (2, 3), *SHAPE)
     key[..., unseen, :] = bad
@@ -363,7 +363,7 @@ def test_out_in_any_layout(rng, num_queries, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_results(rng, form):
-    """They come in order, are new arrays, and the inputs stay as they were."""
+    """They are in order, are new arrays, and the inputs are unchanged."""
     arrays, weights = problem(rng, form, (2, 3), 5, 7)
     inputs = [*arrays, *weights.values()]
     before = [x.copy() for x in inputs]
@@ -431,7 +431,7 @@ def test_w_query_is_needed():
 
 
 def test_sizes_beyond_the_address_space():
-    """Zero strides make arrays of any size: no memory is an error, not the end of the process."""
+    """Zero strides make arrays of any size: running out of memory is an error, not a crash."""
     long, one = np.broadcast_to(np.float16(0), (1, 2**61)), np.zeros((1, 1), np.float16)
     with pytest.raises(MemoryError):
         bilinear(one, one, one, long)
@@ -463,6 +463,6 @@ def test_a_planted_bug_is_found(rng, bug):
         return bilinear(query, key, value, **BUGS[bug](arguments))
 
     assert_bilinear(*arrays, **weights)
-    # What b_key adds is the same for all keys of a row: softmax drops it, and the log-sum-exp has it.
+    # b_key adds the same to all keys of a row: softmax drops it, the log-sum-exp does not.
     with pytest.raises(AssertionError, match=r"output|lse"):
         assert_bilinear(*arrays, **weights, function=wrong)

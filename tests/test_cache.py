@@ -1,4 +1,4 @@
-"""KVCache: decoding with it is the attention over everything, ragged or not; windows; errors that change nothing."""
+"""KVCache: decoding with it equals attention over everything, ragged or not; windows; errors that change nothing."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ def normal(rng, *shape, dtype=np.float32):
 
 
 class Tokens:
-    """The brute force: for every sequence a list of all its keys and one of its values."""
+    """Brute force: for every sequence a list of all its keys and one of its values."""
 
     def __init__(self, batch, heads, head_dim, value_dim):
         self.batch = batch
@@ -32,7 +32,7 @@ class Tokens:
             self.lists[b] = tuple(np.concatenate([old, new[b][:, :n]], axis=1) for old, new in both)
 
     def crop(self, lengths):
-        """As many of all that ever came."""
+        """As many of all tokens ever appended."""
         for b, n in zip(np.ndindex(self.batch), lengths.ravel(), strict=True):
             self.lists[b] = tuple(x[:, :n] for x in self.lists[b])
 
@@ -46,7 +46,7 @@ class Tokens:
         return np.array([key.shape[1] for key, _ in self.lists.values()], np.int64).reshape(*self.batch, 1)
 
     def check(self, cache):
-        """What the cache holds are each sequence's last tokens; at least as many as it has to keep."""
+        """The cache holds each sequence's last tokens; at least as many as it must keep."""
         came = self.lengths()
         np.testing.assert_array_equal(cache.dropped + cache.lengths, came)
         assert cache.lengths.dtype == cache.dropped.dtype == np.int64
@@ -67,7 +67,7 @@ class Tokens:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_decoding_is_causal_attention(rng, batch, dtype):
-    """A prompt, then token by token: the rows of one call on the whole."""
+    """A prompt, then token by token: the rows of one call on everything."""
     query, key, value = qkv(rng, (*batch, 6), 30, 30, 16, 12, dtype, kv_batch=(*batch, 2))
     whole = fastattn.dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     cache = KVCache(batch, 2, 30, 16, 12, dtype=dtype)
@@ -116,7 +116,7 @@ def test_ragged_decoding(rng):
 
 
 def test_ragged_steps_line_up(rng):
-    """Steps of several tokens, of which not all count: query_lengths says so, and the last ones line up."""
+    """Steps of several tokens, of which query_lengths says how many count; the last ones line up."""
     query, key, value = qkv(rng, (2, 2), 12, 12, 8)
     cache = KVCache(2, 2, 12, 8)
     cache.append(key[:, :, :8], value[:, :, :8], [8, 3])
@@ -139,7 +139,7 @@ def test_ragged_steps_line_up(rng):
 
 @pytest.mark.parametrize("capacity", [11, 12, 16, 40])
 def test_decoding_in_a_window(rng, capacity):
-    """A cache that lets go of old tokens, for ever: the rows of one call with that window."""
+    """A cache that keeps dropping old tokens: the rows of one call with that window."""
     window, steps = 10, 130
     query, key, value = qkv(rng, (2, 3), steps, steps, 8)
     slopes = np.array([0.1, 0.2, 0.3], np.float32)
@@ -149,7 +149,7 @@ def test_decoding_in_a_window(rng, capacity):
     for at in range(steps):
         new = slice(at, at + 1)
         cache.append(key[:, :, new], value[:, :, new])
-        assert (cache.lengths >= min(at + 1, window + 1)).all()  # the query's own, and as many as it looks back on
+        assert (cache.lengths >= min(at + 1, window + 1)).all()  # the query's own, and those it looks back on
         row = fastattn.dot_product_attention(
             query[:, :, new], cache.key, cache.value, key_lengths=cache.lengths, **rules
         )
@@ -200,7 +200,7 @@ COPIES = {
 @given(data=st.data())
 @settings(max_examples=80)
 def test_brute_force_of_new_caches(data):
-    """Appends, and between them copies, crops and selections, of caches that have rolled on or not."""
+    """Appends, with copies, crops and selections in between, of caches that have dropped tokens or not."""
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     batch = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
@@ -229,7 +229,7 @@ def test_brute_force_of_new_caches(data):
         tokens.check(cache)
         if cache is not old:
             assert (cache.window, cache.capacity, cache.dtype) == (old.window, old.capacity, old.dtype)
-            # What now comes into the old one must not be seen in the new one.
+            # What is now appended to the old one must not appear in the new one.
             old.append(*(np.full((*old.key.shape[:-2], 1, dim), 99) for dim in (3, 2)))
             tokens.check(cache)
 
@@ -251,7 +251,7 @@ def test_copies_have_tokens_of_their_own(rng, of, dtype):
 
 
 def test_pickles_hold_what_is_there(rng):
-    """Not the room for more, nor what was taken back."""
+    """Neither free room nor what was taken back."""
     cache = KVCache(2, 4, 10_000, 16)
     cache.append(normal(rng, 2, 4, 20, 16), normal(rng, 2, 4, 20, 16))
     assert len(pickle.dumps(cache)) < 1.2 * 20 * 2 * 4 * 32 * 4
@@ -320,7 +320,7 @@ def test_views_are_views(rng):
         with pytest.raises(ValueError, match="read-only"):
             x[...] = 0
     cache.append(key, value)
-    np.testing.assert_array_equal(first, key)  # what was handed out stays as it was
+    np.testing.assert_array_equal(first, key)  # views returned before are unchanged
     np.testing.assert_array_equal(lengths, [[5], [5]])
     key[...] = 0
     assert first.all()
@@ -365,7 +365,7 @@ def test_appending_the_cache_to_itself(rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conversions(rng, dtype):
-    """Of the same kind; from integers and lists too."""
+    """Conversions of the same kind; also from integers and lists."""
     cache = KVCache((), 1, 20, 2, dtype=dtype)
     for given_dtype in (np.float32, np.float64, np.float16, np.int64, np.bool_, ">f8"):
         x = (normal(rng, 1, 1, 2) * 3).astype(given_dtype)

@@ -8,12 +8,12 @@ from tolerances import VISIBILITY, assert_attention, sides
 import fastattn
 from fastattn import reference
 
-# A few lengths of every kind: nothing, below and above a vector, more than one tile or block.
+# A few lengths of every kind: zero, below and above a vector, more than one tile or block.
 LENGTHS = (0, 1, 2, 5, 15, 16, 17, 31, 33, 63, 65, 100, 129, 200, 260, 300)
 
 
 def broadcastable(draw, shape):
-    """A shape that broadcasts to `shape`: some axes of size 1, perhaps the leading ones left out."""
+    """A shape that broadcasts to `shape`: some axes of size 1, perhaps without leading ones."""
     sizes = tuple(draw(st.sampled_from([n, n, 1])) for n in shape)
     return sizes[draw(st.integers(0, len(shape))) if draw(st.booleans()) else 0 :]
 

@@ -1,6 +1,6 @@
 """The course: every page runs, prints what it quotes, makes its picture, and its links lead somewhere.
 
-The pages draw with matplotlib; without it they are skipped, and the reason says so.
+The pages draw with matplotlib; without it they are skipped, with the reason.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 @pytest.fixture(scope="module")
 def course():
-    """The module docs/course/run.py, which is in no package."""
+    """The module docs/course/run.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("run", COURSE / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,9 +25,9 @@ def course():
 
 
 def links(page):
-    """Return the targets of the page's images, and of its relative links, anchors cut off."""
+    """Return the targets of the page's images, and of its relative links, without anchors."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"`[^`\n]*`", "", text)  # in code, brackets and parentheses are no link
+    text = re.sub(r"`[^`\n]*`", "", text)  # brackets and parentheses in code are not links
     found = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text)
     inside = [(mark, target.partition("#")[0]) for mark, target in found if not re.match(r"[a-z]+:", target)]
     return [target for mark, target in inside if mark], [target for mark, target in inside if target and not mark]

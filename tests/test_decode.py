@@ -1,8 +1,8 @@
-"""Few queries against many keys, as when a model writes one token after the other.
+"""Few queries against many keys, as when a model generates tokens one by one.
 
-One to eight queries take another loop than many do, which reads the keys where they lie; the heads of a group are taken
-together, unless there are 128 queries or more; and several threads share the keys of a head, at multiples of 2048. Nine
-queries and more stand beside them here, on the road of the many.
+One to eight queries use decode loops, which read keys in place; the heads of a group are processed together, unless
+there are 128 queries or more; and several threads share the keys of a head, split at multiples of 2048. Nine queries
+and more, which use the prefill loops, are tested beside them.
 """
 
 import functools
@@ -55,7 +55,7 @@ def test_sizes(rng, num_queries, num_keys, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hundred", [0, 100, 200])
 def test_every_head_dim(rng, hundred, dtype):
-    """Whole vectors of channels, and all that may be left over."""
+    """Whole vectors of channels, with every possible remainder."""
     for head_dim in range(hundred, hundred + 101):
         for num_queries in (1, 3):
             query, key, value = qkv(rng, (), num_queries, 37, head_dim, 5, dtype)
@@ -124,7 +124,7 @@ def test_rules_over_several_spans(rng, rule, num_queries, dtype):
 @pytest.mark.parametrize("window", [(0, 0), (300, 5), (2047, 0), (2048, 0), (3000, 2000), (9999, 9999)])
 @pytest.mark.parametrize("offset", [None, 0, 2047, 2048, 2049, 4000, -3, 10**18, -(10**18)])
 def test_windows_over_several_spans(rng, offset, window):
-    """A window may begin and end anywhere in a span, and leave whole spans out."""
+    """A window may begin and end anywhere in a span, and skip whole spans."""
     for num_queries in (1, 4):
         arrays = qkv(rng, (), num_queries, 5000, 8, 5)
         call = functools.partial(attend, *arrays, window_size=window, query_offset=offset, return_lse=True)
@@ -135,7 +135,7 @@ def test_windows_over_several_spans(rng, offset, window):
 
 
 def test_masks_that_hide_spans(rng):
-    """Spans of which nothing is seen, at the beginning, in the middle and at the end."""
+    """Fully hidden spans, at the beginning, in the middle and at the end."""
     query, key, value = qkv(rng, (2,), 1, 4 * SPAN + 100, 16, 8)
     for spans in ((0,), (1,), (2, 3, 4), (0, 1, 2, 3), (0, 2, 4), range(5)):
         mask = rng.random(4 * SPAN + 100) < 0.5
@@ -197,7 +197,7 @@ def test_groups(rng, group, dtype):
 @pytest.mark.parametrize("num_queries", [1, 3, 11])
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_argument_for_each_query_head(rng, group, num_queries):
-    """What differs from head to head of a group must not be that of the group's first."""
+    """What differs between the heads of a group must not be taken from its first head."""
     arrays = grouped(rng, group, num_queries)
     heads = 2 * group
     band = {"window_size": (200, 5), "query_offset": 260}
@@ -240,7 +240,7 @@ def test_lengths_and_offsets_that_differ_within_a_group(rng, group, num_queries)
 
 
 def test_strides_of_zero_within_a_group(rng):
-    """Heads that are one and the same in memory, and lengths that are broadcast: the same answer."""
+    """Heads that share memory, and broadcast lengths: the same answer."""
     query, key, value = grouped(rng, 6)
     expected = results(query, key, value, enable_gqa=True, key_lengths=np.full((2, 12), 250))
     view = np.broadcast_to(np.array([[250]]), (2, 12))
@@ -260,7 +260,8 @@ def test_batch_axes_of_groups_broadcast(rng):
 @pytest.mark.parametrize("num_queries", [1, 2, 3, 8, 9, 70])
 @pytest.mark.parametrize("group", [2, 5])
 def test_rows_of_a_group_anywhere_in_memory(rng, group, num_queries):
-    """Queries and outputs by tokens or by heads, masks and biases for each row: a row of a tile is one of both."""
+    """Queries and outputs ordered by token or by head, masks and biases per row: a row of a tile is a query of a
+    head."""
     arrays = grouped(rng, group, num_queries)
     batch = (2, 2 * group)
     rows = (*batch, num_queries)
@@ -340,7 +341,7 @@ def test_band_on_threads(rng):
     "group, num_queries", [*((group, 1) for group in GROUPS), (3, 2), (7, 3), (2, 8), (3, 9), (2, 127), (2, 128)]
 )
 def test_alone_in_a_group_and_in_a_batch(rng, group, num_queries, num_keys, dtype):
-    """A head has the same bits whatever it is computed together with."""
+    """A head has the same bits whatever is computed with it."""
     query, key, value = grouped(rng, group, num_queries, num_keys, dtype=dtype)
     heads = 2 * group
     per_head = {
@@ -412,7 +413,7 @@ def test_strides(rng, shape, dtype):
 
 @pytest.mark.parametrize("group", [2, 8])
 def test_strides_of_groups(rng, group):
-    """The heads of a group lie anywhere: their rows are far apart, in any order, or one row."""
+    """The heads of a group are anywhere in memory: rows far apart, in any order, or the same row."""
     arrays = grouped(rng, group)
     heads = 2 * group
     arguments = {"bias": normal(rng, 2, heads, 1, 300), "mask": rng.random((2, heads, 1, 300)) < 0.8,
@@ -536,7 +537,7 @@ def test_scale_argument(rng, scale):
 
 @pytest.mark.parametrize("level", [-1e30, 1e30, float(np.finfo(np.float32).min), -1e4])
 def test_rows_at_one_level_are_ordinary(rng, level):
-    """Also where spans are joined: their maxima are levels, not stand-ins for minus infinity."""
+    """Also when spans are merged: their maxima are ordinary numbers, not stand-ins for minus infinity."""
     query, key, value = qkv(rng, (2,), 1, 5000)
     expected = np.mean(value, axis=-2, keepdims=True, dtype=np.float64)
     for num_threads in (1, 2):
@@ -549,7 +550,7 @@ def test_rows_at_one_level_are_ordinary(rng, level):
 
 
 def test_spans_at_different_levels(rng):
-    """Every span brings a new maximum, or none but the first does, or one in the middle is all that counts."""
+    """Every span has a new maximum, or only the first, or one in the middle dominates."""
     query, key, value = qkv(rng, (2,), 1, 9000)
     slope = np.linspace(-400, 400, 9000, dtype=np.float32)
     peak = -np.abs(np.arange(9000, dtype=np.float32) - 4500)
@@ -599,7 +600,7 @@ def test_a_planted_bug_is_found(rng):
 def test_a_cache_of_another_dtype_is_read_where_it_lies(
     rng, queries, keys, head_dim, value_dim, query_dtype, cache_dtype
 ):
-    """The bits of a cache that was converted before, whatever its layout, with rules and grouped heads too."""
+    """The bits are those of a cache converted beforehand, whatever its layout, also with rules and grouped heads."""
     query = rng.standard_normal((2, 4, queries, head_dim)).astype(query_dtype)
     key = rng.standard_normal((2, 2, keys, head_dim)).astype(cache_dtype)
     value = rng.standard_normal((2, 2, keys, value_dim)).astype(cache_dtype)

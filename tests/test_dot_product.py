@@ -1,4 +1,4 @@
-"""dot_product_attention against the reference: every size that is awkward, and every argument alone."""
+"""dot_product_attention against the reference: every awkward size, and every argument alone."""
 
 import functools
 
@@ -247,7 +247,7 @@ def test_mask_true_means_attend(rng):
 
 
 def test_mask_with_empty_blocks(rng):
-    """Whole blocks of a mask that are False, and rows that are."""
+    """Whole blocks and whole rows of a mask that are False."""
     mask = np.zeros((130, 700), dtype=bool)
     mask[:40, 600:640] = True
     mask[64:100, :5] = True
@@ -429,7 +429,7 @@ def test_weights_sum_to_one(rng):
 
 
 def test_the_check_can_fail(rng):
-    """An output a few bounds away, one wrong lse and one wrong weight are all found out."""
+    """An output a few bounds away, one wrong lse and one wrong weight are all detected."""
 
     def spoiled(index, error):
         def attention(*args, **kwargs):

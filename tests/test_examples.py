@@ -1,7 +1,7 @@
-"""The examples: the sentence encoder gives the right vectors, and the search script runs and explains itself.
+"""The examples: the sentence encoder gives the right vectors, and the search script runs with clear messages.
 
-Needs the packages of the `examples` extra; the tests against PyTorch and ONNX Runtime need these too. What is not
-installed is skipped, and the reason says so.
+Needs the packages of the `examples` extra; the tests against PyTorch and ONNX Runtime need these too. Tests for what is
+not installed are skipped, with the reason.
 """
 
 import importlib.util
@@ -43,11 +43,10 @@ SENTENCES = [
     "far too long for the model, so that the end of it does not count " * 40,
 ]
 
-# How far from exact a float32 run may be: the length of the difference of two vectors of length 1. A layer
-# rounds its numbers in about ten steps (two norms, four matrix products with their biases, scores, softmax,
-# GELU, two residual sums). A matrix product with random signs is off by about eps of its result's size,
-# however long its sums are, and each norm brings the size back to one, so that nothing grows but the count:
-# 6 layers of 10 steps, and a few for embedding and pooling.
+# Allowed error of a float32 run: the norm of the difference of two unit vectors. A layer rounds in about ten steps (two
+# norms, four matrix products with their biases, scores, softmax, GELU, two residual sums). A matrix product with random
+# signs is off by about eps of its result's size, however long its sums are, and each norm restores the size to one, so
+# only the count grows: 6 layers of 10 steps, and a few for embedding and pooling.
 EPS = np.finfo(np.float32).eps
 TOLERANCE = 64 * EPS
 
@@ -59,7 +58,7 @@ def distance(a, b):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The module examples/minilm.py, which is in no package."""
+    """The module examples/minilm.py, which is not in a package."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         yield pytest.importorskip("minilm")
@@ -68,7 +67,7 @@ def minilm():
 
 
 def load(path):
-    """A module that is in no package."""
+    """A module that is not in a package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,25 +76,25 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def semantic_search():
-    """The module examples/semantic_search.py, of which the functions on text need no package at all."""
+    """The module examples/semantic_search.py; its functions on text need no package."""
     return load(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    """The module benchmarks/encoder.py: the encoder as other libraries have it."""
+    """The module benchmarks/encoder.py: the encoder in other libraries."""
     return load(ROOT / "benchmarks" / "encoder.py")
 
 
 @pytest.fixture(scope="module")
 def model(minilm):
-    """The encoder in float32, fastattn doing its attention."""
+    """The encoder in float32, with fastattn's attention."""
     return minilm.MiniLM()
 
 
 @pytest.fixture(scope="module")
 def exact(minilm, encoder):
-    """The embeddings of SENTENCES by the whole model in float64, attention by the reference."""
+    """The embeddings of SENTENCES from the whole model in float64, with the reference's attention."""
     return minilm.MiniLM(dtype=np.float64, attention=encoder.reference_attention).encode(SENTENCES)
 
 
@@ -108,20 +107,20 @@ def test_embeddings_match_the_float64_reference(model, exact):
     assert embeddings.dtype == np.float32
     assert embeddings.shape == (len(SENTENCES), 384)
     assert distance(embeddings, exact) <= TOLERANCE
-    # The same said as a person reads it: cosines between sentences are right to five digits.
+    # In human terms: cosines between sentences are right to five digits.
     np.testing.assert_allclose(embeddings @ embeddings.T, exact @ exact.T, atol=1e-5, rtol=0)
 
 
 @needs_extra
 def test_plain_numpy_attention_matches_the_float64_reference(minilm, exact):
-    """What the script compares fastattn with must compute the same thing."""
+    """The script's alternatives to fastattn must compute the same thing."""
     assert distance(minilm.MiniLM(attention=minilm.numpy_attention).encode(SENTENCES), exact) <= TOLERANCE
 
 
 @needs_extra
 @pytest.mark.parametrize("batch_tokens", [1, 64, 700, 100_000])
 def test_company_and_padding_do_not_change_an_embedding(model, batch_tokens):
-    """From every sentence alone to all of them padded to the longest."""
+    """From single sentences to all of them padded to the longest."""
     together = model.encode(SENTENCES, batch_tokens=batch_tokens)
     assert distance(together, model.encode(SENTENCES)) <= TOLERANCE
 
@@ -179,7 +178,7 @@ def test_gelu_is_exact_to_float32(minilm):
     x = x.astype(np.float32)
     exact = minilm.gelu(x.astype(np.float64))
     result = minilm.gelu(x.copy())
-    # Around one the polynomial's own error, 7e-8, and the rounding of six steps; further out, of the last.
+    # Around one, the polynomial's own error, 7e-8, and the rounding of six steps; further out, of the last.
     assert (np.abs(result - exact) <= 6 * EPS * np.minimum(np.abs(x), 1) + EPS * np.abs(exact)).all()
 
 
@@ -268,7 +267,7 @@ def test_standard_library_is_a_corpus(semantic_search):
 
 
 def run_script(*arguments, without=None, cwd=None):
-    """Run semantic_search.py in a process of its own; `without` hides a package from it."""
+    """Run semantic_search.py in a separate process; `without` hides a package from it."""
     command = [sys.executable, str(SCRIPT), *arguments]
     if without:
         hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "
@@ -344,7 +343,7 @@ def test_unusable_input_is_explained(tmp_path):
 @needs_extra
 def test_attention_picture(model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import attention_picture  # beside minilm, whose folder is on the path
+    import attention_picture  # next to minilm, whose folder is on the path
 
     path = tmp_path / "attention.png"
     assert attention_picture.main(["Two of them.", "--layer", "5", "--output", str(path)]) == 0
@@ -355,7 +354,7 @@ def test_attention_picture(model, tmp_path, capsys):
             attention_picture.main([wrong])
         assert words in capsys.readouterr().err
 
-    # What the example says of its own sentence: head 1 of layer 3 looks from "it" to what it stands for.
+    # The example's claim about its own sentence: head 1 of layer 3 looks from "it" to what it refers to.
     tokens, weights = attention_picture.attention_weights(model, attention_picture.SENTENCE, 3)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
     assert tokens[weights[1, tokens.index("it")].argmax()] == "animal"

@@ -1,7 +1,7 @@
-"""Nothing outside the arrays is read or written: they lie flush against forbidden pages.
+"""Nothing outside the arrays is read or written: they are placed flush against forbidden pages.
 
-A read beyond the end whose result is thrown away passes every numeric test, until the array happens to be
-the last thing on its page. Here it always is.
+A read past the end whose result is discarded passes every numeric test, until the array happens to be last on its page.
+Here it always is.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ def guarded(array, at_end):
 
 
 def guarded_rows(array, at_end):
-    """The same for a matrix whose rows lie apart: the gap after the last row is forbidden ground."""
+    """The same for a matrix with gaps between rows: the gap after the last row is forbidden."""
     rows, columns = array.shape
     stride = columns + 5
     flat = np.zeros((rows - 1) * stride + columns, dtype=array.dtype)
@@ -58,7 +58,7 @@ def guarded_columns(array, at_end):
 
 
 def forbidden_outside(array, begin, end):
-    """A copy of which only the rows [begin, end) may be touched: they fill whole pages, all others are forbidden."""
+    """A copy of which only the rows [begin, end) may be read: they fill whole pages, all others are forbidden."""
     row = array.nbytes // len(array)
     assert begin * row % PAGE == end * row % PAGE == 0
     memory = mmap.mmap(-1, array.nbytes + PAGE)
@@ -74,7 +74,7 @@ def forbidden_outside(array, begin, end):
 
 
 def look_through_windows(dtype):
-    """Keys, values and entries of a relative bias outside of what is seen are not read. Runs in a child."""
+    """Keys, values and entries of a relative bias that are not visible are not read. Runs in a child."""
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -89,7 +89,7 @@ def look_through_windows(dtype):
         key, value = (forbidden_outside(normal(num_keys, dim), begin, end) for _ in range(2))
         for num_queries in (1, 2, 4, 5, 8, min(9, unit), unit):
             query = normal(num_queries, dim)
-            # The first query sees the first key there is to see, and the last one the last.
+            # The first query sees the first visible key, and the last one the last.
             left = (end - begin - num_queries) // 2
             right = end - begin - num_queries - left
             arguments = {"query_offset": begin + left, "window_size": (left, right)}
@@ -103,28 +103,28 @@ def look_through_windows(dtype):
             fastattn.additive_attention(query, key, value, normal(dim), **arguments)
             fastattn.dot_product_attention(query, key, value, key_lengths=end, window_size=(end - begin - 1, 0),
                                            query_offset=end - 1)  # fmt: skip
-        # A chunk is seen as a whole.
+        # A chunk is visible as a whole.
         for num_queries in (1, 4, 9):
             query = normal(num_queries, dim)
             arguments = {"chunk_size": end - begin, "left_chunks": 0}
             if begin % (end - begin) == 0 and num_queries <= end - begin:
                 fastattn.dot_product_attention(query, key, value, **arguments, query_offset=begin)
                 fastattn.dot_product_attention(query, key, value, **arguments, query_offset=end - num_queries)
-    # Entries of a relative bias that belong to keys before the first and after the last. One page of entries is
-    # seen, or one entry less.
+    # Entries of a relative bias for keys before the first and after the last. One page of entries is visible, or one
+    # entry less.
     entries = PAGE // itemsize
     key, value = normal(entries, 8), normal(entries, 8)
     for num_queries in (1, 2, 5, 40):
         query = normal(num_queries, 8)
         for page in (0, 3, 6):
             band = forbidden_outside(normal(7 * entries), page * entries, (page + 1) * entries)
-            # The first query is where its entry `page * entries` belongs to key 0.
+            # For the first query entry `page * entries` belongs to key 0.
             left = page * entries
             right = 7 * entries - 1 - left
             arguments = {"window_size": (left, right), "query_offset": 0}
             single = fastattn.dot_product_attention(query[:1], key, value, relative_bias=band, **arguments)
             assert np.isfinite(single).all()
-            # All others too, one row of entries each, which begins one entry further to the left.
+            # For all others too: each has its own row of entries, starting one entry further left.
             rows = np.lib.stride_tricks.as_strided(band, (num_queries, band.size), (itemsize, itemsize))
             out = fastattn.dot_product_attention(query, key, value, relative_bias=rows, **arguments)
             assert np.isfinite(out).all()
@@ -194,7 +194,7 @@ def walk(dtype, at_end):
                 )
                 check(out)
                 check(band)
-                # Three heads and one: a tile has rows of all three.
+                # Three query heads on one key head: a tile has rows of all three.
                 slopes, biases = normal(2, 3), normal(3, 1, num_keys)
                 heads, keys, values = (
                     normal(2, 3, num_queries, head_dim),
@@ -229,7 +229,7 @@ def walk(dtype, at_end):
                     fastattn.dot_product_attention(
                         *arrays[:3], out=arrays[3], bias=bias, mask=layout(mask, at_end), is_causal=True
                     )
-                # Padding past the lengths may be anything, but not what lies beyond the array.
+                # Padding past the lengths may hold anything, but nothing past the array may be read.
                 check(fastattn.dot_product_attention(query, key, value, key_lengths=num_keys - 1, out=out))
     for length in (1, 3, 15, 16, 17, 33, 63, 65, 129, 1000):
         x, out = normal(5, length), normal(5, length)
@@ -240,7 +240,7 @@ def walk(dtype, at_end):
                 function(x, axis, mask=mask, out=out)
                 function(guarded_columns(x, at_end), axis, out=guarded_columns(out, at_end))
             fastattn.logsumexp(x, axis, mask=mask, out=normal(5 if axis else length))
-            if axis == 0:  # rows too long to be kept
+            if axis == 0:  # rows too long for scratch
                 fastattn.softmax(normal(4200, min(length, 70)), axis, out=normal(4200, min(length, 70)))
         query, value = normal(3, length, 9), normal(3, length, 7)
         cuts = guarded(np.array([0, length // 3, length]), at_end)

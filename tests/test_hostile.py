@@ -1,4 +1,4 @@
-"""Hostile numbers: huge and tiny scales, NaN and infinity seen and unseen, empty rows, long rows."""
+"""Hostile numbers: huge and tiny scales, visible and hidden NaN and infinity, empty rows, long rows."""
 
 import functools
 import warnings
@@ -43,7 +43,7 @@ def test_scales(rng, query_scale, key_scale, value_scale, dtype):
 
 
 def assert_convex(out, value):
-    """Each channel lies between the smallest and the largest value of that channel."""
+    """Each channel is between the smallest and the largest value of that channel."""
     room = 16 * np.finfo(out.dtype).eps * np.abs(value).max()
     assert (out >= value.min(axis=-2, keepdims=True) - room).all()
     assert (out <= value.max(axis=-2, keepdims=True) + room).all()
@@ -62,8 +62,8 @@ def test_scale_argument(rng, scale, dtype):
 def test_rows_at_one_level_are_ordinary(rng, level, shape, dtype):
     """A row whose scores are all near -1e30 (or the lowest float) is an average like any other.
 
-    The scores vanish beside such a bias, so that all weights are equal: anything that treats the level as a
-    stand-in for minus infinity, or multiplies it by log2(e) first, gives 0 or NaN.
+    The scores are negligible beside such a bias, so all weights are equal: code that treats the level as a stand-in for
+    minus infinity, or multiplies it by log2(e) first, gives 0 or NaN.
     """
     number = getattr(np.finfo(dtype), level[6:]) if level.startswith("finfo") else float(level)
     query, key, value = qkv(rng, (2,), *shape, dtype=dtype)
@@ -86,7 +86,7 @@ def test_rows_at_one_level_are_ordinary(rng, level, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_at_different_levels(rng, dtype):
-    """Rows of one tile lie many orders of magnitude apart; each is normalised by itself."""
+    """Rows of one tile are many orders of magnitude apart; each is normalised by itself."""
     query, key, value = qkv(rng, (2,), 64, 70, dtype=dtype)
     bias = np.zeros((64, 70), dtype=dtype)
     bias += np.linspace(-1, 1, 64)[:, None] ** 3 * dtype(1e6)
@@ -97,7 +97,7 @@ def test_rows_at_different_levels(rng, dtype):
 
 
 def test_scores_that_grow_along_the_row(rng):
-    """Every block brings a new maximum, or none but the first does: the running rescale both ways."""
+    """Every block has a new maximum, or only the first: the running rescale both ways."""
     query, key, value = qkv(rng, (), 9, 1500)
     slope = np.linspace(-300, 300, 1500, dtype=np.float32)
     for bias in (slope, -slope, 10 * slope, -10 * slope, np.abs(slope)):
@@ -107,7 +107,7 @@ def test_scores_that_grow_along_the_row(rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_denormal_values(rng, dtype):
-    """Values below the normal range arrive to within a few of the smallest steps."""
+    """Values below the normal range are right to within a few of the smallest steps."""
     step = float(np.finfo(dtype).smallest_subnormal)
     query, key, _ = qkv(rng, (), 5, 3, dtype=dtype)
     value = np.full((3, 4), 1000 * step, dtype=dtype)
@@ -121,7 +121,7 @@ OFFSET, ROWS = SHAPE[1] - SHAPE[0], np.arange(SHAPE[0])[:, None]
 
 
 def hiding_rules(rng):
-    """Pairs (arguments, the keys that no query sees under them)."""
+    """Pairs (arguments, the keys that no query sees with them)."""
     keys = np.arange(SHAPE[1])
     dropped = rng.random(SHAPE[1]) < 0.3
     bias = rng.standard_normal(SHAPE).astype(np.float32)
@@ -164,7 +164,7 @@ def test_unseen_keys_and_values(rng, rule, bad, activation):
     key[..., unseen, :] = bad
     value[..., unseen, ::2] = bad
     for num_queries in (SHAPE[0], 1):
-        if num_queries == 1:  # the last row alone: another loop, the same rule
+        if num_queries == 1:  # the last row alone: other loops, the same rule
             arguments = last_row(arguments)
             call = functools.partial(
                 fastattn.dot_product_attention, activation=activation, return_weights=True, **arguments
@@ -178,7 +178,7 @@ def test_unseen_keys_and_values(rng, rule, bad, activation):
 
 
 def last_row(arguments):
-    """The arguments that the last query row alone needs, to see what it sees among its fellows."""
+    """The arguments with which the last query row alone sees what it sees among the others."""
     arguments = dict(arguments)
     if "query_offset" in arguments:
         arguments["query_offset"] = arguments["query_offset"] + SHAPE[0] - 1
@@ -289,7 +289,7 @@ def test_nan_rows_have_no_weight_on_unseen_keys(rng):
 @pytest.mark.parametrize("sink", [None, -2.5])
 @pytest.mark.parametrize("how", ["mask", "bias", "key_lengths", "query_lengths", "offset", "score"])
 def test_empty_rows(rng, how, sink, num_queries):
-    """Output 0, weights 0, lse -inf or the sink; also where key and value hold NaN."""
+    """Output 0, weights 0, lse -inf or the sink; even if key and value hold NaN."""
     query, key, value = qkv(rng, (2,), num_queries, 70)
     arguments = {
         "mask": {"mask": np.zeros(70, dtype=bool)},
@@ -331,7 +331,7 @@ def test_empty_rows_among_others(rng):
 
 
 def test_first_blocks_hidden(rng):
-    """The running maximum begins at -inf and stays there for whole blocks: no NaN may come from that."""
+    """The running maximum starts at -inf and stays there for whole blocks: no NaN may result."""
     mask = np.zeros((20, 1500), dtype=bool)
     mask[:, 1400:] = True
     mask[3] = False
@@ -354,7 +354,7 @@ def test_error_does_not_grow_with_the_row(rng, num_queries):
 @pytest.mark.parametrize("num_queries", [1, 20])
 @pytest.mark.parametrize("num_keys", [1, 3, 100, 1000, 4097, 100_000])
 def test_equal_weights_on_constant_values(num_keys, num_queries, dtype):
-    """Every rounding goes the same way here, so that a sum that is not kept in blocks would drift."""
+    """Every rounding goes the same way here, so a sum that is not split into blocks would drift."""
     query, key = np.zeros((num_queries, 4), dtype=dtype), np.zeros((num_keys, 4), dtype=dtype)
     value = np.full((num_keys, 3), 0.1, dtype=dtype)
     out, lse = fastattn.dot_product_attention(query, key, value, return_lse=True)
@@ -370,7 +370,7 @@ def test_a_drifting_sum_would_be_found():
 
 
 def test_seen_infinity_stays_infinity_over_many_keys():
-    """Partial sums of different spans of keys are joined: infinity must not become inf - inf there."""
+    """Partial sums of spans of keys are merged: infinity must not become inf - inf there."""
     value = np.ones((5000, 16), np.float32)
     value[5] = np.inf
     zeros = np.zeros((5000, 16), np.float32)
@@ -401,7 +401,7 @@ def test_large_and_small_scales(rng, scale):
 
 
 def test_sizes_beyond_the_address_space():
-    """Zero strides make arrays of any size: no memory is an error, not the end of the process."""
+    """Zero strides make arrays of any size: running out of memory is an error, not a crash."""
     long = np.broadcast_to(np.float16(0), (1, 2**61))
     with pytest.raises(MemoryError):
         fastattn.dot_product_attention(long, long, np.zeros((1, 1), np.float16))
@@ -411,8 +411,8 @@ def test_sizes_beyond_the_address_space():
 
 # ------------------------------------------------------------------------- np.errstate and warnings
 
-# Numbers that over- and underflow where they are narrowed, or in products: of float64 and float32 the largest, the
-# smallest, denormals, and what float16 and bfloat16 cannot hold.
+# Numbers that over- or underflow in conversions or products: the largest and smallest of float64 and float32,
+# denormals, and what float16 and bfloat16 cannot represent.
 EXTREMES = np.array(
     [1e-300, 1e300, 3e38, -3e38, 1e-30, 1e-39, 5e-324, -1e300, 65504.0, 7e4, 1e-8, -0.0, 1.0, 0.3, 1e-45, 2.0]
 )
@@ -549,7 +549,8 @@ def storage(name):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_no_floating_point_error_or_warning(name, dtype):
-    """What under- or overflows inside is the library's affair, whatever the caller has set; nothing changes by it."""
+    """Internal under- and overflow does not show, whatever the caller's np.errstate, and np.errstate changes no
+    result."""
     dtype = storage(dtype)
     with np.errstate(all="ignore"):
         expected = CALLS[name](dtype)
@@ -583,7 +584,7 @@ OUTS = {
 
 @pytest.mark.parametrize("name", OUTS)
 def test_a_first_call_imports_nothing(name):
-    """Least of all numpy.ma: where nobody has loaded it, no masked array can have come."""
+    """In particular not numpy.ma: if it is not loaded, there can be no masked array."""
     fresh_process.run(
         f"""
         import sys
@@ -602,7 +603,7 @@ def test_a_first_call_imports_nothing(name):
 
 
 def finfo_of(dtype):
-    """NumPy's, or for bfloat16 the one of its own package."""
+    """NumPy's, or for bfloat16 that of ml_dtypes."""
     try:
         return np.finfo(dtype)
     except ValueError:
@@ -612,7 +613,8 @@ def finfo_of(dtype):
 
 
 def largest_values(dtype, keys):
-    """Values up to the largest finite number: all of it, minus it, of either sign, up to it, and ordinary ones."""
+    """Values up to the largest finite number: all equal to it, its negative, of either sign, up to it, and ordinary
+    ones."""
     largest = finfo_of(dtype).max
     sign = np.where(np.arange(keys) % 2, 1, -1)
     ramp = np.linspace(-1, 1, keys) if keys > 1 else np.ones(1)
@@ -632,7 +634,7 @@ def test_a_mean_is_no_larger_than_its_numbers(rng, queries, keys, dtype):
     assert np.isfinite(out.astype(np.float64)).all()
     quarter = reference.dot_product_attention(query, key, value.astype(np.float64) / largest)
     assert_within(out.astype(np.float64) / largest, quarter, 60 * eps, "a share of the largest number")
-    # What does not overflow has the bits of a call without what does.
+    # What does not overflow has the same bits as in a call without what does.
     alone = fastattn.dot_product_attention(query, key, value[:, 4:], return_weights=True, return_lse=True)
     assert bits(out[:, 4:]) == bits(alone[0])
     assert bits(weights) == bits(alone[1])
@@ -641,7 +643,7 @@ def test_a_mean_is_no_larger_than_its_numbers(rng, queries, keys, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_overflow_in_one_row_leaves_the_others_alone(rng, dtype):
-    """Promise 2: a row has the bits it has alone, whichever rows of its tile overflow; so do infinite and NaN rows."""
+    """A row has the bits it has alone, whichever rows of its tile overflow; so do infinite and NaN rows."""
     query, key, value = qkv(rng, (), 40, 90, 8, dtype=dtype)
     value[60:] = np.finfo(dtype).max
     value[50:60, 0] = np.finfo(dtype).smallest_subnormal * 3
@@ -676,7 +678,7 @@ def test_every_score_and_relu(rng, dtype):
     stream = fastattn.StreamingAttention(3, 3)
     streamed = np.concatenate([stream.push(x, x, value), stream.flush()], axis=-2)
     assert bits(streamed) == bits(window)
-    # An infinite result that is right stays, and so does what is infinite in one part.
+    # Truly infinite results stay, and so does what is infinite in one part.
     with np.errstate(all="ignore"):
         top = np.full((1, 2, 1), np.finfo(dtype).max, dtype)
         assert fastattn.dot_product_attention(x[:1], x[:1, :2] * 0 + 9, top * 0 + np.inf)[0, 0, 0] == np.inf
@@ -698,7 +700,7 @@ def test_a_split_cache_overflows_no_more_than_a_whole_one(rng):
 @pytest.mark.parametrize("query_exponent", range(-36, 38, 8))
 @pytest.mark.parametrize("key_exponent", range(-36, 38, 8))
 def test_scores_in_range_of_products_that_are_not(rng, shape, query_exponent, key_exponent):
-    """The scale brings scores back to a few units: within the bound, wherever query and key lie in float32."""
+    """The scale brings scores back to a few units: within the bound, wherever query and key are in float32's range."""
     queries, keys, dim = shape
     query = (rng.choice([-1, 1], (queries, dim)) * rng.uniform(0.5, 1, (queries, dim)) * 10.0**query_exponent).astype(
         "f4"

@@ -1,8 +1,8 @@
-"""Which kernels run, by default and where FASTATTN_ISA forces others.
+"""Which kernels run, by default and when FASTATTN_ISA selects others.
 
-A dispatch bug gives right answers slowly, so it is the names of the kernels that are looked at, and the bits they give.
-The tests of numbers run on the default only. `FASTATTN_ISA=avx2 python -m pytest` runs them on another set, and .ci/run
-does so for every set that its machine can run; the last lines of each run say which one it was (conftest.py).
+A dispatch bug gives right answers slowly, so the names of the kernels are checked, and the bits of their results. The
+numeric tests run only on the default. `FASTATTN_ISA=avx2 python -m pytest` runs them on another set, and .ci/run does
+so for every set that its machine can run; the last lines of each run say which one was used (conftest.py).
 """
 
 import fresh_process
@@ -29,12 +29,12 @@ def test_kernels_carry_the_name_of_the_instruction_set():
 
 
 def problem():
-    """Long sums of numbers that are not round: what comes out depends on the order of additions, and so on the set."""
+    """Long sums of arbitrary numbers: the result depends on the order of additions, and so on the set."""
     return np.random.default_rng(5).standard_normal((3, 2, 300, 64), dtype=np.float32)
 
 
 def show_forced():
-    """In a child: the set in force, its kernels, and in hexadecimal what they make of the problem."""
+    """In a child: the selected set, its kernels, and their result for the problem in hexadecimal."""
     child = fastattn.cpu_info()
     out = fastattn.dot_product_attention(*problem())
     print(child["selected"], ",".join(child["kernels"].values()), out.tobytes().hex())
@@ -42,7 +42,7 @@ def show_forced():
 
 @pytest.fixture(scope="module")
 def forced():
-    """What children say whose set is forced: {set: (its name there, names of kernels, output)}."""
+    """From children with a forced set: {set: (its name there, names of kernels, output)}."""
     answers = {}
     for name in info["runnable"]:
         code = "import test_instruction_sets; test_instruction_sets.show_forced()"
@@ -62,7 +62,7 @@ def test_forced(name, forced):
 
 
 def test_what_is_forced_is_what_runs(forced):
-    """Every set adds in an order of its own, so no two give the same bits; and the same set does."""
+    """Every set adds in its own order, so no two give the same bits, while the same set does."""
     assert len({out.tobytes() for _, _, out in forced.values()}) == len(info["runnable"])
     assert forced[info["selected"]][2].tobytes() == fastattn.dot_product_attention(*problem()).tobytes()
 

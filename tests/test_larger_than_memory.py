@@ -1,6 +1,6 @@
-"""The example for keys in files: parts give what the whole gives, under the rules that it supports; the script runs.
+"""The example for keys in files: parts give the same as the whole, with the rules that it supports; the script runs.
 
-The script needs tqdm (the `examples` extra). Where it is not installed that is skipped, and the reason says so.
+The script needs tqdm (the `examples` extra). If it is not installed these tests are skipped, with the reason.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ needs_tqdm = pytest.mark.skipif(importlib.util.find_spec("tqdm") is None, reason
 
 @pytest.fixture(scope="module")
 def example():
-    """The module examples/larger_than_memory.py, which is in no package."""
+    """The module examples/larger_than_memory.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("larger_than_memory", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -87,7 +87,7 @@ def test_memory_maps(example, rng, tmp_path):
 
 
 def run_script(*arguments, without=None, cwd=None):
-    """Run larger_than_memory.py in a process of its own; `without` hides a package from it."""
+    """Run larger_than_memory.py in a separate process; `without` hides a package from it."""
     command = [sys.executable, str(SCRIPT), *arguments]
     if without:
         hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "

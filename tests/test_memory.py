@@ -1,4 +1,4 @@
-"""Memory beyond inputs and outputs grows with L + S: the peak of processes, each with one large call."""
+"""Memory beyond inputs and outputs grows with L + S: the peak memory of processes, each with one large call."""
 
 import sys
 
@@ -42,7 +42,7 @@ def extra_memory(setup, call):
 
 
 def test_the_measure_can_fail():
-    """A call that does hold L x S numbers is seen."""
+    """A call that does hold L x S numbers is detected."""
     setup = "query = normal(4096, 64)"
     assert extra_memory(setup, "(query @ query.T).sum()") > 60 * MEGABYTE
 

@@ -1,4 +1,4 @@
-"""merge_attention and varlen_attention: against the reference, and against the whole they are parts of."""
+"""merge_attention and varlen_attention: against the reference, and against the whole from the parts."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from fastattn import reference
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cuts", [(), (1,), (16, 32), (0, 33, 33), (5, 10, 15, 20, 65)])
 def test_merged_parts_are_the_whole(rng, cuts, dtype):
-    """Wherever the key axis is cut, also into empty parts, the merge is within the accuracy of one call."""
+    """Wherever the key axis is split, also into empty parts, the merge has the accuracy of one call."""
     query, key, value = qkv(rng, (2, 3), 17, 70, 24, 20, dtype)
 
     def in_parts(query, key, value, return_weights=False, return_lse=False):
@@ -116,7 +116,7 @@ PACKED = {
 
 
 def assert_varlen(query, key, value, *cu_seqlens, **arguments):
-    """The packed call against the reference, and each sequence against the bounds of its own call."""
+    """The packed call against the reference, each sequence within the bounds of its own call."""
     expected = reference.varlen_attention(query, key, value, *cu_seqlens, **arguments)
     out = fastattn.varlen_attention(query, key, value, *cu_seqlens, **arguments)
     assert out.dtype == np.result_type(query, key, value)
@@ -220,7 +220,7 @@ def test_varlen_out(rng):
 
 
 def test_varlen_takes_the_layout_of_packed_memory(rng):
-    """(total, heads, head_dim) in memory, as it is usually packed, is passed as a swapped view."""
+    """(total, heads, head_dim) in memory, the usual packing, is passed as a swapped view."""
     query, key, value = (rng.standard_normal((40, 3, 16)).astype(np.float32).swapaxes(0, 1) for _ in range(3))
     assert_varlen(query, key, value, [0, 13, 40], is_causal=True)
 
@@ -235,7 +235,7 @@ def test_out_must_not_overlap_cu_seqlens():
 
 
 def test_many_short_sequences_and_a_long_one():
-    """The work is that of the sequences, not of as many of the longest."""
+    """The work is that of the sequences, not of padding them to the longest."""
     count = 300_000
     starts = np.concatenate([np.arange(count + 1), [2 * count]])
     x = np.ones((8, 2 * count, 1), np.float32)
@@ -245,7 +245,7 @@ def test_many_short_sequences_and_a_long_one():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_a_part_marked_empty_by_flash_attention(rng, dtype):
-    """lse = +inf beside an output of zeros is a part without keys; beside any other number it stays what it is."""
+    """lse = +inf with an output of zeros is a part without keys; with any other output it stays +inf."""
     outs = [rng.standard_normal((2, 5, 3)).astype(dtype) for _ in range(3)]
     lses = [rng.standard_normal((2, 5)).astype(np.float32) for _ in range(3)]
     outs[1][0], lses[1][0] = 0, np.inf

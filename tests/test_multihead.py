@@ -1,4 +1,4 @@
-"""MultiHeadAttention and self_attention: against the reference, against PyTorch where it is there, and step by step."""
+"""MultiHeadAttention and self_attention: against the reference, against PyTorch if installed, and step by step."""
 
 import copy
 import inspect
@@ -38,7 +38,7 @@ def parameters(
     rng, d_model=24, num_heads=4, head_dim=6, *, num_kv_heads=None, value_dim=None, d_context=None, d_out=10,
     biases=True, dtype=np.float32, **rotary,
 ):  # fmt: skip
-    """The arguments of a layer: normal numbers, projections that keep their size."""
+    """The arguments of a layer: normal numbers, projections that preserve their size."""
     kv_heads = num_kv_heads or num_heads
     value_dim, d_context = value_dim or head_dim, d_context or d_model
     shapes = {
@@ -66,7 +66,7 @@ def without_heads(arguments):
 
 
 def projected_scores_and_sizes(query, key, eps, *, query_size, key_size, scale=None):
-    """As `bilinear_scores_and_sizes`: all that is multiplied and added, through both projections and their product."""
+    """As `bilinear_scores_and_sizes`: absolute values of all terms, through both projections and their product."""
     size = reference.dot_scores(query_size, key_size, None if scale is None else abs(float(scale)))
     return reference.dot_scores(query, key, scale), size
 
@@ -75,7 +75,8 @@ SCORES["projected"] = projected_scores_and_sizes, ("query_size", "key_size", "sc
 
 
 def turned(size, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim):
-    """Sizes after a rotation, which adds up both of a pair; each is rounded once more for its sine, product and sum."""
+    """Sizes after a rotation, which adds both channels of a pair, with roundings for the sine, the product and the
+    sum."""
     if rotary_base is None and rotary_frequencies is None:
         return size
     factor = 1 if rotary_frequencies is None else rotary_frequencies[1]
@@ -91,9 +92,9 @@ def turned(size, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim
 def bounds(given, x, context, heads, out, weights, lse, dtype, **arguments):
     """The bounds for (out, weights, lse) of a layer: the promise of attention, carried through the projections.
 
-    A projection is off by an eps of the absolute values that it adds up. For query and key that goes into the size of
-    the scores. The error of a value arrives as it is, and what attention adds is in proportion to the largest value.
-    The last product passes on the errors of the heads by its absolute values, and adds its own.
+    A projection is off by an eps of the absolute values of its terms. For query and key that goes into the size of the
+    scores. The error of a value is passed on unchanged, and the error of attention is proportional to the largest
+    value. The last product multiplies the errors of the heads by its absolute values, and adds its own.
     """
     eps = float(np.finfo(accumulation_dtype(dtype)).eps) * (2 if dtype == np.float64 else 1)
     num_heads, kv_heads = given["num_heads"], given["num_kv_heads"] or given["num_heads"]
@@ -131,9 +132,9 @@ def bounds(given, x, context, heads, out, weights, lse, dtype, **arguments):
 
 
 def assert_layer(given, x, context=None, *, layer=None, **arguments):
-    """Call a layer with and without its extra results; hold all of it against the reference. Returns the output.
+    """Call a layer with and without its extra results; compare everything with the reference. Returns the output.
 
-    layer: replaces the library's, so that a test can show that a wrong one is found out.
+    layer: replaces the library's, so that a test can show that a wrong one is detected.
     """
     layer = layer or fastattn.MultiHeadAttention(**given)
     theory = reference.MultiHeadAttention(**given)
@@ -164,7 +165,7 @@ def assert_layer(given, x, context=None, *, layer=None, **arguments):
 
 
 def test_the_formula(rng):
-    """Written out with einsum, one index a thing: tokens l and s, channels d and e, heads h, and n what comes out."""
+    """Written out with einsum, one index each: tokens l and s, channels d and e, heads h, output channels n."""
     x, context = normal(rng, 2, 5, 8, dtype=np.float64), normal(rng, 2, 7, 6, dtype=np.float64)
     w_query, w_key, w_value = (normal(rng, n, 3, m, dtype=np.float64) for n, m in ((8, 4), (6, 4), (6, 5)))
     w_out = normal(rng, 3, 5, 9, dtype=np.float64)
@@ -229,7 +230,7 @@ COPIES = {
 @pytest.mark.parametrize("d_context", [24, 9])
 @pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0, "rotary_dim": 4}], ids=["plain", "rotary"])
 def test_copies(rng, of, d_context, rotary):
-    """The same bits, from read-only weights that lie side by side, each once."""
+    """The same bits, from read-only weights that are side by side, each stored once."""
     given = parameters(rng, num_kv_heads=2, value_dim=5, d_context=d_context, **rotary)
     layer = fastattn.MultiHeadAttention(**given)
     other = of(layer)
@@ -238,7 +239,7 @@ def test_copies(rng, of, d_context, rotary):
     context = () if d_context == 24 or rotary else (normal(rng, 2, 7, 9),)
     if context or d_context == 24:
         assert bits(other(x, *context)) == bits(layer(x, *context))
-        # The biases of a call in float64 are those that were given.
+        # A call in float64 uses the biases as given.
         assert bits(other(x.astype(np.float64), *context)) == bits(layer(x.astype(np.float64), *context))
     for name in (*MATRICES, *BIASES):
         assert bits(getattr(other, name)) == bits(getattr(layer, name))
@@ -396,7 +397,7 @@ def test_rules(rng, rule, num_kv_heads, dtype):
 
 @st.composite
 def layer_calls(draw):
-    """(parameters, x, context or None, rules): anything together."""
+    """(parameters, x, context or None, rules): any combination."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     dtype, batch = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     num_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 1)]))
@@ -442,7 +443,7 @@ def test_everything_together(call):
 
 
 def test_masks_broadcast(rng):
-    """A mask for each sequence is mask[:, None]; one for each head has no batch axis."""
+    """A mask per sequence is mask[:, None]; one per head has no batch axis."""
     layer, x = fastattn.MultiHeadAttention(**parameters(rng)), normal(rng, 2, 9, 24)
     mask = rng.random((2, 9, 9)) < 0.5
     both = layer(x, mask=mask[:, None])
@@ -489,7 +490,7 @@ def test_lengths_of_keys_are_enough_in_a_padded_batch(rng, rules, rotary):
 
 
 def test_lengths_of_keys_say_nothing_of_rows_elsewhere(rng):
-    """With a context; and where the lengths of both are given."""
+    """With a context; and with the lengths of both."""
     given = parameters(rng)
     layer, x, context = fastattn.MultiHeadAttention(**given), normal(rng, 2, 6, 24), normal(rng, 2, 8, 24)
     out = layer(x, context, key_lengths=[6, 3])
@@ -581,7 +582,7 @@ def test_rotary_frequencies_are_the_layers_own(rng):
 
 
 def test_rotary_knows_distances_only(rng):
-    """Queries and keys that move together give the same; queries alone do not."""
+    """Shifting queries and keys together changes nothing; shifting only queries does."""
     layer, x = fastattn.MultiHeadAttention(**parameters(rng, rotary_base=10.0)), normal(rng, 9, 24)
     assert not np.allclose(layer(x), layer(x, query_offset=3))
     assert bits(layer(x)) == bits(layer(x, query_offset=0))
@@ -654,7 +655,7 @@ def test_ragged_steps(rng, rotary):
 @pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
 @pytest.mark.parametrize("capacity", [8, 9, 20])
 def test_steps_in_a_window(rng, capacity, rotary):
-    """A cache that lets go of old tokens: the rows of one call with that window, positions and all."""
+    """A cache that drops old tokens: the rows of one call with that window, including positions."""
     given = parameters(rng, num_kv_heads=2, dtype=np.float64, **rotary)
     layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 2, 60, 24, dtype=np.float64)
     arguments = {"is_causal": True, "window_size": (7, 0), "alibi_slopes": np.array([0.1, 0.2, 0.3, 0.4])}
@@ -667,7 +668,7 @@ def test_steps_in_a_window(rng, capacity, rotary):
     assert cache.dropped.all()
 
 
-# Rules of a call over a cache with window=8, and what they mean together with it.
+# Rules of a call with a cache of window=8, and the equivalent rules without it.
 ROLLING = {
     "nothing": ({}, {"window_size": (7, 0)}),
     "a window": ({"window_size": (8, 0)}, {}),
@@ -681,8 +682,8 @@ ROLLING = {
 
 
 def steps_over(layer, cache, x, cuts, **rules):
-    """For each call (start of each sequence, how many rows, first token that it saw, its results): `cuts` holds the
-    counts of a call's rows, a number or one for each sequence. Rows that do not count are NaN."""
+    """For each call (start of each sequence, how many rows, first token that it saw, its results): `cuts` holds the row
+    counts of each call, one number or one per sequence. Rows that do not count are NaN."""
     there = np.zeros(len(x), np.int64)
     for counts in cuts:
         counts = np.broadcast_to(counts, len(x))
@@ -710,7 +711,7 @@ CUTS = {
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize(("rules", "whole"), ROLLING.values(), ids=ROLLING)
 def test_a_rolling_cache_is_one_call(rng, rules, whole, cuts, capacity, rotary):
-    """However tokens are cut, more of them than fit or fewer: each sequence's rows of one call without a cache."""
+    """However tokens are split, more of them than fit or fewer: each sequence's rows of one call without a cache."""
     given = parameters(rng, num_kv_heads=2, value_dim=5, dtype=np.float64, **rotary)
     layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 3, 40, 24, dtype=np.float64)
     expected, lse = layer(x, is_causal=True, return_lse=True, **rules, **whole)
@@ -782,12 +783,12 @@ def test_whole_chunks_over_a_rolling_cache(rng):
 
 @pytest.mark.parametrize("rules", [{}, {"chunk_size": 3, "left_chunks": 1}], ids=str)
 def test_bits_over_a_rolling_cache_are_those_of_a_sequence_alone(rng, rules):
-    """From the projections on, which are exact here; whatever the others drop."""
+    """From the projections on, which are exact here; whatever other sequences drop."""
     layer, x = fastattn.MultiHeadAttention(*3 * [np.eye(8, dtype=np.float32)], num_heads=2), normal(rng, 3, 40, 8)
     cache, alone = KVCache(3, 2, 10, 4, window=6), [KVCache((), 2, 10, 4, window=6) for _ in range(3)]
     for start, counts, _, out in steps_over(layer, cache, x, CUTS["ragged"], **rules):
         for b, (at, n) in enumerate(zip(start, counts, strict=True)):
-            # As many rows as the batch has: a few queries take other loops.
+            # As many rows as the batch has: few queries use other loops.
             rows = np.full((len(out[b]), 8), np.nan, np.float32)
             rows[:n] = x[b, at : at + n]
             own = layer(rows, cache=alone[b], query_lengths=int(n), is_causal=True, **rules)
@@ -846,7 +847,7 @@ def test_an_interrupted_call_appends_nothing(rng, monkeypatch, n, capacity):
 
 
 def test_memory_of_a_step_that_fits(rng):
-    """Only where old and new tokens do not fit are they copied; from an empty cache not even then."""
+    """Old and new tokens are copied only if they do not fit; with an empty cache not even then."""
     layer = fastattn.MultiHeadAttention(*3 * [np.eye(64, dtype=np.float32)], num_heads=1)
     x = normal(rng, 1, 4096, 64)
     for capacity, old, room in ((8192, 4096, 0), (4096, 0, 0), (4096, 4096, 2 * 2**20)):
@@ -862,14 +863,14 @@ def test_memory_of_a_step_that_fits(rng):
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
 def test_rollback_is_never_having_appended(rng, window, rotary):
-    """Drafts of tokens, taken back from each sequence in part: positions, windows and all go on as without them."""
+    """Draft tokens, some of which each sequence takes back: positions, windows and so on continue as without them."""
     given = parameters(rng, num_kv_heads=2, dtype=np.float64, **rotary)
     layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 2, 30, 24, dtype=np.float64)
     slopes = np.array([0.1, 0.2, 0.3, 0.4])
     whole = layer(x, is_causal=True, alibi_slopes=slopes, window_size=None if window is None else (window - 1, 0))
     cache, at = KVCache(2, 2, 40 if window is None else 14, 6, dtype=np.float64, window=window), np.zeros(2, int)
     while at.min() < 27:
-        # Of three tokens the first ones are right: none to three of them, and two sequences differ in that.
+        # Of three tokens the first zero to three are right, a different number in each of two sequences.
         right = np.minimum(rng.integers(0, 4, 2), 29 - at)
         draft = normal(rng, 2, 4, 24, dtype=np.float64)
         for b in range(2):
@@ -887,7 +888,7 @@ def test_rollback_is_never_having_appended(rng, window, rotary):
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
 def test_beams(rng, window, of):
-    """Beams that fork, change places and end, over caches that are chosen and copied: each as its tokens alone."""
+    """Beams that fork, swap and end, with caches that are selected and copied: each as its tokens alone."""
     given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=30.0)
     layer, tokens = of(fastattn.MultiHeadAttention(**given)), normal(rng, 1, 0, 24, dtype=np.float64)
     cache = KVCache(1, 2, 40 if window is None else 11, 6, dtype=np.float64, window=window)
@@ -1150,7 +1151,7 @@ def test_context_is_needed(rng):
 
 
 def assert_self_attention(x, w_query, w_key, w_value, **arguments):
-    """As one head of a layer without output projection, whose bounds hold here too; the head has no axis."""
+    """Like one head of a layer without output projection, whose bounds hold here too; the head has no axis."""
     given = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "num_heads": 1, "num_kv_heads": None}
     with_lse = arguments.get("activation", "softmax") == "softmax"
     extras = {"return_weights": True, "return_lse": with_lse}
@@ -1197,7 +1198,7 @@ def test_self_attention_rules(rng, rule):
 
 
 def test_self_attention_of_a_padded_batch(rng):
-    """The lengths of keys are enough: valid rows as each sequence alone, the rest 0."""
+    """Key lengths are enough: valid rows as each sequence alone, the rest 0."""
     x, weights = normal(rng, 3, 6, 12), three(rng)
     x[1, 3:] = np.nan
     for rule in ({}, {"is_causal": True}, {"window_size": (1, 1)}):
@@ -1271,6 +1272,6 @@ def test_like_torch(rng, shape, bias):
         (layer(x, mask=mask, return_weights=True), theirs(x, x, attn_mask=~mask)),
         (layer(x, context, key_lengths=lengths, return_weights=True), theirs(x, context, key_padding_mask=padding)),
     ):
-        # Both are within the bound of the reference, which test_self and test_cross hold us to.
+        # Both are within the bound of the reference, as test_self and test_cross check for ours.
         np.testing.assert_allclose(ours[0], other[0], rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(ours[1], other[1], rtol=1e-4, atol=2e-6)

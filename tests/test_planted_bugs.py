@@ -1,4 +1,4 @@
-"""planted_bugs.py is run by hand; that its bugs can still be planted is looked at here."""
+"""planted_bugs.py is run by hand; this checks that its bugs can still be planted."""
 
 import os
 
@@ -30,5 +30,5 @@ def test_no_such_line_is_an_error_that_names_the_bug():
     ],
 )
 def test_only_a_failed_test_finds_a_bug(returncode, output, found):
-    """And no error of collection, no crash of pytest itself, and no green run."""
+    """Not an error of collection, a crash of pytest itself, or a passing run."""
     assert planted_bugs.verdict(returncode, output)[0] is found

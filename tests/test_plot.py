@@ -1,4 +1,4 @@
-"""Pictures of weights: labels as they are, sizes that follow the tokens, errors that teach; and BertViz's shapes."""
+"""Pictures of weights: literal labels, sizes that follow the tokens, helpful errors; and BertViz's shapes."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ def weights_of(*shape, seed=0):
 
 
 def png(figure):
-    """The figure's PNG, of which every warning is an error."""
+    """The figure as a PNG, with warnings as errors."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -38,7 +38,7 @@ def texts(axis):
 
 
 def boxes(figure):
-    """Where everything that is written stands, in pixels, with the figure it is written in."""
+    """The boxes of all texts, in pixels, and of the figure."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     found = list(figure.texts)
@@ -65,7 +65,7 @@ def test_one_head():
 
 @pytest.mark.parametrize("usetex", [False, True])
 def test_tokens_are_written_as_they_are(usetex):
-    """No mathematics, no LaTeX; and what cannot be seen, visibly."""
+    """No mathematics, no LaTeX; and invisible characters made visible."""
     with matplotlib.rc_context({"text.usetex": usetex}):
         figure = plot.heatmap(weights_of(12, 12), TOKENS, TOKENS, title="$a_b$", titles=["$x^"], colorbar=False)
     shown = ["\\n" if token == "\n" else "\N{OPEN BOX}" if token == " " else token for token in TOKENS]
@@ -79,7 +79,7 @@ def test_tokens_are_written_as_they_are(usetex):
 
 
 def test_other_scripts_are_drawn():
-    """With or without a font for them: at the worst matplotlib warns, and draws boxes."""
+    """With or without a font for them: at worst matplotlib warns, and draws boxes."""
     labels = ["注意力", "मेरा", "\N{ROBOT FACE}", "שלום"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -106,7 +106,7 @@ def test_long_labels_are_cut():
 
 
 def test_labels_without_room_are_thinned():
-    """Those that are left do not overlap, are at their own rows, and say so with ticks."""
+    """The remaining labels do not overlap, are at their own rows, and have ticks."""
     names = [f"token{i}" for i in range(300)]
     figure = plot.heatmap(weights_of(300, 300), names, names)
     axes = figure.axes[0]
@@ -143,7 +143,7 @@ def test_positions_where_no_labels_are_given():
     ],
 )
 def test_nothing_is_clipped_and_titles_do_not_touch(shape, labelled):
-    """Of any shape, with long labels and titles: everything lies within the figure, which is not too large."""
+    """For any shape, with long labels and titles: everything is within the figure, which is not too large."""
     labels = [[f"{TOKENS[0]}{i}-long-as-it-is"[: 3 + i % 20] for i in range(n)] for n in shape[-2:]]
     title = "A title that is quite a bit longer than the picture of so few tokens"
     titles = [f"head {h}, whose title is also long" for h in range(np.prod(shape[:-2], dtype=int))]
@@ -269,7 +269,7 @@ def test_into_axes_of_others():
 
 
 def test_pyplot_is_left_alone():
-    """No figure that somebody has to close, not even an import; nor does `import fastattn` bring matplotlib."""
+    """No figure has to be closed, pyplot is not even imported; nor does `import fastattn` import matplotlib."""
     code = """
 import sys, numpy as np, fastattn
 assert "fastattn.plot" not in sys.modules
@@ -368,7 +368,7 @@ def test_missing_matplotlib_is_explained(monkeypatch):
 
 
 def format_attention(attention):
-    """What BertViz does with its input, in NumPy's words."""
+    """What BertViz does with its input, in NumPy."""
     for layer in attention:
         assert layer.ndim == 4
         assert layer.shape[0] == 1
@@ -390,7 +390,7 @@ def test_bertviz(heads):
 
 
 def test_bertviz_takes_any_layout():
-    """Read-only views with negative strides, of which PyTorch would make nothing."""
+    """Read-only views with negative strides, which PyTorch would refuse."""
     weights = weights_of(1, 2, 4, 4).astype(np.float32)[..., ::-1]
     weights.flags.writeable = False
     (layer,) = plot.bertviz([weights])

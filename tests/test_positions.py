@@ -1,4 +1,4 @@
-"""Encodings of positions: against the reference, against published values, and what must not matter to the bits."""
+"""Encodings of positions: against the reference, against published values, and what must not change the bits."""
 
 import math
 import threading
@@ -28,11 +28,11 @@ def eps_of(dtype):
 
 
 def assert_rotary(x, result=None, *, offset=0, rotary_dim=None, reference=reference, **options):
-    """Each number within what the roundings allow.
+    """Check each number within its rounding errors.
 
-    The angle is a product of two roundings, of the speed (two of them, with another power function than ours) and of
-    the product, times its size; cosine, sine, the two products and the sum are rounded once each in the arithmetic's
-    dtype, and the result in its own.
+    The angle has the roundings of the speed (two, with a power function other than ours) and of the product, times its
+    size; cosine, sine, the two products and the sum are rounded once each in the arithmetic's dtype, and the result in
+    its own.
     """
     x = np.asarray(x)
     if result is None:
@@ -82,7 +82,7 @@ def test_sinusoidal_against_reference(shape, layout):
 
 
 def test_sinusoidal_values():
-    """The table that tutorials print for 4 positions and base 100, and the paper's formula written out."""
+    """The table printed in tutorials for 4 positions and base 100, and the paper's formula written out."""
     expected = [
         [0.0, 1.0, 0.0, 1.0],
         [0.84147098, 0.54030231, 0.09983342, 0.99500417],
@@ -103,7 +103,7 @@ def test_sinusoidal_layouts_hold_the_same_numbers(dim):
     sines = (dim + 1) // 2
     np.testing.assert_array_equal(split[:, :sines], turns[:, 0::2])
     np.testing.assert_array_equal(split[:, sines:], turns[:, 1::2])
-    # The speeds of an odd dim are its own: an even table of one channel more has others.
+    # The speeds of an odd dim differ from those of an even table with one channel more.
     if dim % 2:
         angle = np.arange(9)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
         np.testing.assert_allclose(turns[:, 0::2], np.sin(angle), atol=1e-14)
@@ -195,7 +195,7 @@ def test_rotary_offsets_of_all_integer_types():
 
 
 def test_rotary_values():
-    """One radian a position for the first pair; a hundredth for the second of two."""
+    """One radian per position for the first pair; a hundredth for the second of two."""
     c, s = math.cos(1), math.sin(1)
     np.testing.assert_allclose(apply_rotary([[1.0, 0.0]], offset=1), [[c, s]], rtol=1e-15)
     np.testing.assert_allclose(apply_rotary([[0.0, 1.0]], offset=1), [[-s, c]], rtol=1e-15)
@@ -270,7 +270,7 @@ def test_rotary_partial_is_a_smaller_rotary_and_a_copy(rng):
 
 
 def test_far_positions_are_right():
-    """Float32 angles are off by a tenth of a turn at a million; these are exact to float32."""
+    """Float32 angles are off by a tenth of a turn at position one million; these are exact to float32."""
     x = np.array([[1.0, 0.0]], dtype=np.float32)
     for offset in (10**6, -(10**6), 10**9, 2**31, 2**53 - 1):
         result = apply_rotary(x, offset=offset)
@@ -319,7 +319,7 @@ def test_rotary_leaves_its_input_alone(rng):
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_bits_of_a_row_depend_on_itself_and_its_position(rng, interleaved, dtype):
-    """Not on threads, the rest of the batch, the rows about it, or how its position is told."""
+    """Not on threads, the rest of the batch, the other rows, or how its position is given."""
     x = rng.standard_normal((3, 8, 300, 70)).astype(dtype)
     whole = apply_rotary(x, offset=40, interleaved=interleaved, num_threads=1)
     for num_threads in (2, 3, 7):
@@ -335,7 +335,7 @@ def test_bits_of_a_row_depend_on_itself_and_its_position(rng, interleaved, dtype
 
 
 def test_kept_tables_change_no_bit(rng):
-    """Calls in any order, with tables found whole, in part, or made anew."""
+    """Calls in any order, with tables found whole, in part, or not at all."""
     x = rng.standard_normal((4, 50, 32)).astype(np.float32)
     calls = [
         {"offset": offset, "base": base, "rotary_dim": dim}
@@ -349,13 +349,13 @@ def test_kept_tables_change_no_bit(rng):
         length = rng.integers(1, 51)
         expected = np.frombuffer(first[i], np.float32).reshape(x.shape)[:, :length]
         assert bits(apply_rotary(x[:, :length], **calls[i])) == bits(expected)
-    # The same numbers in the other precision are another table.
+    # The other precision needs another table.
     assert_rotary(x.astype(np.float64), offset=10)
     assert_rotary(x, offset=10)
 
 
 def test_tables_too_long_to_keep(rng):
-    """Each run of rows makes its part of the table: the same bits as from a table that is kept."""
+    """Each run of rows computes its part of the table: the same bits as from a cached table."""
     x = rng.standard_normal((2, 17000, 130)).astype(np.float32)
     long = apply_rotary(x, num_threads=2)
     assert bits(long) == bits(apply_rotary(x, num_threads=1))
@@ -592,7 +592,7 @@ def test_positions_against_reference(rng, how, dtype):
 
 @pytest.mark.parametrize("how", POSITIONS)
 def test_a_position_gives_the_bits_of_the_same_offset(rng, how):
-    """However it is told, whichever rows stand beside it, and whichever tables were there before."""
+    """However it is given, whichever rows are beside it, and whichever tables are cached."""
     x = rng.standard_normal((3, 2, 40, 32)).astype(np.float32)
     positions = POSITIONS[how](rng, 40)
     expected = np.empty_like(x)
@@ -642,7 +642,7 @@ def test_positions_in_tables_too_long_to_keep(rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, *sixteen_bits()[:1]])
 def test_positions_of_many_rows_in_any_order(rng, dtype):
-    """Rows of a kept table are brought together, for many heads and threads."""
+    """Rows of a cached table are gathered, for many heads and threads."""
     x = rng.standard_normal((2, 9, 1100, 130)).astype(dtype)
     positions = rng.permutation(1100)
     expected = bits(apply_rotary(x[:, :, np.argsort(positions)], offset=5)[:, :, positions])
@@ -665,7 +665,7 @@ def test_far_and_near_positions_in_one_call():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [1.0, 1.3])
 def test_cosines_and_sines_are_right_to_the_last_digit(rng, factor, dtype):
-    """Of angles small and large, beside whole quarters of a turn, and where the C library takes over."""
+    """Of small and large angles, near multiples of a quarter turn, and where the C library takes over."""
     quarters = np.arange(-40, 41) * (math.pi / 2)
     edge = 1647099.0
     angles = np.concatenate(
@@ -740,7 +740,7 @@ def test_frequencies_of_other_dtypes(rng, dtype):
 
 
 def test_sections_of_pairs_by_several_calls(rng):
-    """M-RoPE: pairs turn by time, height and width. A frequency of 0 leaves a pair as it is, bit for bit."""
+    """M-RoPE: pairs are rotated by time, height and width. A frequency of 0 leaves a pair unchanged, bit for bit."""
     x = rng.standard_normal((2, 4, 30, 32)).astype(np.float32)
     positions = rng.integers(0, 40, (3, 2, 1, 30))
     frequencies = rotary_frequencies(32)[0]
@@ -851,7 +851,7 @@ def test_frequencies_as_published(name):
     assert repr(scaling) == before
     assert frequencies.dtype == np.float64
     assert frequencies.shape == (count,)
-    # Those are float32; where two numbers are mixed, shares near 0 and 1 lose some digits.
+    # Those are float32; for weighted means, weights near 0 and 1 lose some digits.
     np.testing.assert_allclose(frequencies[list(some)], list(some.values()), rtol=4e-6)
     assert type(factor) is float
     assert factor == pytest.approx(attention_factor, rel=1e-14)
@@ -1021,7 +1021,7 @@ def test_slopes_of_powers_of_two():
 
 
 def test_slopes_of_other_numbers():
-    """What the authors' program gives for 12 heads: those of 8, and four of those of 16."""
+    """What the authors' code gives for 12 heads: those of 8, and four of those of 16."""
     expected = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
     expected += [0.7071067811865476, 0.35355339059327384, 0.17677669529663692, 0.08838834764831849]
     np.testing.assert_allclose(alibi_slopes(12), expected, rtol=1e-14)
@@ -1051,7 +1051,7 @@ def test_slopes_errors(num_heads, error):
 
 
 def test_buckets_as_published():
-    """What Hugging Face's T5 gives for distances about the edges of its buckets."""
+    """What Hugging Face's T5 gives for distances around the edges of its buckets."""
     distances = [0, 1, 7, 8, 9, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 128, 1000]
     encoder = [0, 1, 7, 8, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 15, 15]
     row = relative_position_buckets(1, 2001, query_offset=1000)[0]
@@ -1137,6 +1137,6 @@ def test_buckets_errors(options, error, words):
 
 
 def test_a_learned_table_is_a_plain_array(rng):
-    """Absolute positions that are learned need no function: rows of the table are added."""
+    """Learned absolute positions need no function: rows of the table are added."""
     table, x = rng.standard_normal((100, 8)), rng.standard_normal((2, 5, 8))
     np.testing.assert_array_equal((x + table[10:15])[1, 3], x[1, 3] + table[13])

@@ -1,4 +1,4 @@
-"""The public face: names, signatures, docstrings and the examples in them."""
+"""The public interface: names, signatures, docstrings and their examples."""
 
 import ast
 import doctest
@@ -29,7 +29,7 @@ def public_modules():
 
 
 def test_all():
-    """What `from fastattn import *` brings: what the reference defines, and more; in order, each name once."""
+    """`from fastattn import *` imports what the reference defines, and more; sorted, each name once."""
     assert fastattn.__all__ == sorted(set(fastattn.__all__))
     assert set(reference.__all__) | set(fastattn._LATER) <= set(fastattn.__all__)
     namespace = {}
@@ -48,7 +48,7 @@ def test_dir_holds_nothing_unexpected():
 
 
 def test_classes_are_loaded_when_asked_for():
-    """Reading them is most of an import where there is no byte code."""
+    """Without cached byte code, reading them is most of an import."""
     fresh_process.run("""
         import sys, fastattn
         classes = {"cache": ["KVCache"], "streaming": ["StreamingAttention"],
@@ -82,7 +82,7 @@ def keywords(function):
 
 
 def test_lists_of_rules_agree():
-    """What the functions take, what layers hand on, and what Cython reads: the same names, the same defaults."""
+    """What functions take, what layers pass on, and what Cython reads: the same names, the same defaults."""
     public = keywords(fastattn.dot_product_attention)
     assert set(_rules.Rules.__annotations__) == set(public)
     text = (pathlib.Path(fastattn.__file__).parent / "_rules.pxd").read_text()
@@ -136,7 +136,7 @@ def test_help_begins_with_a_signature_that_a_person_can_read(name):
 
 @pytest.mark.parametrize("name", fastattn.__all__)
 def test_docstrings(name):
-    """numpydoc: a summary line, every parameter, what is returned, and an example of the array functions."""
+    """numpydoc: a summary line, every parameter, what is returned, and an example for the array functions."""
     function = getattr(fastattn, name)
     doc = inspect.getdoc(function)
     assert doc, name
@@ -180,7 +180,7 @@ def test_there_are_examples():
 
 
 def test_reference_stands_alone():
-    """The reference uses NumPy, two modules of Python, and nothing of the library."""
+    """The reference uses NumPy, two standard modules, and nothing of the library."""
     modules = {x.__name__ for x in vars(reference).values() if isinstance(x, types.ModuleType)}
     assert modules == {"numpy", "functools", "inspect"}
     owners = {x.__module__ for x in vars(reference).values() if isinstance(x, types.FunctionType)}
@@ -193,7 +193,7 @@ def test_show_config(capsys):
 
 
 def test_command_line():
-    """`python -m fastattn --info` says what runs here."""
+    """`python -m fastattn --info` prints what runs here."""
     code = "import runpy, sys; sys.argv = ['fastattn', '--info']; runpy.run_module('fastattn', run_name='__main__')"
     assert fastattn.cpu_info()["selected"] in fresh_process.run(code)
 

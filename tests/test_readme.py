@@ -1,6 +1,6 @@
-"""README.md, CONTRIBUTING.md and the guide: what they quote is what is printed, and what they name is there.
+"""README.md, CONTRIBUTING.md and the guide: quoted output is what is printed, and what they name exists.
 
-A ```python block is run, and a ```output block after it is what it has to print. Blocks of a page share their names.
+A ```python block is run, and must print what a ```output block after it says. Blocks of a page share a namespace.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ def name(page):
 
 
 def blocks(page):
-    """The (language, line, text) of the page's blocks of code; the line is the one that the text begins on."""
+    """The (language, line, text) of the page's code blocks; the line is where the text begins."""
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(block[1], text.count("\n", 0, block.start(2)) + 1, block[2]) for block in found]
 
 
 def anchor(heading):
-    """What GitHub makes of a heading."""
+    """GitHub's anchor for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -83,7 +83,7 @@ def test_functions_that_are_named_are_there(page):
 
 
 def test_commands_that_others_rely_on():
-    """`.ci/run` installs and tests as the README says, and runs its example."""
+    """`.ci/run` installs and tests as in the README, and runs its example."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in ('pip install -e ".[test]" && python -m pytest', "python examples/semantic_search.py"):
         assert command in text

@@ -1,4 +1,4 @@
-"""What must not matter, to the last bit: threads, batch, other rows, padding, layout of memory, out=."""
+"""What must not change a bit: threads, batch, other rows, padding, memory layout, out=."""
 
 import functools
 
@@ -12,7 +12,7 @@ THREADS = (1, 2, 3, 7)
 
 
 def results(*arrays, function=fastattn.dot_product_attention, **arguments):
-    """Output, lse, weights, and the output of a call that keeps neither."""
+    """Output, lse, weights, and the output of a call that returns neither."""
     out, weights, lse = function(*arrays, **arguments, return_weights=True, return_lse=True)
     return out, lse, weights, function(*arrays, **arguments)
 
@@ -77,7 +77,7 @@ def test_threads(rng, shape, dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, (1, 1), (100, 50), (700, 0)])
 def test_tiles(rng, window, dtype):
-    """Their size depends on the number of threads; here some lie across the end of a span of keys."""
+    """Their size depends on the number of threads; here some straddle the end of a span of keys."""
     q, k, v = qkv(rng, (2,), 2500, 2500, 24, dtype=dtype)
     expected = fastattn.dot_product_attention(q, k, v, window_size=window, return_lse=True, num_threads=1)
     for threads in THREADS[1:]:
@@ -87,7 +87,7 @@ def test_tiles(rng, window, dtype):
 
 @pytest.mark.parametrize("num_queries", [1, 2, 16])
 def test_threads_on_one_head_with_a_long_row(rng, num_queries):
-    """Where there are fewer rows than threads, the keys are what can be split."""
+    """With fewer rows than threads, only the keys can be split."""
     arrays = qkv(rng, (), num_queries, 30_001, 32)
     expected = results(*arrays, num_threads=1)
     for num_threads in THREADS[1:]:
@@ -148,7 +148,7 @@ def test_broadcast_axes_are_copies(rng, num_queries):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [1e4, 1e30, np.nan, np.inf])
 def test_what_other_rows_hold(rng, kind, bad):
-    """Every third query, or every second head, holds something wild: the other rows do not notice."""
+    """Every third query, or every second head, holds extreme numbers: the other rows are unaffected."""
     query, key, value = qkv(rng, (2, 4), 70, 133, 40)
     arguments = arguments_of(rng, 70, 133)[kind]
     expected = results(query, key, value, **arguments)
@@ -190,7 +190,7 @@ def test_padded_keys(rng, num_queries, garbage, padding, causal):
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 def test_padded_batch(rng, garbage):
-    """A batch of unequal lengths: what fills up the short ones, keys and queries, reaches nothing."""
+    """A batch of unequal lengths: the padding of keys and queries affects nothing."""
     query, key, value = qkv(rng, (3, 2), 50, 50, 24)
     lengths = np.array([[50], [7], [33]])
     expected = results(query, key, value, key_lengths=lengths, query_lengths=lengths, is_causal=True)
@@ -335,7 +335,7 @@ def test_varlen(rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_unseen_values_that_are_not_finite(rng, dtype, garbage):
-    """Values that are not finite take a path of their own, which must add up in the same order."""
+    """Values that are not finite take a separate path, which must add in the same order."""
     query, key, value = (rng.standard_normal((1, 300, 48)).astype(dtype) for _ in range(3))
     mask = rng.random((300, 300)) < 0.5
     mask[:, 77] = False

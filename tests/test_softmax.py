@@ -116,7 +116,7 @@ def test_largest_numbers_are_ordinary(dtype, name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offsets_do_not_matter(rng, dtype):
-    """Adding a number that changes no difference changes no weight."""
+    """Adding a constant that changes no difference changes no weight."""
     x = rng.integers(-8, 8, (4, 100)).astype(dtype)
     for offset in (1024, -1024, 2**20, -(2**20)):
         np.testing.assert_allclose(fastattn.softmax(x + dtype(offset)), fastattn.softmax(x), rtol=1e-6)
@@ -200,7 +200,7 @@ def test_input_is_left_alone(rng):
 
 
 def test_the_check_can_fail(rng):
-    """A softmax that is off by a few times the bound, or that sums along the wrong axis, is found out."""
+    """A softmax that is off by a few times the bound, or that sums along the wrong axis, is detected."""
 
     class Perturbed:
         log_softmax, logsumexp = reference.log_softmax, reference.logsumexp
@@ -226,7 +226,7 @@ def test_the_check_can_fail(rng):
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 2055, 2063, 4097, 6150])
 def test_rows_about_the_length_of_a_run(rng, length):
-    """Sums are cut into runs: what is left over after the last whole vector counts once, also in place."""
+    """Sums are split into blocks: what remains after the last whole vector counts once, also in place."""
     x = rng.standard_normal((3, length)).astype(np.float32)
     expected = reference.softmax(x)
     np.testing.assert_allclose(fastattn.softmax(x), expected, rtol=1e-5, atol=1e-9)
@@ -246,7 +246,7 @@ def test_infinity_dominates_a_sum():
 
 
 def exactly(x):
-    """The three functions along the last axis in long double, and what is to be taken from the maximum."""
+    """The three functions along the last axis in long double, and the maximum."""
     x = x.astype(np.longdouble)
     largest = x.max(-1, keepdims=True)
     distance = x - largest
@@ -257,7 +257,7 @@ def exactly(x):
 
 
 def exact_distances(rng, kind, shape):
-    """Numbers whose distances from the largest are floating-point numbers: what is left is the functions' own error."""
+    """Numbers whose differences from the largest are exact: the remaining error is the functions' own."""
     if kind == "zeros and ones":
         return rng.integers(0, 2, shape)
     if kind == "whole":
@@ -277,7 +277,7 @@ def test_accuracy_of_a_good_library(rng, dtype, length, kind):
     """
     A few eps, for rows of any length. An exponential is within 1 eps, a tree of eight additions adds 1.5, the sum of
     the trees half an eps and that of the lanes at most 2, quotient and product half an eps each: 6 in the worst case,
-    and never half of that in 10,000 numbers.
+    and never half of that over 10,000 numbers.
     """
     x = exact_distances(rng, kind, (max(3, 10_000 // length), length)).astype(dtype)
     finfo = np.finfo(dtype)
@@ -289,7 +289,7 @@ def test_accuracy_of_a_good_library(rng, dtype, length, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_entry_does_not_swallow_the_others(dtype):
-    """log_softmax of an entry far above the others is minus what these add to it, however little that is."""
+    """log_softmax of an entry far above the others is minus the contribution of these, however small."""
     finfo = np.finfo(dtype)
     for distance in (20, 60, 80, *((300, 700) if dtype == np.float64 else ())):
         x = np.array([0, -distance, -distance], dtype)
@@ -302,7 +302,7 @@ def test_the_largest_entry_does_not_swallow_the_others(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [2, 16, 100, 1000])
 def test_denormal_weights(dtype, length):
-    """Weights below the normal range are rounded once more, and not 0."""
+    """Weights below the normal range are rounded once more, but not flushed to 0."""
     finfo = np.finfo(dtype)
     lowest = int(np.log(float(finfo.smallest_subnormal))) if dtype == np.float32 else -744
     x = np.zeros(length, dtype)
@@ -317,7 +317,7 @@ def test_denormal_weights(dtype, length):
 
 
 def along(x, axis):
-    """The rows along an axis or several, contiguous: (rows, numbers)."""
+    """The rows along one or more axes, contiguous: (rows, elements)."""
     axes = [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
     others = [a for a in range(x.ndim) if a not in axes]
     return np.ascontiguousarray(x.transpose(*others, *sorted(axes))).reshape(

@@ -1,7 +1,7 @@
-"""The streaming example: its features are right however the sound is cut, and it streams what it says.
+"""The streaming example: its features are right however the sound is split, and it streams as claimed.
 
-The script needs tqdm (the `examples` extra), the picture matplotlib. What is not installed is skipped, and the reason
-says so.
+The script needs tqdm (the `examples` extra), the picture matplotlib. Tests for what is not installed are skipped, with
+the reason.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ needs_tqdm = pytest.mark.skipif(importlib.util.find_spec("tqdm") is None, reason
 
 @pytest.fixture(scope="module")
 def speech():
-    """The module examples/streaming_speech.py, which is in no package."""
+    """The module examples/streaming_speech.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("streaming_speech", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,7 +38,7 @@ def sine(hertz, rate, seconds=0.5, loudness=0.5):
 
 
 def write_wav(path, channels, rate=16000, width=2):
-    """Write float samples, one array for each channel, as PCM of that many bytes."""
+    """Write float samples, one array per channel, as PCM of that many bytes."""
     samples = np.stack(channels, axis=1)
     whole = np.round(samples * 2.0 ** (8 * width - 1)).astype(np.int64)
     whole = whole + 128 if width == 1 else whole
@@ -117,7 +117,7 @@ def test_a_sine_is_loudest_in_its_band(speech, rate, hertz):
     edges = speech.mel_edges(rate)
     band = abs(edges[1:-1] - hertz).argmin()
     assert (abs(frames.argmax(axis=1) - band) <= 1).all()
-    # And nearly nothing is heard where it is not; 9 bands are more than the window smears at 200 Hz.
+    # And there is almost nothing elsewhere; 9 bands are more than the window smears at 200 Hz.
     far = abs(np.arange(speech.BANDS) - band) > 9
     assert (frames[:, far].max(axis=1) < frames.max(axis=1) - 30).all()
 
@@ -154,7 +154,7 @@ def test_frames_do_not_depend_on_the_cuts(speech, rate):
 
 
 def test_frames_are_where_they_should_be(speech):
-    """A click is in those frames whose window covers it."""
+    """A click appears in the frames whose window covers it."""
     sound = np.zeros(22050, np.float32)
     sound[11025] = 1
     loud = np.flatnonzero((speech.LogMel(22050).push(sound) > speech.FLOOR_DB).any(axis=1))
@@ -175,7 +175,7 @@ def test_projection_does_not_depend_on_company(speech):
 
 
 def test_similar_sounds_attract(speech):
-    """Two vowels in turns: nearly all of the weight is on the vowel that is heard, wherever in the window it is."""
+    """Two alternating vowels: nearly all of the weight is on the current vowel, wherever it is in the window."""
     vowels = [sum(sine(h, 16000, 0.1, 0.2) for h in formants) for formants in ((300, 2300), (700, 1200))]
     frames = speech.LogMel(16000).push(np.concatenate(vowels * 10))
     query_key, value = speech.Projection(np.random.default_rng(0))(frames)
@@ -238,7 +238,7 @@ def test_a_difference_is_found(speech, tmp_path):
 
 
 def run_script(*arguments, without=None, cwd=None, path=None):
-    """Run streaming_speech.py in a process of its own; `without` hides a package from it."""
+    """Run streaming_speech.py in a separate process; `without` hides a package from it."""
     command = [sys.executable, str(SCRIPT), *arguments]
     if without:
         hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "

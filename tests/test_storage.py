@@ -1,8 +1,8 @@
-"""float16 and bfloat16 in memory: every one of the 65,536 numbers, both ways, and every tie between two of them.
+"""float16 and bfloat16 storage: all 65,536 numbers, read and written, and every tie between two of them.
 
-The calls are such that nothing but the conversion can go wrong: a weighted sum over one key, a ReLU of a bias, the
-part of a row that `apply_rotary` copies. What is right is what NumPy and ml_dtypes make of the same numbers: the
-nearest, and of two as near the one whose last bit is 0.
+The calls are such that only the conversion can go wrong: a weighted sum over one key, a ReLU of a bias, the part of a
+row that `apply_rotary` copies. Expected is what NumPy and ml_dtypes give for the same numbers: round to nearest, ties
+to even.
 """
 
 import fresh_process
@@ -22,25 +22,25 @@ def patterns(dtype):
 
 
 def widened(x):
-    """The same numbers in float32, which holds all of them."""
+    """The same numbers in float32, which represents all of them."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return x.astype(np.float32)
 
 
 def finite(dtype):
-    """Its finite numbers, both zeros among them."""
+    """Its finite numbers, including both zeros."""
     x = patterns(dtype)
     return x[np.isfinite(widened(x))]
 
 
 def awkward(dtype):
     """
-    Float32 numbers of at least 0 that are hard to round: each number of the dtype, each tie between neighbours with the
-    float32 numbers next to it, subnormal ones of both dtypes, and what overflows or does not by very little.
+    Non-negative float32 numbers that are hard to round: each number of the dtype, each tie between neighbours with the
+    adjacent float32 numbers, subnormal ones of both dtypes, and numbers that only just overflow or do not.
     """
     x = finite(dtype)
     x = widened(x[~np.signbit(x)]).astype(np.float64)
-    # Behind the largest number, rounding goes on as if there were one more.
+    # Above the largest number, rounding works as if there were one more.
     ties = ((x + np.append(x[1:], 2 * x[-1] - x[-2])) / 2).astype(np.float32)
     up, down = np.float32(np.inf), np.float32(0)
     x = x.astype(np.float32)
@@ -54,13 +54,13 @@ def awkward(dtype):
 
 
 def narrowed(x, dtype):
-    """What the dtype's own library makes of float32 numbers."""
+    """Float32 numbers converted by the dtype's own library."""
     with np.errstate(over="ignore", under="ignore"):
         return x.astype(dtype)
 
 
 def same(actual, expected, what):
-    """The same bits, but any NaN for a NaN."""
+    """The same bits, except that any NaN matches a NaN."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     itemsize = actual.dtype.itemsize
@@ -79,14 +79,14 @@ def without_minus_zero(x):
     return np.where(x == 0, np.zeros((), x.dtype), x)
 
 
-# Rows of values and results: as long as a vector and a few numbers more, so that loops and their ends are both used.
+# Rows of values and results: a vector and a few numbers long, so that loops and their remainders are both used.
 SIGNS = np.array([1, -1, -1] * 7)
 
 
 def check_narrowing(dtype):
     """The weight of the only key, max(bias, 0), times 1 and -1: any float32 becomes an output."""
     x = awkward(dtype)
-    # + 0: the sum of a product is +0 where that is -0; what is too small for the dtype keeps its sign.
+    # + 0: the sum of a product is +0 where that is -0; underflow keeps its sign.
     expected = narrowed(x[:, None] * SIGNS.astype(np.float32) + np.float32(0), dtype)
     key, value = np.zeros((1, 1), dtype), SIGNS.astype(dtype)[None]
     for heads in (1, x.size):  # many queries in one head, or one in each of many
@@ -103,7 +103,7 @@ def check_narrowing(dtype):
 
 
 def check_there_and_back(dtype):
-    """The channels that apply_rotary does not turn are the same numbers, whatever they are."""
+    """The channels that apply_rotary does not rotate are copied, whatever they are."""
     x = np.concatenate([np.zeros((16, 2), dtype), patterns(dtype).reshape(16, -1)], axis=-1)
     for source in (x, np.asfortranarray(x), x[:, ::-1].copy()[:, ::-1]):
         for out in (None, np.empty(x.shape, dtype), np.empty(x.shape, dtype, order="F")):
@@ -115,14 +115,14 @@ def check_there_and_back(dtype):
 
 
 def check_widening(dtype):
-    """One of two parts that are merged has all the weight; it comes in 16 bits and goes in 32."""
+    """One of two merged parts has all the weight; it is read in 16 bits and written in 32."""
     x = patterns(dtype).reshape(64, -1)
     lse = np.zeros(64, np.float32)
     for source in (x, np.asfortranarray(x), x[:, ::-1].copy()[:, ::-1]):
         out, merged = fastattn.merge_attention([source, np.ones(x.shape, np.float32)], [lse, lse - np.inf])
         same(out, without_minus_zero(widened(x)), f"from {np.dtype(dtype)}")
         same(merged, lse, "lse")
-    # A bias may have another dtype than the rest: the log-sum-exp of the only score is that score.
+    # A bias may have its own dtype: the log-sum-exp of the only score is that score.
     x = finite(dtype)
     _, lse = fastattn.dot_product_attention(
         np.zeros((x.size, 1), np.float32), *np.zeros((2, 1, 1), np.float32), bias=x[:, None], return_lse=True
@@ -135,12 +135,12 @@ def check_attention(dtype):
     x = finite(dtype)
     one = np.ones_like(x)
     values = np.where(SIGNS > 0, x[:, None], -x[:, None])
-    for heads in (1, x.size):  # many keys, of which a window shows one, or one in each of many heads
+    for heads in (1, x.size):  # many keys, of which a window leaves one visible, or one in each of many heads
         shape = (heads, x.size // heads, -1)
         for query, key in ((one, x), (x, one)):
             out, lse = fastattn.dot_product_attention(
                 *(y.reshape(shape) for y in (query, key, values)),
-                window_size=0, scale=1.0, bias=np.zeros(1, np.float32),  # keeps scores in their own unit
+                window_size=0, scale=1.0, bias=np.zeros(1, np.float32),  # keeps scores in nats
                 return_lse=True,
             )  # fmt: skip
             same(lse.ravel(), without_minus_zero(widened(x)), f"scores of {np.dtype(dtype)}, {heads} heads")
@@ -179,7 +179,7 @@ def test_every_number_on_every_instruction_set(name):
 
 @pytest.mark.parametrize("dtype", sixteen_bits())
 def test_half_up_would_be_seen(dtype):
-    """The numbers themselves: all of the dtype come out, and in every second tie half up is another number."""
+    """Checks the inputs: they round to all numbers of the dtype, and for every second tie rounding half up differs."""
     x = awkward(dtype)
     infinity = int(np.array(np.inf).astype(dtype).view(np.uint16))
     assert set(narrowed(x, dtype).view(np.uint16).tolist()) == set(range(infinity + 1))

@@ -1,4 +1,5 @@
-"""StreamingAttention: the offline call's bits however the stream is cut, constant memory, errors without traces."""
+"""StreamingAttention: the offline call's bits however the stream is split, constant memory, errors without side
+effects."""
 
 import copy
 import pathlib
@@ -17,7 +18,7 @@ import fastattn
 from fastattn import reference, streaming
 from fastattn.streaming import StreamingAttention
 
-# What goes to the stream's two sides and to its chunks, by name.
+# Settings of `left`, `right` and chunks, by name.
 SHAPES = {
     "causal": (30, 0),
     "nothing but itself": (0, 0),
@@ -49,7 +50,7 @@ def stream_of(left, right, chunk_size=None, left_chunks=None, **arguments):
 
 
 def complete_rows(pushed, left, right, chunk_size=None, left_chunks=None):
-    """How many rows see nothing that is to come, told by the rules themselves."""
+    """How many rows see no frame that is still to come, computed from the rules."""
     ends = [
         min(
             np.inf if right is None else row + right,
@@ -71,7 +72,7 @@ def sees_key(row, key, left, right, chunk_size=None, left_chunks=None):
 
 
 def run(stream, arrays, pieces):
-    """All rows, pushed in pieces of these sizes, over and over, until the frames are spent; then flushed."""
+    """All rows, from pushes of these sizes, repeated until no frames are left, and a flush."""
     total, at, rows, turn = arrays[0].shape[-2], 0, [], 0
     while at < total:
         end = at + pieces[turn % len(pieces)]
@@ -100,7 +101,7 @@ COPIES = {
 @pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("shape", [(30, 4), (None, 2), (None, None, 16, 2), (None, None, 1000, 1)], ids=str)
 def test_copies_go_on_alone(rng, shape, of):
-    """From the same frame, each with frames of its own, in turns: each the bits of its own offline call."""
+    """From the same frame, each with its own frames, interleaved: each has the bits of its own offline call."""
     one, other = (qkv(rng, (2,), 700, 700, 3, 2) for _ in range(2))
     for begun in (0, 1, 400):
         for x, y in zip(one, other, strict=True):
@@ -131,7 +132,7 @@ def test_copies_before_the_first_frame_and_after_the_last(rng, of):
 
 
 def test_pickles_hold_the_frames_that_are_there(rng):
-    """Not memory that was never written."""
+    """Not of unwritten memory."""
     stream, frames = StreamingAttention(3, 0), rng.standard_normal((4, 8)).astype(np.float32)
     stream.push(frames, frames, frames)
     assert stream.nbytes > 3 * 256 * 8 * 4 > 5000 > len(pickle.dumps(stream))
@@ -148,7 +149,7 @@ def test_bits(rng, shape, pieces):
 
 @pytest.mark.parametrize("shape", [(150, 7, 100, 1), (150, 99, 100, 1), (350, 40, 100, 3)], ids=str)
 def test_bits_where_the_window_ends_within_a_chunk(rng, shape):
-    """Rows that begin anywhere in a chunk, whose keys begin at the chunk's edge and end before its end."""
+    """Rows that start anywhere in a chunk, whose keys start at the chunk's edge and end before its end."""
     arrays = qkv(rng, (), 2700, 2700, 3, 2)
     assert bits(run(stream_of(*shape), arrays, [7])) == bits(offline(arrays, *shape))
 
@@ -156,7 +157,7 @@ def test_bits_where_the_window_ends_within_a_chunk(rng, shape):
 @given(data=st.data())
 @settings(max_examples=60)
 def test_bits_of_any_stream(data):
-    """Any shape, any cuts, any rules."""
+    """Any shape, any splits, any rules."""
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     sides = st.one_of(st.none(), st.integers(0, 50), st.sampled_from([255, 256, 2047, 2048, 2100]))
@@ -209,7 +210,7 @@ def test_dtypes_that_promote(rng):
 
 
 def test_grouped_heads_frame_by_frame(rng):
-    """One query takes the heads of a group together; the bits are those of many."""
+    """A single query processes the heads of a group together; the bits are those of many."""
     arrays = qkv(rng, (2, 6), 400, 400, 16, 12, kv_batch=(1, 2))
     arguments = {
         "alibi_slopes": np.linspace(0.1, 0.5, 6).astype(np.float32),
@@ -337,7 +338,7 @@ def test_flush_and_reset(rng):
     stream.reset()
     assert (stream.pushed, stream.returned, stream.waiting, stream.nbytes) == (0, 0, 0, 0)
     assert bits(run(stream, arrays, [5])) == bits(rows)
-    stream.reset()  # and then something else
+    stream.reset()  # then something different
     other = qkv(rng, (), 50, 50, 3, 2, dtype=np.float64)
     assert bits(run(stream, other, [5])) == bits(offline(other, 9, 4))
 
@@ -365,7 +366,7 @@ def test_arguments_are_copied(rng):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("shape", [(20, 3), (None, None, 16, 1), (None, None, 50, 1), (400, 0)], ids=str)
 def test_what_is_not_finite(rng, shape, bad):
-    """A bad frame spoils the rows that see it, and after them the stream is as good as before."""
+    """A bad frame affects only the rows that see it."""
     arrays = qkv(rng, (2,), 2500, 2500, 4)
     spoiled = [x.copy() for x in arrays]
     for x in spoiled[1:]:
@@ -378,7 +379,7 @@ def test_what_is_not_finite(rng, shape, bad):
 
 
 def test_what_the_tapes_have_in_front_is_never_seen(rng, monkeypatch):
-    """Memory that was never written may hold anything."""
+    """Unwritten memory may hold anything."""
     arrays = qkv(rng, (2,), 2600, 2600, 4)
     empty = np.empty
 
@@ -422,7 +423,7 @@ def test_memory_is_constant(rng, shape, pieces):
 
 
 def test_memory_beside_the_frames_that_are_needed():
-    """The room in front of the tapes is there once, not for each head."""
+    """The room before the tapes is allocated once, not per head."""
     stream, frames = StreamingAttention(100), np.zeros((16, 10, 32), np.float32)
     for _ in range(300):
         stream.push(frames, frames, frames)
@@ -431,7 +432,7 @@ def test_memory_beside_the_frames_that_are_needed():
 
 
 def test_copies_are_few(rng, monkeypatch):
-    """Moves of a tape, in a stream of single frames: each copies no more than have come since the last."""
+    """Moves of a tape, in a stream of single frames: each copies no more frames than have arrived since the last."""
     moved = []
     blank = streaming._Tape.blank
 
@@ -525,7 +526,7 @@ def test_errors_leave_the_stream_alone(rng, error, message, changes):
 
 
 def test_errors_of_the_first_push(rng):
-    """What fits is only known then; afterwards anything may still begin the stream."""
+    """Only the first push fixes shapes and dtypes; after an error, any may still begin the stream."""
     arrays = qkv(rng, (2,), 12, 12, 4)
     stream = StreamingAttention(9, 2, alibi_slopes=np.ones(2, np.float32))
     for error, message, bad in (
@@ -543,7 +544,7 @@ def test_errors_of_the_first_push(rng):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_interrupted_pushes(rng, monkeypatch, fails_at):
-    """A push of many pieces that ends in the middle can be made again, although tapes had moved."""
+    """A push of many pieces that fails in the middle can be repeated, although tapes had moved."""
     arrays = qkv(rng, (2,), 9000, 9000, 2)
     stream = StreamingAttention(300, 20)
     rows = [stream.push(*(x[:, :700] for x in arrays))]

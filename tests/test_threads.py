@@ -86,7 +86,7 @@ def test_set_num_threads_beats_the_environment():
     assert fresh_process.run(code, FASTATTN_NUM_THREADS=3) == "2\n"
 
 
-# OpenMP as others tell it: threadpoolctl and joblib. A build without OpenMP has one thread, whatever they say.
+# OpenMP limited by others: threadpoolctl and joblib. A build without OpenMP has one thread, whatever they set.
 openmp = pytest.mark.skipif(not fastattn._runtime.openmp_version, reason="a build without OpenMP")
 
 LIMITS = """
@@ -171,7 +171,7 @@ def test_threadpoolctl_limits_the_threads_of_a_call():
 @openmp
 @pytest.mark.parametrize("inner", [{}, {"inner_max_num_threads": 3}])
 def test_workers_of_joblib_take_the_threads_that_it_gives_them(inner):
-    """loky tells its processes by the environment how many threads each may have."""
+    """loky tells its processes through the environment how many threads each may use."""
     pytest.importorskip("joblib")
     printed = fresh_process.run(
         LIMITS
@@ -239,7 +239,7 @@ def test_import_and_small_calls_start_no_thread():
 
 @linux
 def test_large_calls_use_the_threads_asked_for():
-    """And no more than those, counted in the process; a build without OpenMP has one."""
+    """And no more, counted in the process; a build without OpenMP has one."""
     used = fresh_process.run(
         """
         import os
@@ -258,8 +258,8 @@ def test_large_calls_use_the_threads_asked_for():
 
 # ------------------------------------------------------------------- a system that gives no more threads
 
-# Everything that starts a region. The limit counts all processes of a user and does not bind root: the child becomes
-# a user that nobody else is.
+# Everything that starts a region. The limit counts all processes of a user and does not apply to root: the child
+# becomes a user of its own.
 LIMITED = """
     import os, resource, threading
     import numpy as np
@@ -299,7 +299,7 @@ LIMITED = """
 
 
 def limited(call, code, timeout=60):
-    """Run `code` after LIMITED; without OpenBLAS' threads, which would be more of that user's."""
+    """Run `code` after LIMITED; without OpenBLAS' threads, which would also count."""
     if os.geteuid() != 0:
         pytest.skip("only root can become a user without other processes, to whom the limit on threads applies")
     text = textwrap.dedent(LIMITED).replace("CALL", call) + textwrap.dedent(code)
@@ -313,7 +313,7 @@ def limited(call, code, timeout=60):
 @pytest.mark.parametrize(("room", "used"), [(0, 0), (1, 0), (3, 1)])
 @pytest.mark.parametrize("call", ["attention", "decoding", "additive", "softmax", "rotary", "merge"])
 def test_no_more_threads(call, room, used):
-    """The first region, a larger one, and one after a smaller one run on the threads there are, with the same bits.
+    """The first region, a larger one, and one after a smaller one run on the available threads, with the same bits.
 
     Two are left for others.
     """
@@ -329,7 +329,7 @@ def test_no_more_threads(call, room, used):
 
 @linux
 def test_no_more_threads_after_larger_and_smaller_regions():
-    """OpenMP lets go of the threads that a smaller region does not need: the next one has to make them again."""
+    """OpenMP ends the threads that a smaller region does not need: the next one has to create them again."""
     limited(
         "attention",
         """
@@ -365,7 +365,7 @@ def test_no_more_threads_in_a_forked_child():
 
 @linux
 def test_no_more_threads_for_several_callers():
-    """Each Python thread has OpenMP threads of its own; together they find no more than there are."""
+    """Each Python thread has its own OpenMP threads; together they stay within the limit."""
     limited(
         "attention",
         """
@@ -389,7 +389,7 @@ def test_no_more_threads_for_several_callers():
 
 @linux
 def test_no_more_threads_for_several_processes():
-    """Processes of one user that all want more at the same moment do not count on the same threads."""
+    """Processes of one user that all want more threads at the same time do not count on the same ones."""
     limited(
         "softmax",
         """
@@ -415,7 +415,7 @@ def test_no_more_threads_for_several_processes():
 
 @linux
 def test_no_memory_for_the_stacks_of_threads():
-    """A stack that the system cannot give is a thread that it cannot give; OMP_STACKSIZE is OpenMP's to read, too."""
+    """Without memory for a stack there is no thread; OMP_STACKSIZE, which OpenMP reads, is taken into account."""
     fresh_process.run(
         """
         import resource
@@ -436,7 +436,7 @@ def test_no_memory_for_the_stacks_of_threads():
 
 
 def test_concurrent_calls(rng):
-    """Calls from several Python threads, each with threads of its own, give what they give alone."""
+    """Concurrent calls from several Python threads, each with its own threads, give the same as alone."""
     problems = [qkv(rng, (2,), 100 + 37 * k, 300, 32) for k in range(6)]
     expected = [bits(fastattn.dot_product_attention(*p, is_causal=True)) for p in problems]
 
@@ -470,7 +470,7 @@ def test_other_python_threads_go_on(rng):
     thread = threading.Thread(target=count)
     thread.start()
     try:
-        # Make the call as long as it must be for the count to mean something, on this machine.
+        # Make the call long enough on this machine for the count to be meaningful.
         length, elapsed, counted = 1024, 0.0, 0
         while elapsed < 0.3:
             length *= 2
@@ -519,7 +519,7 @@ FORK = """
 @posix
 @pytest.mark.parametrize("parent_threads", [1, 2, 3])
 def test_fork(parent_threads):
-    """A forked child works, its child too, and the parent goes on, after the parent used threads."""
+    """After the parent used threads, a forked child works, so does its child, and the parent still works."""
     code = FORK.replace("PARENT_THREADS", str(parent_threads))
     fresh_process.run(code + "\n    for _ in range(3): fork(1)")
 
@@ -552,7 +552,7 @@ def test_fork_while_another_thread_computes():
 LONG_CALLS = {
     "many queries": "attend(np.broadcast_to(row, (1_000_000, 64)), keys, keys, num_threads=n)",
     "many heads": "attend(np.broadcast_to(row, (2_000_000, 1, 64)), keys, keys, num_threads=n)",
-    # One piece of work for each thread, and no more: none of them comes back to ask what to do next.
+    # Exactly one task per thread, so that none returns for another one.
     "many keys": "attend(np.ones_like(row, shape=(2, 1, 64)), endless, endless, num_threads=n)",
     "softmax": "fastattn.logsumexp(np.broadcast_to(keys.reshape(-1), (1_000_000, 1_280_000)), num_threads=n)",
 }
@@ -562,7 +562,7 @@ LONG_CALLS = {
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("call", LONG_CALLS)
 def test_ctrl_c(call, num_threads):
-    """A call that takes long ends in KeyboardInterrupt within seconds, and the library works on."""
+    """A long call ends in KeyboardInterrupt within seconds, and the library still works."""
     process = fresh_process.start(
         f"""
         import signal
@@ -639,7 +639,7 @@ def test_floating_point_mode_is_left_alone():
 @linux
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="knows the words of x86-64 and AArch64")
 def test_floating_point_control_word_is_left_alone():
-    """The word itself (rounding, denormals, traps), around calls whose numbers raise every flag; flags may change."""
+    """The control word itself (rounding, denormals, traps), around calls that raise every flag; flags may change."""
     fresh_process.run(
         """
         import ctypes
@@ -670,7 +670,7 @@ def test_floating_point_control_word_is_left_alone():
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_denormals_count_in_every_thread(num_threads):
-    """Means of a number that flushing to zero would lose, in more rows than one thread has."""
+    """Means of a number that flushing to zero would lose, in more rows than one thread processes."""
     tiny = np.float32(1e-40)
     query = np.zeros((8, 600, 64), dtype=np.float32)
     out = fastattn.dot_product_attention(query, query, query + tiny, is_causal=True, num_threads=num_threads)
@@ -682,7 +682,7 @@ def test_denormals_count_in_every_thread(num_threads):
 
 @linux
 def test_memory_stays_flat():
-    """Many calls, good and bad, small and threaded, in every form: nothing is left behind."""
+    """Many calls, good and bad, small and threaded, of every form, do not leak memory."""
     fresh_process.run(
         """
         import gc
@@ -723,7 +723,7 @@ def test_memory_stays_flat():
 
 @pytest.mark.parametrize("first", ["fastattn", "numpy"])
 def test_import_leaves_the_environment_alone(first):
-    """The spins of thread pools are set for the moment in which their libraries are loaded."""
+    """The spins of thread pools are only set while their libraries are loaded."""
     code = f"""
     import os
     before = dict(os.environ)

@@ -1,7 +1,7 @@
-"""Windows, bands, chunks and biases by distance: the rules that go by where a query stands, and truncated_attention.
+"""Windows, bands, chunks and biases by distance: the rules that depend on a query's position, and truncated_attention.
 
-Beside the reference there is a brute force here, which goes key by key through Python's integers: positions may be far
-beyond what a float64 can tell apart.
+Besides the reference there is a brute-force version here, key by key with Python integers: positions may be far beyond
+what float64 can represent.
 """
 
 import functools
@@ -19,7 +19,7 @@ from fastattn import reference
 
 FAR = 10**18
 WINDOWS = ((0, 0), (0, 5), (7, 0), (3, 2), (40, 25), (300, 300))
-# The functions that take all these rules, with what makes their scores.
+# The functions that take all these rules, with the arguments of their scores.
 SCORES = {
     "dot_product_attention": {},
     "additive_attention": {"w_score": np.linspace(-1, 1, 12, dtype=np.float32)},
@@ -32,7 +32,7 @@ def attend(*arrays, **arguments):
 
 
 def truncated(*arrays, window_size, **arguments):
-    """truncated_attention with the window as the other functions have it."""
+    """truncated_attention with the window given as in the other functions."""
     return fastattn.truncated_attention(*arrays, *window_size, **arguments)
 
 
@@ -48,7 +48,7 @@ def default_offset(query, key):
 
 
 def visible_by_hand(shape, offset, *, left=None, right=None, chunk_size=None, left_chunks=None):
-    """Which of `shape` = (L, S) is seen, with integers of any size."""
+    """Which keys are visible, (L, S) = `shape`, with integers of any size."""
     seen = np.zeros(shape, dtype=bool)
     for i, j in itertools.product(*map(range, shape)):
         position = offset + i
@@ -85,7 +85,7 @@ def assert_like_hand(arrays, seen, extra=None, **arguments):
 
 
 def assert_band_is_part_of_weights(arrays, window, function=fastattn.dot_product_attention, **arguments):
-    """The weights in the window are, to the bit, those of the whole matrix; so is all that comes beside them."""
+    """The weights in the window are, bit for bit, those of the whole matrix; so are the other results."""
     left, right = window if np.ndim(window) else (window, window)
     right = 0 if arguments.get("is_causal") else right
     call = functools.partial(function, *arrays, window_size=window, **arguments)
@@ -148,7 +148,7 @@ def test_sixteen_bits(rng, dtype, window):
 
 
 def test_truncated_is_a_window(rng):
-    """Each argument goes where it belongs, and the bits are those of dot_product_attention."""
+    """Each argument is passed on correctly, and the bits are those of dot_product_attention."""
     arrays = qkv(rng, (2, 3), 20, 70)
     for rule, arguments in rules(rng).items():
         arguments = {name: x for name, x in arguments.items() if name not in ("chunk_size", "left_chunks")}
@@ -255,7 +255,7 @@ def test_band_of_every_function(rng, name):
 
 
 def test_band_where_nothing_is_seen(rng):
-    """All zeros, also where nobody has written before: the memory is that of arrays that held something else."""
+    """All zeros, not what was in memory before: it is reused from other arrays."""
     for num_queries, offset in itertools.product((1, 5, 40), (FAR, -FAR, 2**62, -(2**62), 100, -300)):
         arrays = qkv(rng, (2,), num_queries, 30)
         garbage = [np.full((2, num_queries, 21), np.nan, dtype=np.float32) for _ in range(20)]
@@ -334,7 +334,7 @@ def test_chunks_over_several_blocks(rng, num_queries, chunk_size, left_chunks):
 
 
 def test_chunks_that_say_nothing(rng):
-    """A chunk as large as the keys, or none before it left out, changes no bit."""
+    """A chunk as large as the keys, or all chunks before it, changes no bit."""
     for num_queries in (1, 30):
         arrays = qkv(rng, (2,), num_queries, 90)
         expected = results(*arrays)
@@ -384,7 +384,7 @@ def test_relative_bias_by_hand(rng, window, offset):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_relative_bias_without_end(rng, causal):
-    """A window that nobody could hold in memory, and a bias for it that takes none."""
+    """A window too large for memory, and a bias for it that takes none."""
     arrays = qkv(rng, (2,), 9, 40, dtype=np.float64)
     expected = attend(*arrays, is_causal=causal, return_lse=True)
     width = FAR + 1 if causal else 2 * FAR + 1
@@ -395,7 +395,7 @@ def test_relative_bias_without_end(rng, causal):
 
 
 def test_bias_of_t5(rng):
-    """A number for each head and bucket of distances, (heads, 1, W), against the (heads, L, S) array it stands for."""
+    """A number per head and bucket of distances, (heads, 1, W), against the equivalent (heads, L, S) array."""
     heads, length, left, right = 4, 60, 59, 59
     arrays = qkv(rng, (2, heads), length, length)
     distance = np.arange(-left, right + 1)
@@ -410,7 +410,7 @@ def test_bias_of_t5(rng):
 
 
 def test_bias_of_shaw(rng):
-    """An embedding for each distance, multiplied with the query: in effect every row has keys of its own."""
+    """An embedding per distance, multiplied by the query: in effect every row has its own keys."""
     heads, length, left, right, dim = 3, 40, 6, 4, 16
     query, key, value = qkv(rng, (2, heads), length, length, dim, dtype=np.float64)
     table = normal(rng, left + right + 1, dim, dtype=np.float64)
@@ -425,7 +425,7 @@ def test_bias_of_shaw(rng):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, *sixteen_bits()[1:]])
 def test_dtypes_of_relative_bias(rng, dtype):
-    """It does not decide the dtype of the output; 16 bits are read as they are."""
+    """It does not affect the dtype of the output; 16 bits are read in place."""
     band = normal(rng, 2, 9, 8, dtype=dtype)
     for arrays_dtype in (np.float32, np.float64, np.float16):
         for num_queries in (1, 9):
@@ -452,7 +452,7 @@ def test_strides_of_relative_bias(rng, num_queries, dtype):
     rows = np.broadcast_to(band[:, :, :1], band.shape)
     assert_same_bits(call(relative_bias=rows), call(relative_bias=rows.copy()), "one row for all")
     assert_same_bits(call(relative_bias=band[:, :, :1]), call(relative_bias=rows.copy()), "one row, broadcast")
-    # Toeplitz: a bias by the key's place, as a window that slides over one row of numbers.
+    # Toeplitz: a bias by key position, as a window that slides over one row of numbers.
     line = normal(rng, 200, dtype=dtype)
     for step in (1, -1, 0):
         slid = np.lib.stride_tricks.as_strided(line[100:], band.shape, (0, 0, step * line.itemsize, line.itemsize))
@@ -460,7 +460,7 @@ def test_strides_of_relative_bias(rng, num_queries, dtype):
 
 
 def test_it_is_the_bias_of_the_same_keys(rng):
-    """(L, S) and (L, W) say the same, and both together add up."""
+    """(L, S) and (L, W) are equivalent, and both together add up."""
     for num_queries in (1, 4, 40):
         arrays = qkv(rng, (2,), num_queries, 90)
         position = np.arange(num_queries)[:, None] + 90 - num_queries
@@ -478,7 +478,7 @@ def test_it_is_the_bias_of_the_same_keys(rng):
 @pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid"])
 @pytest.mark.parametrize("num_queries", [1, 4, 40])
 def test_minus_infinity_hides(rng, num_queries, activation):
-    """What is hidden may be NaN, in key, value, and in the other bias."""
+    """Hidden entries may be NaN, in key, value, and the other bias."""
     query, key, value = qkv(rng, (2,), num_queries, 60)
     band = normal(rng, num_queries, 16)
     band[rng.random(band.shape) < 0.4] = -np.inf
@@ -519,7 +519,7 @@ def test_rows_of_minus_infinity(rng, num_queries, sink):
 @pytest.mark.parametrize("rule", ["past the keys", "lengths", "mask", "bias", "chunks"])
 @pytest.mark.parametrize("num_queries", [1, 4, 40])
 def test_entries_that_are_not_seen(rng, num_queries, rule, bad):
-    """NaN or infinity in a relative bias reaches no bit, where its key is outside of the keys or hidden otherwise."""
+    """NaN or infinity in a relative bias changes no bit if its key does not exist or is hidden otherwise."""
     arrays = qkv(rng, (2,), num_queries, 60)
     mask = rng.random((num_queries, 60)) < 0.5
     arguments = {
@@ -613,7 +613,7 @@ def test_threads(rng, name, dtype):
 
 @pytest.mark.parametrize("window", [(40, 20), (0, 0), (1000, 3)])
 def test_other_keys_do_not_matter(rng, window):
-    """A row has the bits that it has where the keys outside of its window are not there at all, or are many more."""
+    """A row has the same bits if the keys outside its window do not exist, or are many more."""
     query, key, value = qkv(rng, (2,), 70, 300, 24)
     band = normal(rng, 70, sum(window) + 1)
     expected = results(query, key, value, window_size=window, relative_bias=band, query_offset=100)
@@ -621,7 +621,7 @@ def test_other_keys_do_not_matter(rng, window):
     padded = results(query, *more, window_size=window, relative_bias=band, query_offset=100, key_lengths=300)
     for a, b in zip((padded[0], padded[1], padded[3]), (expected[0], expected[1], expected[3]), strict=True):
         assert bits(a) == bits(b)
-    for start in (5, 31, 61):  # rows from `start` on, in a call of their own
+    for start in (5, 31, 61):  # rows from `start` on, in a separate call
         own = results(
             query[:, start:], key, value, window_size=window, relative_bias=band[start:], query_offset=100 + start
         )
@@ -640,7 +640,7 @@ def test_a_band_needs_two_sides():
 
 
 def test_causal_takes_the_right_side_away():
-    """Of a window (2, 1) three entries are left."""
+    """Of a window (2, 1) three entries remain."""
     arrays = [np.ones((5, 2))] * 3
     assert attend(*arrays, relative_bias=np.zeros(3), is_causal=True, **WINDOW).shape == (5, 2)
     _, band = attend(*arrays, is_causal=True, **WINDOW, return_weights="band")
@@ -674,7 +674,7 @@ def test_out_overlaps_relative_bias():
 
 
 def assert_huge(rng, size, window_size=(None, None), query_offset=None, **chunks):
-    """What huge numbers say is what comes, or a refusal that names them."""
+    """Huge numbers give the right result, or an error that names them."""
     arrays = qkv(rng, (), 5, 7)
     left, right = window_size
     offset = 2 if query_offset is None else query_offset
@@ -683,7 +683,7 @@ def assert_huge(rng, size, window_size=(None, None), query_offset=None, **chunks
         assert_like_hand(arrays, seen, window_size=window_size, query_offset=query_offset, **chunks)
     except ERRORS as error:
         assert any(name in str(error) for name in ("window_size", "query_offset", *chunks))
-        assert size >= 2**63  # what fits an int64 has an answer
+        assert size >= 2**63  # anything that fits an int64 must work
 
 
 @pytest.mark.parametrize("size", [2**31, 2**59, 2**60, 2**62, 2**63 - 1, 2**63, 10**30])
@@ -698,7 +698,7 @@ def test_huge_numbers(rng, size):
 
 @pytest.mark.parametrize("size", [2**31, 2**58, 2**59])
 def test_huge_numbers_beside_each_other(rng, size):
-    """Two of them whose difference is what counts; beyond 2**60 all are as far away as that."""
+    """Only the difference of the two counts; beyond 2**60 all are equally far away."""
     assert_huge(rng, size, chunk_size=3, window_size=(size, size), query_offset=size)
     assert_huge(rng, size, window_size=(size, 0), query_offset=2 * size)
     assert_huge(rng, size, window_size=(0, 2 * size), query_offset=-size)
@@ -711,7 +711,7 @@ def test_huge_numbers_beside_each_other(rng, size):
 
 
 def planted(change):
-    """dot_product_attention that does something else than it is asked to: `change` gets the rules by name."""
+    """A dot_product_attention with its rules altered: `change` gets them by name."""
 
     def wrong(query, key, value, **arguments):
         return attend(query, key, value, **change(dict(arguments)))
@@ -720,7 +720,7 @@ def planted(change):
 
 
 def shifted(arguments):
-    """The window is one key further right, and takes its bias along."""
+    """The window is one key further right, and its bias with it."""
     left, right = arguments["window_size"]
     return arguments | {"window_size": (left - 1, right + 1)}
 

@@ -1,4 +1,4 @@
-"""Constructors from the weights people have: PyTorch, Hugging Face's BERT and LLaMA, Keras; dicts and files."""
+"""Constructors from the weights of PyTorch, Hugging Face's BERT and LLaMA, Keras; dicts and files."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from problems import bits, sixteen_bits
 import fastattn
 from fastattn import reference
 
-# Not a child of MultiHeadAttention: what a fresh interpreter without a package says.
+# The error of a fresh interpreter without a package.
 WITHOUT = """
 import sys
 sys.modules[{package!r}] = None
@@ -37,7 +37,7 @@ def linear_layers(rng, names, d_model=12, biases=True, dtype=np.float32):
 
 
 def expected(x, layers, num_heads, num_kv_heads=None, context=None, **arguments):
-    """What the reference makes of linear layers (weight, bias) as PyTorch applies them, x @ weight.T + bias."""
+    """The reference with linear layers (weight, bias) as PyTorch applies them, x @ weight.T + bias."""
     names = ("query", "key", "value", "out")
     given = {f"w_{name}": np.asarray(w, np.float64).T for name, (w, _) in zip(names, layers, strict=False)}
     given |= {f"b_{name}": b for name, (_, b) in zip(names, layers, strict=False)}
@@ -62,7 +62,7 @@ def x(rng):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that writes arrays into a safetensors file, and returns its path."""
+    """A function that writes arrays to a safetensors file, and returns its path."""
     save_file = pytest.importorskip("safetensors.numpy").save_file
 
     def save(state):
@@ -99,7 +99,7 @@ def test_torch_names(rng, x, biases, prefix):
 
 
 def test_torch_context(rng, x):
-    """kdim and vdim: the three weights come one by one."""
+    """With kdim and vdim the three weights are separate."""
     state, context = torch_state(rng, kdim=5), normal(rng, 2, 9, 5)
     vectors = np.split(state["in_proj_bias"], 3)
     layers = [(state[f"{c}_proj_weight"], b) for c, b in zip("qkv", vectors, strict=True)]
@@ -118,7 +118,7 @@ def test_torch_modules(rng, x, kdim, bias):
         theirs = module(query, key, key)[0].numpy()
     layer = fastattn.MultiHeadAttention.from_torch(module.state_dict(), num_heads=3)
     agree(layer(x, context), theirs)
-    # Parameters, which ask for gradients, are as good as what state_dict() makes of them.
+    # Parameters, which require gradients, work as well as what state_dict() returns.
     same = fastattn.MultiHeadAttention.from_torch(dict(module.named_parameters()), num_heads=3)
     assert bits(same(x, context)) == bits(layer(x, context))
 
@@ -245,7 +245,7 @@ def llama_state(rng, prefix="model.", biases=False, dtype=np.float32):
 @pytest.mark.parametrize("prefix", ["model.", "", "language_model.model."])
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 def test_llama(rng, x, num_kv_heads, prefix, biases):
-    """Grouped heads, whose number follows from k_proj, and rotary positions, half and half."""
+    """Grouped heads, whose number follows from k_proj, and rotary positions that pair the halves of a head."""
     state = llama_state(rng, prefix, biases)
     ours = fastattn.MultiHeadAttention.from_llama(state, 1, num_heads=4, num_kv_heads=num_kv_heads, rotary_base=500.0)
     layers = pairs(state, *(f"{prefix}layers.1.self_attn.{name}" for name in LLAMA))
@@ -276,7 +276,7 @@ ROPE = {
 
 @pytest.mark.parametrize("rope", ROPE)
 def test_llama_of_a_longer_context(rng, x, rope):
-    """The frequencies and the factor that rotary_frequencies gives for the same dict."""
+    """The frequencies and the factor that rotary_frequencies returns for the same dict."""
     state = llama_state(rng)
     given = {"num_heads": 4, "rotary_base": 900.0}
     ours = fastattn.MultiHeadAttention.from_llama(state, 1, **given, rope_parameters=ROPE[rope], max_positions=64)
@@ -361,7 +361,7 @@ def keras_weights(rng, kv_heads=3, biases=True):
 
 
 def keras_attention(x, weights, biases):
-    """As Keras writes it down: einsum with kernels that have an axis for the heads."""
+    """As in Keras: einsum with kernels that have an axis for the heads."""
     kernels = weights[::2] if biases else weights
     vectors = weights[1::2] if biases else 4 * [0]
     query, key, value = (

@@ -8,25 +8,24 @@ lse    ``eps * (4 * max size + 4 + |lse|)``
 weight ``eps * (4 * max size + 4)``
 ====== =========================================================================================
 
-`size` is the sum of the absolute values of all that is added up to make a score,
-``scale * sum |q_i k_i| + |bias| + |relative bias| + |alibi|``: a rounding anywhere on the way is a fraction
-eps of it, an error d in a score moves ``exp(score)`` by the fraction d, and the weights sum to 1. The 4 covers
-the exponential, the division and the sums.
+`size` is the sum of the absolute values of all terms of a score, ``scale * sum |q_i k_i| + |bias| + |relative bias| +
+|alibi|``: each rounding is at most the fraction eps of it, an error d in a score changes ``exp(score)`` by the fraction
+d, and the weights sum to 1. The 4 covers the exponential, the division and the sums.
 
-What is not a plain softmax of a plain sum carries the rule over:
+For other than a plain softmax of a plain sum:
 
-- **softcap** ``c * tanh(s / c)``: an error in s arrives times ``1 - tanh^2``, and the capped score is itself
+- **softcap** ``c * tanh(s / c)``: an error in s is multiplied by ``1 - tanh^2``, and the capped score is itself
   rounded, so ``size = (1 - tanh^2) * size + |capped|``.
-- **sigmoid**: an error d in a score moves a weight by at most the fraction d, as with softmax, but the
-  weights of a row sum to W instead of 1: everything times W.
-- **relu** with n visible keys: an error d in a score moves a weight by d / n, so the n of them together move
-  the output by at most ``max size * max |v|``, to which comes the rounding of the weights, W in sum:
-  ``eps * (max size + 4 * W) * max |v|``.
-- **additive and bilinear scores** have a size of their own: `additive_scores_and_sizes` and
-  `bilinear_scores_and_sizes` derive it.
+- **sigmoid**: an error d in a score changes a weight by at most the fraction d, as with softmax, but the weights of a
+  row sum to W instead of 1: everything is multiplied by W.
+- **relu** with n visible keys: an error d in a score changes a weight by d / n, so all n together change the output by
+  at most ``max size * max |v|``, plus the rounding of the weights, which sum to W: ``eps * (max size + 4 * W) * max
+  |v|``.
+- **additive and bilinear scores** have their own sizes, derived by `additive_scores_and_sizes` and
+  `bilinear_scores_and_sizes`.
 
-With float64 arrays the reference rounds just as much as the library does, so the bounds double.
-With 16-bit arrays the weights may be rounded to the storage dtype as well.
+With float64 arrays the reference rounds as much as the library, so the bounds are doubled. With 16-bit arrays the
+weights may be rounded to the storage dtype as well.
 """
 
 import numpy as np
@@ -34,22 +33,22 @@ import numpy as np
 import fastattn
 from fastattn import reference
 
-# Arguments that say which keys are seen.
+# Arguments that determine which keys are visible.
 VISIBILITY = ("is_causal", "window_size", "chunk_size", "left_chunks", "query_offset", "key_lengths", "query_lengths",
               "mask", "bias", "relative_bias")  # fmt: skip
-# Windows up to this size have their weights looked at by themselves.
+# For windows up to this size the band of weights is checked too.
 LARGEST_BAND = 500
 # Arguments that promote together with query, key and value.
 WEIGHTS = ("w_score", "w_query", "w_key")
 
 
 def accumulation_dtype(dtype):
-    """The dtype sums are kept in, which is also that of lse and weights."""
+    """The accumulation dtype, which is also that of lse and weights."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def storage_steps(dtype):
-    """Distance from 1 to the next number, and from 0; NumPy's finfo does not know the dtypes of ml_dtypes."""
+    """Distances from 1 and from 0 to the next number; NumPy's finfo does not know the dtypes of ml_dtypes."""
     if dtype.kind == "f":
         finfo = np.finfo(dtype)
     else:
@@ -60,7 +59,7 @@ def storage_steps(dtype):
 
 
 def result_dtype(*arrays):
-    """What query, key and value promote to; integers and bools count as float64."""
+    """The dtype to which query, key and value promote; integers and bools count as float64."""
     dtypes = [np.asarray(x).dtype for x in arrays]
     return np.result_type(*(np.dtype(np.float64) if d.kind in "iub" else d for d in dtypes))
 
@@ -97,39 +96,39 @@ def largest_seen(values, visible):
 
 
 def dot_scores_and_sizes(query, key, eps, *, scale=None):
-    """The scaled scores, and for each of them a size that its error is at most eps times of; both (..., L, S)."""
+    """The scaled scores, and for each a size such that its error is at most eps times that; both (..., L, S)."""
     size = reference.dot_scores(np.abs(query), np.abs(key), None if scale is None else abs(float(scale)))
     return reference.dot_scores(query, key, scale), size
 
 
 def absolute(x, weights=None, bias=None):
-    """The sum of the absolute values of all that `reference.project` adds up."""
+    """The sum of the absolute values of all terms in `reference.project`."""
     absolutes = [y if y is None else np.abs(np.asarray(y, dtype=np.float64)) for y in (weights, bias)]
     return reference.project(np.abs(x), *absolutes)
 
 
-# Roundings on the way of a projected number into tanh, each half an eps of all that has been added up by then: two
-# for the projection (an eps of what it adds up, as for dot products), one for adding b_hidden, one for adding query
-# and key, and one for the logarithms of e^2q and e^2k where these are taken instead.
+# Roundings of a projected number before tanh, each half an eps of the sum so far: two for the projection (an eps of its
+# terms, as for dot products), one for adding b_hidden, one for adding query and key, and one for the logarithms of e^2q
+# and e^2k if these are used instead.
 ROUNDINGS_INTO_TANH = 5
 
 
 def additive_scores_and_sizes(query, key, eps, *, w_score, w_query=None, w_key=None, b_hidden=None, scale=None):
     """The same for ``sum_h w_h tanh(x_h)``, with x_h = q_h + k_h of projected queries and keys.
 
-    With ``tanh(x) = 1 - 2 / (1 + e^2x)`` the score is ``sum(w) - sum(2 w_h / (1 + e^2x_h))``. Each term takes away
-    between 0 and 2 w_h, from a sum that begins in the middle: no partial sum is larger than sum |w|. Nor is one of
-    ``0 + w_1 tanh(x_1) + ...``. So an addition costs at most half an eps of sum |w|, all of them hidden / 2 eps.
+    With ``tanh(x) = 1 - 2 / (1 + e^2x)`` the score is ``sum(w) - sum(2 w_h / (1 + e^2x_h))``. Each term subtracts
+    between 0 and 2 w_h from a sum that starts in the middle: no partial sum exceeds sum |w|. Nor does one of ``0 + w_1
+    tanh(x_1) + ...``. So an addition costs at most half an eps of sum |w|, all of them hidden / 2 eps.
 
-    What is rounded within a term is a fraction of its own |w_h|; 8 eps of it are enough. A fraction d of p = e^2x_h
-    moves ``2 / (1 + p)`` by ``2 d p / (1 + p)^2``, at most d / 2: with d = 8 eps, for two exponentials and their
-    product, that is 4. The quotient is at most 2 |w_h|, and half an eps of that for each of three roundings makes 3;
-    the weight, and its part of sum(w), 1. (Terms may share a division. The products it takes are more roundings, but
-    not all roundings go the same way, and additions become fewer.)
+    Rounding errors within a term are proportional to its own |w_h|; 8 eps of it are enough. A relative error d of p =
+    e^2x_h changes ``2 / (1 + p)`` by ``2 d p / (1 + p)^2``, at most d / 2: with d = 8 eps, for two exponentials and
+    their product, that is 4. The quotient is at most 2 |w_h|, and half an eps of that for each of three roundings makes
+    3; the weight, and its part of sum(w), 1. (Terms may share a division. The products for that add roundings, but
+    roundings partly cancel, and there are fewer additions.)
 
-    That is all where q and k come as they are. What is projected, or has b_hidden added, comes with an error of
-    ``ROUNDINGS_INTO_TANH / 2`` eps of the absolute values that made it, and tanh passes on ``1 - tanh(x)^2`` of that
-    (as much as it is where it is steepest within the error).
+    That is all if q and k are used as given. If they are projected, or b_hidden is added, they have an error of
+    ``ROUNDINGS_INTO_TANH / 2`` eps of the absolute values of their terms, which tanh multiplies by ``1 - tanh(x)^2``
+    (taken where it is steepest within the error).
     """
     scale = 1.0 if scale is None else float(scale)
     weights = dict(w_score=w_score, w_query=w_query, w_key=w_key, b_hidden=b_hidden)
@@ -142,7 +141,7 @@ def additive_scores_and_sizes(query, key, eps, *, w_score, w_query=None, w_key=N
         for h, w in enumerate(np.abs(w_score)):
             x = np.abs(q[..., :, None, h] + k[..., None, :, h])
             error = ROUNDINGS_INTO_TANH / 2 * (q_sizes[..., :, None, h] + k_sizes[..., None, :, h])
-            # Where tanh is flat, at infinity too, nothing of the error arrives.
+            # Where tanh is flat, including at infinity, the error vanishes.
             cosh = np.cosh(np.where(np.isinf(x), x, np.maximum(x - eps * error, 0.0)))
             size += np.where(np.isinf(cosh), 0.0, w * error / cosh / cosh)
     return scores, abs(scale) * size
@@ -151,8 +150,8 @@ def additive_scores_and_sizes(query, key, eps, *, w_score, w_query=None, w_key=N
 def bilinear_scores_and_sizes(query, key, eps, *, w_query, w_key=None, b_query=None, b_key=None, scale=None):
     """The same for ``(query @ w_query + b_query) . (key @ w_key + b_key)``.
 
-    All that is multiplied and added, through both projections and their product. A relative error of the one
-    projection is one of all its products with the other, so the absolute values multiply as the numbers do.
+    The sum of the absolute values of all terms, through both projections and their product. A relative error of one
+    projection is one of all its products with the other, so absolute values multiply as the numbers do.
     """
     scores = reference.bilinear_scores(query, key, w_query, w_key, b_query=b_query, b_key=b_key, scale=scale)
     if w_key is None:
@@ -161,7 +160,7 @@ def bilinear_scores_and_sizes(query, key, eps, *, w_query, w_key=None, b_query=N
     return scores, reference.dot_scores(query_size, key_size, 1.0 if scale is None else abs(float(scale)))
 
 
-# For each attention function the function above, and the arguments of its score.
+# For each attention function the matching function above, and the arguments of its score.
 SCORES = {
     "dot_product_attention": (dot_scores_and_sizes, ("scale",)),
     "additive_attention": (additive_scores_and_sizes, ("w_score", "w_query", "w_key", "b_hidden", "scale")),
@@ -179,7 +178,7 @@ def positions(query, key, **arguments):
 
 
 def sides(**arguments):
-    """(left, right) of the window, or None where a side is not bounded."""
+    """(left, right) of the window; None for an unbounded side."""
     both = reference.window_sides(arguments.get("window_size"), arguments.get("is_causal", False))
     return None if np.inf in both else both
 
@@ -189,7 +188,7 @@ def score_sizes(name, query, key, eps, *, softcap=None, alibi_slopes=None, bias=
     scores_and_sizes, own = SCORES[name]
     scores, size = scores_and_sizes(query, key, eps, **{name: x for name, x in arguments.items() if name in own})
     if softcap is not None:
-        # An error this large may move the score to where tanh is steeper.
+        # An error this large may move the score to a steeper part of tanh.
         closest = np.maximum(np.abs(scores) - eps * size, 0.0)
         slope = 1 - np.tanh(closest / softcap) ** 2
         size = slope * size + np.abs(softcap * np.tanh(scores / softcap))
@@ -231,14 +230,14 @@ def attention_bounds(name, query, key, value, out, weights, lse, **arguments):
             out_bound = eps * (size + 4 * weight_sum) * value_max
             weight_bound = eps * (8 * size + 4) / count
         elif activation == "sigmoid":
-            # A weight below the least normal number counts as 0.
+            # A weight below the smallest normal number counts as 0.
             out_bound = (eps * (size + 4) * weight_sum + tiny * key.shape[-2]) * value_max
             weight_bound = eps * (4 * size + 4)
         else:
             out_bound = eps * (size + 4) * value_max
             weight_bound = eps * (4 * size + 4)
 
-        # Rounding to the storage dtype; and what underflows is lost, once for each key.
+        # Rounding to the storage dtype; and underflow, once per key.
         storage, step = (x / 2 for x in storage_steps(dtype))
         out_bound = out_bound + storage * np.nan_to_num(np.abs(out), posinf=0.0) + step
         out_bound = out_bound + tiny * eps * key.shape[-2]
@@ -253,16 +252,15 @@ def attention_bounds(name, query, key, value, out, weights, lse, **arguments):
 
 
 def attention_dtype(query, key, value, **arguments):
-    """The dtype of the output: what query, key, value and weight matrices promote to."""
+    """The dtype of the output, to which query, key, value and weight matrices promote."""
     weights = [arguments[name] for name in WEIGHTS if arguments.get(name) is not None]
     return result_dtype(query, key, value, *weights)
 
 
 def assert_attention(query, key, value, *, name="dot_product_attention", function=None, **arguments):
-    """Call the attention function `name` with and without its extra results; hold all of it against the reference.
+    """Call the attention function `name` with and without its extra results; compare everything with the reference.
 
-    `function` replaces the library's, so that a test can show that a wrong one is found out.
-    Returns the output.
+    `function` replaces the library's, so that a test can show that a wrong one is detected. Returns the output.
     """
     function = function or getattr(fastattn, name)
     with_lse = arguments.get("activation", "softmax") == "softmax"
@@ -273,7 +271,7 @@ def assert_attention(query, key, value, *, name="dot_product_attention", functio
     bounds = attention_bounds(name, query, key, value, expected_out, expected_weights, expected_lse, **theory)
     dtype = attention_dtype(query, key, value, **arguments)
 
-    # The plain call and the one that keeps the weights may well take different roads.
+    # The plain call and the one that returns weights may take different paths.
     plain = function(query, key, value, **arguments)
     assert isinstance(plain, np.ndarray)
     assert plain.dtype == dtype
@@ -305,7 +303,7 @@ def assert_attention(query, key, value, *, name="dot_product_attention", functio
 
 
 def assert_softmax(x, axis=-1, *, mask=None, functions=fastattn, **arguments):
-    """The three functions of a row against the reference: the weight bound, also relative to the weight."""
+    """Compare softmax, log_softmax and logsumexp with the reference: the weight bound, also relative to the weight."""
     dtype = result_dtype(x)
     finfo = np.finfo(accumulation_dtype(dtype))
     factor = 2 if dtype == np.float64 else 1
