@@ -157,7 +157,6 @@ int fa_runnable(fa_instruction_set *sets, int room);
 /* Whether this CPU reads contiguous keys faster with software prefetches. */
 int fa_prefetching_helps(void);
 
-/* The query of row i. */
 static inline int64_t fa_query_of(const fa_head *head, int64_t i) { return head->heads == 1 ? i : i / head->heads; }
 
 /* Row i of a matrix with one row per query. */
@@ -168,7 +167,6 @@ static inline char *fa_row(const fa_head *head, const fa_view *matrix, int64_t i
     return matrix->data + i / head->heads * matrix->row + i % head->heads * matrix->head;
 }
 
-/* The chunk of a position. */
 static inline int64_t fa_chunk_of(int64_t position, int64_t size)
 {
     return position >= 0 ? position / size : -((-position - 1) / size) - 1;
