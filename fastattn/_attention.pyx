@@ -24,12 +24,12 @@ cdef enum:
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
-# What a channel of an additive score costs.
+# The cost of one channel of an additive score.
 cdef double ADDITIVE_WORK = 4
-# What a tile and a row cost besides.
+# The fixed costs of a tile and of a row.
 cdef double TILE_WORK = 1e4
 cdef double ROW_WORK = 1e3
-# Multiplications of the largest tile: a thread should not be long alone with the last one.
+# Multiplications of the largest tile: other threads should not wait long for the last one.
 cdef double MOST_WORK = 8e9
 
 
@@ -65,9 +65,9 @@ cdef inline Py_ssize_t last_stride(const fa_call *call, int operand) noexcept no
 
 
 cdef void choose_loops(fa_call *call, bint decode, const fa_tuning *tuning) noexcept nogil:
-    """Whether keys are read in place, as in decoding; and, unless queries are many, the heads of a group become rows of
-    one head, so that keys and values are read, or packed, once for all of them: where neither lengths nor offsets
-    differ within the group."""
+    """Decides whether keys are read in place (decode). Unless queries are many, also makes the heads of a group rows of
+    one head, so that keys and values are read, or packed, once for all of them; this needs lengths and offsets that
+    do not differ within the group."""
     cdef int64_t group = call.group
     cdef int operand
     call.problem.decode = decode and call.problem.score == FA_DOT and call.longest_query <= tuning.decode_queries
@@ -97,7 +97,7 @@ cdef bint tiles_differ(const fa_call *call) noexcept nogil:
 
 
 cdef double keys_of_row(const fa_call *call) noexcept nogil:
-    """The most that a query may see."""
+    """The most keys that a query may see."""
     cdef double keys = call.longest_key
     if call.problem.left < INT64_MAX and call.problem.right < INT64_MAX:
         keys = min(keys, <double> call.problem.left + call.problem.right + 1)
@@ -235,7 +235,7 @@ cdef void run_parallel(const fa_call *call, const fa_kernels *kernels, const Pla
         join_team(&team)
         for t in prange(plan.tiles, schedule="dynamic", chunksize=chunk):
             if not interrupted(watch, False):
-                # The caller's thread is number 0.
+                # Thread 0 is the caller's.
                 run_tile(call, kernels, plan.tile[t].head, plan.tile[t].sequence, plan.tile[t].row, plan.rows,
                          plan.workspaces + threadid() * plan.workspace_size, watch, threadid() == 0)
 
@@ -271,7 +271,7 @@ cdef int join_spans(const fa_call *call, const fa_kernels *kernels, const Plan *
 
 
 cdef void run_spans(const fa_call *call, const fa_kernels *kernels, const Plan *plan, Watch *watch) noexcept nogil:
-    """Few queries against many keys: threads share the keys of a tile, and its spans are joined in their order."""
+    """Few queries against many keys: threads share the keys of a tile, and its spans are merged in order."""
     cdef int64_t t
     cdef Team team = gathered(plan.threads)
     with nogil, parallel(num_threads=team.threads):

@@ -1,23 +1,23 @@
-/* Few queries, of which there may be several heads: keys and values are read where they lie, a long run of keys and
- * then a long run of values, for memory is what takes the time.
+/* Decode: few queries, perhaps of several heads. Keys and values are read in place, a long run of keys and then a long
+ * run of values, because reading memory takes the time.
  *
- * Up to DECODE_ROWS rows read each vector once, from memory. More rows are groups of up to ROWS, as equal as they can
- * be, which pass one after the other over what is in the first cache by then. */
+ * Up to DECODE_ROWS rows read each vector once, from memory. More rows form groups of up to ROWS, as equal as possible,
+ * which process the same keys one after the other while these are in L1. */
 
-/* A run of keys, and what is found in it from one phase to the next. */
+/* A run of keys, and what one phase passes to the next. */
 struct run {
     int64_t begin, end, from; /* keys [begin, end); the first block begins at `from` */
     int blocks;
-    /* [block][group]: with several groups, blocks are fewer (keys_of_run) */
+    /* [block][group]; with several groups there are fewer blocks (keys_of_run) */
     struct visible visible[FA_SPAN / FA_BLOCK];
-    int partial[FA_SPAN / FA_BLOCK]; /* whether terms of the sum have keys that are not seen */
-    /* [block][row]: what weights are relative to, and what earlier sums must be multiplied by */
+    int partial[FA_SPAN / FA_BLOCK]; /* whether some terms of the sum have hidden keys */
+    /* [block][row]: the maximum that weights are relative to, and the factor for earlier sums */
     vec most[ROWS_OF_RUN];
     real shrink[ROWS_OF_RUN];
-    int span_begins[(FA_DECODE_TILE + ROWS - 1) / ROWS]; /* groups that have seen nothing of this span before */
+    int span_begins[(FA_DECODE_TILE + ROWS - 1) / ROWS]; /* groups that this run is the first of a span for */
 };
 
-/* Rows of group g of a tile; many_groups: it has more than one. */
+/* Rows of group g of a tile. many_groups: the tile has several. */
 static ALWAYS_INLINE int rows_of_group(const struct tile *tile, int rows, int g, const int many_groups)
 {
     return many_groups ? rows_from(tile, g * tile->group, rows) : rows;
@@ -28,7 +28,7 @@ static ALWAYS_INLINE int groups_of(const struct tile *tile, int rows, const int 
     return many_groups ? (rows + tile->group - 1) / tile->group : 1;
 }
 
-/* Scores of several groups, at s, against the keys [lo, hi) of a block, of which a group may see less. */
+/* Scores of several groups, at s, against the keys [lo, hi) of a block; a group may see fewer. */
 static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *head, int rows, int64_t block,
                                    const struct visible *visible, int lo, int hi, struct tile *tile, real *s)
 {
@@ -62,7 +62,7 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
     }
 }
 
-/* All scores of a run, and what its weights will be relative to. */
+/* Phase 1: all scores of a run, and the maxima that its weights will be relative to. */
 static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
                                         struct run *run, struct tile *tile, const int natural_log,
                                         const int many_groups)
@@ -72,7 +72,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
                                 ? rows_ahead(problem->head_dim) * head->view[FA_KEY].row
                                 : 0;
     const int at_once =
-        rows == 1 && !head->view[FA_MASK].data; /* scores of one row lie together, and no block is left out */
+        rows == 1 && !head->view[FA_MASK].data; /* scores of one row are contiguous, and no block is skipped */
     if (at_once) {
         int64_t lo, hi;
         fa_visible_keys(problem, head, row, rows, &lo, &hi);
@@ -126,7 +126,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
     }
 }
 
-/* Its scores become weights. */
+/* Phase 2: scores become weights. */
 static ALWAYS_INLINE void weights_of_run(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
                                          struct run *run, struct tile *tile, const int natural_log,
                                          const int many_groups)
@@ -150,9 +150,9 @@ static ALWAYS_INLINE void weights_of_run(const fa_problem *problem, const fa_hea
         }
 }
 
-/* Weighted sums of groups of rows: of their weights p and the values [begin[g], end[g]) of a block, whole terms, into
- * sum[g]. Values stay in the first cache until all groups have passed. Meanwhile what has the same place from `next` on
- * is asked for: rows of so many bytes, next_row apart. */
+/* Weighted sums for groups of rows: of the weights p and the values [begin[g], end[g]) of a block, whole terms, into
+ * sum[g]. Values stay in L1 until all groups have used them. Meanwhile the corresponding rows from `next` on, of
+ * `bytes` bytes and next_row apart, are prefetched. */
 static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const real *p, struct value_rows value,
                                      const int *begin, const int *end, real *const *sum, const char *next,
                                      ptrdiff_t next_row, int64_t bytes)
@@ -183,7 +183,7 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
     }
 }
 
-/* The weighted sums of its values join the output. */
+/* Phase 3: the weighted sums of its values are added to the output. */
 static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *head, const int rows, struct run *run,
                                       struct tile *tile, const int many_groups)
 {
@@ -204,7 +204,8 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             some |= visible[g].lo < visible[g].hi;
         if (!some)
             continue;
-        /* What few rows cannot read in place they copy chunk by chunk, unless all of it must be looked at. */
+        /* Few rows copy what they cannot read in place chunk by chunk, unless the whole block must be checked for NaN.
+         */
         const int in_chunks =
             !many_groups && rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
         const struct value_rows value =
@@ -226,7 +227,7 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             }
         }
         if (rows > DECODE_ROWS) {
-            /* What is copied has been read for this block: the next one is asked for. */
+            /* Copied values have been read already: prefetch those of the next block. */
             const int copied = value.data == (const char *)tile->v;
             const ptrdiff_t ahead = copied ? FA_BLOCK : VALUES_AHEAD * rows_of_prefetch;
             pass_values(tile, rows, s, value, from, to, sum, values + ahead * view->row, view->row,
@@ -250,8 +251,8 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
     }
 }
 
-/* A run of keys: what little there is to do between keys and values holds memory up, so it is done once in a run, and
- * not once in a block. */
+/* A run of keys. Memory idles during the little work between keys and values, so that is done once per run rather than
+ * once per block. */
 static ALWAYS_INLINE void visit_run(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
                                     int64_t key_begin, int64_t key_end, struct tile *tile, const int natural_log,
                                     const int many_groups)

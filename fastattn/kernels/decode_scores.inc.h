@@ -1,13 +1,14 @@
-/* Dot-product scores against keys where they lie, PLACE_ROWS rows at a time: with few rows the time goes into reading
+/* Dot-product scores against keys in place, up to PLACE_ROWS rows at a time: with few rows the time goes into reading
  * the keys, and packing them would double it. */
 
-/* Where a few rows' queries have channel c: of the first row, the others STRIP numbers apart. */
+/* Address of channel c of the first row's query; those of the next rows follow STRIP numbers apart. */
 static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
 {
     return q + c / STRIP * (ROWS * STRIP) + c % STRIP;
 }
 
-/* Products of a vector of `rows` queries and one of `count` keys, added by lanes; the last may have fewer numbers. */
+/* Adds the products of one vector of `rows` queries and of `count` keys, lane by lane; at the end of a key it has fewer
+ * than LANES numbers. */
 static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t key_row, int numbers, vec (*sum)[4],
                                        const int rows, const int count)
 {
@@ -29,16 +30,15 @@ static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t
     }
 }
 
-/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are whole vectors,
- * padded with zeros; keys are not. What lies `ahead` bytes further on is asked for (0: nothing). whole: keys have no
- * gaps between them. */
+/* Products of the channels [begin, end) of `rows` rows with `count` keys, summed by lanes. Rows are padded with zeros
+ * to whole vectors; keys are not. ahead: prefetch distance in bytes (0: no prefetch). whole: keys are contiguous. */
 static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
                                             int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
                                             const int rows, const int count)
 {
     const ptrdiff_t apart = whole ? VECTOR_BYTES : key_row;
     const char *k = keys + begin * (int64_t)sizeof(real);
-    const char *ask = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
+    const char *next = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
@@ -55,14 +55,14 @@ static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptr
             }
             add_products(q_c, k, key_row, LANES, sum, rows, count);
             if (ahead) { /* after what is needed now */
-                prefetch_vectors(ask, apart, count);
-                ask += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
+                prefetch_vectors(next, apart, count);
+                next += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
             }
         }
     }
 }
 
-/* The same over all channels: chains of CHAIN vectors, then their sum. */
+/* The same over all channels: the sum of chains of CHAIN vectors. */
 static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
                                        ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows, const int count)
 {
@@ -81,9 +81,9 @@ static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_
     }
 }
 
-/* Scores of `rows` rows against n keys, a multiple of four, lanes along the channel; those `ahead` bytes further on are
- * asked for (0: none). `count` keys are read at a time, in a loop that is not unrolled: where keys come from memory, it
- * sees one stream then, and its prefetchers few instructions with short strides. */
+/* Scores of `rows` rows against n keys, a multiple of four, lanes along the channel. ahead: prefetch distance in bytes
+ * (0: no prefetch). `count` keys are read at a time, in a loop that is not unrolled: memory then sees one stream, and
+ * the hardware prefetchers few instructions with short strides. */
 static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
                                         ptrdiff_t ahead, real *s, const int whole, const int rows, const int count)
 {
@@ -127,8 +127,8 @@ static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const cha
 }
 
 /* Scores of up to two rows of `vecs` whole vectors against n keys, a multiple of four, with the queries in registers.
- * Keys are read in order, and few instructions wait for each: how many can wait seems to bound how far a CPU sees ahead
- * (docs/notebook, page 10). */
+ * Keys are read in order, and few instructions wait for each: how many a CPU can hold waiting seems to limit how far
+ * ahead it loads (docs/notebook, page 10). */
 static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, ptrdiff_t key_row, int n,
                                               ptrdiff_t ahead, real *s, const int rows, const int vecs)
 {
@@ -156,8 +156,8 @@ static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, p
     }
 }
 
-/* The same for an even number of vectors, up to CHAIN, and keys without gaps between them: of each of four keys two
- * vectors are read in a turn. */
+/* The same for an even number of vectors, up to CHAIN, and contiguous keys: each iteration reads two vectors of each of
+ * four keys. */
 static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
                                        real *s, const int rows)
 {
@@ -169,7 +169,7 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
             for (int i = 0; i < 4; i++)
                 sum[r][i] = (vec){0};
         }
-        const char *ask = keys + ahead;
+        const char *next = keys + ahead;
         for (int64_t c = 0; c < key_row; c += 2 * VECTOR_BYTES, keys += 2 * VECTOR_BYTES) {
             const real *q_c = query_at(q, c / (int64_t)sizeof(real));
             vec k_c[2][4];
@@ -182,8 +182,8 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
                 }
             }
             if (ahead)
-                prefetch_vectors(ask, VECTOR_BYTES, 8);
-            ask += 8 * VECTOR_BYTES;
+                prefetch_vectors(next, VECTOR_BYTES, 8);
+            next += 8 * VECTOR_BYTES;
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
                 UNROLL(8)
@@ -202,13 +202,13 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
     }
 }
 
-/* Scores of `rows` rows against n keys. More than two rows are arithmetic more than reading, so they share their loads.
- * One and two rows know the usual numbers of channels: up to three times as fast. */
+/* Scores of `rows` rows against n keys. With more than two rows, arithmetic takes longer than reading, so they share
+ * loads. For one and two rows the usual numbers of channels have code of their own, up to three times as fast. */
 static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
                                          ptrdiff_t ahead, real *s, const int rows)
 {
     const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
-    /* Two vectors of four keys, and the sums of more than four rows, are too much for the registers. */
+    /* Two vectors of four keys and the sums of more than four rows do not fit in the registers. */
     const int in_pairs = rows <= 4 && whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
     if (rows <= 2 && channels % LANES == 0)
         switch (channels / LANES) {
@@ -225,7 +225,7 @@ static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdif
         run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
     else if (rows <= 2)
         run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
-    else if (in_pairs && ahead) /* whether there is something to ask for is known to the compiler: one test less */
+    else if (in_pairs && ahead) /* the compiler knows whether to prefetch: one test less */
         run_of_pairs(q, keys, key_row, n, ahead, s, rows);
     else if (in_pairs)
         run_of_pairs(q, keys, key_row, n, 0, s, rows);
@@ -235,7 +235,7 @@ static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdif
         run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
 }
 
-/* Not inlined: compilers run out of registers in one large function, and clang does not unroll all of its loops. */
+/* Not inlined: in one large function compilers run out of registers, and clang does not unroll all loops. */
 #define SCORES_OF(name, rows)                                                                                  \
     static NEVER_INLINE void name(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
                                   ptrdiff_t ahead, real *s)                                                    \
@@ -252,10 +252,10 @@ SCORES_OF(scores_of_six, 6)
 #endif
 #undef SCORES_OF
 
-/* Scores of a group of rows against the keys [begin, end) of a block, and of a single row of several blocks. Keys up to
- * the next whole vector get scores too, which mean nothing. Row and key alone decide the order of the additions. Keys
- * `ahead` bytes further on are asked for (0: none). scratch: room for KEYS_AT_ONCE keys, into which those are widened
- * that have another dtype, or gaps. */
+/* Scores of a group of rows against the keys [begin, end) of a block, or of a single row against several blocks. Keys
+ * up to the next whole vector also get scores, which mean nothing. The order of additions depends on row and key alone.
+ * ahead: prefetch distance in bytes (0: no prefetch). scratch: room for KEYS_AT_ONCE keys; keys that cannot be read in
+ * place are copied there and widened. */
 enum { KEYS_AT_ONCE = 16 };
 
 static void row_scores(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
@@ -265,14 +265,14 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
     const int in_place = readable(key);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
-        ptrdiff_t k_row = key->row, ask = ahead;
+        ptrdiff_t k_row = key->row, distance = ahead;
         n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
-        if (rows > PLACE_ROWS && n > 16) /* they stay in the first cache until all rows have passed */
+        if (rows > PLACE_ROWS && n > 16) /* they stay in L1 for all rows */
             n = 16;
         if (n <= 0) {
             const int left = (end - j) / 4 * 4;
             n = in_place || j < begin || left <= 0 ? 4 : left < KEYS_AT_ONCE ? left : KEYS_AT_ONCE;
-            const int whole = n > 4 && key->row == key->col * channels; /* a row's end is the next one's beginning */
+            const int whole = n > 4 && key->row == key->col * channels; /* contiguous */
             if (whole) {
                 if (ahead)
                     prefetch_bytes(k + ahead, n * key->row);
@@ -286,25 +286,25 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
-            ask = 0;
+            distance = 0;
         }
-        for (int r = 0, together; r < rows; r += together, ask = 0) {
+        for (int r = 0, together; r < rows; r += together, distance = 0) {
             const real *q_r = q + r * STRIP;
             real *s_r = s + r * FA_BLOCK + j;
             together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
             if (together == 1)
-                scores_of_one(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_one(q_r, k, k_row, channels, n, distance, s_r);
             else if (together == 2)
-                scores_of_two(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_two(q_r, k, k_row, channels, n, distance, s_r);
 #if PLACE_ROWS > 2
             else if (together == 3)
-                scores_of_three(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_three(q_r, k, k_row, channels, n, distance, s_r);
             else if (together == 4)
-                scores_of_four(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_four(q_r, k, k_row, channels, n, distance, s_r);
             else if (together == 5)
-                scores_of_five(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_five(q_r, k, k_row, channels, n, distance, s_r);
             else
-                scores_of_six(q_r, k, k_row, channels, n, ask, s_r);
+                scores_of_six(q_r, k, k_row, channels, n, distance, s_r);
 #endif
         }
     }

@@ -1,8 +1,8 @@
-/* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
- * bits as the products of values.inc.h. */
+/* The weighted sum of values for few rows, where reading the values takes the time: value by value, in memory order.
+ * The same bits as the products of values.inc.h. */
 
-/* Columns of one value, weighted, added to a term or the first of one. What lies `ahead` bytes further on is asked for
- * (0: nothing). */
+/* Adds one weighted value to a term, or starts the term with it (first). ahead: prefetch distance in bytes (0: no
+ * prefetch). */
 static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[MOST_VECS],
                                     const int rows, const int vecs)
 {
@@ -22,12 +22,12 @@ static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahea
     }
 }
 
-/* Columns of the weighted sum over the values [begin, end) of up to two rows, whole terms, one value after the other:
- * added to `part`, or in place of what it holds (first). */
+/* Some columns of the weighted sum over the values [begin, end), whole terms, for up to two rows: added to `part`, or
+ * stored there (first). */
 static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
                                       ptrdiff_t ahead, real *part, int64_t value_row, const int rows, const int vecs)
 {
-    const int in_memory = STEPS > 1 && rows * vecs > 8; /* what a chunk sums up to: terms need the registers */
+    const int in_memory = STEPS > 1 && rows * vecs > 8; /* the sum of a chunk: terms need the registers */
     vec sum[2][MOST_VECS], term[2][MOST_VECS];
     real chunk[MOST_VECS * LANES];
     for (int t = begin, stop; t < end;) {
@@ -78,7 +78,7 @@ static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_
     }
 }
 
-/* The same over whole values: usual ones in one go, others chunk by chunk, while it is in the cache. */
+/* The same for whole values: usual lengths in one pass, others chunk by chunk, while a chunk is in L1. */
 static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
                                      ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
 {
@@ -103,7 +103,7 @@ static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_r
     }
 }
 
-/* For one row and for two, which the compiler must know, with and without asking; not inlined, to have them once. */
+/* Versions for one and for two rows, with and without prefetch; not inlined, so that each exists once. */
 static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
                                     ptrdiff_t ahead, real *part, int64_t value_row)
 {
@@ -123,8 +123,8 @@ static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_ro
 }
 
 #if DECODE_ROWS > 2
-/* The same for more rows: `count` vectors of each of LINKS values are read in a turn; weights stay in registers. whole:
- * values have no gaps between them. */
+/* The same for more rows: each iteration reads `count` vectors of each of LINKS values; weights stay in registers.
+ * whole: values are contiguous. */
 _Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
 static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
                                              real *to, int64_t value_row, const int rows, const int whole,
@@ -134,7 +134,7 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
         v_store(to + c, (vec){0});
     const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = (whole ? LINKS : 1) * count * VECTOR_BYTES;
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
-        const char *v_c = v, *ask = v + ahead;
+        const char *v_c = v, *next = v + ahead;
         vec w[DECODE_ROWS][LINKS];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -142,7 +142,7 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
             for (int k = 0; k < LINKS; k++)
                 w[r][k] = v_fill(p[r * FA_BLOCK + t + k]);
         }
-        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, ask += step) {
+        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, next += step) {
             vec v_k[2][LINKS];
             UNROLL(2)
             for (int i = 0; i < count; i++) {
@@ -153,7 +153,7 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
                 }
             }
             if (ahead)
-                prefetch_vectors(ask, apart, LINKS * count);
+                prefetch_vectors(next, apart, LINKS * count);
             UNROLL(2)
             for (int i = 0; i < count; i++) {
                 UNROLL(8)
@@ -170,7 +170,7 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
     }
 }
 
-/* Whether there is something to ask for is known to the compiler in the usual case: a test in the loop takes 4 %. */
+/* In the usual case the compiler knows whether to prefetch: a test in the loop would cost 4 %. */
 #define SUM_OF(name, rows)                                                                                         \
     static NEVER_INLINE void name(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, real *to, \
                                   int64_t value_row)                                                               \
@@ -190,8 +190,7 @@ SUM_OF(sum_of_four, 4)
 #undef SUM_OF
 #endif
 
-/* The weighted sum where few rows wait for the values to come from memory: whole values, one after the other. The same
- * bits. first: `part` holds nothing yet. chunk: [rows][value_row] numbers, for up to DECODE_ROWS rows. */
+/* The same for up to DECODE_ROWS rows. first: `part` holds nothing yet. chunk: scratch, [rows][value_row] numbers. */
 static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows value, int begin, int end, int first,
                                       ptrdiff_t ahead, int64_t value_row, real *part, real *chunk)
 {
@@ -203,7 +202,7 @@ static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows
         sum_of_two(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
         return;
     }
-    (void)chunk; /* for the others, where there are any */
+    (void)chunk; /* only more rows need it */
 #if DECODE_ROWS > 2
     for (int t = begin, stop; t < end; t = stop, first = 0) {
         const char *v = value.data + t * value.row;
@@ -218,8 +217,8 @@ static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows
 #endif
 }
 
-/* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied to the
- * first cache and summed there. Of the values only [begin, end) may be touched; the others count as zeros. */
+/* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied, stays
+ * in L1, and is summed there. Only the values [begin, end) may be read; the others count as zeros. */
 static NEVER_INLINE void copied_sum(const fa_problem *problem, const fa_view *value, const char *values, const real *p,
                                     int rows, int begin, int end, int from, int to, const struct tile *tile, real *part)
 {

@@ -1,10 +1,11 @@
-/* Numbers in memory: strided, perhaps misaligned, of a storage dtype; in the kernels: contiguous and of type real.
- * With the widening words of vector.inc.h the one place that knows the bits of the 16-bit dtypes. A new dtype is a pair
- * of cases here. */
+/* From numbers in memory (strided, perhaps misaligned, of a storage dtype) to numbers in kernels (contiguous, of type
+ * real) and back. Only this file and the widening operations of vector.inc.h know the bits of 16-bit dtypes. A new
+ * dtype is a pair of cases here. */
 
 static ALWAYS_INLINE float from_f16(uint16_t h)
 {
-    /* Shift exponent and mantissa into place; multiplying by 2**112 mends the bias and makes denormals normal. */
+    /* Shift exponent and mantissa into place; multiplying by 2**112 corrects the exponent's bias and normalises
+     * denormals. */
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = (uint32_t)(h & 0x7fffu) << 13;
     float x;
     memcpy(&x, &rest, 4);
