@@ -12,15 +12,17 @@ from libc.stdlib cimport qsort
 from fastattn._call cimport (FA_KEY_LENGTHS, FA_KEYS_BEFORE, FA_OFFSETS, FA_QUERY_LENGTHS, Problem, fa_call, fa_locate,
                              fa_queries_of, read_dot_product)
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_DECODE_TILE, FA_DOT, FA_KEY, FA_MASK, FA_OPERANDS,
-                                FA_SPAN, FA_VALUE, Team, Watch, allowed_threads, fa_head, fa_kernels, fa_next_range,
-                                fa_tuning, gathered, give_workspace, interrupted, join_team, kernels_for,
-                                prefetching_helps, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_BLOCK_MASK, FA_DECODE_TILE, FA_DOT, FA_KEY, FA_MASK,
+                                FA_OPERANDS, FA_SPAN, FA_VALUE, Team, Watch, allowed_threads, fa_head, fa_kernels,
+                                fa_next_range, fa_tuning, gathered, give_workspace, interrupted, join_team,
+                                kernels_for, prefetching_helps, raise_pending, take_workspace)
 
 cdef enum:
     TILES = 8           # wanted for each thread, where that leaves tiles of fa_tuning.least_rows
     # With fewer tiles than this for a thread, threads share the keys of a tile where queries are few.
     SPLIT_TILES = 8
+    # Of a tile in a call with a block mask: fewer would spend their time packing keys.
+    LEAST_BLOCK_ROWS = 192
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
@@ -39,7 +41,7 @@ cdef struct Tile:
     double cost
 
 
-# Keys [begin, end) of a tile.
+# Those of the keys [begin, end) of a tile that it may see; all in one span.
 cdef struct Span:
     int64_t tile, begin, end
 
@@ -90,7 +92,7 @@ cdef bint tiles_differ(const fa_call *call) noexcept nogil:
     cdef int n, operand
     for n in range(call.operand_count):
         operand = call.operands[n]
-        if operand == FA_MASK or operand >= FA_OPERANDS:
+        if operand in (FA_MASK, FA_BLOCK_MASK) or operand >= FA_OPERANDS:
             return True
     return (call.query_starts != NULL or call.problem.left < INT64_MAX or call.problem.right < INT64_MAX or
             call.problem.chunk != 0)
@@ -112,6 +114,14 @@ cdef double work_of_pair(const fa_call *call) noexcept nogil:
             call.problem.value_dim)
 
 
+cdef int64_t rows_of_blocks(int64_t block_rows, int64_t most) noexcept nogil:
+    """Rows of a tile in a call with a block mask: whole blocks, or an equal part of one; at most `most`, if possible."""
+    cdef int64_t parts = (block_rows + most - 1) // most
+    if parts > 1:
+        return (block_rows + parts - 1) // parts
+    return (LEAST_BLOCK_ROWS + block_rows - 1) // block_rows * block_rows
+
+
 cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tuning) noexcept nogil:
     cdef int64_t longest = call.longest_query, rows, tiles
     cdef double work_of_row = keys_of_row(call) * work_of_pair(call) + 1
@@ -123,6 +133,9 @@ cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tu
         rows = min(rows, FA_DECODE_TILE)
     if longest <= rows:
         return max(longest, 1)
+    if call.layouts[<int> FA_BLOCK_MASK].data != NULL and not call.problem.decode and call.sizes.heads == 1:
+        # Tiles that end where blocks do see the same keys in all of their rows, and skip all others.
+        return rows_of_blocks(call.problem.block_rows, min(rows, tuning.most_rows))
     tiles = (longest + rows - 1) // rows
     rows = (longest + tiles - 1) // tiles
     return (rows + tuning.group_rows - 1) // tuning.group_rows * tuning.group_rows
@@ -151,7 +164,7 @@ cdef inline int64_t end_of_span(int64_t begin, int64_t end) noexcept nogil:
 cdef void find_tiles(const fa_call *call, Plan *plan) noexcept nogil:
     """Notes the tiles, where they differ in cost the heaviest first; without room for them counts them and their spans.
     """
-    cdef int64_t tiles = 0, spans = 0, head, sequence, begin, end, row, rows, cursor, keys
+    cdef int64_t tiles = 0, spans = 0, head, sequence, begin, end, row, rows, cursor, keys, last_span
     cdef Tile *tile
     cdef fa_head h
     for head in range(call.heads):
@@ -161,9 +174,11 @@ cdef void find_tiles(const fa_call *call, Plan *plan) noexcept nogil:
             while row < h.queries:
                 rows = min(plan.rows, h.queries - row)
                 cursor = keys = 0
+                last_span = -1
                 while fa_next_range(&call.problem, &h, row, rows, &cursor, &begin, &end):
                     keys += end - begin
-                    spans += (end - 1) // FA_SPAN - begin // FA_SPAN + 1
+                    spans += (end - 1) // FA_SPAN - max(begin // FA_SPAN - 1, last_span)
+                    last_span = (end - 1) // FA_SPAN
                 if plan.tile != NULL:
                     tile = &plan.tile[tiles]
                     tile.head, tile.sequence, tile.row, tile.order = head, sequence, row, tiles
@@ -177,7 +192,7 @@ cdef void find_tiles(const fa_call *call, Plan *plan) noexcept nogil:
 
 
 cdef void find_spans(const fa_call *call, Plan *plan) noexcept nogil:
-    cdef int64_t t, n = 0, begin, end, cursor
+    cdef int64_t t, n = 0, begin, end, cursor, last_span
     cdef const Tile *tile
     cdef fa_head h
     for t in range(plan.tiles):
@@ -185,11 +200,14 @@ cdef void find_spans(const fa_call *call, Plan *plan) noexcept nogil:
         tile = &plan.tile[t]
         fa_locate(call, tile.head, tile.sequence, &h)
         cursor = 0
+        last_span = -1
         while fa_next_range(&call.problem, &h, tile.row, min(plan.rows, h.queries - tile.row), &cursor, &begin, &end):
             while begin < end:
-                plan.span[n].tile, plan.span[n].begin, plan.span[n].end = t, begin, end_of_span(begin, end)
-                begin = plan.span[n].end
-                n += 1
+                if begin // FA_SPAN != last_span:
+                    plan.span[n].tile, plan.span[n].begin = t, begin
+                    n += 1
+                last_span = begin // FA_SPAN
+                begin = plan.span[n - 1].end = end_of_span(begin, end)
     plan.first_span[plan.tiles] = n
 
 
@@ -246,11 +264,12 @@ cdef int run_span(const fa_call *call, const fa_kernels *kernels, const Plan *pl
     cdef fa_head head
     cdef const Span *span = &plan.span[n]
     cdef const Tile *tile = &plan.tile[span.tile]
-    cdef int64_t rows
+    cdef int64_t rows, begin, end, cursor = span.begin
     fa_locate(call, tile.head, tile.sequence, &head)
     rows = min(plan.rows, head.queries - tile.row)
     kernels.open_tile(&call.problem, &head, tile.row, rows, workspace)
-    kernels.visit_keys(&call.problem, &head, tile.row, rows, span.begin, span.end, workspace)
+    while fa_next_range(&call.problem, &head, tile.row, rows, &cursor, &begin, &end) and begin < span.end:
+        kernels.visit_keys(&call.problem, &head, tile.row, rows, begin, min(end, span.end), workspace)
     kernels.save_span(&call.problem, rows, workspace, plan.found + n * plan.span_size)
     return 0
 

@@ -16,7 +16,7 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
-from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE, FA_MASK, FA_OUT,
+from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE, FA_MASK, FA_OUT,
                                 FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX,
                                 FA_VALUE, FA_WEIGHTS, fa_dtype)
 
@@ -24,7 +24,7 @@ cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "relative_bias", "out", "weights", "lse", "alibi_slopes", "sinks",
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "out", "weights", "lse", "alibi_slopes", "sinks",
     "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
@@ -230,6 +230,8 @@ cdef int broadcastable(cnp.ndarray a, str name, tuple batch, tuple trailing) exc
         what = f"(..., L, S){of_padding(a, batch, trailing[1])}"
     elif trailing:
         what = "(..., L, left + right + 1)" if name == "relative_bias" else "(..., L, S)"
+        if name == "block_mask":
+            what = "(..., ceil(L / rows), ceil(S / columns)) with block_size=(rows, columns)"
     raise ValueError(f"{name} has shape {shape}, which does not broadcast to {whole}, {what}")
 
 
@@ -282,6 +284,32 @@ cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssiz
         raise TypeError(f"mask must be boolean, True where a query may attend to a key, not of dtype {a.dtype}; "
                         f"numbers that are added to the scores go to bias={of_padding(a, batch, cols)}")
     return read_matrix(p, FA_MASK, a, "mask", batch, rows, cols)
+
+
+cdef int64_t block_side(object x) except -1:
+    return integer(x, "block_size", "an integer of at least 1, or a pair (rows, columns) of such", 1)
+
+
+cdef int read_block_size(fa_call *call, object block_size) except -1:
+    """Sides no longer than the axes, where that makes no difference, so that their multiples do not overflow."""
+    cdef object rows = block_size, columns = block_size
+    if isinstance(block_size, (tuple, list)) or getattr(block_size, "ndim", 0) == 1:
+        if len(block_size) != 2:
+            raise ValueError(f"block_size must be an integer or a pair (rows, columns), not {len(block_size)} numbers: "
+                             f"{block_size!r}")
+        rows, columns = block_size
+    call.problem.block_rows = min(block_side(rows), max(call.sizes.queries, 1))
+    call.problem.block_columns = min(block_side(columns), max(call.sizes.keys, 1))
+    return 0
+
+
+cdef int read_block_mask(Problem p, object block_mask, tuple batch) except -1:
+    cdef cnp.ndarray a = as_array(block_mask, "block_mask")
+    cdef int64_t rows = p.call.problem.block_rows, columns = p.call.problem.block_columns
+    if cnp.PyArray_TYPE(a) != cnp.NPY_BOOL:
+        raise TypeError(f"block_mask must be boolean, True where a block counts, not of dtype {a.dtype}")
+    return read_matrix(p, FA_BLOCK_MASK, a, "block_mask", batch, (p.call.sizes.queries + rows - 1) // rows,
+                       (p.call.sizes.keys + columns - 1) // columns)
 
 
 cdef int read_bias(Problem p, object bias, tuple batch, Py_ssize_t rows, Py_ssize_t cols) except -1:
@@ -430,6 +458,7 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
     cdef Py_ssize_t rows = p.call.sizes.queries, cols = p.call.sizes.keys
     read_window(p.call, <object> r.window_size, flag(<object> r.is_causal, "is_causal"))
     read_chunks(p.call, <object> r.chunk_size, <object> r.left_chunks)
+    read_block_size(p.call, <object> r.block_size)
     read_activation(p.call, <object> r.activation, <object> r.sinks, with_lse)
     p.num_threads = checked_threads(<object> r.num_threads)
     if given(r.scale):
@@ -447,7 +476,7 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
     p.call.offset_is_default = not given(r.query_offset)
     p.call.problem.has_slope, p.call.problem.has_sink = given(r.alibi_slopes), given(r.sinks)
     if not (given(r.key_lengths) or given(r.query_lengths) or given(r.query_offset) or given(r.mask) or given(r.bias) or
-            given(r.relative_bias) or given(r.alibi_slopes) or given(r.sinks) or keys_before is not None):
+            given(r.block_mask) or given(r.relative_bias) or given(r.alibi_slopes) or given(r.sinks) or keys_before is not None):
         return 0
     batch = batch_shape(p.call)
     if given(r.key_lengths):
@@ -462,6 +491,8 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
         read_integers(p, FA_KEYS_BEFORE, keys_before, "keys_before", batch, 0, FAR, &p.call.sizes.keys_before)
     if given(r.mask):
         read_mask(p, <object> r.mask, batch, rows, cols)
+    if given(r.block_mask):
+        read_block_mask(p, <object> r.block_mask, batch)
     if given(r.bias):
         read_bias(p, <object> r.bias, batch, rows, cols)
     if given(r.relative_bias):

@@ -13,6 +13,8 @@ cdef struct Rules:
     PyObject *key_lengths
     PyObject *query_lengths
     PyObject *mask
+    PyObject *block_mask
+    PyObject *block_size
     PyObject *bias
     PyObject *relative_bias
     PyObject *alibi_slopes
@@ -33,9 +35,9 @@ cdef inline bint given(PyObject *x) noexcept:
 
 cdef inline Rules rules(
     object is_causal, object window_size, object chunk_size, object left_chunks, object query_offset, object
-    key_lengths, object query_lengths, object mask, object bias, object relative_bias, object alibi_slopes, object
-    scale, object softcap, object sinks, object activation, object enable_gqa, object return_weights, object
-    return_lse, object out, object num_threads,
+    key_lengths, object query_lengths, object mask, object block_mask, object block_size, object bias, object
+    relative_bias, object alibi_slopes, object scale, object softcap, object sinks, object activation, object
+    enable_gqa, object return_weights, object return_lse, object out, object num_threads,
 ) noexcept:
     cdef Rules r
     r.is_causal = <PyObject *> is_causal
@@ -46,6 +48,8 @@ cdef inline Rules rules(
     r.key_lengths = <PyObject *> key_lengths
     r.query_lengths = <PyObject *> query_lengths
     r.mask = <PyObject *> mask
+    r.block_mask = <PyObject *> block_mask
+    r.block_size = <PyObject *> block_size
     r.bias = <PyObject *> bias
     r.relative_bias = <PyObject *> relative_bias
     r.alibi_slopes = <PyObject *> alibi_slopes
@@ -72,6 +76,8 @@ cdef inline Rules rules_of(dict some):
         key_lengths=some.get("key_lengths", None),
         query_lengths=some.get("query_lengths", None),
         mask=some.get("mask", None),
+        block_mask=some.get("block_mask", None),
+        block_size=some.get("block_size", 64),
         bias=some.get("bias", None),
         relative_bias=some.get("relative_bias", None),
         alibi_slopes=some.get("alibi_slopes", None),

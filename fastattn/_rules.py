@@ -41,6 +41,8 @@ class LayerRules(_SharedRules, total=False):
     key_lengths: ArrayLike | None
     query_lengths: ArrayLike | None
     mask: ArrayLike | None
+    block_mask: ArrayLike | None
+    block_size: int | tuple[int, int]
     bias: ArrayLike | None
     return_weights: bool | str
     return_lse: bool

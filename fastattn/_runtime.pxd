@@ -59,6 +59,7 @@ cdef extern from "kernels/contract.h" nogil:
         FA_VALUE
         FA_MASK
         FA_BIAS
+        FA_BLOCK_MASK
         FA_RELATIVE_BIAS
         FA_OUT
         FA_WEIGHTS
@@ -76,6 +77,7 @@ cdef extern from "kernels/contract.h" nogil:
         fa_activation activation
         int has_slope, has_sink
         int64_t chunk, left_chunks
+        int64_t block_rows, block_columns
         int band, decode, prefetch
 
     ctypedef struct fa_head:

@@ -35,6 +35,8 @@ def dot_product_attention(
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    block_mask: ArrayLike | None = None,
+    block_size: int | tuple[int, int] = 64,
     bias: ArrayLike | None = None,
     relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -81,6 +83,11 @@ def dot_product_attention(
         (B, H).
     mask : array_like of bool, broadcasts to (..., L, S), optional
         **True means attend.**
+    block_mask : array_like of bool, broadcasts to (..., ceil(L / rows), ceil(S / columns)), optional
+        **True means attend**, for a whole block of `rows` queries and `columns` keys, counted from row 0 and column 0 of
+        the arrays, whatever the offset. Blocks that are False are skipped: time follows the number of True ones.
+    block_size : int or (int, int), default 64
+        ``(rows, columns)`` of a block of `block_mask`; an int n: ``(n, n)``.
     bias : array_like of floats, broadcasts to (..., L, S), optional
         Added to the score; -inf hides a key.
     relative_bias : array_like of floats, broadcasts to (..., L, left + right + 1), optional
@@ -170,6 +177,8 @@ def dot_product_attention(
                 key_lengths=key_lengths,
                 query_lengths=query_lengths,
                 mask=mask,
+                block_mask=block_mask,
+                block_size=block_size,
                 bias=bias,
                 relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes,
@@ -204,6 +213,8 @@ def additive_attention(
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    block_mask: ArrayLike | None = None,
+    block_size: int | tuple[int, int] = 64,
     bias: ArrayLike | None = None,
     relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -237,7 +248,8 @@ def additive_attention(
         form of Keras' ``AdditiveAttention``.
     b_hidden : array_like, shape (hidden,), optional
         Added before the tanh; converted to the accumulation dtype.
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size
         As for `dot_product_attention`: which keys a query sees.
     bias, relative_bias, alibi_slopes
         As for `dot_product_attention`: what is added to the scores.
@@ -317,6 +329,8 @@ def additive_attention(
                 key_lengths=key_lengths,
                 query_lengths=query_lengths,
                 mask=mask,
+                block_mask=block_mask,
+                block_size=block_size,
                 bias=bias,
                 relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes,
@@ -351,6 +365,8 @@ def bilinear_attention(
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    block_mask: ArrayLike | None = None,
+    block_size: int | tuple[int, int] = 64,
     bias: ArrayLike | None = None,
     relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -382,7 +398,8 @@ def bilinear_attention(
     b_query, b_key : array_like, shape (n,), optional
         Added to the projections; converted to the accumulation dtype. Without `w_key`, and unless `b_key` is given, the
         keys share `b_query`.
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size
         As for `dot_product_attention`: which keys a query sees.
     bias, relative_bias, alibi_slopes
         As for `dot_product_attention`: what is added to the scores.
@@ -448,6 +465,8 @@ def bilinear_attention(
                 key_lengths=key_lengths,
                 query_lengths=query_lengths,
                 mask=mask,
+                block_mask=block_mask,
+                block_size=block_size,
                 bias=bias,
                 relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes,
@@ -477,6 +496,8 @@ def truncated_attention(
     key_lengths: ArrayLike | None = None,
     query_lengths: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    block_mask: ArrayLike | None = None,
+    block_size: int | tuple[int, int] = 64,
     bias: ArrayLike | None = None,
     relative_bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
@@ -558,6 +579,8 @@ def truncated_attention(
                 key_lengths=key_lengths,
                 query_lengths=query_lengths,
                 mask=mask,
+                block_mask=block_mask,
+                block_size=block_size,
                 bias=bias,
                 relative_bias=relative_bias,
                 alibi_slopes=alibi_slopes,
@@ -648,6 +671,8 @@ def varlen_attention(
                 key_lengths=None,
                 query_lengths=None,
                 mask=None,
+                block_mask=None,
+                block_size=64,
                 bias=None,
                 relative_bias=None,
                 alibi_slopes=alibi_slopes,

@@ -117,6 +117,8 @@ def visible_keys(
     key_lengths=None,
     query_lengths=None,
     mask=None,
+    block_mask=None,
+    block_size=64,
     bias=None,
     relative_bias=None,
 ):
@@ -139,6 +141,12 @@ def visible_keys(
         visible = visible & near_chunks(position, j, chunk_size, left_chunks)
     if mask is not None:
         visible = visible & np.asarray(mask)
+    if block_mask is not None:
+        rows, columns = block_size if np.ndim(block_size) else (block_size, block_size)
+        blocks = np.asarray(block_mask)
+        shape = (-(-num_queries // rows), -(-num_keys // columns))
+        blocks = np.broadcast_to(blocks, np.broadcast_shapes(blocks.shape, shape))
+        visible = visible & blocks[..., i // rows, j // columns]
     if bias is not None:
         visible = visible & (np.asarray(bias, dtype=np.float64) != -np.inf)
     if relative_bias is not None:
@@ -383,6 +391,8 @@ def attend_by(
     key_lengths=None,
     query_lengths=None,
     mask=None,
+    block_mask=None,
+    block_size=64,
     bias=None,
     relative_bias=None,
     alibi_slopes=None,
@@ -425,6 +435,8 @@ def attend_by(
             key_lengths=key_lengths,
             query_lengths=query_lengths,
             mask=mask,
+            block_mask=block_mask,
+            block_size=block_size,
             bias=bias,
             relative_bias=relative_bias,
         )
@@ -676,7 +688,7 @@ def truncated_attention(
 # Rules that do not apply to packed sequences.
 NOT_PACKED = (
     *("chunk_size", "left_chunks", "query_offset", "key_lengths", "query_lengths"),
-    *("mask", "bias", "relative_bias", "return_weights"),
+    *("mask", "block_mask", "block_size", "bias", "relative_bias", "return_weights"),
 )
 
 

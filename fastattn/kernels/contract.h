@@ -62,6 +62,7 @@ enum {
     FA_VALUE,         /* (keys, value_dim) */
     FA_MASK,          /* (queries, keys), optional: one byte per key, nonzero means visible */
     FA_BIAS,          /* (queries, keys), optional */
+    FA_BLOCK_MASK,    /* (ceil(queries / block_rows), ceil(keys / block_columns)), optional: bytes as of FA_MASK */
     FA_RELATIVE_BIAS, /* (queries, left + right + 1), optional: for the keys from position - left on */
     FA_OUT,           /* (queries, value_dim) */
     FA_WEIGHTS,       /* optional, accumulation dtype: (queries, keys), or shaped like FA_RELATIVE_BIAS if band */
@@ -84,9 +85,10 @@ typedef struct {
     fa_activation activation;
     int has_slope, has_sink;
     int64_t chunk, left_chunks; /* a query sees its own chunk of keys and left_chunks before it; chunk 0: no chunks */
-    int band;                   /* only the window of the weights is wanted */
-    int decode;                 /* few queries: keys are read in place instead of packed */
-    int prefetch;               /* decode: whether to prefetch (fa_prefetching_helps) */
+    int64_t block_rows, block_columns; /* of FA_BLOCK_MASK */
+    int band;                          /* only the window of the weights is wanted */
+    int decode;                        /* few queries: keys are read in place instead of packed */
+    int prefetch;                      /* decode: whether to prefetch (fa_prefetching_helps) */
     int value_shift; /* 0; set by kernels if a sum of values overflows: values are then multiplied by 2**-shift */
 } fa_problem;
 
@@ -202,16 +204,58 @@ static inline void fa_visible_keys(const fa_problem *problem, const fa_head *hea
     }
 }
 
-/* Yields the ranges of keys visible to any of the query rows [row, row + rows), in ascending order; returns 0 when
- * there are no more. *cursor starts at 0. Ranges never move back from one row to the next (visible.inc.h); today there
- * is only one. */
+/* The row of FA_BLOCK_MASK that row i is in. */
+static inline const char *fa_row_of_blocks(const fa_problem *problem, const fa_head *head, int64_t i)
+{
+    const fa_view *blocks = &head->view[FA_BLOCK_MASK];
+    const char *row = blocks->data + fa_query_of(head, i) / problem->block_rows * blocks->row;
+    return head->heads == 1 ? row : row + i % head->heads * blocks->head;
+}
+
+/* The rows [*first, *last] of FA_BLOCK_MASK that the query rows [row, row + rows) are in. */
+static inline void fa_rows_of_blocks(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
+                                     int64_t *first, int64_t *last)
+{
+    *first = fa_query_of(head, row) / problem->block_rows;
+    *last = fa_query_of(head, row + rows - 1) / problem->block_rows;
+}
+
+/* Whether a column of FA_BLOCK_MASK is true in any of its rows [first, last], for any head that shares the keys. */
+static inline int fa_any_block(const fa_head *head, int64_t first, int64_t last, int64_t column)
+{
+    const fa_view *blocks = &head->view[FA_BLOCK_MASK];
+    const char *at = blocks->data + first * blocks->row + column * blocks->col;
+    for (int64_t b = first; b <= last; b++, at += blocks->row)
+        for (int64_t h = 0; h < (blocks->head ? head->heads : 1); h++)
+            if (at[h * blocks->head])
+                return 1;
+    return 0;
+}
+
+/* Yields the ranges of keys that any of the query rows [row, row + rows) may see, in ascending order; returns 0 when
+ * there are no more. *cursor is initially 0. By position and length there is one range; FA_BLOCK_MASK cuts it. No two
+ * ranges share a block of FA_BLOCK keys: it is visited once, so that bits do not depend on what other rows see. */
 static inline int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
                                 int64_t *cursor, int64_t *begin, int64_t *end)
 {
-    if (*cursor)
-        return 0;
-    *cursor = 1;
     fa_visible_keys(problem, head, row, rows, begin, end);
+    if (*begin < *cursor)
+        *begin = *cursor;
+    if (head->view[FA_BLOCK_MASK].data && *begin < *end) {
+        const int64_t columns = problem->block_columns, last = *end;
+        int64_t at = *begin, column = at / columns, top, bottom;
+        fa_rows_of_blocks(problem, head, row, rows, &top, &bottom);
+        while (at < last && !fa_any_block(head, top, bottom, column))
+            at = ++column * columns;
+        *begin = *end = at < last ? at : last;
+        while (at < last && (at == *end || at < (*end + FA_BLOCK - 1) / FA_BLOCK * FA_BLOCK)) {
+            const int any = fa_any_block(head, top, bottom, column);
+            at = ++column * columns;
+            if (any)
+                *end = at < last ? at : last;
+        }
+    }
+    *cursor = *end;
     return *begin < *end;
 }
 

@@ -71,8 +71,8 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
     const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, &head->view[FA_KEY])
                                 ? rows_ahead(problem->head_dim) * head->view[FA_KEY].row
                                 : 0;
-    const int at_once =
-        rows == 1 && !head->view[FA_MASK].data; /* scores of one row are contiguous, and no block is skipped */
+    const int at_once = rows == 1 && !head->view[FA_MASK].data &&
+                        !head->view[FA_BLOCK_MASK].data; /* scores of one row are contiguous, and no block is skipped */
     if (at_once) {
         int64_t lo, hi;
         fa_visible_keys(problem, head, row, rows, &lo, &hi);

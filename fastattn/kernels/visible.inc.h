@@ -1,5 +1,5 @@
-/* Which keys of a block a row sees: by position and length, a range; with a dense mask or a bias of -inf, bits: bit j
- * of a row is key `block + j`. */
+/* Which keys of a block a row sees: by position and length, a range; with a dense mask, a bias of -inf or several
+ * blocks, bits: bit j of a row is key `block + j`. */
 
 enum { WORDS = FA_BLOCK / 64 };
 
@@ -104,7 +104,7 @@ struct visible {
     int same_for_all;         /* all rows see exactly [lo, hi) */
     int masked;               /* a mask hides everything */
     int use_bits;             /* whether `bits` are valid; they may be fewer than the ranges allow */
-    int from[ROWS], to[ROWS]; /* what each row sees by position and length */
+    int from[ROWS], to[ROWS]; /* each row sees no keys outside of these: by position, length and blocks */
     key_bits bits[ROWS];
 };
 
@@ -114,6 +114,70 @@ static ALWAYS_INLINE void make_bits(struct visible *visible, int rows)
     for (int r = 0; r < rows && !visible->use_bits; r++)
         visible->bits[r] = bits_of_range(visible->from[r], visible->to[r]);
     visible->use_bits = 1;
+}
+
+/* Bits of the keys of a block that a row of FA_BLOCK_MASK shows. */
+static ALWAYS_INLINE key_bits bits_of_blocks(const fa_problem *problem, const fa_head *head, const char *row,
+                                             int64_t block)
+{
+    const int64_t columns = problem->block_columns, left = head->keys - block;
+    const int64_t end = left < FA_BLOCK ? left : FA_BLOCK;
+    int64_t column = block / columns, at = column * columns - block;
+    key_bits bits = {{0}};
+    for (row += column * head->view[FA_BLOCK_MASK].col; at < end; at += columns, row += head->view[FA_BLOCK_MASK].col)
+        if (*row) {
+            const key_bits some = bits_of_range(at, at + columns < end ? at + columns : end);
+            for (int w = 0; w < WORDS; w++)
+                bits.word[w] |= some.word[w];
+        }
+    return bits;
+}
+
+/* Takes the keys away that a row of FA_BLOCK_MASK hides, from row r and those after it that see the same. What is a
+ * range remains one, for bits cost more. */
+static ALWAYS_INLINE void see_blocks(const key_bits *shown, int r, int rows, struct visible *visible)
+{
+    key_bits bits = bits_of_range(visible->from[r], visible->to[r]);
+    int from = FA_BLOCK, to = 0;
+    for (int w = 0; w < WORDS; w++) {
+        const uint64_t word = bits.word[w] &= shown->word[w];
+        if (word) {
+            from = from < FA_BLOCK ? from : w * 64 + __builtin_ctzll(word);
+            to = w * 64 + 64 - __builtin_clzll(word);
+        }
+    }
+    if (from < to) {
+        visible->lo = from < visible->lo ? from : visible->lo;
+        visible->hi = to > visible->hi ? to : visible->hi;
+        visible->use_bits |= bits_count(&bits) != to - from;
+    }
+    for (; rows > 0; rows--, r++) {
+        visible->bits[r] = bits;
+        visible->from[r] = from < to ? from : 0;
+        visible->to[r] = to;
+    }
+}
+
+/* The same for the whole group. */
+static NEVER_INLINE void find_blocks(const fa_problem *problem, const fa_head *head, int64_t i, int rows, int64_t block,
+                                     struct visible *visible)
+{
+    int64_t first, last;
+    fa_rows_of_blocks(problem, head, i, rows, &first, &last);
+    const int same_blocks = first == last && (head->heads == 1 || !head->view[FA_BLOCK_MASK].head);
+    visible->lo = FA_BLOCK, visible->hi = 0;
+    key_bits shown = bits_of_blocks(problem, head, fa_row_of_blocks(problem, head, i), block);
+    if (same_blocks && visible->same_for_all) {
+        see_blocks(&shown, 0, rows, visible);
+        visible->same_for_all = !visible->use_bits;
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        if (!same_blocks && r > 0)
+            shown = bits_of_blocks(problem, head, fa_row_of_blocks(problem, head, i + r), block);
+        see_blocks(&shown, r, 1, visible);
+    }
+    visible->same_for_all = 0;
 }
 
 /* What the rows [i, i + rows) see of a block. */
@@ -140,6 +204,8 @@ static inline void find_visible(const fa_problem *problem, const fa_head *head, 
             visible->hi = visible->to[r] > visible->hi ? visible->to[r] : visible->hi;
         }
     }
+    if (head->view[FA_BLOCK_MASK].data && visible->lo < visible->hi)
+        find_blocks(problem, head, i, rows, block, visible);
     if (head->view[FA_MASK].data && visible->lo < visible->hi) {
         int any = 0;
         make_bits(visible, rows);

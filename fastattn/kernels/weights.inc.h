@@ -53,6 +53,20 @@ static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t
     }
 }
 
+/* Marks the keys [begin, end) that FA_BLOCK_MASK hides from row i, perhaps never visited, in its requested weights, of
+ * which w belongs to key `first`. */
+static void hide_blocks(const fa_problem *problem, const fa_head *head, int64_t i, int64_t first, int64_t begin,
+                        int64_t end, real *w)
+{
+    const int64_t columns = problem->block_columns;
+    const char *row = fa_row_of_blocks(problem, head, i);
+    for (int64_t at = begin, stop; at < end; at = stop) {
+        stop = (at / columns + 1) * columns < end ? (at / columns + 1) * columns : end;
+        for (int64_t j = at; j < stop && !row[at / columns * head->view[FA_BLOCK_MASK].col]; j++)
+            w[j - first] = -(real)INFINITY;
+    }
+}
+
 /* Finishes the requested weights of row i, which hold its scores, now that its maximum and sum are known. */
 static void finish_weights(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
                            const int natural_log)
@@ -63,6 +77,8 @@ static void finish_weights(const fa_problem *problem, const fa_head *head, int64
     fa_visible_keys(problem, head, i, 1, &begin, &end);
     if (begin >= end)
         begin = end = first;
+    if (head->view[FA_BLOCK_MASK].data)
+        hide_blocks(problem, head, i, first, begin, end, w);
     begin -= first, end -= first, last -= first;
     const real most = maximum == -(real)INFINITY ? 0 : maximum;
     memset(w, 0, (size_t)begin * sizeof(real));
