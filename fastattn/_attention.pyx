@@ -115,7 +115,7 @@ cdef double work_of_pair(const fa_call *call) noexcept nogil:
 
 
 cdef int64_t rows_of_blocks(int64_t block_rows, int64_t most) noexcept nogil:
-    """Rows of a tile in a call with a block mask: whole blocks, or an equal part of one; at most `most`, if possible."""
+    """Rows of a tile in a call with a block mask: whole blocks, or an equal part of one, of at most `most`."""
     cdef int64_t parts = (block_rows + most - 1) // most
     if parts > 1:
         return (block_rows + parts - 1) // parts

@@ -16,16 +16,16 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
-from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE, FA_MASK, FA_OUT,
-                                FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX,
-                                FA_VALUE, FA_WEIGHTS, fa_dtype)
+from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE,
+                                FA_MASK, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS, FA_SLOPES,
+                                FA_SOFTMAX, FA_VALUE, FA_WEIGHTS, fa_dtype)
 
 cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "out", "weights", "lse", "alibi_slopes", "sinks",
-    "key_lengths", "query_lengths", "query_offset", "keys_before")
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "out", "weights", "lse", "alibi_slopes",
+    "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
 # Rules
@@ -164,7 +164,10 @@ cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
         return FA_F32
     if number == cnp.NPY_FLOAT64:
         return FA_F64
-    return FA_F16 if number == cnp.NPY_FLOAT16 else FA_BF16
+    if number == cnp.NPY_FLOAT16:
+        return FA_F16
+    # Of NumPy's own dtypes only float16 is a float of 2 bytes; as for masks and integers, kernels do not ask.
+    return FA_BF16 if cnp.PyArray_ITEMSIZE(a) == 2 else FA_F32
 
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
@@ -420,8 +423,8 @@ cdef int read_shapes(fa_call *call, Shape query, Shape key, Shape value, bint gr
         raise too_few_axes("value", as_tuple(value), "(..., S, E)")
     cdef Py_ssize_t channels = from_right(query, 1), keys = from_right(key, 2)
     if from_right(key, 1) != channels:
-        raise ValueError(f"key has head_dim {from_right(key, 1)} (its last axis) and query {channels}: for dot "
-                         f"products they must be equal")
+        raise ValueError(f"key has head_dim {from_right(key, 1)} (its last axis) and query {channels}: they "
+                         f"must be equal")
     if from_right(value, 2) != keys:
         raise ValueError(f"value has {from_right(value, 2)} rows (axis -2) and key {keys}: there must be one value for "
                          f"each key")
@@ -475,8 +478,9 @@ cdef int read_rules(Problem p, const Rules *r, object keys_before) except -1:
 
     p.call.offset_is_default = not given(r.query_offset)
     p.call.problem.has_slope, p.call.problem.has_sink = given(r.alibi_slopes), given(r.sinks)
-    if not (given(r.key_lengths) or given(r.query_lengths) or given(r.query_offset) or given(r.mask) or given(r.bias) or
-            given(r.block_mask) or given(r.relative_bias) or given(r.alibi_slopes) or given(r.sinks) or keys_before is not None):
+    if not (given(r.key_lengths) or given(r.query_lengths) or given(r.query_offset) or given(r.mask) or
+            given(r.block_mask) or given(r.bias) or given(r.relative_bias) or given(r.alibi_slopes) or
+            given(r.sinks) or keys_before is not None):
         return 0
     batch = batch_shape(p.call)
     if given(r.key_lengths):

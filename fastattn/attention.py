@@ -84,8 +84,8 @@ def dot_product_attention(
     mask : array_like of bool, broadcasts to (..., L, S), optional
         **True means attend.**
     block_mask : array_like of bool, broadcasts to (..., ceil(L / rows), ceil(S / columns)), optional
-        **True means attend**, for a whole block of `rows` queries and `columns` keys, counted from row 0 and column 0 of
-        the arrays, whatever the offset. Blocks that are False are skipped: time follows the number of True ones.
+        **True means attend**, for a whole block of `rows` queries and `columns` keys, counted from row 0 and column 0
+        of the arrays, whatever the offset. Blocks that are False are skipped: time follows the number of True ones.
     block_size : int or (int, int), default 64
         ``(rows, columns)`` of a block of `block_mask`; an int n: ``(n, n)``.
     bias : array_like of floats, broadcasts to (..., L, S), optional
@@ -528,7 +528,8 @@ def truncated_attention(
         Added to the scores of the window, entry w to that of the key at the query's position - left + w.
     return_weights : bool or 'band', default False
         Also return the weights, (..., L, S), or, with 'band', only those of the window, (..., L, left + right + 1).
-    is_causal, query_offset, key_lengths, query_lengths, mask, bias, alibi_slopes, scale, softcap, sinks, activation
+    is_causal, query_offset, key_lengths, query_lengths, mask, block_mask, block_size, bias, alibi_slopes, scale,
+    softcap, sinks, activation
         As for `dot_product_attention`.
     enable_gqa, return_lse, out, num_threads
         As for `dot_product_attention`.

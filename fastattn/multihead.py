@@ -124,7 +124,8 @@ def self_attention(
     w_query, w_key : array_like, shape (d_model, d_k)
     w_value : array_like, shape (d_model, d_v)
         The matrices W^Q, W^K and W^V, on the right of x; they promote together with x as `numpy.result_type` says.
-    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size
         As for `dot_product_attention`: which keys a query sees. Here L and S are both the length of x, and
         `query_lengths` defaults to `key_lengths`: for a padded batch ``key_lengths=lengths`` is enough.
     bias, relative_bias, alibi_slopes
@@ -756,11 +757,12 @@ class MultiHeadAttention:
             As for `dot_product_attention`, but with the batch axes of x and none for the heads: ``(B,)`` for x (B, L,
             d_model). If x attends to itself, without a cache, `query_lengths` defaults to `key_lengths`: for a padded
             batch ``key_lengths=lengths`` is enough.
-        mask, bias, relative_bias : array_like, optional
-            As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), the last one to (..., num_heads,
-            L, left + right + 1). S is the length of x or of `context`. With a cache, columns are the tokens that were
-            there before the call, followed in each sequence by the new ones: S is ``max(cache.lengths +
-            query_lengths)``, even if some are then dropped. A mask per sequence, not per head, is ``mask[:, None]``.
+        mask, block_mask, block_size, bias, relative_bias : array_like, optional
+            As for `dot_product_attention`; they broadcast to (..., num_heads, L, S), `block_mask` to (..., num_heads,
+            ceil(L / rows), ceil(S / columns)), `relative_bias` to (..., num_heads, L, left + right + 1). S is the
+            length of x or of `context`. With a cache, columns are the tokens that were there before the call, followed
+            in each sequence by the new ones: S is ``max(cache.lengths + query_lengths)``, even if some are then
+            dropped. A mask per sequence, not per head, is ``mask[:, None]``.
         alibi_slopes, sinks : array_like, optional
             As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
         scale, softcap, activation, num_threads : optional
@@ -892,7 +894,7 @@ class MultiHeadAttention:
         if cache.window is not None and rules.get("window_size") is None and rules.get("chunk_size") is None:
             rules["window_size"] = cache.window - 1, None
         # The columns of a matrix are all tokens that are there.
-        columns = rules.get("mask") is not None or rules.get("bias") is not None
+        columns = any(rules.get(name) is not None for name in ("mask", "block_mask", "bias"))
         old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
         num_keys = int((old + came).max(initial=0))
         check(

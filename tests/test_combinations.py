@@ -78,6 +78,12 @@ def calls(draw, sizes=LENGTHS, largest_dim=80):
         density = draw(st.sampled_from([0.02, 0.5, 0.9]))
         arguments["mask"] = np.asarray(rng.random(broadcastable(draw, matrix)) < density)
     if maybe():
+        block_size = tuple(draw(st.sampled_from([1, 3, 16, 50, 64, 300])) for _ in range(2))
+        counts = (-(-num_queries // block_size[0]), -(-num_keys // block_size[1]))
+        density = draw(st.sampled_from([0.1, 0.5, 0.9]))
+        arguments["block_mask"] = np.asarray(rng.random(broadcastable(draw, (*batch, *counts))) < density)
+        arguments["block_size"] = block_size
+    if maybe():
         bias = np.asarray(rng.standard_normal(broadcastable(draw, matrix)) * 2).astype(dtype)
         arguments["bias"] = np.where(rng.random(bias.shape) < draw(st.sampled_from([0, 0.3])), -np.inf, bias)
         arguments["bias"] = arguments["bias"].astype(dtype)

@@ -62,7 +62,7 @@ def test_forced(name, forced):
 
 
 def test_what_is_forced_is_what_runs(forced):
-    """Every set adds in its own order, so no two give the same bits, while the same set does."""
+    """Sets whose vectors differ add in different orders, so no two give the same bits, while the same set does."""
     assert len({out.tobytes() for _, _, out in forced.values()}) == len(info["runnable"])
     assert forced[info["selected"]][2].tobytes() == fastattn.dot_product_attention(*problem()).tobytes()
 

@@ -1,4 +1,4 @@
-/* The contract between the drivers (Cython) and the kernels (C); the only header that a driver sees.
+/* The contract between the drivers (Cython) and the kernels (C); with call.h the only headers that a driver sees.
  *
  * A driver cuts the work into *tiles*: a run of query rows of one head. For each tile it calls open_tile, then
  * visit_keys for the spans of keys that the tile may see, in ascending order, then close_tile. All three get the same
@@ -55,7 +55,7 @@ typedef struct {
     fa_dtype dtype;
 } fa_view;
 
-/* The matrices of a head. To add one, name it here and read it in _call.pyx. */
+/* The matrices of a head. To add one, name it here and place it in _call.pyx (and name it in its OPERAND_NAMES). */
 enum {
     FA_QUERY,         /* (queries, head_dim) */
     FA_KEY,           /* (keys, head_dim) */

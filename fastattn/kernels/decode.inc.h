@@ -38,6 +38,7 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
     const int pass = fitting < LANES ? LANES : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
     const int in_place = readable(key);
     const ptrdiff_t ahead = rows_ahead(channels) * key->row;
+    /* behind the four keys that row_scores copies at a time if the others are readable */
     const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real), 0, REAL_DTYPE};
     for (int c = lo / LANES * LANES; c < hi; c += pass) {
         const char *keys = key->data + (block + c) * key->row;
