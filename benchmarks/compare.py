@@ -104,6 +104,7 @@ QUICK = {
     "attention-1x8x512x512x64",
     "softmax-1024x1024",
     "softmax-100000x64",
+    "sparse-512x4096-sparsemax",
     "additive-1x8x512x512x64",
     "truncated-1x1x4096x64-64x64",
     "lengths-truncated-64x64",
@@ -118,6 +119,7 @@ QUICK = {
 TABLES = (
     *cases.ATTENTION,
     *cases.SOFTMAX,
+    *cases.SPARSE,
     *cases.ADDITIVE,
     *cases.TRUNCATED,
     *cases.DECODE,
@@ -297,7 +299,7 @@ def limit_of(case, plan):
     The work of an encoder is sentences, which have no limit.
     """
     threads = plan["threads"]
-    if case.kind in ("softmax", "rotary"):
+    if case.kind in ("softmax", "sparse", "rotary"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)

@@ -46,6 +46,7 @@ SMALL_CALLS = {
     "attention-1x8x16x16x64": {BEST_PEER: 1.15, "PyTorch": 2.5, "ONNX Runtime": 1.25},
 }
 SOFTMAX_RATIOS = {"SciPy": 4.0, "PyTorch": 1.5}
+SPARSE_RATIOS = {"entmax": 6.0}
 ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
@@ -63,7 +64,7 @@ def share(record):
     """The share of the limit that fastattn reached, and the goal; None where there is none."""
     if record["kind"] == "softmax":
         return measure.ratio(record["seconds"], "copy", "fastattn out="), SHARE_OF_COPY
-    if record["kind"] == "rotary":
+    if record["kind"] in ("sparse", "rotary"):
         return measure.ratio(record["seconds"], "copy", "fastattn out="), None
     if record["kind"] == "multihead":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
@@ -131,6 +132,8 @@ def missed(record):
 def _ratios(record):
     if record["kind"] == "softmax":
         return SOFTMAX_RATIOS
+    if record["kind"] == "sparse":
+        return SPARSE_RATIOS
     if record["kind"] == "truncated":
         return WINDOW_RATIOS.get(record["case"], {}) if record["threads"] == 1 else {}
     if record["kind"] == "decode":

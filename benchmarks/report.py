@@ -6,7 +6,7 @@ import goals
 import measure
 from peers import ADDITIVE_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
 
-COLUMNS = ("NumPy", "SciPy", *PEERS)
+COLUMNS = ("NumPy", "SciPy", "entmax", *PEERS)
 SHAPE = "B, H, L, S, D"
 ADDITIVE_SHAPE = "B, H, L, S, hidden"
 WINDOW_SHAPE = "B, H, L, D (left, right)"
@@ -21,6 +21,8 @@ MEANINGS = {
     "causality hides do not count.",
     "Softmax": "A softmax has to read and write each number once, so a copy of the array is its limit; `out=` spares "
     "the time in which the operating system makes room for the result.",
+    "Sparse weights": "sparsemax and 1.5-entmax read a row twice and write it once, so a copy of the array is near "
+    "their limit.",
     "Additive attention": "Additive scores need a tanh for every triple of query, key and channel; the limit is the "
     "speed of the shortest known sequence of instructions for it, and dividing several triples at once can pass that.",
     "Attention in a window": "A query pays for the keys in its window and not for the length of the sequence; a mask "
@@ -67,6 +69,7 @@ def markdown(everything, with_goals=False):
         _how(everything),
         *_attention(records_of(records, "libraries", kind="attention")),
         *_softmax(records_of(records, "libraries", kind="softmax")),
+        *_sparse(records_of(records, "libraries", kind="sparse")),
         *_additive(records_of(records, "libraries", kind="additive")),
         *_truncated(records_of(records, "libraries", kind="truncated")),
         *_lengths(records_of(records, "lengths")),
@@ -249,18 +252,26 @@ def _multihead(records):
         yield Table(title, [*heads, *names, "outcome"], rows)
 
 
+def _sparse(records):
+    return _beside_a_copy(records, "shape", "Sparse weights")
+
+
 def _rotary(records):
+    return _beside_a_copy(records, ROTARY_SHAPE, "Rotary positions")
+
+
+def _beside_a_copy(records, shape, title):
     for threads in sorted({record["threads"] for record in records}):
         chosen = [record for record in records if record["threads"] == threads]
         names = _columns(chosen)
-        heads = [ROTARY_SHAPE, "fastattn", "into `out=`", "of a copy's speed", *names, "outcome"]
+        heads = [shape, "fastattn", "into `out=`", "of a copy's speed", *names, "outcome"]
         rows = []
         for record in chosen:
             samples, (share, _) = record["seconds"], goals.share(record)
             numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn out=")]
             others = [_beside(samples, name) for name in names]
             rows.append([record["label"], *numbers, _percent(share), *others, _outcome(goals.missed(record))])
-        yield Table(f"Rotary positions, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"{title}, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _minilm(records):

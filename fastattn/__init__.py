@@ -38,7 +38,7 @@ from fastattn.positions import (
     rotary_frequencies,
     sinusoidal_encoding,
 )
-from fastattn.softmax import log_softmax, logsumexp, softmax
+from fastattn.softmax import entmax15, log_softmax, logsumexp, softmax, sparsemax
 
 if _typing.TYPE_CHECKING:
     from fastattn.cache import KVCache
@@ -57,6 +57,7 @@ __all__ = [
     "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
+    "entmax15",
     "get_num_threads",
     "log_softmax",
     "logsumexp",
@@ -68,6 +69,7 @@ __all__ = [
     "show_config",
     "sinusoidal_encoding",
     "softmax",
+    "sparsemax",
     "truncated_attention",
     "varlen_attention",
 ]

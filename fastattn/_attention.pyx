@@ -12,10 +12,11 @@ from libc.stdlib cimport qsort
 from fastattn._call cimport (FA_KEY_LENGTHS, FA_KEYS_BEFORE, FA_OFFSETS, FA_QUERY_LENGTHS, Problem, fa_call, fa_locate,
                              fa_queries_of, read_dot_product)
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_BLOCK_MASK, FA_DECODE_TILE, FA_DOT, FA_KEY, FA_MASK,
-                                FA_OPERANDS, FA_SPAN, FA_VALUE, Team, Watch, allowed_threads, fa_head, fa_kernels,
-                                fa_next_range, fa_tuning, gathered, give_workspace, interrupted, join_team,
-                                kernels_for, prefetching_helps, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_BLOCK_MASK, FA_DECODE_TILE, FA_DOT, FA_ENTMAX15,
+                                FA_KEY, FA_MASK, FA_OPERANDS, FA_SPAN, FA_SPARSEMAX, FA_VALUE, Team, Watch,
+                                allowed_threads, fa_head, fa_kernels, fa_next_range, fa_tuning, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, prefetching_helps, raise_pending,
+                                take_workspace)
 
 cdef enum:
     TILES = 8           # wanted for each thread, where that leaves tiles of fa_tuning.least_rows
@@ -23,6 +24,8 @@ cdef enum:
     SPLIT_TILES = 8
     # Of a tile in a call with a block mask: fewer would spend their time packing keys.
     LEAST_BLOCK_ROWS = 192
+    # Where a tile keeps scores (sparsemax, entmax15) these should stay in a cache; but small tiles are expensive.
+    SCORES = 1 << 22
 
 # Multiplications below which threads, and letting others have the GIL, cost more than they bring.
 cdef double SMALL_WORK = 1e6
@@ -31,6 +34,8 @@ cdef double ADDITIVE_WORK = 4
 # The fixed costs of a tile and of a row.
 cdef double TILE_WORK = 1e4
 cdef double ROW_WORK = 1e3
+# Scores of a row that a tile may keep: their places are numbers of 32 bits.
+cdef double MOST_SCORES = 4e9
 # Multiplications of the largest tile: other threads should not wait long for the last one.
 cdef double MOST_WORK = 8e9
 
@@ -114,6 +119,11 @@ cdef double work_of_pair(const fa_call *call) noexcept nogil:
             call.problem.value_dim)
 
 
+cdef bint keeps_scores(const fa_call *call) noexcept nogil:
+    """Whether a tile keeps a score for each row and key."""
+    return call.problem.activation == FA_SPARSEMAX or call.problem.activation == FA_ENTMAX15
+
+
 cdef int64_t rows_of_blocks(int64_t block_rows, int64_t most) noexcept nogil:
     """Rows of a tile in a call with a block mask: whole blocks, or an equal part of one, of at most `most`."""
     cdef int64_t parts = (block_rows + most - 1) // most
@@ -129,6 +139,8 @@ cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tu
     rows = min(max(rows, tuning.least_rows), tuning.most_rows)
     rows = <int64_t> min(<double> rows, tuning.window_rows + keys_of_row(call) / tuning.keys_a_row)
     rows = <int64_t> max(tuning.group_rows, min(<double> rows, MOST_WORK / work_of_row))
+    if keeps_scores(call):
+        rows = <int64_t> max(2 * tuning.group_rows, min(<double> rows, SCORES / (keys_of_row(call) + 1)))
     if call.problem.decode:
         rows = min(rows, FA_DECODE_TILE)
     if longest <= rows:
@@ -333,6 +345,8 @@ cdef void *make_plan(const fa_call *call, const fa_kernels *kernels, int threads
     # At most four numbers of 8 bytes for each channel of a row, and for each of a block of keys.
     estimate = 32.0 * plan.threads * (plan.rows + 2 * FA_BLOCK) * (channels + 256) + \
         <double> plan.tiles * (sizeof(Tile) + sizeof(int64_t)) + plan.spans * (sizeof(Span) + <double> plan.span_size)
+    if keeps_scores(call):
+        estimate += 16.0 * plan.threads * plan.rows * keys_of_row(call)
     scratch = <char *> take_workspace(first_at + (plan.tiles + 1) * sizeof(int64_t), estimate)
     plan.workspaces = scratch
     plan.found = scratch + plan.workspace_size * plan.threads
@@ -360,6 +374,9 @@ cdef object attend(Problem p, bint decode=True):
     if call.heads == 0 or call.longest_query == 0:
         return p.result()
     call.problem.prefetch = prefetching_helps
+    if keeps_scores(call) and keys_of_row(call) > MOST_SCORES:
+        raise MemoryError(f"no memory for the scores of {call.longest_key} keys that activation='sparsemax' and "
+                          f"'entmax15' keep for each row of a tile")
     rows = rows_of_tiles(call, 1, &kernels.tuning)
     work = <double> call.heads * call.sizes.queries * (keys_of_row(call) * work_of_pair(call) + ROW_WORK) + \
         TILE_WORK * tiles_of(call, rows)

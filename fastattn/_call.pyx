@@ -16,9 +16,9 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
-from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_DOT, FA_F16, FA_F32, FA_F64, FA_KEY, FA_LSE,
-                                FA_MASK, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS, FA_SLOPES,
-                                FA_SOFTMAX, FA_VALUE, FA_WEIGHTS, fa_dtype)
+from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_DOT, FA_ENTMAX15, FA_F16, FA_F32, FA_F64, FA_KEY,
+                                FA_LSE, FA_MASK, FA_OUT, FA_QUERY, FA_RELATIVE_BIAS, FA_RELU, FA_SIGMOID, FA_SINKS,
+                                FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_WEIGHTS, fa_dtype)
 
 cnp.import_array()
 
@@ -394,18 +394,18 @@ cdef Problem new_problem():
     return p
 
 
+# As in fa_activation.
+cdef dict ACTIVATIONS = {"softmax": FA_SOFTMAX, "relu": FA_RELU, "sigmoid": FA_SIGMOID, "sparsemax": FA_SPARSEMAX,
+                         "entmax15": FA_ENTMAX15}
+
+
 cdef int read_activation(fa_call *call, object activation, object sinks, bint return_lse) except -1:
-    if type(activation) is not str:
-        raise TypeError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
-    if activation == "softmax":
-        call.problem.activation = FA_SOFTMAX
+    if type(activation) is not str or activation not in ACTIVATIONS:
+        error = ValueError if type(activation) is str else TypeError
+        raise error(f"activation must be 'softmax', 'relu', 'sigmoid', 'sparsemax' or 'entmax15', not {activation!r}")
+    call.problem.activation = ACTIVATIONS[activation]
+    if call.problem.activation == FA_SOFTMAX:
         return 0
-    if activation == "relu":
-        call.problem.activation = FA_RELU
-    elif activation == "sigmoid":
-        call.problem.activation = FA_SIGMOID
-    else:
-        raise ValueError(f"activation must be 'softmax', 'relu' or 'sigmoid', not {activation!r}")
     if return_lse:
         raise ValueError(f"return_lse needs activation='softmax': {activation!r} has no log-sum-exp")
     if sinks is not None:

@@ -28,11 +28,15 @@ cdef extern from "kernels/contract.h" nogil:
         FA_SOFTMAX
         FA_RELU
         FA_SIGMOID
+        FA_SPARSEMAX
+        FA_ENTMAX15
 
     ctypedef enum fa_row_function:
         FA_ROW_SOFTMAX
         FA_ROW_LOG_SOFTMAX
         FA_ROW_LOGSUMEXP
+        FA_ROW_SPARSEMAX
+        FA_ROW_ENTMAX15
 
     ctypedef struct fa_axes:
         int count

@@ -1,4 +1,4 @@
-"""The driver of softmax, log_softmax and logsumexp: checks arguments and distributes rows over threads.
+"""The driver of softmax and its relatives: checks arguments and distributes rows over threads.
 
 Contiguous rows are read and written in place. If rows are strided but lie side by side, many are processed at once, so
 that whole cache lines are used; other rows are copied through scratch. The bits of a row are the same each way.
@@ -12,9 +12,10 @@ from libc.stdint cimport int64_t
 from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer, shape_of,
                                storage_of)
 from fastattn._rows cimport (MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size, size_of)
-from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX, Team, Watch,
-                                allowed_threads, fa_axes, fa_columns, fa_dtype, fa_kernels, fa_row_function, gathered,
-                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_ENTMAX15, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP, FA_ROW_SOFTMAX,
+                                FA_ROW_SPARSEMAX, Team, Watch, allowed_threads, fa_axes, fa_columns, fa_dtype,
+                                fa_kernels, fa_row_function, gathered, give_workspace, interrupted, join_team,
+                                kernels_for, raise_pending, take_workspace)
 
 cnp.import_array()
 
@@ -399,3 +400,11 @@ def log_softmax(x, axis, mask, out, num_threads):
 def logsumexp(x, axis, keepdims, mask, out, num_threads):
     answer = run(read_rows(x, axis, mask, out, num_threads, True, keepdims), FA_ROW_LOGSUMEXP)
     return answer[()] if out is None else answer
+
+
+def sparsemax(x, axis, mask, out, num_threads):
+    return run(read_rows(x, axis, mask, out, num_threads, False, False), FA_ROW_SPARSEMAX)
+
+
+def entmax15(x, axis, mask, out, num_threads):
+    return run(read_rows(x, axis, mask, out, num_threads, False, False), FA_ROW_ENTMAX15)

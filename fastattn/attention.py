@@ -103,8 +103,11 @@ def dot_product_attention(
         Makes the scaled score ``softcap * tanh(score / softcap)``, before ALiBi and bias.
     sinks : array_like, broadcasts over the batch axes, optional
         One extra logit per query head, in the softmax's denominator only; neither scaled nor capped.
-    activation : {'softmax', 'relu', 'sigmoid'}, default 'softmax'
+    activation : {'softmax', 'relu', 'sigmoid', 'sparsemax', 'entmax15'}, default 'softmax'
         'relu': weights are ``max(score, 0) / number of visible keys``; 'sigmoid': ``1 / (1 + exp(-score))``.
+        'sparsemax' and 'entmax15': as `sparsemax` and `entmax15` of the visible scores; most weights are exactly 0, and
+        values of weight 0 are not looked at, be they NaN. These keep a row of scores, S numbers, for each row of a
+        tile. Only softmax has `sinks` and `return_lse`.
     enable_gqa : bool, default False
         Query may have g times the heads (axis -3) of key and value; query head h reads key head h // g.
     return_weights : bool or 'band', default False

@@ -8,7 +8,7 @@ Attention has three steps, and so has this file:
 
 1. which keys a query sees, and how well they match it   ``visible_keys``, ``finish_scores``, and one of
                                                          ``dot_scores``, ``additive_scores``, ``bilinear_scores``
-2. scores become weights                                 ``normalise`` (softmax), ``activate``
+2. scores become weights                                 ``normalise`` (softmax), ``normalise_sparsely``, ``activate``
 3. the values are added up by weight                     ``add_up``
 
 Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, scores and weights ``(..., L, S)``. Query
@@ -27,6 +27,7 @@ __all__ = [
     "apply_rotary",
     "bilinear_attention",
     "dot_product_attention",
+    "entmax15",
     "log_softmax",
     "logsumexp",
     "merge_attention",
@@ -35,6 +36,7 @@ __all__ = [
     "self_attention",
     "sinusoidal_encoding",
     "softmax",
+    "sparsemax",
     "truncated_attention",
     "varlen_attention",
 ]
@@ -229,6 +231,36 @@ def normalise(scores, visible, axis=-1, sink=-np.inf):
     return np.where(visible, weights, 0.0), shift + np.log(total)
 
 
+# Those whose weights are exactly 0 but for the largest scores, and the power of a score's distance to the threshold.
+SPARSE = {"sparsemax": 1, "entmax15": 2}
+
+
+def normalise_sparsely(scores, visible, power, axis=-1):
+    """Weights ``max(z - t, 0) ** power`` that sum to 1 along `axis`, where z is ``scores / power``.
+
+    Sparsemax (Martins and Astudillo 2016, algorithm 1) and 1.5-entmax (Peters, Niculae and Martins 2019, algorithm 2).
+    For the k largest z alone there is a t for which they sum to 1: ``(sum - 1) / k``, or, of squares,
+    ``mean - sqrt((1 - sum of squared deviations) / k)``. The right k is the largest whose t is below all k of them.
+    """
+    if scores.shape[axis] == 0:
+        return np.zeros(scores.shape)
+    z = np.moveaxis(np.where(visible, scores, -np.inf), axis, -1)
+    largest = np.max(z, axis=-1, keepdims=True)
+    z = (z - np.where(largest == -np.inf, 0.0, largest)) / power
+    descending = -np.sort(-z, axis=-1)
+    k = np.arange(1, z.shape[-1] + 1)
+    mean = np.cumsum(descending, axis=-1) / k
+    if power == 1:
+        t = mean - 1 / k
+    else:
+        t = mean - np.sqrt(1 / k - (np.cumsum(descending**2, axis=-1) / k - mean**2))
+    count = np.sum(descending > t, axis=-1, keepdims=True)
+    t = np.take_along_axis(t, np.maximum(count, 1) - 1, axis=-1)
+    weights = np.where(z == -np.inf, 0.0, np.maximum(z - t, 0.0) ** power)
+    weights = np.where(np.isnan(largest), np.nan, weights)
+    return np.where(visible, np.moveaxis(weights, -1, axis), 0.0)
+
+
 def activate(scores, visible, activation):
     """Weights without a softmax over the row: ReLU (Wortsman 2023) or sigmoid (Ramapuram 2024)."""
     if activation == "relu":
@@ -237,7 +269,8 @@ def activate(scores, visible, activation):
     elif activation == "sigmoid":
         weights = 1 / (1 + np.exp(-scores))
     else:
-        raise ValueError(f"activation must be 'softmax', 'relu' or 'sigmoid', got {activation!r}")
+        known = "'softmax', 'relu', 'sigmoid', 'sparsemax' or 'entmax15'"
+        raise ValueError(f"activation must be {known}, got {activation!r}")
     return np.where(visible, weights, 0.0)
 
 
@@ -277,9 +310,13 @@ def attend(scores, value, visible, *, sinks=None, activation="softmax", return_w
     if activation == "softmax":
         weights, lse = normalise(scores, visible, sink=-np.inf if sinks is None else per_row(sinks))
         weights = np.where(scores == -np.inf, 0.0, weights)  # even in a row of NaN
+    elif activation in SPARSE:
+        weights, lse = normalise_sparsely(scores, visible, SPARSE[activation]), None
+        weights = np.where(scores == -np.inf, 0.0, weights)
+        visible = visible & (weights != 0)  # a value of weight 0 does not count, whatever it is
     else:
         weights, lse = activate(scores, visible, activation), None
-    result = add_up(weights, visible, value, activation == "softmax")
+    result = add_up(weights, visible, value, activation == "softmax" or activation in SPARSE)
 
     if out is not None:
         out[...] = result
@@ -363,6 +400,52 @@ def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=No
     if not keepdims:
         lse = np.squeeze(lse, axis=axis if axis is not None else tuple(range(lse.ndim)))
     return _into(out, lse)
+
+
+def sparsemax(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """``max(x - t, 0)`` along `axis`, with the t for which that sums to 1 (Martins and Astudillo 2016).
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As in `softmax`.
+
+    Returns
+    -------
+    ndarray
+        The shape of `x`; hidden entries are 0.
+    """
+    return _sparse(x, axis, mask, out, "sparsemax")
+
+
+def entmax15(x, axis=-1, *, mask=None, out=None, num_threads=None):
+    """``max(x / 2 - t, 0) ** 2`` along `axis`, with the t for which that sums to 1 (Peters et al. 2019).
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As in `softmax`.
+
+    Returns
+    -------
+    ndarray
+        The shape of `x`; hidden entries are 0.
+    """
+    return _sparse(x, axis, mask, out, "entmax15")
+
+
+def _sparse(x, axis, mask, out, activation):
+    x, visible = _array_and_mask(x, mask)
+    axes = range(x.ndim) if axis is None else [a % max(x.ndim, 1) for a in np.atleast_1d(axis)]
+    others = [a for a in range(x.ndim) if a not in axes]
+    # The axes of a row become one, the last.
+    order = [*others, *sorted(axes)] if x.ndim else []
+    shape = [x.shape[a] for a in order]
+    rows = (*shape[: len(others)], int(np.prod(shape[len(others) :])))
+    x, visible = (y.transpose(order).reshape(rows) for y in (x, visible))
+    with np.errstate(all="ignore"):
+        weights = normalise_sparsely(np.where(x == np.inf, np.nan, x), visible, SPARSE[activation])
+    return _into(out, weights.reshape(shape).transpose(np.argsort(order)))
 
 
 def _array_and_mask(x, mask):
@@ -518,8 +601,9 @@ def dot_product_attention(
         ``softcap * tanh(score / softcap)``.
     sinks : array_like, optional
         Over the batch axes; one more logit in the softmax's sum, with no value (Xiao et al. 2023).
-    activation : {"softmax", "relu", "sigmoid"}
-        relu gives ``max(score, 0) / number of visible keys``.
+    activation : {"softmax", "relu", "sigmoid", "sparsemax", "entmax15"}
+        relu gives ``max(score, 0) / number of visible keys``. With sparsemax and entmax15 a value of weight 0 does not
+        count, be it NaN.
     enable_gqa : bool, default: False
         Query head h reads key head ``h // g``, with g query heads per key head (Ainslie et al. 2023).
     return_weights : bool or "band", default: False

@@ -1,4 +1,4 @@
-"""softmax, log_softmax and logsumexp. The docstrings are the specification; fastattn.reference is the same in NumPy."""
+"""softmax and its relatives. The docstrings are the specification; fastattn.reference is the same in NumPy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def softmax(
 
     See Also
     --------
-    log_softmax, logsumexp
+    log_softmax, logsumexp, sparsemax, entmax15
 
     Examples
     --------
@@ -137,3 +137,100 @@ def logsumexp(
     1000.693147
     """
     return _softmax.logsumexp(x, axis, keepdims, mask, out, num_threads)
+
+
+def sparsemax(
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    The point of the simplex nearest to `x`: ``max(x - t, 0)`` along `axis`, with the t for which that sums to 1.
+
+    What lies 1 or more below the largest entry is exactly 0, and mostly much more is [1]_.
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As for `softmax`.
+
+    Returns
+    -------
+    ndarray
+        x's shape and dtype (float64 for integers and bools). NaN or +inf that counts makes its row NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax`; `out` is untouched then.
+
+    See Also
+    --------
+    entmax15, softmax
+
+    Notes
+    -----
+    No row is sorted: t is found by Newton's method, in two or three passes.
+
+    References
+    ----------
+    .. [1] A. Martins and R. Astudillo, "From softmax to sparsemax: a sparse model of attention and multi-label
+           classification", 2016, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.sparsemax(np.array([0.0, 0.5, 1.0]))
+    array([0.  , 0.25, 0.75])
+    """
+    return _softmax.sparsemax(x, axis, mask, out, num_threads)
+
+
+def entmax15(
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    1.5-entmax, half way from softmax to sparsemax: ``max(x / 2 - t, 0) ** 2`` along `axis`, of sum 1.
+
+    What lies 2 or more below the largest entry is exactly 0 [1]_.
+
+    Parameters
+    ----------
+    x, axis, mask, out, num_threads
+        As for `softmax`.
+
+    Returns
+    -------
+    ndarray
+        x's shape and dtype (float64 for integers and bools). NaN or +inf that counts makes its row NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax`; `out` is untouched then.
+
+    See Also
+    --------
+    sparsemax, softmax
+
+    References
+    ----------
+    .. [1] B. Peters, V. Niculae and A. Martins, "Sparse sequence-to-sequence models", 2019, equation 8.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.entmax15(np.array([0.0, 1.0, 2.0])).round(3)
+    array([0.   , 0.169, 0.831])
+    """
+    return _softmax.entmax15(x, axis, mask, out, num_threads)

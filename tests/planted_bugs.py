@@ -118,6 +118,27 @@ BUGS = (
         "test_softmax.py",
     ),
     Bug(
+        "a threshold stops one step early",
+        "threshold.inc.h",
+        "step <= other;",
+        "1;",
+        "test_sparse.py -k 'lengths or sizes'",
+    ),
+    Bug(
+        "a list of scores forgets what a span has brought",
+        "sparse.inc.h",
+        "sparse->count[r] = before + count;",
+        "sparse->count[r] = count;",
+        "test_sparse.py -k same_bits",
+    ),
+    Bug(
+        "values of weight 0 take part where many have a weight",
+        "sparse.inc.h",
+        "if (many && values->finite) {",
+        "if (many) {",
+        "test_sparse.py -k weight_zero",
+    ),
+    Bug(
         "grouped heads lie where queries do",
         "contract.h",
         "i % head->heads * matrix->head",

@@ -72,6 +72,8 @@ def rules(rng, batch=(2, 3), num_queries=20, num_keys=70, dtype=np.float32):
         "sinks": {"sinks": normal(*batch[-1:])},
         "relu": {"activation": "relu"},
         "sigmoid": {"activation": "sigmoid"},
+        "sparsemax": {"activation": "sparsemax"},
+        "entmax15 of some keys": {"activation": "entmax15", "mask": mask, "is_causal": True},
         "relu of some keys": {"activation": "relu", "mask": mask, "bias": normal(num_queries, 1), "is_causal": True},
         "together": {
             "is_causal": True,

@@ -399,7 +399,7 @@ def test_activation(function, activation):
 
 
 @for_each_function("activation", "return_lse", "sinks")
-@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "sparsemax", "entmax15"])
 def test_only_softmax_has_lse_and_sinks(function, activation):
     refuse(ValueError, "return_lse", activation=activation, return_lse=True, function=function)
     refuse(ValueError, "sinks", activation=activation, sinks=np.float32(0), function=function)
@@ -513,7 +513,7 @@ def test_num_threads(function, num_threads):
     refuse(error, "num_threads", num_threads=num_threads, function=function)
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15"])
 @pytest.mark.parametrize("num_threads", [0, -1, -(2**40), 1.5, "2", object()])
 def test_num_threads_of_softmax(name, num_threads):
     with pytest.raises(ERRORS, match="num_threads"):
@@ -571,7 +571,7 @@ def test_sizes_that_fit_no_memory():
 
 # ------------------------------------------------------------------------------------ softmax family
 
-FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
+FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -855,7 +855,7 @@ def test_integers_are_no_flags(function, name, number):
 
 
 @pytest.mark.parametrize("name", ["dot_product_attention", "additive_attention", "bilinear_attention",
-                                  "truncated_attention", "varlen_attention", "merge_attention", "softmax",
+                                  "truncated_attention", "varlen_attention", "merge_attention", "softmax", "sparsemax",
                                   "self_attention", "apply_rotary"])  # fmt: skip
 def test_missing_arguments_are_named(name):
     function = getattr(fastattn, name)

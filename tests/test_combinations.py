@@ -103,7 +103,7 @@ def calls(draw, sizes=LENGTHS, largest_dim=80):
         arguments["scale"] = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0, -0.5]))
     if maybe():
         arguments["softcap"] = draw(st.sampled_from([0.5, 5.0, 30.0]))
-    arguments["activation"] = draw(st.sampled_from(["softmax"] * 4 + ["relu", "sigmoid"]))
+    arguments["activation"] = draw(st.sampled_from(["softmax"] * 4 + ["relu", "sigmoid", "sparsemax", "entmax15"]))
     if arguments["activation"] == "softmax" and maybe():
         arguments["sinks"] = np.asarray(rng.standard_normal(broadcastable(draw, batch)) * 3).astype(dtype)
     if maybe():

@@ -229,13 +229,18 @@ def walk(dtype, at_end):
                     fastattn.dot_product_attention(
                         *arrays[:3], out=arrays[3], bias=bias, mask=layout(mask, at_end), is_causal=True
                     )
+                for activation in ("sparsemax", "entmax15"):
+                    for scale in (1e-3, 3):  # many weights and few
+                        rule = {"activation": activation, "scale": scale}
+                        check(fastattn.dot_product_attention(query, key, value, out=out, **rule))
+                        check(fastattn.dot_product_attention(*arrays[:3], out=arrays[3], is_causal=True, **rule))
                 # Padding past the lengths may hold anything, but nothing past the array may be read.
                 check(fastattn.dot_product_attention(query, key, value, key_lengths=num_keys - 1, out=out))
     for length in (1, 3, 15, 16, 17, 33, 63, 65, 129, 1000):
         x, out = normal(5, length), normal(5, length)
         mask = guarded(rng.random((5, length)) < 0.5, at_end)
         for axis in (-1, 0):
-            for function in (fastattn.softmax, fastattn.log_softmax):
+            for function in (fastattn.softmax, fastattn.log_softmax, fastattn.sparsemax, fastattn.entmax15):
                 function(x, axis, out=out)
                 function(x, axis, mask=mask, out=out)
                 function(guarded_columns(x, at_end), axis, out=guarded_columns(out, at_end))

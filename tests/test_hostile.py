@@ -12,7 +12,7 @@ from tolerances import assert_attention, assert_within
 import fastattn
 from fastattn import reference
 
-ACTIVATIONS = ("softmax", "relu", "sigmoid")
+ACTIVATIONS = ("softmax", "relu", "sigmoid", "sparsemax", "entmax15")
 
 # ------------------------------------------------------------------------------------------- scales
 
@@ -217,7 +217,9 @@ def test_keys_seen_by_some_rows_only(rng, activation):
             return_weights=True,
         )
         np.testing.assert_array_equal(out[:, :20], clean[:, :20])
-        assert np.isnan(out[:, 20:]).all()
+        # Where weights are sparse, values of weight 0 do not count.
+        reached = weights[..., 20] > 0 if array is value and activation in reference.SPARSE else np.arange(40) >= 20
+        np.testing.assert_array_equal(np.isnan(out).all(-1), np.broadcast_to(reached, out.shape[:-1]))
         np.testing.assert_array_equal(weights[:, np.triu(np.ones((40, 40), dtype=bool), 1)], 0)
 
 
@@ -249,7 +251,8 @@ def test_seen_nan_gives_nan(rng, num_queries, bad_key, activation):
     assert np.isnan(call(query, bad, value)).all()
     bad = value.copy()
     bad[:, bad_key, 3] = np.nan
-    assert np.isnan(call(query, key, bad)[..., 3]).all()
+    if activation not in reference.SPARSE:  # where values of weight 0 do not count (test_sparse)
+        assert np.isnan(call(query, key, bad)[..., 3]).all()
     bad = np.zeros((num_queries, 300), dtype=np.float32)
     bad[:, bad_key] = np.nan
     assert np.isnan(call(query, key, value, bias=bad)).all()
@@ -313,7 +316,7 @@ def test_empty_rows(rng, how, sink, num_queries):
     np.testing.assert_array_equal(lse, np.full((2, num_queries), -np.inf if sink is None else sink))
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "sparsemax", "entmax15"])
 def test_empty_rows_of_other_activations(rng, activation):
     query, key, value = qkv(rng, (2,), 20, 70)
     out, weights = fastattn.dot_product_attention(
@@ -507,6 +510,10 @@ CALLS = {
     ),
     "relu": lambda t: call_attention(t, activation="relu", return_weights=True),
     "sigmoid": lambda t: call_attention(t, activation="sigmoid", return_weights=True),
+    "sparsemax": lambda t: fastattn.sparsemax(extreme(3, 16, dtype=t)),
+    "entmax15": lambda t: fastattn.entmax15(extreme(16, 3, dtype=t), 0),
+    "sparsemax of scores": lambda t: call_attention(t, activation="sparsemax", return_weights=True),
+    "entmax15 of scores": lambda t: call_attention(t, queries=1, activation="entmax15"),
     "mixed dtypes": lambda t: fastattn.dot_product_attention(
         extreme(5, 8, dtype=t), extreme(7, 8, dtype=np.float32), extreme(7, 8)
     ),

@@ -21,6 +21,9 @@ For other than a plain softmax of a plain sum:
 - **relu** with n visible keys: an error d in a score changes a weight by d / n, so all n together change the output by
   at most ``max size * max |v|``, plus the rounding of the weights, which sum to W: ``eps * (max size + 4 * W) * max
   |v|``.
+- **sparsemax and entmax15**: an error e = eps * size in the scores changes a weight above the threshold by up to 2 e
+  (itself, and the threshold, which moves by no more), or 2 e sqrt(weight), so all of them together change the output by
+  2 e times their number, or times the sum of sqrt(weight). One more may appear or vanish at the threshold.
 - **additive and bilinear scores** have their own sizes, derived by `additive_scores_and_sizes` and
   `bilinear_scores_and_sizes`.
 
@@ -232,6 +235,10 @@ def attention_bounds(name, query, key, value, out, weights, lse, **arguments):
         elif activation == "sigmoid":
             # A weight below the smallest normal number counts as 0.
             out_bound = (eps * (size + 4) * weight_sum + tiny * key.shape[-2]) * value_max
+            weight_bound = eps * (4 * size + 4)
+        elif activation in reference.SPARSE:
+            moved = np.nan_to_num(weights) ** (1 - 1 / reference.SPARSE[activation]) * (weights > 0)
+            out_bound = eps * (2 * size * (np.sum(moved, axis=-1, keepdims=True) + 1) + 4) * value_max
             weight_bound = eps * (4 * size + 4)
         else:
             out_bound = eps * (size + 4) * value_max

@@ -14,7 +14,7 @@ import encoder
 import measure
 from suite import baselines
 
-from . import fastattn, jax, numpy, onnx, openvino, torch
+from . import entmax, fastattn, jax, numpy, onnx, openvino, torch
 from .fastattn import PRODUCTS_AND_ATTENTION
 from .variant import Variant
 
@@ -22,7 +22,7 @@ __all__ = ["PRODUCTS_AND_ATTENTION", "Variant"]
 
 LIBRARIES = {
     name: library
-    for module in (fastattn, numpy, torch, onnx, openvino, jax)
+    for module in (fastattn, numpy, torch, entmax, onnx, openvino, jax)
     for name, library in module.LIBRARIES.items()
 }
 # The libraries that "beats the best peer" refers to; NumPy and SciPy are baselines.
@@ -108,6 +108,8 @@ def expected_answer(case):
         return baselines.expected_rotary(*case.inputs())
     if case.kind == "minilm":
         return encoder.expected(case)
+    if case.kind == "sparse":
+        return baselines.sparse(case.inputs()[0].astype(np.float64), case.function, case.axis)
     return baselines.softmax(case.inputs()[0].astype(np.float64), case.axis)
 
 

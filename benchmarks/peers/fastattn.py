@@ -91,6 +91,15 @@ def softmax_out(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
 
 
+def sparse(case, threads):
+    yield Variant("", functools.partial(getattr(fastattn, case.function), *case.inputs(), axis=case.axis))
+
+
+def sparse_out(case, threads):
+    (x,) = case.inputs()
+    yield Variant("", functools.partial(getattr(fastattn, case.function), x, axis=case.axis, out=np.empty_like(x)))
+
+
 # Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "fastattn": (
@@ -98,6 +107,7 @@ LIBRARIES = {
         {
             "attention": attention,
             "softmax": softmax,
+            "sparse": sparse,
             "additive": additive,
             "truncated": truncated,
             "decode": decode,
@@ -106,6 +116,6 @@ LIBRARIES = {
             "minilm": minilm,
         },
     ),
-    "fastattn out=": ("fastattn", {"softmax": softmax_out, "rotary": rotary_out}),
+    "fastattn out=": ("fastattn", {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out}),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
 }

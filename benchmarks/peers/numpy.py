@@ -66,6 +66,10 @@ def softmax(case, threads):
     yield Variant("", functools.partial(baselines.softmax, *case.inputs(), case.axis))
 
 
+def sparse(case, threads):
+    yield Variant("", functools.partial(baselines.sparse, *case.inputs(), case.function, case.axis))
+
+
 def scipy_softmax(case, threads):
     from scipy.special import softmax
 
@@ -79,6 +83,7 @@ LIBRARIES = {
         {
             "attention": attention,
             "softmax": softmax,
+            "sparse": sparse,
             "decode": decode,
             "multihead": multihead,
             "rotary": rotary,

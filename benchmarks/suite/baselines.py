@@ -12,6 +12,25 @@ def softmax(x, axis=-1):
     return weights
 
 
+def sparse(x, function="sparsemax", axis=-1):
+    """sparsemax or entmax15 as their papers write them: sorted, and a threshold for each number of the largest."""
+    z = x - x.max(axis=axis, keepdims=True)
+    z = np.moveaxis(z, axis, -1)
+    k = np.arange(1, z.shape[-1] + 1, dtype=x.dtype)
+    if function == "sparsemax":
+        largest = -np.sort(-z, axis=-1)
+        t = (np.cumsum(largest, axis=-1) - 1) / k
+    else:
+        z /= 2
+        largest = -np.sort(-z, axis=-1)
+        mean = np.cumsum(largest, axis=-1) / k
+        with np.errstate(invalid="ignore"):
+            t = mean - np.sqrt(1 / k - (np.cumsum(largest * largest, axis=-1) / k - mean * mean))
+    count = np.count_nonzero(largest > t, axis=-1, keepdims=True)
+    weights = np.maximum(z - np.take_along_axis(t, count - 1, axis=-1), 0)
+    return np.moveaxis(weights if function == "sparsemax" else weights * weights, -1, axis)
+
+
 def dot_product_attention(query, key, value, is_causal=False, scale=None):
     """Two matrix products, with everything between them in place; L x S scores for all heads at once."""
     if scale is None:

@@ -111,6 +111,25 @@ class Softmax(Case):
 
 
 @dataclass(frozen=True)
+class Sparse(Softmax):
+    """sparsemax or entmax15 over an axis, of normal numbers of size 2, as logits are."""
+
+    function: str = "sparsemax"
+    kind = "sparse"
+
+    @property
+    def words(self):
+        return (self.function, *super().words)
+
+    @property
+    def label_words(self):
+        return (self.function, *super().label_words)
+
+    def inputs(self):
+        return (_normal(self.shape, self.dtype) * np.dtype(self.dtype).type(2),)
+
+
+@dataclass(frozen=True)
 class Additive(Case):
     """Additive attention of queries and keys with `hidden` channels, or with HEAD_DIM, projected to `hidden`."""
 
@@ -393,6 +412,11 @@ SOFTMAX = (
     Softmax((512, 4096), axis=0),
     Softmax((512, 4096), "float64", axis=0),
     Softmax((8, 256, 32, 32), axis=1),
+)
+
+# The scores of a long sequence, and of short ones.
+SPARSE = tuple(
+    Sparse(sizes, function=function) for function in ("sparsemax", "entmax15") for sizes in ((512, 4096), (8192, 128))
 )
 
 # A medium size, remainders in every axis, from one channel to very many, a long sequence.

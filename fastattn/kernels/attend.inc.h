@@ -22,6 +22,8 @@ static void open_tile(const fa_problem *problem, const fa_head *head, int64_t ro
     } else
         pack_queries(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
     reset_state(problem, rows, tile->m, tile->l);
+    if (is_sparse(problem))
+        open_sparse(problem, head, row, rows, &tile->sparse);
     for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
         tile->span[g] = NO_SPAN;
         tile->many_spans[g] = 0;
@@ -65,6 +67,8 @@ static ALWAYS_INLINE int finish_row(real *to, const real *o, int64_t n, vec scal
 /* Contract: contract.h. */
 static size_t span_size(const fa_problem *problem, int64_t rows)
 {
+    if (is_sparse(problem))
+        return scores_size(rows);
     const int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
     const int64_t numbers = (rows + LANES - 1) / LANES * LANES + rows * (LANES + value_row);
     return ((size_t)numbers * sizeof(real) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
@@ -75,7 +79,10 @@ static void save_span(const fa_problem *problem, int64_t rows, void *workspace, 
 {
     struct tile *tile = workspace;
     real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
-    (void)problem;
+    if (is_sparse(problem)) {
+        save_scores(rows, &tile->sparse, span);
+        return;
+    }
     clear_unseen(rows, tile);
     memcpy(m, tile->m, (size_t)rows * sizeof(real));
     memcpy(l, tile->l, (size_t)(rows * LANES) * sizeof(real));
@@ -87,6 +94,10 @@ static void join_span(const fa_problem *problem, const fa_head *head, int64_t ro
 {
     struct tile *tile = workspace;
     const real *m = span, *l = m + (rows + LANES - 1) / LANES * LANES, *o = l + rows * LANES;
+    if (is_sparse(problem)) {
+        join_scores(rows, &tile->sparse, span);
+        return;
+    }
     for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group) {
         if (tile->span[g] != NO_SPAN)
             end_span(problem, head, g, first, rows_from(tile, first, rows), tile);
@@ -95,6 +106,18 @@ static void join_span(const fa_problem *problem, const fa_head *head, int64_t ro
     memcpy(tile->m, m, (size_t)rows * sizeof(real));
     memcpy(tile->l, l, (size_t)(rows * LANES) * sizeof(real));
     memcpy(tile->o, o, (size_t)(rows * tile->value_row) * sizeof(real));
+}
+
+/* After all keys are visited: the state of the tile becomes that of all keys. */
+static void gather_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, struct tile *tile)
+{
+    if (is_sparse(problem))
+        weigh_sparse(problem, head, row, rows, tile);
+    gather_spans(problem, head, rows, tile);
+    for (int64_t r = 0; is_sparse(problem) && r < rows; r++) { /* weights sum to 1 already */
+        v_store(tile->l + r * LANES, (vec){0});
+        tile->l[r * LANES] = tile->sparse.total[r];
+    }
 }
 
 /* Recomputes the rows with values scaled by 2**-64, and takes the outputs that were not finite from there: sums that
@@ -116,7 +139,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
             stop = (begin / FA_SPAN + 1) * FA_SPAN < end ? (begin / FA_SPAN + 1) * FA_SPAN : end;
             visit_keys(&smaller, &bare, row, rows, begin, stop, tile);
         }
-    gather_spans(&smaller, &bare, rows, tile);
+    gather_keys(&smaller, &bare, row, rows, tile);
     const real shrunk = value_factor(&smaller), most = (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX) * shrunk;
     for (int64_t r = 0; r < rows; r++) {
         const real factor = row_factor(&smaller, &bare, r, tile, scores_in_nats(problem, head), &lse, &seen);
@@ -126,7 +149,7 @@ static NEVER_INLINE void sum_again(const fa_problem *problem, const fa_head *hea
         for (int64_t c = 0; c < problem->value_dim; c++) {
             real x = o[c] * factor;
             /* Rounding must not carry a mean beyond the largest value. */
-            if (problem->activation == FA_SOFTMAX && isfinite(x))
+            if ((problem->activation == FA_SOFTMAX || is_sparse(problem)) && isfinite(x))
                 x = x > most ? most : x < -most ? -most : x;
             if (!isfinite(tile->part[c]))
                 tile->part[c] = x / shrunk;
@@ -143,7 +166,7 @@ static void close_tile(const fa_problem *problem, const fa_head *head, int64_t r
     const int direct = head->view[FA_OUT].dtype == REAL_DTYPE && head->view[FA_OUT].col == (ptrdiff_t)sizeof(real) &&
                        problem->value_dim % LANES == 0;
     int finite = 1;
-    gather_spans(problem, head, rows, tile);
+    gather_keys(problem, head, row, rows, tile);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t i = row + r;
         double lse;
@@ -163,7 +186,8 @@ static void close_tile(const fa_problem *problem, const fa_head *head, int64_t r
             memcpy(fa_row(head, &head->view[FA_LSE], i), &rounded, sizeof rounded);
         }
         if (head->view[FA_WEIGHTS].data)
-            finish_weights(problem, head, i, tile->m[r], scale, natural_log);
+            finish_weights(problem, head, i, tile->m[r], scale, is_sparse(problem) ? tile->sparse.threshold + r : NULL,
+                           natural_log);
     }
     if (!finite)
         sum_again(problem, head, row, rows, tile);

@@ -25,6 +25,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define HAS_MIN
 #define HAS_PICK_BITS
 #define HAS_TRUE_BITS
+#define HAS_ABOVE_BITS
 #define HAS_FLOOR
 #define HAS_FRACTION   /* one instruction: x - floor(x); 0 for infinities */
 #define HAS_SCALE_DOWN /* one instruction, which floors x itself */
@@ -57,6 +58,7 @@ static ALWAYS_INLINE __m512 v_pick_bits(unsigned m, __m512 a, __m512 b)
     return _mm512_mask_blend_ps((__mmask16)m, b, a);
 }
 static ALWAYS_INLINE unsigned v_true_bits(__m512i where) { return _mm512_movepi32_mask(where); }
+static ALWAYS_INLINE unsigned v_above_bits(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 static ALWAYS_INLINE __m512 v_floor(__m512 x) { return _mm512_roundscale_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_fraction(__m512 x) { return _mm512_reduce_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_scale_down(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
@@ -117,6 +119,7 @@ static ALWAYS_INLINE __m512d v_pick_bits(unsigned m, __m512d a, __m512d b)
     return _mm512_mask_blend_pd((__mmask8)m, b, a);
 }
 static ALWAYS_INLINE unsigned v_true_bits(__m512i where) { return _mm512_movepi64_mask(where); }
+static ALWAYS_INLINE unsigned v_above_bits(__m512d a, __m512d b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
 static ALWAYS_INLINE __m512d v_floor(__m512d x) { return _mm512_roundscale_pd(x, 9); }
 static ALWAYS_INLINE __m512d v_fraction(__m512d x) { return _mm512_reduce_pd(x, 9); }
 static ALWAYS_INLINE __m512d v_scale_down(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }

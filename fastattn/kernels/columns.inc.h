@@ -184,9 +184,10 @@ static ALWAYS_INLINE void sums_of_columns(const fa_columns *c, struct columns_st
     }
 }
 
-/* vecs: vectors of rows; x_whole, out_whole: all are whole and contiguous in memory. */
-static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_columns *c, struct columns_state *state,
-                                     real *kept, const int vecs, const int x_whole, const int out_whole)
+/* The rows' largest numbers into state->base, 0 where there are none but -inf; all numbers into kept, if it is there.
+ */
+static ALWAYS_INLINE void largest_of_columns(const fa_columns *c, struct columns_state *state, real *kept,
+                                             const int vecs, const int x_whole)
 {
     const vec none = v_fill(-(real)INFINITY);
     const int64_t length = c->length;
@@ -208,7 +209,16 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
     }
     for (int v = 0; v < vecs; v++)
         state->base[v] = v_pick(most[v] == none, (vec){0}, most[v]);
+}
+
+/* vecs: vectors of rows; x_whole, out_whole: all of them are whole, and contiguous in memory. */
+static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_columns *c, struct columns_state *state,
+                                     real *kept, const int vecs, const int x_whole, const int out_whole)
+{
+    const vec none = v_fill(-(real)INFINITY);
+    const int64_t length = c->length;
     int dominated = 0;
+    largest_of_columns(c, state, kept, vecs, x_whole);
     sums_of_columns(c, state, kept, function == FA_ROW_SOFTMAX, ALL, vecs, x_whole);
     for (int r = 0; r < c->rows; r++)
         dominated |= maximum_dominates(state->total[r]);

@@ -25,8 +25,14 @@ enum {
 typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
 enum { FA_DTYPES = FA_BF16 + 1 };
 typedef enum { FA_DOT, FA_ADDITIVE } fa_score;
-typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID } fa_activation;
-typedef enum { FA_ROW_SOFTMAX, FA_ROW_LOG_SOFTMAX, FA_ROW_LOGSUMEXP } fa_row_function;
+typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID, FA_SPARSEMAX, FA_ENTMAX15 } fa_activation;
+typedef enum {
+    FA_ROW_SOFTMAX,
+    FA_ROW_LOG_SOFTMAX,
+    FA_ROW_LOGSUMEXP,
+    FA_ROW_SPARSEMAX,
+    FA_ROW_ENTMAX15
+} fa_row_function;
 
 /* The operands of softmax and its relatives, and some axes of an array of rows, with the byte strides of each
  * operand. */

@@ -99,7 +99,8 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
             if (visible[g].lo < visible[g].hi) {
                 lo = visible[g].lo < lo ? visible[g].lo : lo;
                 hi = visible[g].hi > hi ? visible[g].hi : hi;
-                run->span_begins[g] |= begin_span(problem, head, g, first, group, run->begin / FA_SPAN, tile);
+                if (!is_sparse(problem))
+                    run->span_begins[g] |= begin_span(problem, head, g, first, group, run->begin / FA_SPAN, tile);
             }
         }
         if (many_groups) {
@@ -252,6 +253,21 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
     }
 }
 
+/* Keeps the scores of a run that may still get a weight (sparse.inc.h). */
+static NEVER_INLINE void keep_run(const fa_problem *problem, int rows, const struct run *run, struct tile *tile,
+                                  const int many_groups)
+{
+    const int groups = groups_of(tile, rows, many_groups);
+    for (int b = 0; b < run->blocks; b++)
+        for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
+            const struct visible *visible = run->visible + b * groups + g;
+            if (visible->lo < visible->hi)
+                keep_scores(problem, first, rows_of_group(tile, rows, g, many_groups), run->from + b * FA_BLOCK,
+                            visible->lo / LANES, (visible->hi + LANES - 1) / LANES,
+                            tile->s + (b * rows + first) * FA_BLOCK, &tile->sparse);
+        }
+}
+
 /* A run of keys. Memory idles during the little work between keys and values, so that is done once per run rather than
  * once per block. */
 static ALWAYS_INLINE void visit_run(const fa_problem *problem, const fa_head *head, int64_t row, const int rows,
@@ -264,6 +280,10 @@ static ALWAYS_INLINE void visit_run(const fa_problem *problem, const fa_head *he
     for (int g = 0; g < groups_of(tile, rows, many_groups); g++)
         run.span_begins[g] = 0;
     scores_of_run(problem, head, row, rows, &run, tile, natural_log, many_groups);
+    if (is_sparse(problem)) {
+        keep_run(problem, rows, &run, tile, many_groups);
+        return;
+    }
     weights_of_run(problem, head, row, rows, &run, tile, natural_log, many_groups);
     sums_of_run(problem, head, rows, &run, tile, many_groups);
 }

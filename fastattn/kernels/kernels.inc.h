@@ -67,6 +67,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "additive.inc.h"
 
+#include "threshold.inc.h"
+
 #include "weights.inc.h"
 
 #include "rules.inc.h"
@@ -79,6 +81,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "decode_sums.inc.h"
 
+#include "sparse.inc.h"
+
 #include "prefill.inc.h"
 
 #include "decode.inc.h"
@@ -88,6 +92,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 #include "rows.inc.h"
 
 #include "columns.inc.h"
+
+#include "sparse_rows.inc.h"
 
 #include "rotary.inc.h"
 
@@ -109,10 +115,10 @@ const fa_kernels FA_TABLE = {
     .save_span = save_span,
     .join_span = join_span,
     .close_tile = close_tile,
-    .rows = rows,
+    .rows = all_rows,
     .columns_at_once = COLUMN_ROWS,
     .columns_workspace = columns_workspace,
-    .columns = columns,
+    .columns = all_columns,
     .gather = gather,
     .scatter = scatter,
     .merge = merge,

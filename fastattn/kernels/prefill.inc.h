@@ -41,11 +41,13 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
                 additive_keys(problem, keys, &head->view[FA_KEY], begin, end, tile);
             else
                 pack_keys(problem, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
-            value = values_of(problem, head, block, begin, end, sharing, tile);
+            if (!is_sparse(problem))
+                value = values_of(problem, head, block, begin, end, sharing, tile);
             packed = 1;
         }
         const int first_block = tile->span[g] == NO_SPAN;
-        const int span_begins = begin_span(problem, head, g, first, group, block / FA_SPAN, tile);
+        const int span_begins =
+            !is_sparse(problem) && begin_span(problem, head, g, first, group, block / FA_SPAN, tile);
         const int v_first = lo / LANES, v_last = (hi + LANES - 1) / LANES;
         real *s = tile->s, *m = tile->m + first, *l = tile->l + first * LANES;
         const real *q = tile->q + g * group_size(tile->channels);
@@ -64,6 +66,11 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
                              problem->value_dim * (int64_t)sizeof(real));
         }
         const int partial = rule_scores(problem, head, row + first, group, block, &visible, tile, s);
+        if (is_sparse(problem)) {
+            keep_scores(problem, first, group, block, v_first, v_last, s, &tile->sparse);
+            turn++;
+            continue;
+        }
         real shrink[ROWS];
         if (problem->activation != FA_SOFTMAX) {
             weigh_pointwise(problem, head, row + first, group, block, &visible, s, l);

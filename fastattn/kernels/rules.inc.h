@@ -117,8 +117,8 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* Applies softcap, biases and masks to the scores of a group; for softmax, also copies them to the requested weights,
- * which close_tile finishes. Returns whether terms of the weighted sum include hidden keys. */
+/* Applies softcap, biases and masks to the scores of a group; where weights need the whole row, also copies them to the
+ * requested weights, which close_tile finishes. Returns whether terms of the weighted sum include hidden keys. */
 static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
                                      int64_t block, struct visible *visible, struct tile *tile, real *s)
 {
@@ -145,7 +145,7 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
             partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
         }
     } /* otherwise whole vectors, all visible: nothing to hide */
-    if (head->view[FA_WEIGHTS].data && problem->activation == FA_SOFTMAX)
+    if (head->view[FA_WEIGHTS].data && (problem->activation == FA_SOFTMAX || is_sparse(problem)))
         keep_weights(problem, head, i, group, block, s);
     return partial;
 }

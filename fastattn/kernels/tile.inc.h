@@ -10,6 +10,24 @@ struct additive {
     int all_wide;
 };
 
+/* Where a row's weights begin (threshold.inc.h): they are of its numbers less `base`, less t and what t lacks. */
+struct threshold {
+    real base, t, rest;
+};
+
+/* What is kept of a tile's scores where the weights are sparsemax's or 1.5-entmax's (sparse.inc.h): of each row a list
+ * of vectors, in the order of their keys. */
+struct sparse {
+    int64_t first;               /* keys and vectors count from here, a multiple of FA_BLOCK */
+    int64_t room;                /* vectors for which a list has room; one more may be written and not count */
+    real *scores;                /* [rows][room + 1][LANES] scores, then weights */
+    uint32_t *place;             /* [rows][room + 1] which vector of its row it is */
+    int64_t *count, *next;       /* [rows] of the list; the first that no block has taken yet */
+    real *most;                  /* [rows] the largest score */
+    real *total;                 /* [rows] of the weights: 1, 0 in a row that sees nothing, or NaN */
+    struct threshold *threshold; /* [rows] */
+};
+
 struct tile {
     int group;         /* rows per group: ROWS; in decode, the rows divided evenly among the groups */
     int64_t channels;  /* head_dim rounded up to whole terms of a score, or whole vectors (decode); zero-padded */
@@ -30,6 +48,7 @@ struct tile {
     char *many_spans; /* [groups] */
     real *m_all, *l_all, *l_error, *o_all, *o_error;
     struct additive additive;
+    struct sparse sparse;
 };
 
 enum { PANEL = VECS * LANES }; /* keys in a panel */
@@ -58,6 +77,12 @@ static ALWAYS_INLINE int scale_after_product(const fa_problem *problem)
     return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
 }
 
+/* Weights that are exactly 0 but for the largest scores. */
+static ALWAYS_INLINE int is_sparse(const fa_problem *problem)
+{
+    return problem->activation == FA_SPARSEMAX || problem->activation == FA_ENTMAX15;
+}
+
 static ALWAYS_INLINE char *take(char **at, int64_t numbers)
 {
     char *here = *at;
@@ -67,6 +92,19 @@ static ALWAYS_INLINE char *take(char **at, int64_t numbers)
 
 /* Size of a group's packed queries, in numbers. */
 static ALWAYS_INLINE int64_t group_size(int64_t channels) { return (channels + STRIP - 1) / STRIP * STRIP * ROWS; }
+
+/* The most vectors between the first and the last key that a tile may see. */
+static int64_t reach_of_tile(const fa_problem *problem, int64_t rows, int64_t keys)
+{
+    int64_t most = keys < (int64_t)1 << 50 ? keys : (int64_t)1 << 50; /* no memory has so many */
+    const int64_t all = most;
+    if (problem->left < all && problem->right < all && problem->left + problem->right + rows < most)
+        most = problem->left + problem->right + rows;
+    if (problem->chunk && problem->chunk < all && problem->left_chunks < all / problem->chunk &&
+        (problem->left_chunks + 2) * problem->chunk + rows < most)
+        most = (problem->left_chunks + 2) * problem->chunk + rows;
+    return (most + FA_BLOCK < all ? most + FA_BLOCK : all) / LANES + 1;
+}
 
 /* Lays a tile out from `base` on; returns its size. */
 static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
@@ -105,6 +143,18 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
         tile->additive.q_raw = (real *)take(&at, groups * group_size(channels));
         tile->additive.k_raw = (real *)take(&at, panels * PANEL * channels);
         tile->additive.row_is_wide = take(&at, rows);
+    }
+    if (is_sparse(problem)) {
+        const int64_t words = sizeof(int64_t) / sizeof(real);
+        struct sparse *sparse = &tile->sparse;
+        sparse->room = reach_of_tile(problem, rows, keys);
+        sparse->scores = (real *)take(&at, rows * (sparse->room + 1) * LANES);
+        sparse->place = (uint32_t *)take(&at, rows * (sparse->room + 1)); /* no larger than real */
+        sparse->count = (int64_t *)take(&at, rows * words);
+        sparse->next = (int64_t *)take(&at, rows * words);
+        sparse->most = (real *)take(&at, rows);
+        sparse->total = (real *)take(&at, rows);
+        sparse->threshold = (struct threshold *)take(&at, rows * (int64_t)(sizeof(struct threshold) / sizeof(real)));
     }
     if (keys > FA_SPAN) {
         tile->m_all = (real *)take(&at, rows);

@@ -100,6 +100,11 @@ static ALWAYS_INLINE unsigned v_true_bits(ivec where)
 }
 #endif
 
+/* Bit i set where lane i of a is greater than that of b, or either is NaN. */
+#ifndef HAS_ABOVE_BITS
+static ALWAYS_INLINE unsigned v_above_bits(vec a, vec b) { return v_true_bits(~(a <= b)); }
+#endif
+
 static ALWAYS_INLINE vec v_abs(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
 
 #ifndef HAS_FLOOR

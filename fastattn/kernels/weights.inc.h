@@ -67,9 +67,10 @@ static void hide_blocks(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* Finishes the requested weights of row i, which hold its scores, now that its maximum and sum are known. */
+/* Finishes the requested weights of row i, which hold its scores, now that its maximum and sum, or its
+ * threshold, are known. */
 static void finish_weights(const fa_problem *problem, const fa_head *head, int64_t i, real maximum, vec scale,
-                           const int natural_log)
+                           const struct threshold *th, const int natural_log)
 {
     int64_t first, last, begin, end;
     weights_range(problem, head, i, &first, &last);
@@ -93,6 +94,9 @@ static void finish_weights(const fa_problem *problem, const fa_head *head, int64
         if (problem->activation == FA_SOFTMAX) {
             x -= most;
             x = v_exp2(natural_log ? x * (real)1.44269504088896340736 : x);
+        } else if (is_sparse(problem)) {
+            const int square = problem->activation == FA_ENTMAX15;
+            x = weight_above(square, below_largest(square, x, v_fill(th->base)), v_fill(th->t), v_fill(th->rest));
         }
         v_store(some, v_pick(gone, (vec){0}, x * scale));
         memcpy(w + j, some, (size_t)n * sizeof(real));
