@@ -111,6 +111,8 @@ QUICK = {
     "decode-1x8x8x1x8192x64",
     "multihead-1x128x768x12",
     "rotary-1x12x512x64",
+    "linear-1x8x4096x64",
+    "linearstep-1x32x128",
     "minilm-1x24",
     "memory-attention-1x1x16384x16384x64",
     "import",
@@ -125,6 +127,8 @@ TABLES = (
     *cases.DECODE,
     *cases.MULTI_HEAD,
     *cases.ROTARY,
+    *cases.LINEAR,
+    *cases.LINEAR_STEPS,
     *cases.MINILM,
 )
 # Cases of one window at several lengths.
@@ -290,6 +294,8 @@ def compare_libraries(plan, name, progress, only=None):
         record |= {"rows": case.rows, "seqlen": case.seqlen, "window": case.window}
     if case.kind == "decode":
         record["seqlen_q"] = case.seqlen_q
+    if case.kind == "linear":
+        record |= {"rule": case.rule, "head_dim": case.head_dim, "tokens": case.batch * case.heads * case.seqlen}
     return record
 
 
@@ -299,11 +305,11 @@ def limit_of(case, plan):
     The work of an encoder is sentences, which have no limit.
     """
     threads = plan["threads"]
-    if case.kind in ("softmax", "sparse", "rotary"):
+    if case.kind in ("softmax", "sparse", "rotary", "linearstep"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "truncated", "multihead"):
+    if case.kind in ("attention", "truncated", "multihead", "linear"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None

@@ -51,6 +51,14 @@ ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
+# Causal linear attention: of the FMA peak in 4 D E operations a token, 6 D E by the delta rule; one step: of a copy of
+# the state. Ratios by head_dim.
+LINEAR_SHARES = {"linear": 0.55, "gated delta": 0.45}
+STEP_SHARE = 0.7
+LINEAR_RATIOS = {64: {"PyTorch": 4.0, "NumPy": 4.0}, 128: {"PyTorch": 2.5, "NumPy": 2.5}}
+LINEAR_DELTA_RATIOS = {"PyTorch": 3.0}
+STEP_RATIOS = {"PyTorch": 2.0}
+
 # Of the speedup of the same threads in the FMA probe.
 SHARE_OF_GAIN = 0.97
 # Relative to the best peer, by size of the cache: larger ones are limited by memory.
@@ -66,6 +74,11 @@ def share(record):
         return measure.ratio(record["seconds"], "copy", "fastattn out="), SHARE_OF_COPY
     if record["kind"] in ("sparse", "rotary"):
         return measure.ratio(record["seconds"], "copy", "fastattn out="), None
+    if record["kind"] == "linear":
+        goal = LINEAR_SHARES[record["rule"]] if record["threads"] == 1 else None
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
+    if record["kind"] == "linearstep":
+        return measure.ratio(record["seconds"], "copy", "fastattn"), STEP_SHARE if record["threads"] == 1 else None
     if record["kind"] == "multihead":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
     goal = None
@@ -142,6 +155,10 @@ def _ratios(record):
         return MULTI_HEAD_RATIOS if _is_goal_layer(record) else {}
     if record["kind"] == "rotary":
         return {}
+    if record["kind"] == "linear":
+        return LINEAR_DELTA_RATIOS if record["rule"] == "gated delta" else LINEAR_RATIOS[record["head_dim"]]
+    if record["kind"] == "linearstep":
+        return STEP_RATIOS
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)

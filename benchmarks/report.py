@@ -13,6 +13,8 @@ WINDOW_SHAPE = "B, H, L, D (left, right)"
 DECODE_SHAPE = "B, H, key heads, L, S, D"
 MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
+LINEAR_SHAPE = "B, H, L, D, rule"
+STEP_SHAPE = "B, H, D"
 MINILM_SHAPE = "sentences, tokens of the longest"
 
 # What the numbers of a section mean to users of the library, by the first words of its title.
@@ -34,6 +36,9 @@ MEANINGS = {
     "Multi-head attention": "Most of a layer's time is its four matrix products, which are NumPy's here (OpenBLAS); a "
     "library whose products are faster has the faster layer.",
     "Rotary positions": "Turning has to read and write each number once, so a copy of the array is its limit.",
+    "Causal linear attention": "Each number of a head's state is updated and read once a token, which is the least "
+    "work known; the share is of what the multipliers can do.",
+    "One token of linear attention": "A step reads and writes the state, whatever came before; a copy is the limit.",
     "Sentences a second through MiniLM": "A whole encoder: as in the layer above, the matrix products around "
     "attention decide.",
     "Another instruction set, float32": "The same machine without AVX-512, against what AVX2 can do on it.",
@@ -76,6 +81,8 @@ def markdown(everything, with_goals=False):
         *_decode(records_of(records, "libraries", kind="decode")),
         *_multihead(records_of(records, "libraries", kind="multihead")),
         *_rotary(records_of(records, "libraries", kind="rotary")),
+        *_linear(records_of(records, "libraries", kind="linear")),
+        *_linear_steps(records_of(records, "libraries", kind="linearstep")),
         *_minilm(records_of(records, "libraries", kind="minilm")),
         *left_out(everything["missing"]),
         _other_isa(records_of(records, "isa", kind="attention")),
@@ -272,6 +279,34 @@ def _beside_a_copy(records, shape, title):
             others = [_beside(samples, name) for name in names]
             rows.append([record["label"], *numbers, _percent(share), *others, _outcome(goals.missed(record))])
         yield Table(f"{title}, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _linear(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [LINEAR_SHAPE, "fastattn", "ns a token and head", "of FMA peak", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            time, (share, goal) = measure.median(record["seconds"], "fastattn"), goals.share(record)
+            numbers = [_time(time), _nanoseconds(time, record["tokens"]), _percent(share), _percent(goal)]
+            others = [_beside(record["seconds"], name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        yield Table(f"Causal linear attention, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _linear_steps(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [STEP_SHAPE, "state", "fastattn", "of a copy's speed", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            time, (share, goal) = measure.median(record["seconds"], "fastattn"), goals.share(record)
+            numbers = [f"{record['work'] / 1e6:.1f} MB", _time(time), _percent(share), _percent(goal)]
+            others = [_beside(record["seconds"], name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        yield Table(f"One token of linear attention, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _minilm(records):

@@ -170,11 +170,9 @@ cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
     return FA_BF16 if cnp.PyArray_ITEMSIZE(a) == 2 else FA_F32
 
 
-cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
-    """Notes where an array lies, and keeps it alive. trailing: how many of its last axes are not batch axes (at most
-    2). The others are known to broadcast to p.call.shape, where a shared key head counts for its group (split_heads
-    sees to that)."""
-    cdef fa_layout *layout = &p.call.layouts[operand]
+cdef int lay_out(fa_layout *layout, int axes, cnp.ndarray a, int trailing) except -1:
+    """Notes where an array lies. axes: batch axes of the call, to which its own broadcast; trailing: how many of its
+    last axes are not batch axes (at most 2)."""
     cdef int ndim = cnp.PyArray_NDIM(a), i, axis
     layout.data = <char *> cnp.PyArray_DATA(a)
     layout.dtype = dtype_of(a)
@@ -188,12 +186,19 @@ cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
             layout.col = cnp.PyArray_ITEMSIZE(a)
     elif trailing == 1:
         layout.row = cnp.PyArray_STRIDE(a, ndim - 1)
-    for i in range(p.call.axes):
-        axis = i - (p.call.axes - (ndim - trailing))
+    for i in range(axes):
+        axis = i - (axes - (ndim - trailing))
         if axis < 0 or cnp.PyArray_DIM(a, axis) == 1:
             layout.batch[i] = 0
         else:
             layout.batch[i] = cnp.PyArray_STRIDE(a, axis)
+    return 0
+
+
+cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
+    """Notes where an operand lies, and keeps it alive. Its batch axes are known to broadcast to p.call.shape, where a shared
+    key head counts for its whole group (split_heads sees to that)."""
+    lay_out(&p.call.layouts[operand], p.call.axes, a, trailing)
     p.call.operands[p.call.operand_count] = operand
     p.call.operand_count += 1
     p.kept.append(a)

@@ -28,6 +28,7 @@ cpdef cnp.ndarray integer_array(object x, str name, str allowed, str kinds=*)
 cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object most, int64_t *scalar)
 
 # Memory
-cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1
+cdef int refuse_overlap(object out, tuple inputs, tuple names, str called=*) except -1
 cpdef object empty(tuple shape, dtype, str what=*, bint zero=*)
-cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=*)
+cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=*,
+                              str called=*, str whose=*)

@@ -278,11 +278,11 @@ cdef bint overlap(a, b):
         return True
 
 
-cdef int refuse_overlap(object out, tuple inputs, tuple names) except -1:
+cdef int refuse_overlap(object out, tuple inputs, tuple names, str called="out") except -1:
     if out is not None:
         for a, name in zip(inputs, names, strict=True):
             if isinstance(a, np.ndarray) and overlap(out, a):
-                raise ValueError(f"out overlaps {name}; it needs memory of its own")
+                raise ValueError(f"{called} overlaps {name}; it needs memory of its own")
     return 0
 
 
@@ -295,28 +295,31 @@ cpdef object empty(tuple shape, dtype, str what="an array", bint zero=False):
         raise MemoryError(f"no memory for {what} of shape {shape} and dtype {dtype}") from error
 
 
-cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False):
-    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: it may be the first of them."""
+cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=False,
+                              str called="out", str whose="the output's"):
+    """`out`, or a new array. inputs: arrays that it must not overlap; same_allowed: it may be the first of them.
+    called, whose: its name, and what it receives, for the errors."""
     if out is None:
         return empty(shape, dtype)
     if not isinstance(out, np.ndarray) or is_masked(out):
-        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+        raise TypeError(f"{called} must be a NumPy array, not {type(out).__name__}")
     if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; it must have the output's, {shape}")
+        raise ValueError(f"{called} has shape {out.shape}; it must have {whose}, {shape}")
     if out.dtype != dtype or not out.dtype.isnative:
-        raise TypeError(f"out has dtype {out.dtype.str if not out.dtype.isnative else out.dtype}; it must have the "
-                        f"output's, {dtype}")
+        raise TypeError(f"{called} has dtype {out.dtype.str if not out.dtype.isnative else out.dtype}; it must have "
+                        f"{whose}, {dtype}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only; it must be writeable")
+        raise ValueError(f"{called} is read-only; it must be writeable")
     if out.size == 0:
         return out
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
-        raise ValueError(f"out overlaps itself (strides {out.strides} for shape {shape}): each element needs its place")
+        raise ValueError(f"{called} overlaps itself (strides {out.strides} for shape {shape}): each element needs its "
+                         f"place")
     for i in range(len(inputs)):
         a = inputs[i]
         if same_allowed and i == 0 and (a is out or a.ctypes.data == out.ctypes.data and a.strides == out.strides):
             continue
-        refuse_overlap(out, (a,), (names[i],))
+        refuse_overlap(out, (a,), (names[i],), called)
     return out
 
 

@@ -38,6 +38,11 @@ cdef extern from "kernels/contract.h" nogil:
         FA_ROW_SPARSEMAX
         FA_ROW_ENTMAX15
 
+    ctypedef enum fa_feature_map:
+        FA_NO_MAP
+        FA_ELU_PLUS_1
+        FA_RELU_MAP
+
     ctypedef struct fa_axes:
         int count
         int64_t shape[FA_ROW_AXES]
@@ -88,6 +93,30 @@ cdef extern from "kernels/contract.h" nogil:
         fa_view view[<int> FA_OPERANDS]
         int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
+    enum:
+        FA_LINEAR_QUERY
+        FA_LINEAR_KEY
+        FA_LINEAR_VALUE
+        FA_LINEAR_LOG_DECAY
+        FA_LINEAR_BETA
+        FA_LINEAR_OUT
+        FA_LINEAR_STATE
+        FA_LINEAR_NEW_STATE
+        FA_LINEAR_OPERANDS
+
+    ctypedef struct fa_linear:
+        int64_t features, value_dim, heads
+        fa_feature_map map
+        int is_causal, is_normalised
+        double scale, eps
+
+    ctypedef struct fa_linear_head:
+        fa_view view[<int> FA_LINEAR_OPERANDS]
+        int64_t column, columns
+        int few
+        const int64_t *offset
+        const int64_t *rows
+
     ctypedef struct fa_tuning:
         int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row
 
@@ -113,6 +142,13 @@ cdef extern from "kernels/contract.h" nogil:
         void (*turns)(void *, const double *, int64_t, int64_t, double) noexcept nogil
         void (*rotate)(char *, Py_ssize_t, const char *, Py_ssize_t, const char *, int64_t, int64_t, int64_t,
                        int) noexcept nogil
+        int linear_columns
+        size_t (*linear_workspace)(const fa_linear *, int64_t) noexcept nogil
+        void (*linear_open)(const fa_linear *, const fa_linear_head *, void *) noexcept nogil
+        void (*linear_keys)(const fa_linear *, const fa_linear_head *, int64_t, int64_t, void *) noexcept nogil
+        void (*linear_rows)(const fa_linear *, const fa_linear_head *, int64_t, int64_t, int64_t,
+                            void *) noexcept nogil
+        void (*linear_close)(const fa_linear *, const fa_linear_head *, void *) noexcept nogil
 
     ctypedef struct fa_instruction_set:
         const char *name

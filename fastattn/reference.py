@@ -28,6 +28,7 @@ __all__ = [
     "bilinear_attention",
     "dot_product_attention",
     "entmax15",
+    "linear_attention",
     "log_softmax",
     "logsumexp",
     "merge_attention",
@@ -855,6 +856,154 @@ def merge_attention(outs, lses):
         weights, lse = normalise(lses, lses != -np.inf, axis=0)
         parts = np.where(lses[..., None] == -np.inf, 0.0, weights[..., None] * outs)
         return np.sum(parts, axis=0), lse[0]
+
+
+FEATURE_MAPS = {
+    "elu+1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+    "relu": lambda x: np.maximum(x, 0),
+    None: lambda x: x,
+}
+
+
+def linear_attention(
+    query,
+    key,
+    value,
+    *,
+    feature_map="elu+1",
+    is_causal=False,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    log_decay=None,
+    beta=None,
+    normalize=None,
+    scale=None,
+    eps=1e-6,
+    state=None,
+    return_state=False,
+    state_out=None,
+    enable_gqa=False,
+    out=None,
+    num_threads=None,
+):
+    """Attention as a recurrent net: a matrix M remembers which features of keys came with which values.
+
+    Without the softmax the score f(query) . f(key) factors, so that ``sum_j (f(q) . f(k_j)) v_j`` is f(q) times
+    ``M = sum_j outer(f(k_j), v_j)``, which grows by one key after the other (Katharopoulos et al. 2020, "Transformers
+    are RNNs"). `linear_recurrence` is the net; here it runs over each head.
+
+    Parameters
+    ----------
+    query, key, value : array_like, (..., L, D), (..., S, D), (..., S, E)
+    feature_map : {'elu+1', 'relu', None}, callable, or pair of callables (for query, for key)
+        f; a callable gets an array (..., n, D) and returns (..., n, F).
+    is_causal, query_offset, key_lengths, query_lengths, enable_gqa
+        As in `dot_product_attention`; without is_causal every query sees all keys.
+    log_decay, beta : array_like, broadcast to (..., S, F) and (..., S) over key's batch axes
+        See `linear_recurrence`.
+    normalize : bool, default: where there is a feature_map and no beta
+    scale : float, default 1 / sqrt(D)
+        Of a result that is not normalised.
+    eps : float
+        Added to the denominator of one that is.
+    state : array_like, (..., F, E), or (..., F, E + 1) if normalised
+        M and, as last column, z at the beginning. With grouped heads, over key's heads.
+    return_state : bool
+        Return (out, state), the state after all keys.
+    state_out, out : ndarray, optional
+        Receive them.
+    num_threads : int, optional
+        Ignored.
+    """
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    f_query, f_key = feature_map if isinstance(feature_map, tuple | list) else (feature_map, feature_map)
+    if normalize is None:
+        normalize = feature_map is not None and beta is None
+    scale = 1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+    with np.errstate(all="ignore"):
+        query, key = FEATURE_MAPS.get(f_query, f_query)(query), FEATURE_MAPS.get(f_key, f_key)(key)
+    num_queries, num_keys, num_features = query.shape[-2], key.shape[-2], key.shape[-1]
+    width = value.shape[-1] + bool(normalize)
+
+    # Everything with all batch axes; (..., kv_heads, S, ...) becomes (..., heads, S, ...) where heads are grouped.
+    group = query.shape[-3] // max(key.shape[-3], 1) if enable_gqa and query.ndim > 2 and key.ndim > 2 else 1
+    kv_batch = np.broadcast_shapes(key.shape[:-2], value.shape[:-2])
+    if group == 1:
+        kv_batch = np.broadcast_shapes(query.shape[:-2], kv_batch)
+    else:
+        kv_batch = (*np.broadcast_shapes(query.shape[:-3], kv_batch[:-1]), kv_batch[-1])
+
+    def over_heads(x, *shape):
+        x = np.broadcast_to(np.asarray(x, dtype=np.float64), (*kv_batch, *shape))
+        return np.repeat(x, group, axis=len(kv_batch) - 1) if group > 1 else x
+
+    key, value = over_heads(key, num_keys, num_features), over_heads(value, *value.shape[-2:])
+    batch = key.shape[:-2]
+    query = np.broadcast_to(query, (*batch, *query.shape[-2:]))
+    log_decay = None if log_decay is None else over_heads(log_decay, num_keys, num_features)
+    beta = None if beta is None else over_heads(beta, num_keys)
+    new_state = np.array(over_heads(0.0 if state is None else state, num_features, width))
+    key_lengths = np.broadcast_to(num_keys if key_lengths is None else key_lengths, batch)
+    query_lengths = np.broadcast_to(num_queries if query_lengths is None else query_lengths, batch)
+    offsets = np.broadcast_to(key_lengths - query_lengths if query_offset is None else query_offset, batch)
+
+    result = np.zeros((*batch, num_queries, value.shape[-1]))
+    for head in np.ndindex(*batch):
+        rows, keys = slice(int(query_lengths[head])), slice(int(key_lengths[head]))
+        result[head][rows], new_state[head] = linear_recurrence(
+            query[head][rows],
+            key[head][keys],
+            value[head][keys],
+            new_state[head],
+            int(offsets[head]) if is_causal else None,
+            None if log_decay is None else log_decay[head],
+            None if beta is None else beta[head],
+            scale=None if normalize else scale,
+            eps=eps,
+        )
+    if group > 1:
+        new_state = new_state[..., ::group, :, :]
+    if state_out is not None:
+        state_out[...] = new_state
+        new_state = state_out
+    return (_into(out, result), new_state) if return_state else _into(out, result)
+
+
+def linear_recurrence(query, key, value, state, offset, log_decay, beta, *, scale, eps):
+    """One head: (L, F), (S, F), (S, E) and a state (F, E) or (F, E + 1) -> (L, E) and the new state.
+
+    A key first lets the state decay, then adds itself. By the delta rule (`beta`; Schlag et al. 2021) it adds only what
+    its value differs from what the state already says. offset: the position of query 0, where queries read between the
+    keys; None: they read behind all of them. scale: None where the result is normalised.
+    """
+    memory, normaliser = state[:, : value.shape[-1]], state[:, value.shape[-1] :]
+    out = np.zeros((len(query), value.shape[-1]))
+
+    def read(i):
+        answer = query[i] @ memory
+        if scale is not None:
+            return scale * answer
+        denominator = query[i] @ normaliser[:, 0] + eps
+        return np.zeros_like(answer) if denominator == 0 else answer / denominator
+
+    with np.errstate(all="ignore"):
+        position = np.arange(len(query)) + (len(key) if offset is None else offset)
+        for i in np.flatnonzero(position < 0):
+            out[i] = read(i)
+        for j in range(len(key)):
+            if log_decay is not None:
+                forgets = log_decay[j, :, None] == -np.inf  # 0 * NaN would be NaN
+                memory = np.where(forgets, 0.0, memory * np.exp(log_decay[j])[:, None])
+                normaliser = np.where(forgets, 0.0, normaliser * np.exp(log_decay[j])[:, None])
+            new = value[j] if beta is None else beta[j] * (value[j] - key[j] @ memory)
+            memory = memory + np.outer(key[j], new)
+            normaliser = normaliser + key[j][:, None]
+            for i in np.flatnonzero(position == j):
+                out[i] = read(i)
+        for i in np.flatnonzero(position >= len(key)):
+            out[i] = read(i)
+    return out, np.concatenate([memory, normaliser], axis=1)
 
 
 def rotation_angles(length, dim, base, offset):

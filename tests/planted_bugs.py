@@ -145,6 +145,34 @@ BUGS = (
         "i % head->heads * matrix->row",
         "test_dot_product.py test_decode.py -k group",
     ),
+    Bug(
+        "a state forgets what it should not",
+        "linear.inc.h",
+        "const unsigned lost = v_true_bits(x == none);",
+        "const unsigned lost = v_true_bits(x < 0);",
+        "test_linear.py -k rules",
+    ),
+    Bug(
+        "NaN outlives a decay of minus infinity",
+        "linear.inc.h",
+        "s->forgets[t] |= lost != 0;",
+        "s->forgets[t] = 0;",
+        "test_linear.py -k packed",
+    ),
+    Bug(
+        "the delta rule corrects by the state of the token before",
+        "linear.inc.h",
+        "p[c] = v_fma(next_key, m, p[c]);",
+        "p[c] = v_fma(key, m, p[c]);",
+        "test_linear.py -k rules",
+    ),
+    Bug(
+        "queries of a group read what is before their key",
+        "linear.inc.h",
+        "const int64_t begin = h->offset[head] - j,",
+        "const int64_t begin = h->offset[0] - j,",
+        "test_linear.py -k groups",
+    ),
 )
 
 

@@ -309,6 +309,87 @@ def assert_attention(query, key, value, *, name="dot_product_attention", functio
     return plain
 
 
+def linear_bounds(query, key, value, state, out, *, feature_map="elu+1", normalize=None, scale=None, beta=None,
+                  calls=1, eps=1e-6, **arguments):  # fmt: skip
+    """The bounds for (out, state) of linear attention, given what the reference returned: eps times the number of
+    additions that a number goes through, times the same formula with absolute values everywhere.
+
+    Beside the F products of a query's row there are S additions to each number of the state. Each is wrong by half an
+    eps at most, but mostly to either side: S / 64 of them count, and 16 for the features and decays. state: that at the
+    beginning, or None; calls: those that made it.
+
+    The delta rule feeds errors back, and keys of any size make them grow. There the recurrence itself, in the
+    accumulation dtype, shows how far: the bound is 4 times its error, and 8 eps of the largest number.
+    """
+    dtype = result_dtype(query, key, value)
+    real = accumulation_dtype(dtype)
+    unit = float(np.finfo(real).eps)
+    storage, step = (x / 2 for x in storage_steps(dtype))
+    rounding = storage * np.abs(out[0]) + step
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    rules = {**arguments, "feature_map": feature_map, "normalize": normalize, "scale": scale, "beta": beta, "eps": eps}
+    if beta is not None:
+        plain = recurrence_in(real, query, key, value, state, **rules)
+        limits = [4 * np.max(np.abs(a - b), initial=0.0) + 8 * unit * np.max(np.abs(b), initial=0.0)
+                  for a, b in zip(plain, out, strict=True)]  # fmt: skip
+        return limits[0] + rounding, limits[1]
+    if normalize is None:
+        normalize = feature_map is not None
+    with np.errstate(all="ignore"):
+        f_query, f_key = (reference.FEATURE_MAPS.get(feature_map, feature_map)(x) for x in (query, key))
+        ones = np.ones((*value.shape[:-1], 1))
+        raw = None if state is None else np.asarray(state, dtype=np.float64)
+        call = {**arguments, "feature_map": None, "scale": 1.0, "return_state": True}
+        memory = None if raw is None else np.abs(raw[..., : value.shape[-1]])
+        sums, memory = reference.linear_attention(*map(np.abs, (f_query, f_key, value)), state=memory, **call)
+        if normalize:
+            z = None if raw is None else raw[..., -1:]
+            below = reference.linear_attention(f_query, f_key, ones, state=z, **call)[0] + eps
+            sizes = None if z is None else np.abs(z)
+            size, z = reference.linear_attention(np.abs(f_query), np.abs(f_key), ones, state=sizes, **call)
+            # An error of the denominator is one of the quotient.
+            sums = np.where(below == 0, 0.0, (sums + size * np.abs(out[0])) / np.abs(below))
+            memory = np.concatenate([memory, z], axis=-1)
+        else:
+            sums = sums * abs(1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else scale)
+    count = unit * (f_key.shape[-1] + 16 + key.shape[-2] / 64 + calls)
+    tiny = float(np.finfo(real).smallest_normal)
+    return count * sums + rounding + tiny, count * memory + tiny
+
+
+def recurrence_in(real, query, key, value, state, **rules):
+    """The reference's recurrence with all numbers of that dtype: (out, state)."""
+    original = reference.linear_recurrence
+
+    def narrow(query, key, value, state, offset, log_decay, beta, **scalars):
+        arrays = (x if x is None else x.astype(real) for x in (query, key, value, state))
+        log_decay, beta = (x if x is None else x.astype(real) for x in (log_decay, beta))
+        return original(*arrays, offset, log_decay, beta, **{n: x if x is None else real.type(x)
+                                                            for n, x in scalars.items()})  # fmt: skip
+
+    reference.linear_recurrence = narrow
+    try:
+        return reference.linear_attention(query, key, value, state=state, return_state=True, **rules)
+    finally:
+        reference.linear_recurrence = original
+
+
+def assert_linear(query, key, value, *, state=None, calls=1, **arguments):
+    """Linear attention against the reference, with and without its state; returns (out, state)."""
+    rules = {name: x for name, x in arguments.items() if name not in ("out", "num_threads")}
+    expected = reference.linear_attention(query, key, value, state=state, return_state=True, **rules)
+    bounds = linear_bounds(query, key, value, state, expected, calls=calls, **rules)
+    out, new_state = fastattn.linear_attention(query, key, value, state=state, return_state=True, **arguments)
+    assert out.dtype == result_dtype(query, key, value)
+    assert new_state.dtype == accumulation_dtype(out.dtype)
+    assert_within(out, expected[0], bounds[0], "output")
+    assert_within(new_state, expected[1], bounds[1], "state")
+    alone = fastattn.linear_attention(query, key, value, state=state, **arguments)
+    assert isinstance(alone, np.ndarray)
+    assert_within(alone, expected[0], bounds[0], "output without state")
+    return out, new_state
+
+
 def assert_softmax(x, axis=-1, *, mask=None, functions=fastattn, **arguments):
     """Compare softmax, log_softmax and logsumexp with the reference: the weight bound, also relative to the weight."""
     dtype = result_dtype(x)

@@ -106,6 +106,12 @@ def expected_answer(case):
         return baselines.expected_multi_head_attention(case.inputs()[0], *case.packed(), heads=case.heads)
     if case.kind == "rotary":
         return baselines.expected_rotary(*case.inputs())
+    if case.kind == "linear" and case.is_delta:
+        return baselines.expected_gated_delta_rule(*case.inputs(), *case.gates())
+    if case.kind == "linear":
+        return baselines.expected_linear_attention(*case.inputs())
+    if case.kind == "linearstep":
+        return baselines.linear_step(*(array.astype(np.float64) for array in case.inputs()), case.decay)
     if case.kind == "minilm":
         return encoder.expected(case)
     if case.kind == "sparse":

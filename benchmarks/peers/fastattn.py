@@ -73,6 +73,23 @@ def rotary_out(case, threads):
     yield Variant("", functools.partial(fastattn.apply_rotary, x, out=np.empty_like(x)))
 
 
+def linear(case, threads):
+    if case.is_delta:
+        log_decay, beta = case.gates()
+        gates = {"feature_map": None, "log_decay": log_decay[..., None], "beta": beta}
+    else:
+        gates = {}
+    yield Variant("", functools.partial(fastattn.linear_attention, *case.inputs(), is_causal=True, **gates))
+
+
+def linear_step(case, threads):
+    query, key, value, state = case.inputs()
+    state = state.copy()
+    decay = np.full((1, 1), np.log(case.decay), np.float32)
+    step = functools.partial(fastattn.linear_attention, query, key, value, feature_map=None, is_causal=True)
+    yield Variant("", functools.partial(step, log_decay=decay, state=state, state_out=state))
+
+
 def minilm(case, threads):
     batch, *_ = encoder.inputs(case)
     yield Variant("", functools.partial(encoder.model().encode_tokens, batch))
@@ -113,6 +130,8 @@ LIBRARIES = {
             "decode": decode,
             "multihead": multihead,
             "rotary": rotary,
+            "linear": linear,
+            "linearstep": linear_step,
             "minilm": minilm,
         },
     ),

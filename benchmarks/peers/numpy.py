@@ -36,6 +36,20 @@ def rotary(case, threads):
     yield Variant("", functools.partial(baselines.apply_rotary, x, *baselines.rotary_tables(*x.shape[-2:], x.dtype)))
 
 
+def linear(case, threads):
+    if case.is_delta:
+        yield Variant("token by token", functools.partial(baselines.gated_delta_rule, *case.inputs(), *case.gates()))
+        return
+    for chunk in (32, 64, 128, 256):
+        call = functools.partial(baselines.linear_attention, *case.inputs(), chunk)
+        yield Variant(f"chunks of {chunk}", call)
+
+
+def linear_step(case, threads):
+    query, key, value, state = case.inputs()
+    yield Variant("", functools.partial(baselines.linear_step, query, key, value, state.copy(), case.decay))
+
+
 def minilm(case, threads):
     batch, *_ = encoder.inputs(case)
     model = encoder.load_example().MiniLM(attention=encoder.load_example().numpy_attention)
@@ -87,6 +101,8 @@ LIBRARIES = {
             "decode": decode,
             "multihead": multihead,
             "rotary": rotary,
+            "linear": linear,
+            "linearstep": linear_step,
             "minilm": minilm,
         },
     ),

@@ -125,6 +125,96 @@ def rotary(case, threads):
     yield Variant("", lambda: x * cosines + rotate_half(x) * sines)
 
 
+def _elu_plus_1(torch, x):
+    return torch.nn.functional.elu(x) + 1
+
+
+def _linear_in_chunks(torch, query, key, value, size):
+    query, key = _elu_plus_1(torch, query), _elu_plus_1(torch, key)
+    state = query.new_zeros(*key.shape[:-2], key.shape[-1], value.shape[-1])
+    total = query.new_zeros(*key.shape[:-2], key.shape[-1], 1)
+    parts = []
+    for q, k, v in zip(*(x.split(size, -2) for x in (query, key, value)), strict=True):
+        scores = (q @ k.mT).tril_()
+        parts.append((scores @ v + q @ state) / (scores.sum(-1, keepdim=True) + q @ total + 1e-6))
+        state = state + k.mT @ v
+        total = total + k.sum(-2)[..., None]
+    return torch.cat(parts, -2)
+
+
+def _linear_all_chunks(torch, query, key, value, size):
+    """A state for each chunk, all at once."""
+    query, key = (_elu_plus_1(torch, x).unflatten(-2, (-1, size)) for x in (query, key))
+    value = value.unflatten(-2, (-1, size))
+    states, totals = key.mT @ value, key.sum(-2)[..., None]
+    before, total = states.cumsum(-3) - states, totals.cumsum(-3) - totals
+    scores = (query @ key.mT).tril_()
+    below = scores.sum(-1, keepdim=True) + query @ total + 1e-6
+    return ((scores @ value + query @ before) / below).flatten(-3, -2)
+
+
+def _gated_delta_in_chunks(torch, query, key, value, log_decay, beta, size, solve):
+    """As Transformers falls back to on a CPU: corrections within a chunk are a triangular system."""
+    query = query * query.shape[-1] ** -0.5
+    query, key, value = (x.unflatten(-2, (-1, size)) for x in (query, key, value))
+    log_decay, beta = (x.unflatten(-1, (-1, size)) for x in (log_decay, beta))
+    weighted, values = key * beta[..., None], value * beta[..., None]
+    sums = log_decay.cumsum(-1)
+    decays = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
+    below = (weighted @ key.mT * decays).tril(-1)
+    identity = torch.eye(size, dtype=key.dtype)
+    if solve:
+        inverse = torch.linalg.solve_triangular(below + identity, identity, upper=False, unitriangular=True)
+    else:
+        inverse = -below
+        for i in range(1, size):
+            row, above = inverse[..., i, :i].clone(), inverse[..., :i, :i].clone()
+            inverse[..., i, :i] = row + (row[..., None] * above).sum(-2)
+        inverse = inverse + identity
+    values, decayed_keys = inverse @ values, inverse @ (weighted * sums.exp()[..., None])
+    scores = (query @ key.mT * decays).tril()
+    last = sums[..., -1, None]
+    from_before, to_end = query * sums.exp()[..., None], key * (last - sums).exp()[..., None]
+    state = query.new_zeros(*key.shape[:-3], key.shape[-1], value.shape[-1])
+    parts = []
+    for i in range(key.shape[-3]):
+        new = values[..., i, :, :] - decayed_keys[..., i, :, :] @ state
+        parts.append(from_before[..., i, :, :] @ state + scores[..., i, :, :] @ new)
+        state = state * last[..., i, :, None].exp() + to_end[..., i, :, :].mT @ new
+    return torch.cat(parts, -2)
+
+
+def linear(case, threads):
+    torch = _torch(threads)
+    arrays = [*map(torch.from_numpy, (*case.inputs(), *case.gates()))]
+    for size in (32, 64, 128):
+        if case.is_delta:
+            for name, solve in (("rows in turn", False), ("triangular solve", True)):
+                call = functools.partial(_gated_delta_in_chunks, torch, *arrays, size, solve)
+                yield Variant(f"chunks of {size}, {name}", call)
+        else:
+            yield Variant(f"chunks of {size}", functools.partial(_linear_in_chunks, torch, *arrays, size))
+            yield Variant(f"all chunks of {size} at once", functools.partial(_linear_all_chunks, torch, *arrays, size))
+
+
+def linear_step(case, threads):
+    torch = _torch(threads)
+    query, key, value, state = (torch.from_numpy(x).flatten(0, 1) for x in case.inputs())
+    key, scale = key.mT, query.shape[-1] ** -0.5
+
+    def two_passes(state):
+        state.mul_(case.decay).add_(key * value)
+        return torch.bmm(query, state) * scale
+
+    def one_pass(state):
+        state.baddbmm_(key, value, beta=case.decay)
+        return torch.bmm(query, state) * scale
+
+    shape = (case.batch, case.heads, 1, case.head_dim)
+    for name, step in (("mul_, add_", two_passes), ("baddbmm_", one_pass)):
+        yield Variant(name, functools.partial(step, state.clone()), lambda out: out.numpy().reshape(shape))
+
+
 def minilm(case, threads):
     torch = _torch(threads)
     _, folder, *arrays = encoder.inputs(case)
@@ -220,6 +310,8 @@ LIBRARIES = {
             "decode": decode,
             "multihead": multihead,
             "rotary": rotary,
+            "linear": linear,
+            "linearstep": linear_step,
             "minilm": minilm,
         },
     ),

@@ -317,6 +317,65 @@ def additive_attention(query, key, value, w_score, w_query=None, w_key=None, sco
     return output
 
 
+# Tokens of a chunk of linear attention: the best of 32 to 256.
+CHUNK = 64
+
+
+def elu_plus_1(x):
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def linear_attention(query, key, value, chunk=CHUNK, eps=1e-6):
+    """Causal, with elu + 1 and normalised: within a chunk by scores, with what came before by the state."""
+    query, key = elu_plus_1(query), elu_plus_1(key)
+    output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
+    state = np.zeros((*key.shape[:-2], key.shape[-1], value.shape[-1]), query.dtype)
+    total = np.zeros((*key.shape[:-2], key.shape[-1], 1), query.dtype)
+    visible = np.tri(chunk, dtype=query.dtype)
+    for start in range(0, query.shape[-2], chunk):
+        q, k, v = (array[..., start : start + chunk, :] for array in (query, key, value))
+        scores = q @ k.swapaxes(-1, -2)
+        scores *= visible[: q.shape[-2], : q.shape[-2]]
+        part = scores @ v
+        part += q @ state
+        part /= scores.sum(-1, keepdims=True) + q @ total + query.dtype.type(eps)
+        output[..., start : start + chunk, :] = part
+        state += k.swapaxes(-1, -2) @ v
+        total += k.sum(-2)[..., None]
+    return output
+
+
+def expected_linear_attention(query, key, value):
+    """The same formula in float64."""
+    return linear_attention(*(array.astype(np.float64) for array in (query, key, value)))
+
+
+def gated_delta_rule(query, key, value, log_decay, beta):
+    """Token by token, all heads at once."""
+    state = np.zeros((*key.shape[:-2], key.shape[-1], value.shape[-1]), query.dtype)
+    output = np.empty((*query.shape[:-1], value.shape[-1]), query.dtype)
+    decay, scale = np.exp(log_decay)[..., None, None], query.dtype.type(query.shape[-1] ** -0.5)
+    for t in range(query.shape[-2]):
+        q, k, v = (array[..., t : t + 1, :] for array in (query, key, value))
+        state *= decay[..., t, :, :]
+        state += k.swapaxes(-1, -2) @ (beta[..., t, None, None] * (v - k @ state))
+        output[..., t : t + 1, :] = q @ state
+    output *= scale
+    return output
+
+
+def expected_gated_delta_rule(*arrays):
+    """The same in float64."""
+    return gated_delta_rule(*(array.astype(np.float64) for array in arrays))
+
+
+def linear_step(query, key, value, state, decay):
+    """One token; the state is updated in place."""
+    state *= state.dtype.type(decay)
+    state += key.swapaxes(-1, -2) * value
+    return query @ state * query.dtype.type(query.shape[-1] ** -0.5)
+
+
 def expected_additive_attention(*arrays, **projections):
     """The answer to check against: the same formula in float64."""
     projections = {name: array.astype(np.float64) for name, array in projections.items()}

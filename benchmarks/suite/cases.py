@@ -328,6 +328,69 @@ class MiniLM(Case):
     fields = ("batch", "seqlen")
 
 
+@dataclass(frozen=True)
+class Linear(Case):
+    """Causal linear attention of (batch, heads, seqlen, head_dim): elu + 1, normalised, or by the gated delta rule."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    head_dim: int
+    rule: str = "linear"
+    dtype: str = "float32"
+    kind = "linear"
+    fields = ("batch", "heads", "seqlen", "head_dim")
+
+    @property
+    def words(self):
+        return (self.rule.replace(" ", "-"),) if self.is_delta else ()
+
+    @property
+    def label_words(self):
+        return (self.rule,)
+
+    @property
+    def is_delta(self):
+        return self.rule == "gated delta"
+
+    @property
+    def flops(self):
+        """Each number of the state is updated and read once a token; the delta rule reads it twice."""
+        return (6 if self.is_delta else 4) * math.prod(self.shape) * self.head_dim
+
+    def inputs(self):
+        """query, key, value"""
+        return _linear_inputs(self.shape, self.dtype, self.is_delta)[:3]
+
+    def gates(self):
+        """log_decay (..., S) and beta (..., S), if there are any."""
+        return _linear_inputs(self.shape, self.dtype, self.is_delta)[3:]
+
+
+@dataclass(frozen=True)
+class LinearStep(Case):
+    """One token of linear attention with a decay, on a state (batch, heads, head_dim, head_dim) updated in place."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: str = "float32"
+    kind = "linearstep"
+    fields = ("batch", "heads", "head_dim")
+    decay = 0.9
+
+    @property
+    def nbytes(self):
+        """Of the state, which must be read and written once."""
+        return math.prod(self.shape) * self.head_dim * np.dtype(self.dtype).itemsize
+
+    def inputs(self):
+        """query, key, value, state: the last to be copied by who changes it"""
+        shape = self.batch, self.heads, 1, self.head_dim
+        state = _normal((self.batch, self.heads, self.head_dim, self.head_dim), self.dtype)
+        return *_linear_inputs(shape, self.dtype, False)[:3], state
+
+
 # Made once per case and read by every library, so that no benchmark times the random numbers. Few are kept: the largest
 # is 134 MB.
 @functools.lru_cache(maxsize=2)
@@ -372,6 +435,17 @@ def _multihead_inputs(batch, seqlen, d_model, dtype):
 
     matrices = (normal(d_model, d_model, size=d_model**-0.5) for _ in range(4))
     return normal(batch, seqlen, d_model), *matrices, *(normal(d_model, size=0.3) for _ in range(4))
+
+
+@functools.lru_cache(maxsize=2)
+def _linear_inputs(shape, dtype, is_delta):
+    """query, key, value; with the delta rule keys of length 1, logarithms of decays, and strengths."""
+    generator = np.random.default_rng(7)
+    arrays = [generator.standard_normal(shape, dtype=np.float32) for _ in range(3)]
+    if is_delta:
+        arrays[1] /= np.linalg.norm(arrays[1], axis=-1, keepdims=True)
+        arrays += [np.log(generator.uniform(0.8, 1, shape[:-1])), generator.uniform(0.2, 0.9, shape[:-1])]
+    return tuple(array.astype(dtype) for array in arrays)
 
 
 @functools.lru_cache(maxsize=2)
@@ -481,6 +555,12 @@ MULTI_HEAD = tuple(MultiHead(*shape) for shape in MULTI_HEAD_SHAPES)
 # The queries of a page, of one token in a large model, of a batch.
 ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))
 ROTARY = tuple(Rotary(*shape) for shape in ROTARY_SHAPES)
+
+# A layer, one long head, a batch of wide heads, a stream sixteen times as long; and a layer of a gated delta net.
+LINEAR_SHAPES = ((1, 8, 4096, 64), (1, 1, 16384, 64), (2, 4, 2048, 128), (1, 1, 65536, 64))
+LINEAR = (*(Linear(*shape) for shape in LINEAR_SHAPES), Linear(1, 8, 2048, 128, "gated delta"))
+# A token in a large model, in a small one.
+LINEAR_STEPS = (LinearStep(1, 32, 128), LinearStep(1, 8, 64))
 
 # One sentence, and a batch of mixed lengths.
 MINILM = (MiniLM(1, 24), MiniLM(32, 64))

@@ -16,6 +16,7 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define PLACE_ROWS 2
 #define STEPS 1
 #define CHUNK 32
+#define TOKENS 3
 
 #define HAS_LOAD_SOME
 #define HAS_FMA

@@ -17,6 +17,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define PLACE_ROWS 6
 #define STEPS 4
 #define CHUNK 64
+#define TOKENS 3
 
 #define HAS_LOAD_SOME
 #define HAS_FMA

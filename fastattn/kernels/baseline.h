@@ -21,6 +21,7 @@
 #define PLACE_ROWS 2
 #define STEPS 1
 #define CHUNK 32
+#define TOKENS 3
 
 #if defined(__SSE2__)
 #define HAS_MAX

@@ -34,6 +34,9 @@ typedef enum {
     FA_ROW_ENTMAX15
 } fa_row_function;
 
+/* What makes features of a number x of a query or key: nothing, x + 1 or exp(x) below 0, max(x, 0). */
+typedef enum { FA_NO_MAP, FA_ELU_PLUS_1, FA_RELU_MAP } fa_feature_map;
+
 /* The operands of softmax and its relatives, and some axes of an array of rows, with the byte strides of each
  * operand. */
 enum { FA_ROW_X, FA_ROW_MASK, FA_ROW_OUT, FA_ROW_OPERANDS };
@@ -108,6 +111,37 @@ typedef struct {
     int64_t heads; /* query heads interleaved as rows, sharing these keys: row i is query i / heads of head i % heads */
 } fa_head;
 
+/* The matrices of linear attention. */
+enum {
+    FA_LINEAR_QUERY,     /* (queries, features) before the map; a fa_view's `head` leads to the next head */
+    FA_LINEAR_KEY,       /* (keys, features), the same */
+    FA_LINEAR_VALUE,     /* (keys, value_dim) */
+    FA_LINEAR_LOG_DECAY, /* (keys, features), optional; col is 0 where a key has one number */
+    FA_LINEAR_BETA,      /* (keys, 1), optional */
+    FA_LINEAR_OUT,       /* (queries, value_dim), as the queries */
+    FA_LINEAR_STATE,     /* (features, value_dim), and a column more where it is normalised; optional: zeros */
+    FA_LINEAR_NEW_STATE, /* the same, optional; may be the state itself */
+    FA_LINEAR_OPERANDS
+};
+
+/* A recurrence over keys, and what all heads of a call have in common (fastattn/linear.py has the formulas). */
+typedef struct {
+    int64_t features, value_dim;
+    int64_t heads; /* of queries, over the same keys */
+    fa_feature_map map;
+    int is_causal, is_normalised;
+    double scale, eps;
+} fa_linear;
+
+/* The keys of a head, some columns of their values, and all queries over them. */
+typedef struct {
+    fa_view view[FA_LINEAR_OPERANDS];
+    int64_t column, columns; /* of the values; whoever has column 0 takes care of the normaliser */
+    int few;                 /* keys are so few that the state is better updated where it lies */
+    const int64_t *offset;   /* position of query 0 on the key axis, for each head of queries */
+    const int64_t *rows;     /* valid queries, the same */
+} fa_linear_head;
+
 /* Parameters of an instruction set that the driver needs to choose its loops; the rest are in the set's own header. */
 typedef struct {
     int group_rows;     /* rows that share the loads of a product: tiles are whole groups if possible */
@@ -152,6 +186,18 @@ typedef struct {
      * channels from 2 * pairs on are copied. out: may be x. */
     void (*rotate)(char *out, ptrdiff_t out_row, const char *x, ptrdiff_t x_row, const char *table, int64_t channels,
                    int64_t pairs, int64_t rows, int interleaved);
+    /* Linear attention of a head, all with the same workspace: linear_open takes the state over; linear_keys adds keys,
+     * in ascending order and without gaps, and (causal) writes the rows of the queries that stand on them; linear_rows
+     * writes rows of queries that see the state as it is then; linear_close leaves the state where it is wanted. Bits
+     * depend neither on where keys are cut nor on the columns that a call has. */
+    int linear_columns; /* that a call should have a multiple of */
+    size_t (*linear_workspace)(const fa_linear *problem, int64_t columns);
+    void (*linear_open)(const fa_linear *problem, const fa_linear_head *head, void *workspace);
+    void (*linear_keys)(const fa_linear *problem, const fa_linear_head *head, int64_t begin, int64_t end,
+                        void *workspace);
+    void (*linear_rows)(const fa_linear *problem, const fa_linear_head *head, int64_t query_head, int64_t begin,
+                        int64_t end, void *workspace);
+    void (*linear_close)(const fa_linear *problem, const fa_linear_head *head, void *workspace);
 } fa_kernels;
 
 typedef struct {

@@ -1,9 +1,9 @@
 /* All kernels for one instruction set and one dtype, and their table: fa_<isa>_f32 or fa_<isa>_f64.
  *
  * Expects BITS (32 or 64) and, from the header of the instruction set: ISA, VECTOR_BYTES, ROWS x VECS (sums in
- * registers), STEPS and CHUNK (product.inc.h), DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS, MOST_ROWS, WINDOW_ROWS and
- * KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys from memory: decode.inc.h,
- * decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
+ * registers), STEPS and CHUNK (product.inc.h), TOKENS (linear.inc.h), DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS,
+ * MOST_ROWS, WINDOW_ROWS and KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys
+ * from memory: decode.inc.h, decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
  */
 #include "contract.h"
 #include <float.h>
@@ -97,6 +97,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "rotary.inc.h"
 
+#include "linear.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -124,4 +126,10 @@ const fa_kernels FA_TABLE = {
     .merge = merge,
     .turns = turns,
     .rotate = rotate,
+    .linear_columns = LINEAR_HALF * LANES,
+    .linear_workspace = linear_workspace,
+    .linear_open = linear_open,
+    .linear_keys = linear_keys,
+    .linear_rows = linear_rows,
+    .linear_close = linear_close,
 };
