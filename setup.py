@@ -143,6 +143,7 @@ setup(
             extension("_softmax"),
             extension("_merge"),
             extension("_positions"),
+            extension("_graph"),
             extension("_linear"),
             # Plain Python, compiled because a small call spends a fifth of its time on default arguments.
             extension("attention", suffix="py"),

@@ -113,6 +113,7 @@ QUICK = {
     "rotary-1x12x512x64",
     "linear-1x8x4096x64",
     "linearstep-1x32x128",
+    "graph-mesh-dot",
     "minilm-1x24",
     "memory-attention-1x1x16384x16384x64",
     "import",
@@ -130,6 +131,7 @@ TABLES = (
     *cases.LINEAR,
     *cases.LINEAR_STEPS,
     *cases.MINILM,
+    *cases.GRAPH,
 )
 # Cases of one window at several lengths.
 WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
@@ -313,6 +315,10 @@ def limit_of(case, plan):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None
+    if case.kind == "graph":
+        key, value = (array.swapaxes(0, 1) for array in case.inputs()[1:])
+        indices = case.structure[1]
+        return "rows read", len(indices), hardware.read_edges(key, value, indices, threads)
     probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
     return "five instructions", case.triples, probe
 

@@ -34,6 +34,17 @@ WINDOW_RATIOS = {"truncated-1x1x4096x64-64x64": {"NumPy, best band": 2.5, "PyTor
 # One query over a cache: of the speed at which the bytes of key and value can be read.
 DECODE_SHARE = 0.85
 
+# Along the edges of a graph: of the speed at which the rows of key and value that they name are read.
+GRAPH_SHARES = {"dot": 0.5, "gat": 0.4}
+GRAPH_RATIOS = {
+    "graph-arxiv-dot": {"PyTorch Geometric": 6.0, "SciPy": 1.8, "PyTorch, sparse": 1.5},
+    "graph-arxiv-gat": {"PyTorch Geometric": 5.0, "SciPy": 2.5},
+    "graph-mesh-dot": {"PyTorch Geometric": 10.0, "SciPy": 2.5, "PyTorch, sparse": 1.4},
+    "graph-wide-dot": {"PyTorch Geometric": 6.0, "SciPy": 2.5, "PyTorch, sparse": 1.4},
+    "graph-cora-dot": {"PyTorch Geometric": 5.0, "SciPy": 5.0},
+    "graph-cora-gat": {"PyTorch Geometric": 5.0, "SciPy": 5.0},
+}
+
 # A layer, on one thread: the most time it may take, relative to its matrix products and its attention alone.
 MULTI_HEAD_CASES = ("multihead-1x128x768x12", "multihead-1x512x768x12")
 OVERHEAD = 1.05
@@ -81,6 +92,9 @@ def share(record):
         return measure.ratio(record["seconds"], "copy", "fastattn"), STEP_SHARE if record["threads"] == 1 else None
     if record["kind"] == "multihead":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
+    if record["kind"] == "graph":
+        name = "fastattn out=" if "fastattn out=" in record["seconds"] else "fastattn"
+        return measure.ratio(record["seconds"], "rows read", name), _graph_share(record)
     goal = None
     if record["kind"] == "decode":
         goal = DECODE_SHARE if record["seqlen_q"] == 1 else None
@@ -159,9 +173,15 @@ def _ratios(record):
         return LINEAR_DELTA_RATIOS if record["rule"] == "gated delta" else LINEAR_RATIOS[record["head_dim"]]
     if record["kind"] == "linearstep":
         return STEP_RATIOS
+    if record["kind"] == "graph":
+        return GRAPH_RATIOS[record["case"]] if record["threads"] == 1 else {}
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)
+
+
+def _graph_share(record):
+    return GRAPH_SHARES[record["case"].rpartition("-")[2]] if record["threads"] == 1 else None
 
 
 def _window_share(record):

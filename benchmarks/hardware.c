@@ -149,6 +149,44 @@ uint32_t read_words(const void *buffer, int64_t vectors, int64_t repeats, int wa
     return total;
 }
 
+/* The rows that the edges of a graph name, of two matrices whose rows have so many bytes (multiples of 4): what
+ * attention along edges has to read. Those `ahead` edges further on are fetched. */
+uint32_t read_edges(const char *a, int64_t a_row, const char *b, int64_t b_row, const int32_t *indices, int64_t edges,
+                    int64_t repeats, int64_t ahead)
+{
+    const char *matrices[2] = {a, b};
+    const int64_t rows[2] = {a_row, b_row};
+    word_vector sums[4] = {{0}};
+    uint32_t rest = 0;
+    for (int64_t repeat = 0; repeat < repeats; repeat++) {
+        for (int64_t e = 0; e < edges; e++) {
+            for (int m = 0; m < 2; m++) {
+                const char *row = matrices[m] + indices[e] * rows[m];
+                if (e + ahead < edges) {
+                    const char *next = matrices[m] + indices[e + ahead] * rows[m];
+                    for (int64_t i = 0; i < rows[m]; i += 64)
+                        __builtin_prefetch(next + i);
+                }
+                int64_t i = 0;
+                for (; i + 4 * VECTOR_BYTES <= rows[m]; i += 4 * VECTOR_BYTES) {
+#pragma GCC unroll 4
+                    for (int s = 0; s < 4; s++)
+                        sums[s] += *(const word_vector_anywhere *)(row + i + s * VECTOR_BYTES);
+                }
+                for (; i + VECTOR_BYTES <= rows[m]; i += VECTOR_BYTES)
+                    sums[0] += *(const word_vector_anywhere *)(row + i);
+                for (; i < rows[m]; i += 4)
+                    rest += *(const uint32_t *)(row + i);
+            }
+        }
+        __asm__ volatile("" ::: "memory");
+    }
+    for (int s = 0; s < 4; s++)
+        for (size_t lane = 0; lane < VECTOR_BYTES / sizeof(uint32_t); lane++)
+            rest += sums[s][lane];
+    return rest;
+}
+
 void copy_bytes(void *target, const void *source, int64_t bytes, int64_t repeats)
 {
     for (int64_t repeat = 0; repeat < repeats; repeat++) {

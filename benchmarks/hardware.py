@@ -88,6 +88,8 @@ def load(isa, dtype="float32"):
     loaded.add_fractions.restype = ctypes.c_double
     loaded.read_words.argtypes = (address, i64, i64, ctypes.c_int)
     loaded.read_words.restype = ctypes.c_uint32
+    loaded.read_edges.argtypes = (address, i64, address, i64, address, i64, i64, i64)
+    loaded.read_edges.restype = ctypes.c_uint32
     loaded.copy_bytes.argtypes = (address, address, i64, i64)
     loaded.copy_bytes.restype = None
     return loaded if loaded.runnable() else None
@@ -208,6 +210,37 @@ def read_arrays(arrays, threads=1):
     least = [min(times) for times in zip(*seconds, strict=True)]
     nbytes = sum(part.nbytes for own in parts for part in own)
     return Probe(calls[least.index(min(least))], float(repeats * nbytes))
+
+
+def read_edges(key, value, indices, threads=1):
+    """Reads of the rows of key and value, (nodes, ...) and contiguous, that int32 `indices` name, in their order; each
+    thread has a part of the edges. `work` counts edges. Of several distances at which rows are fetched the best."""
+    library = load(best_isa())
+    key, value = (array.reshape(len(array), -1).view(np.uint32) for array in (key, value))
+    parts = np.array_split(indices, threads)
+
+    def one(index, repeats, ahead):
+        own = parts[index]
+        return library.read_edges(
+            key.ctypes.data,
+            key.strides[0],
+            value.ctypes.data,
+            value.strides[0],
+            own.ctypes.data,
+            len(own),
+            repeats,
+            ahead,
+        )
+
+    repeats = _repeats(lambda n: one(0, n, 8))
+    sums = sum(array.sum(axis=1, dtype=np.uint64)[parts[0]].sum() for array in (key, value))
+    calls = []
+    for ahead in (4, 8, 16, 32):
+        assert (one(0, repeats, ahead) - repeats * int(sums)) % 2**32 == 0, "the probe of edges did not read"
+        calls.append(_on_threads(lambda index, ahead=ahead: one(index, repeats, ahead), threads))
+    seconds = [[_timed(call) for call in calls] for _ in range(5)]
+    least = [min(times) for times in zip(*seconds, strict=True)]
+    return Probe(calls[least.index(min(least))], float(repeats * len(indices)))
 
 
 @functools.lru_cache(maxsize=4)

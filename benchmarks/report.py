@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import goals
 import measure
-from peers import ADDITIVE_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
+from peers import ADDITIVE_PEERS, GRAPH_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
 
 COLUMNS = ("NumPy", "SciPy", "entmax", *PEERS)
 SHAPE = "B, H, L, S, D"
@@ -15,6 +15,7 @@ MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
 LINEAR_SHAPE = "B, H, L, D, rule"
 STEP_SHAPE = "B, H, D"
+GRAPH_SHAPE = "nodes, edges, H, D"
 MINILM_SHAPE = "sentences, tokens of the longest"
 
 # What the numbers of a section mean to users of the library, by the first words of its title.
@@ -39,6 +40,8 @@ MEANINGS = {
     "Causal linear attention": "Each number of a head's state is updated and read once a token, which is the least "
     "work known; the share is of what the multipliers can do.",
     "One token of linear attention": "A step reads and writes the state, whatever came before; a copy is the limit.",
+    "Along the edges of a graph": "The rows of key and value that the edges name have to be read, and are scattered in "
+    "memory: the limit is the speed of reading them in that order, some edges ahead.",
     "Sentences a second through MiniLM": "A whole encoder: as in the layer above, the matrix products around "
     "attention decide.",
     "Another instruction set, float32": "The same machine without AVX-512, against what AVX2 can do on it.",
@@ -83,6 +86,7 @@ def markdown(everything, with_goals=False):
         *_rotary(records_of(records, "libraries", kind="rotary")),
         *_linear(records_of(records, "libraries", kind="linear")),
         *_linear_steps(records_of(records, "libraries", kind="linearstep")),
+        *_graph(records_of(records, "libraries", kind="graph")),
         *_minilm(records_of(records, "libraries", kind="minilm")),
         *left_out(everything["missing"]),
         _other_isa(records_of(records, "isa", kind="attention")),
@@ -307,6 +311,22 @@ def _linear_steps(records):
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
         yield Table(f"One token of linear attention, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _graph(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen, GRAPH_PEERS)
+        heads = [GRAPH_SHAPE, "fastattn", "into `out=`", "ns an edge", "of reading the rows", "goal", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            samples, (share, goal) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn out=")]
+            numbers.append(_nanoseconds(measure.median(samples, "fastattn out="), record["work"]))
+            others = [_beside(samples, name) for name in names]
+            label = record["label"]
+            rows.append([label, *numbers, _percent(share), _percent(goal), *others, _outcome(goals.missed(record))])
+        yield Table(f"Along the edges of a graph, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _minilm(records):

@@ -5,10 +5,10 @@ The layers, from the top; each imports only what is below it:
     plot                            pictures of weights (needs matplotlib; not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
-    attention, linear, softmax, positions, config     the public functions; a docstring is the specification
+    attention, linear, graph, softmax, positions, config     the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
-    _attention, _linear, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
+    _attention, _linear, _graph, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork
@@ -42,6 +42,7 @@ from fastattn.softmax import entmax15, log_softmax, logsumexp, softmax, sparsema
 
 if _typing.TYPE_CHECKING:
     from fastattn.cache import KVCache
+    from fastattn.graph import graph_attention
     from fastattn.linear import linear_attention
     from fastattn.multihead import MultiHeadAttention, self_attention
     from fastattn.streaming import StreamingAttention
@@ -60,6 +61,7 @@ __all__ = [
     "dot_product_attention",
     "entmax15",
     "get_num_threads",
+    "graph_attention",
     "linear_attention",
     "log_softmax",
     "logsumexp",
@@ -81,6 +83,7 @@ _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
+    "graph_attention": "graph",
     "linear_attention": "linear",
     "self_attention": "multihead",
 }

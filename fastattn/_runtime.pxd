@@ -77,6 +77,22 @@ cdef extern from "kernels/contract.h" nogil:
         FA_SINKS
         FA_OPERANDS
 
+    enum:
+        FA_EDGE_KEY
+        FA_EDGE_VALUE
+        FA_UNIT_WEIGHTS
+        FA_GRAPH_OPERANDS
+
+    ctypedef struct fa_graph:
+        fa_view view[<int> FA_GRAPH_OPERANDS]
+        const char *indptr
+        const char *indices
+        Py_ssize_t indptr_step, index_step
+        int indptr_size, index_size
+        int64_t edges, heads, head_dim, value_dim
+        fa_score score
+        double slope, scale, softcap
+
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
         fa_score score
@@ -149,6 +165,8 @@ cdef extern from "kernels/contract.h" nogil:
         void (*linear_rows)(const fa_linear *, const fa_linear_head *, int64_t, int64_t, int64_t,
                             void *) noexcept nogil
         void (*linear_close)(const fa_linear *, const fa_linear_head *, void *) noexcept nogil
+        size_t (*edges_workspace)(const fa_graph *graph) noexcept nogil
+        void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace) noexcept nogil
 
     ctypedef struct fa_instruction_set:
         const char *name

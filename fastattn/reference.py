@@ -29,6 +29,7 @@ __all__ = [
     "dot_product_attention",
     "entmax15",
     "linear_attention",
+    "graph_attention",
     "log_softmax",
     "logsumexp",
     "merge_attention",
@@ -1004,6 +1005,114 @@ def linear_recurrence(query, key, value, state, offset, log_decay, beta, *, scal
         for i in np.flatnonzero(position >= len(key)):
             out[i] = read(i)
     return out, np.concatenate([memory, normaliser], axis=1)
+
+
+def edge_scores(query, keys, *, w_score=None, negative_slope=0.2, scale=None):
+    """Scores of one query ``(..., D)`` and the keys that its edges lead to ``(..., n, D)``: ``(..., n)``.
+
+    Without `w_score` scaled dot products (TransformerConv, Shi et al. 2021). With it ``w_score . leaky_relu(query +
+    key)`` (GATv2, Brody, Alon and Yahav 2022); with one channel, each side projected to a number before, that is GAT's
+    score (Velickovic et al. 2018).
+    """
+    if w_score is None:
+        if scale is None:
+            scale = 1 / np.sqrt(max(query.shape[-1], 1))
+        return np.sum(query[..., None, :] * float(scale) * keys, axis=-1)
+    hidden = query[..., None, :] + keys
+    hidden = np.maximum(hidden, 0) + float(negative_slope) * np.minimum(hidden, 0)
+    w_score = np.asarray(w_score, dtype=np.float64) * (1.0 if scale is None else float(scale))
+    return np.sum(w_score[..., None, :] * hidden, axis=-1)
+
+
+def graph_attention(
+    query,
+    key,
+    value,
+    graph,
+    *,
+    w_score=None,
+    negative_slope=0.2,
+    edge_bias=None,
+    edge_key=None,
+    edge_value=None,
+    scale=None,
+    softcap=None,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Attention in which query i sees the keys that row i of a sparse matrix names.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., L, D)
+    key : array_like, shape (..., S, D)
+    value : array_like, shape (..., S, E)
+        The leading axes are batch axes and broadcast.
+    graph : a SciPy CSR array or matrix of shape (L, S), or the pair (indptr, indices)
+        Edges t from ``indptr[i]`` to ``indptr[i + 1]`` lead from query i to the keys ``indices[t]``.
+    w_score : array_like, shape (D,) or (..., D) over the batch axes, optional
+        Weights of the hidden units of GATv2's score, in place of dot products.
+    negative_slope : float, default: 0.2
+        Of the leaky ReLU in that score.
+    edge_bias : array_like of float, optional
+        Broadcasts to ``(..., nnz)``; added to the score of the edge. ``-inf`` hides it.
+    edge_key, edge_value : array_like, optional
+        Broadcast to ``(..., nnz, D)`` and ``(..., nnz, E)``; added to the key and the value at the end of the edge.
+    scale : float, optional
+        Default ``1 / sqrt(D)``, or 1 with `w_score`.
+    softcap : float, optional
+        ``softcap * tanh(score / softcap)``, before the bias is added.
+    return_weights, return_lse : bool, default: False
+        Return the weights ``(..., nnz)`` in the order of ``indices``, and the log-sum-exp ``(..., L)``, too.
+    out : ndarray, optional
+        Receives the output and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (..., L, E), or a tuple (out[, weights][, lse])
+    """
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    indptr, indices = graph if isinstance(graph, (tuple, list)) else (graph.indptr, graph.indices)
+    indptr, indices = np.asarray(indptr), np.asarray(indices, dtype=np.int64)[: indptr[-1]]
+    batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    num_queries = query.shape[-2]
+
+    def of_edges(x, *trailing):
+        """What was given for the edges, for all of the batch."""
+        return np.broadcast_to(np.asarray(x, dtype=np.float64), (*batch_shape, len(indices), *trailing))
+
+    edge_bias = of_edges(0.0 if edge_bias is None else edge_bias)
+    edge_key = of_edges(0.0 if edge_key is None else edge_key, key.shape[-1])
+    edge_value = of_edges(0.0 if edge_value is None else edge_value, value.shape[-1])
+    result = np.zeros((*batch_shape, num_queries, value.shape[-1]))
+    all_weights = np.zeros((*batch_shape, len(indices)))
+    all_lse = np.full((*batch_shape, num_queries), -np.inf)
+    with np.errstate(all="ignore"):
+        for i in range(num_queries):
+            row = slice(indptr[i], indptr[i + 1])
+            keys = key[..., indices[row], :] + edge_key[..., row, :]
+            values = value[..., indices[row], :] + edge_value[..., row, :]
+            scores = edge_scores(query[..., i, :], keys, w_score=w_score, negative_slope=negative_slope, scale=scale)
+            if softcap is not None:
+                scores = float(softcap) * np.tanh(scores / float(softcap))
+            visible = edge_bias[..., row] != -np.inf
+            scores = np.where(visible, scores + edge_bias[..., row], -np.inf)
+            scores = np.where(scores == np.inf, np.nan, scores)
+            weights, lse = normalise(scores, visible)
+            weights = np.where(scores == -np.inf, 0.0, weights)  # also in a row of NaN
+            means = add_up(weights[..., None, :], visible[..., None, :], values, True)[..., 0, :]
+            result[..., i, :] = np.where(lse == -np.inf, 0.0, means)
+            all_weights[..., row] = weights
+            all_lse[..., i] = lse[..., 0]
+    result = _into(out, result)
+    extras = [all_weights] if return_weights else []
+    if return_lse:
+        extras.append(all_lse)
+    return (result, *extras) if extras else result
 
 
 def rotation_angles(length, dim, base, offset):

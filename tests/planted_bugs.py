@@ -139,6 +139,20 @@ BUGS = (
         "test_sparse.py -k weight_zero",
     ),
     Bug(
+        "a hidden edge's value comes through",
+        "edges.inc.h",
+        "if (run->hidden[h] >> e & 1)",
+        "if (0)",
+        "test_graph.py -k seen",
+    ),
+    Bug(
+        "the weights of a long row's earlier edges do not shrink",
+        "edges.inc.h",
+        "spread_over(run, keep, v)",
+        "v_fill(1)",
+        "test_graph.py -k lengths",
+    ),
+    Bug(
         "grouped heads lie where queries do",
         "contract.h",
         "i % head->heads * matrix->head",

@@ -40,6 +40,7 @@ CALLS = {
     "additive_attention": good_call(w_score=ones(4), w_query=ones(8, 4), w_key=ones(8, 4), b_hidden=ones(4)),
     "bilinear_attention": good_call(w_query=ones(8, 4), w_key=ones(8, 4), b_query=ones(4), b_key=ones(4)),
     "linear_attention": good_call(),
+    "graph_attention": good_call(graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8)),
     "self_attention": {"x": arrays()[0], "w_query": ones(8, 4), "w_key": ones(8, 4), "w_value": ones(8, 6)},
 }
 TOKENS = ("query", "key", "value", "x")
@@ -187,7 +188,7 @@ def test_the_message_shows_what_came(function):
         ("window_size", ValueError, "-17", (-17, 0)),
         ("key_lengths", ValueError, "9", 9),
         ("chunk_size", ValueError, "-5", -5),
-        ("return_weights", ValueError, "bands", "bands"),
+        ("return_weights", ERRORS, "bands", "bands"),
     ):
         if name in parameters:
             refuse(error, message, function=function, **{name: bad})
@@ -462,6 +463,7 @@ def test_out_overlaps_an_array(function, name):
     """Here `out` and all matrices are (8, 8); a vector is part of one. The message names the array."""
     call = {n: ones(*(8,) * min(x.ndim, 2)) if n in array_names(function) else x for n, x in CALLS[function].items()}
     call |= {n: [0, 8] for n in call if n.startswith("cu_seqlens")}
+    call |= {n: (np.arange(9), np.arange(8)) for n in call if n == "graph"}
     buffer = ones(72)
     part = buffer[56:64] if name in call and call[name].ndim == 1 else buffer[8:].reshape(8, 8)
     for out in (buffer[:64].reshape(8, 8), buffer[:64].reshape(8, 8).T):

@@ -30,6 +30,7 @@ PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
 # Libraries that write out additive attention.
 COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
 TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
+GRAPH_PEERS = ("NumPy", "SciPy", "PyTorch, sparse", "PyTorch Geometric")
 ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
 # Errors allowed before a library is timed, for values near 1: several times those of real float32 and float64, and far
 # below those of hidden bfloat16 arithmetic.
@@ -112,6 +113,8 @@ def expected_answer(case):
         return baselines.expected_linear_attention(*case.inputs())
     if case.kind == "linearstep":
         return baselines.linear_step(*(array.astype(np.float64) for array in case.inputs()), case.decay)
+    if case.kind == "graph":
+        return baselines.expected_graph_attention(*case.inputs(), case.structure, case.rows(), case.w_score())
     if case.kind == "minilm":
         return encoder.expected(case)
     if case.kind == "sparse":

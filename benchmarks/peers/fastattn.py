@@ -99,6 +99,18 @@ def additive(case, threads):
     yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
 
 
+def graph(case, threads):
+    yield Variant(
+        "", functools.partial(fastattn.graph_attention, *case.inputs(), case.structure, w_score=case.w_score())
+    )
+
+
+def graph_out(case, threads):
+    out = np.empty((case.nodes, case.heads, case.channels), case.dtype).swapaxes(0, 1)
+    attend = functools.partial(fastattn.graph_attention, w_score=case.w_score(), out=out)
+    yield Variant("", functools.partial(attend, *case.inputs(), case.structure))
+
+
 def softmax(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, *case.inputs(), axis=case.axis))
 
@@ -133,8 +145,9 @@ LIBRARIES = {
             "linear": linear,
             "linearstep": linear_step,
             "minilm": minilm,
+            "graph": graph,
         },
     ),
-    "fastattn out=": ("fastattn", {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out}),
+    "fastattn out=": ("fastattn", {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out, "graph": graph_out}),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
 }

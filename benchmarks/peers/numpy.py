@@ -2,6 +2,8 @@
 
 import functools
 
+import numpy as np
+
 import encoder
 from suite import baselines
 
@@ -84,6 +86,28 @@ def sparse(case, threads):
     yield Variant("", functools.partial(baselines.sparse, *case.inputs(), case.function, case.axis))
 
 
+def graph(case, threads):
+    call = functools.partial(baselines.graph_attention, *case.inputs(), case.structure, case.rows())
+    yield Variant("", functools.partial(call, w_score=case.w_score()))
+
+
+def scipy_graph(case, threads):
+    """Three passes: scores, softmax, and a sparse matrix of weights times the values of each head."""
+    from scipy import sparse
+
+    query, key, value = case.inputs()
+    graph, rows, w_score = case.structure, case.rows(), case.w_score()
+    heads = [np.ascontiguousarray(head) for head in value]
+
+    def call():
+        weights = baselines.edge_weights(query, key, graph, rows, w_score)
+        indptr, indices = graph
+        shape = (case.nodes, case.nodes)
+        return [sparse.csr_array((w, indices, indptr), shape) @ v for w, v in zip(weights, heads, strict=True)]
+
+    yield Variant("", call)
+
+
 def scipy_softmax(case, threads):
     from scipy.special import softmax
 
@@ -104,10 +128,11 @@ LIBRARIES = {
             "linear": linear,
             "linearstep": linear_step,
             "minilm": minilm,
+            "graph": graph,
         },
     ),
     "NumPy, textbook": ("numpy", {"additive": textbook_additive}),
     "NumPy, best": ("numpy", {"additive": best_additive}),
     "NumPy, best band": ("numpy", {"truncated": truncated}),
-    "SciPy": ("scipy", {"softmax": scipy_softmax}),
+    "SciPy": ("scipy", {"softmax": scipy_softmax, "graph": scipy_graph}),
 }

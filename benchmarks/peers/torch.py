@@ -3,6 +3,8 @@
 import contextlib
 import functools
 
+import numpy as np
+
 import encoder
 from suite import baselines
 
@@ -294,6 +296,55 @@ def compiled_exp_additive(case, threads):
     return _additive(case, threads, ways, is_compiled=True)
 
 
+def sparse_graph(case, threads):
+    """Scores of the stored entries, a softmax over segments, and a sparse product; a head at a time."""
+    torch = _torch(threads)
+    query, key, value = map(torch.from_numpy, case.inputs())
+    indptr, indices = (torch.from_numpy(x.astype(np.int64)) for x in case.structure)
+    rows, lengths, shape = torch.from_numpy(case.rows()), indptr.diff(), (case.nodes, case.nodes)
+    empty = torch.sparse_csr_tensor(indptr, indices, torch.zeros(len(indices), dtype=query.dtype), shape)
+    heads = [[x.contiguous() for x in array] for array in (query, key, value)]
+
+    def attend(q, k, v):
+        if case.score == "dot":
+            scores = torch.sparse.sampled_addmm(empty, q, k.T, beta=0.0, alpha=case.channels**-0.5).values()
+        else:
+            scores = torch.nn.functional.leaky_relu(q[rows, 0] + k[indices, 0], 0.2)
+        most = torch.segment_reduce(scores, "max", lengths=lengths, initial=-torch.inf)
+        weights = torch.exp(scores - most[rows])
+        weights /= torch.segment_reduce(weights, "sum", lengths=lengths)[rows]
+        return torch.sparse_csr_tensor(indptr, indices, weights, shape) @ v
+
+    yield Variant("", lambda: torch.stack([attend(*head) for head in zip(*heads, strict=True)]))
+
+
+def geometric_graph(case, threads):
+    """PyTorch Geometric's propagate, as its TransformerConv and GATConv call it, without their linear layers."""
+    torch = _torch(threads)
+    from torch_geometric.nn import MessagePassing
+    from torch_geometric.utils import softmax
+
+    query, key, value = (torch.from_numpy(x.swapaxes(0, 1)) for x in case.inputs())
+    edges = torch.from_numpy(np.stack([case.structure[1], case.rows()]).astype(np.int64))
+
+    class Dots(MessagePassing):
+        def message(self, query_i, key_j, value_j, index, ptr, size_i):
+            scores = (query_i * key_j).sum(dim=-1) / case.channels**0.5
+            return value_j * softmax(scores, index, ptr, size_i).unsqueeze(-1)
+
+    class Gat(MessagePassing):
+        def message(self, query_i, key_j, value_j, index, ptr, size_i):
+            scores = torch.nn.functional.leaky_relu(query_i + key_j, 0.2).squeeze(-1)
+            return value_j * softmax(scores, index, ptr, size_i).unsqueeze(-1)
+
+    layer = (Dots if case.score == "dot" else Gat)(node_dim=0)
+    yield Variant(
+        "",
+        lambda: layer.propagate(edges, query=query, key=key, value=value, size=(case.nodes, case.nodes)),
+        lambda output: np.asarray(output).swapaxes(0, 1),
+    )
+
+
 def softmax(case, threads):
     x = _torch(threads).from_numpy(case.inputs()[0])
     yield Variant("", lambda: x.softmax(case.axis))
@@ -319,5 +370,7 @@ LIBRARIES = {
     "PyTorch, flex": ("torch", {"truncated": flex_truncated}),
     "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
     "PyTorch compiled": ("torch", {"additive": compiled_additive}),
+    "PyTorch, sparse": ("torch", {"graph": sparse_graph}),
+    "PyTorch Geometric": ("torch_geometric", {"graph": geometric_graph}),
     "PyTorch compiled, exp": ("torch", {"additive": compiled_exp_additive}),
 }

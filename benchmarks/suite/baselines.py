@@ -183,6 +183,46 @@ def grouped_attention_keys_first(query, key, value):
     return _add_up(scores, value).reshape(*query.shape[:-1], value.shape[-1])
 
 
+def edge_weights(query, key, graph, rows, w_score=None):
+    """Softmax over the edges of each row, (heads, edges): dot products, or GAT's scores of one number a node.
+
+    rows: of each edge. Everything is written down for each edge, the channels of query and key too.
+    """
+    indptr, indices = graph
+    if w_score is None:
+        scores = np.einsum("hec,hec->he", query[:, rows], key[:, indices])
+        scores *= query.shape[-1] ** -0.5
+    else:
+        scores = query[:, rows, 0] + key[:, indices, 0]
+        np.maximum(scores, 0.2 * scores, out=scores)
+        scores *= w_score[0]
+    begins = indptr[:-1][np.diff(indptr) > 0]
+    filled = rows[begins]  # rows with edges
+    most = np.zeros((len(scores), len(indptr) - 1), scores.dtype)
+    most[:, filled] = np.maximum.reduceat(scores, begins, axis=1)
+    scores -= most[:, rows]
+    np.exp(scores, out=scores)
+    most[:, filled] = np.add.reduceat(scores, begins, axis=1)
+    scores /= most[:, rows]
+    return scores
+
+
+def graph_attention(query, key, value, graph, rows, w_score=None):
+    """A head at a time: weighted values of all edges, and their sums by rows."""
+    indptr, indices = graph
+    begins = indptr[:-1][np.diff(indptr) > 0]
+    output = np.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+    for q, k, v, out in zip(query, key, value, output, strict=True):
+        weights = edge_weights(q[None], k[None], graph, rows, w_score)[0]
+        out[rows[begins]] = np.add.reduceat(weights[:, None] * v[indices], begins, axis=0)
+    return output
+
+
+def expected_graph_attention(query, key, value, graph, rows, w_score=None):
+    """The same in float64."""
+    return graph_attention(*(x.astype(np.float64) for x in (query, key, value)), graph, rows, w_score)
+
+
 def bilinear_attention(query, key, value, w_query, w_key):
     """Dot products of projected queries and keys, at scale 1."""
     return dot_product_attention(query @ w_query, key @ w_key, value, scale=1.0)

@@ -391,6 +391,92 @@ class LinearStep(Case):
         return *_linear_inputs(shape, self.dtype, False)[:3], state
 
 
+@dataclass(frozen=True)
+class Graph(Case):
+    """Attention along the edges of a graph of a known shape; dot products, or GAT's scores, which are a number a node.
+
+    Nodes lie in memory as (nodes, heads, channels).
+    """
+
+    graph: str  # of GRAPHS
+    nodes: int
+    edges: int  # at most: a mesh has those that its degree allows
+    heads: int
+    channels: int
+    score: str = "dot"
+    dtype: str = "float32"
+    kind = "graph"
+    fields = ("nodes", "edges", "heads", "channels")
+
+    @property
+    def name(self):
+        return "-".join([self.kind, self.graph, self.score, *self._dtype_word])
+
+    @property
+    def label_words(self):
+        return self.graph, self.score, *self._dtype_word
+
+    @property
+    def structure(self):
+        """indptr and indices."""
+        return GRAPHS[self.graph](self.nodes, self.edges)
+
+    def inputs(self):
+        """query, key and value, (heads, nodes, channels): views of memory where the heads of a node lie together."""
+        width = 1 if self.score == "gat" else self.channels
+        arrays = _node_inputs(self.nodes, self.heads, width, self.channels, self.dtype)
+        return tuple(array.swapaxes(0, 1) for array in arrays)
+
+    def rows(self):
+        """The row of each edge."""
+        indptr = self.structure[0]
+        return np.repeat(np.arange(self.nodes), np.diff(indptr))
+
+    def w_score(self):
+        """What turns dot products into GAT's score, if anything."""
+        return np.ones(1, self.dtype) if self.score == "gat" else None
+
+    @property
+    def nbytes(self):
+        """Of the rows of keys and values that the edges name."""
+        row = sum(array.shape[-1] for array in self.inputs()[1:]) * self.heads
+        return len(self.structure[1]) * row * np.dtype(self.dtype).itemsize
+
+
+@functools.cache
+def power_law_graph(nodes, edges):
+    """Few nodes have many edges, as in a citation graph: the share of the node of rank r falls as (r + 10)^-0.7. Their
+    other ends are anywhere."""
+    generator = np.random.default_rng(7)
+    shares = (np.arange(nodes) + 10.0) ** -0.7
+    rows = generator.choice(nodes, edges, p=shares / shares.sum())
+    counts = np.bincount(generator.permutation(nodes)[rows], minlength=nodes)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return indptr, generator.integers(0, nodes, edges, dtype=np.int32)
+
+
+@functools.cache
+def mesh_graph(nodes, edges):
+    """A sheet in rows of 200 nodes: each has its nearest neighbours, and all as many."""
+    width, degree = 200, edges // nodes
+    steps = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4)), axis=-1).reshape(-1, 2)
+    steps = steps[np.argsort((steps**2).sum(-1), kind="stable")][1 : degree + 1]
+    places = np.stack(np.divmod(np.arange(nodes), width), axis=-1)
+    others = np.clip(places[:, None] + steps, 0, [nodes // width - 1, width - 1])
+    indices = np.sort(others[..., 0] * width + others[..., 1], axis=1).astype(np.int32)
+    return np.arange(nodes + 1, dtype=np.int32) * degree, indices.reshape(-1)
+
+
+@functools.cache
+def even_graph(nodes, edges):
+    """Every node has as many edges, which lead anywhere."""
+    indices = np.random.default_rng(7).integers(0, nodes, edges, dtype=np.int32)
+    return np.arange(nodes + 1, dtype=np.int32) * (edges // nodes), indices
+
+
+GRAPHS = {"arxiv": power_law_graph, "mesh": mesh_graph, "wide": even_graph, "cora": power_law_graph}
+
+
 # Made once per case and read by every library, so that no benchmark times the random numbers. Few are kept: the largest
 # is 134 MB.
 @functools.lru_cache(maxsize=2)
@@ -415,6 +501,13 @@ def _additive_inputs(shape, dtype, is_projected):
     w_score = normal(hidden, size=hidden**-0.5)
     matrices = [normal(HEAD_DIM, hidden, size=HEAD_DIM**-0.5) for _ in range(2)] if is_projected else []
     return query, key, value, w_score, *matrices
+
+
+@functools.lru_cache(maxsize=2)
+def _node_inputs(nodes, heads, width, channels, dtype):
+    generator = np.random.default_rng(7)
+    shapes = ((nodes, heads, last) for last in (width, width, channels))
+    return tuple(generator.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
 
 
 @functools.lru_cache(maxsize=2)
@@ -508,6 +601,16 @@ ADDITIVE = (
     *(Additive(*shape) for shape in ADDITIVE_SHAPES),
     Additive(1, 8, 512, 512, 64, is_projected=True),
     Additive(1, 8, 512, 512, 64, "float64"),
+)
+
+# A quarter of ogbn-arxiv, a mesh, a dense graph, and Cora.
+GRAPH = (
+    Graph("arxiv", 42_000, 290_000, 4, 32),
+    Graph("arxiv", 42_000, 290_000, 8, 16, "gat"),
+    Graph("mesh", 20_000, 320_000, 1, 64),
+    Graph("wide", 4_000, 400_000, 4, 32),
+    Graph("cora", 2_708, 10_556, 8, 8),
+    Graph("cora", 2_708, 10_556, 8, 8, "gat"),
 )
 
 BILINEAR_SHAPES = ((1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64))

@@ -19,11 +19,13 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define TOKENS 3
 
 #define HAS_LOAD_SOME
+#define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
 #define HAS_MAX
 #define HAS_MIN
 #define HAS_TRUE_BITS
+#define HAS_TAKE_LANES
 #define HAS_FLOOR
 
 #if BITS == 32
@@ -32,19 +34,31 @@ static ALWAYS_INLINE __m256 v_load_some(const void *p, int n)
 {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
 }
+static ALWAYS_INLINE __m256 v_load_fours(const float *p)
+{
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4), 1);
+}
 static ALWAYS_INLINE __m256 v_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 static ALWAYS_INLINE __m256 v_max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static ALWAYS_INLINE __m256 v_min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 static ALWAYS_INLINE unsigned v_true_bits(__m256i where) { return (unsigned)_mm256_movemask_ps((__m256)where); }
+static ALWAYS_INLINE __m256 v_take_lanes(__m256 v, __m256 from) { return _mm256_permutevar8x32_ps(v, (__m256i)from); }
 static ALWAYS_INLINE __m256 v_floor(__m256 x) { return _mm256_floor_ps(x); }
 #else
 static ALWAYS_INLINE __m256d v_load_some(const void *p, int n)
 {
     return _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
 }
+static ALWAYS_INLINE __m256d v_load_fours(const double *p) { return _mm256_loadu_pd(p); }
 static ALWAYS_INLINE __m256d v_fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 static ALWAYS_INLINE __m256d v_max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
 static ALWAYS_INLINE __m256d v_min(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
 static ALWAYS_INLINE unsigned v_true_bits(__m256i where) { return (unsigned)_mm256_movemask_pd((__m256d)where); }
+static ALWAYS_INLINE __m256d v_take_lanes(__m256d v, __m256d from)
+{
+    const __m256i low = _mm256_slli_epi64((__m256i)from, 1); /* of the halves 2 n and 2 n + 1 */
+    const __m256i high = _mm256_slli_epi64(_mm256_add_epi64(low, _mm256_set1_epi64x(1)), 32);
+    return (__m256d)_mm256_permutevar8x32_ps((__m256)v, _mm256_or_si256(low, high));
+}
 static ALWAYS_INLINE __m256d v_floor(__m256d x) { return _mm256_floor_pd(x); }
 #endif

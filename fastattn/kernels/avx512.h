@@ -20,6 +20,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define TOKENS 3
 
 #define HAS_LOAD_SOME
+#define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
 #define HAS_MAX
@@ -27,6 +28,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define HAS_PICK_BITS
 #define HAS_TRUE_BITS
 #define HAS_ABOVE_BITS
+#define HAS_TAKE_LANES
 #define HAS_FLOOR
 #define HAS_FRACTION   /* one instruction: x - floor(x); 0 for infinities */
 #define HAS_SCALE_DOWN /* one instruction, which floors x itself */
@@ -51,6 +53,12 @@ static ALWAYS_INLINE __m512 v_load_some(const void *p, int n)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
 }
+static ALWAYS_INLINE __m512 v_load_fours(const float *p)
+{
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4), 1);
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 8)), _mm_loadu_ps(p + 12), 1);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
 static ALWAYS_INLINE __m512 v_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 static ALWAYS_INLINE __m512 v_max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static ALWAYS_INLINE __m512 v_min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
@@ -60,6 +68,7 @@ static ALWAYS_INLINE __m512 v_pick_bits(unsigned m, __m512 a, __m512 b)
 }
 static ALWAYS_INLINE unsigned v_true_bits(__m512i where) { return _mm512_movepi32_mask(where); }
 static ALWAYS_INLINE unsigned v_above_bits(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+static ALWAYS_INLINE __m512 v_take_lanes(__m512 v, __m512 from) { return _mm512_permutexvar_ps((__m512i)from, v); }
 static ALWAYS_INLINE __m512 v_floor(__m512 x) { return _mm512_roundscale_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_fraction(__m512 x) { return _mm512_reduce_ps(x, 9); }
 static ALWAYS_INLINE __m512 v_scale_down(__m512 p, __m512 x) { return _mm512_scalef_ps(p, x); }
@@ -112,6 +121,10 @@ static ALWAYS_INLINE __m512d v_load_some(const void *p, int n)
 {
     return _mm512_maskz_loadu_pd((__mmask8)((1 << n) - 1), p);
 }
+static ALWAYS_INLINE __m512d v_load_fours(const double *p)
+{
+    return _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(p)), _mm256_loadu_pd(p + 4), 1);
+}
 static ALWAYS_INLINE __m512d v_fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 static ALWAYS_INLINE __m512d v_max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 static ALWAYS_INLINE __m512d v_min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
@@ -121,6 +134,7 @@ static ALWAYS_INLINE __m512d v_pick_bits(unsigned m, __m512d a, __m512d b)
 }
 static ALWAYS_INLINE unsigned v_true_bits(__m512i where) { return _mm512_movepi64_mask(where); }
 static ALWAYS_INLINE unsigned v_above_bits(__m512d a, __m512d b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
+static ALWAYS_INLINE __m512d v_take_lanes(__m512d v, __m512d from) { return _mm512_permutexvar_pd((__m512i)from, v); }
 static ALWAYS_INLINE __m512d v_floor(__m512d x) { return _mm512_roundscale_pd(x, 9); }
 static ALWAYS_INLINE __m512d v_fraction(__m512d x) { return _mm512_reduce_pd(x, 9); }
 static ALWAYS_INLINE __m512d v_scale_down(__m512d p, __m512d x) { return _mm512_scalef_pd(p, x); }

@@ -111,6 +111,30 @@ typedef struct {
     int64_t heads; /* query heads interleaved as rows, sharing these keys: row i is query i / heads of head i % heads */
 } fa_head;
 
+/* Attention along the edges of a graph. Its matrices besides FA_QUERY, FA_KEY, FA_VALUE and FA_OUT, which have a row a
+ * node; FA_LSE the same. Those of edges have a row an edge: FA_BIAS and FA_WEIGHTS (edges, 1), and these: */
+enum {
+    FA_EDGE_KEY = FA_OPERANDS, /* (edges, head_dim), optional */
+    FA_EDGE_VALUE,             /* (edges, value_dim), optional */
+    FA_UNIT_WEIGHTS,           /* (1, head_dim) of the hidden units, for FA_ADDITIVE; accumulation dtype */
+    FA_GRAPH_OPERANDS
+};
+
+/* A sparse matrix in rows (CSR) and what lies at its nodes and edges. Row i is a query; it sees the keys indices[t], t
+ * from indptr[i] to indptr[i + 1]. All indices are in range: that is the driver's affair. */
+typedef struct {
+    fa_view view[FA_GRAPH_OPERANDS]; /* of head 0; `head` leads to the next */
+    const char *indptr, *indices;    /* 4 or 8 bytes each, so many from one to the next: */
+    ptrdiff_t indptr_step, index_step;
+    int indptr_size, index_size;
+    int64_t edges;
+    int64_t heads; /* that are taken together */
+    int64_t head_dim, value_dim;
+    fa_score score;      /* FA_ADDITIVE: of leaky_relu(query + key + edge key), with this slope below 0 */
+    double slope, scale; /* scale: of FA_DOT; that of FA_ADDITIVE is in its weights */
+    double softcap;      /* 0: none */
+} fa_graph;
+
 /* The matrices of linear attention. */
 enum {
     FA_LINEAR_QUERY,     /* (queries, features) before the map; a fa_view's `head` leads to the next head */
@@ -198,6 +222,9 @@ typedef struct {
     void (*linear_rows)(const fa_linear *problem, const fa_linear_head *head, int64_t query_head, int64_t begin,
                         int64_t end, void *workspace);
     void (*linear_close)(const fa_linear *problem, const fa_linear_head *head, void *workspace);
+    /* The rows [begin, end) of a graph. */
+    size_t (*edges_workspace)(const fa_graph *graph);
+    void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace);
 } fa_kernels;
 
 typedef struct {

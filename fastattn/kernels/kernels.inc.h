@@ -99,6 +99,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "linear.inc.h"
 
+#include "edges.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -132,4 +134,6 @@ const fa_kernels FA_TABLE = {
     .linear_keys = linear_keys,
     .linear_rows = linear_rows,
     .linear_close = linear_close,
+    .edges_workspace = edges_workspace,
+    .edges = edges,
 };

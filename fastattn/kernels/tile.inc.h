@@ -72,10 +72,8 @@ static ALWAYS_INLINE int term_end(int hi) { return (hi + STEPS - 1) / STEPS * ST
 
 /* A scale that is out of range of the dtype, or might carry a query out of range, is split for each row into factors
  * before and after the product (pack_wide_queries). */
-static ALWAYS_INLINE int scale_after_product(const fa_problem *problem)
-{
-    return problem->scale != 0 && (fabs(problem->scale) > 1e3 || fabs(problem->scale) < 1e-6);
-}
+static ALWAYS_INLINE int scale_is_wide(double scale) { return scale != 0 && (fabs(scale) > 1e3 || fabs(scale) < 1e-6); }
+static ALWAYS_INLINE int scale_after_product(const fa_problem *problem) { return scale_is_wide(problem->scale); }
 
 /* Weights that are exactly 0 but for the largest scores. */
 static ALWAYS_INLINE int is_sparse(const fa_problem *problem)

@@ -26,6 +26,10 @@ typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 static ALWAYS_INLINE vec v_load(const void *p) { return *(const uvec *)p; }
 static ALWAYS_INLINE void v_store(void *p, vec v) { *(uvec *)p = v; }
 static ALWAYS_INLINE vec v_fill(real x) { return x - (vec){0}; }
+/* A vector that was just stored four numbers at a time: a load of all of them would wait until they reach the cache. */
+#ifndef HAS_LOAD_FOURS
+static ALWAYS_INLINE vec v_load_fours(const real *p) { return v_load(p); }
+#endif
 /* n < LANES numbers, then zeros; bytes after them are not read. */
 #ifndef HAS_LOAD_SOME
 static ALWAYS_INLINE vec v_load_some(const void *p, int n)
@@ -103,6 +107,18 @@ static ALWAYS_INLINE unsigned v_true_bits(ivec where)
 /* Bit i set where lane i of a is greater than that of b, or either is NaN. */
 #ifndef HAS_ABOVE_BITS
 static ALWAYS_INLINE unsigned v_above_bits(vec a, vec b) { return v_true_bits(~(a <= b)); }
+#endif
+
+/* Lane i is that lane of v whose number is in the bits of lane i of `from`. */
+#ifndef HAS_TAKE_LANES
+static ALWAYS_INLINE vec v_take_lanes(vec v, vec from)
+{
+    const ivec number = (ivec)from;
+    vec taken;
+    for (int i = 0; i < LANES; i++)
+        taken[i] = v[number[i]];
+    return taken;
+}
 #endif
 
 static ALWAYS_INLINE vec v_abs(vec x) { return (vec)((ivec)x & ~((ivec)(-(vec){0}))); }
