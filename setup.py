@@ -142,6 +142,7 @@ setup(
             extension("_attention"),
             extension("_softmax"),
             extension("_merge"),
+            extension("_neighborhood"),
             extension("_positions"),
             extension("_graph"),
             extension("_linear"),

@@ -130,6 +130,7 @@ TABLES = (
     *cases.ROTARY,
     *cases.LINEAR,
     *cases.LINEAR_STEPS,
+    *cases.NEIGHBORHOOD,
     *cases.MINILM,
     *cases.GRAPH,
 )
@@ -311,7 +312,7 @@ def limit_of(case, plan):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "truncated", "multihead", "linear"):
+    if case.kind in ("attention", "truncated", "multihead", "linear", "neighborhood"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None

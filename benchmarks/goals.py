@@ -62,6 +62,14 @@ ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
+# Of the products of pixels that see each other: at the edges lanes see different ones, and some lanes are idle.
+NEIGHBORHOOD_SHARES = {"4x56x56x32-k7": 0.30, "4x28x28x32-k7": 0.25, "4x16x16x16x32-k3": 0.18}
+NEIGHBORHOOD_RATIOS = {
+    "4x56x56x32-k7": {"PyTorch, gather": 12.0, "PyTorch, masked": 25.0, "PyTorch, flex": 15.0},
+    "4x28x28x32-k7": {"PyTorch, gather": 10.0, "PyTorch, masked": 6.0, "PyTorch, flex": 8.0},
+    "4x16x16x16x32-k3": {"PyTorch, gather": 5.0, "PyTorch, masked": 20.0, "PyTorch, flex": 6.0},
+}
+
 # Causal linear attention: of the FMA peak in 4 D E operations a token, 6 D E by the delta rule; one step: of a copy of
 # the state. Ratios by head_dim.
 LINEAR_SHARES = {"linear": 0.55, "gated delta": 0.45}
@@ -106,6 +114,9 @@ def share(record):
         if record["threads"] == 1 and record["case"].endswith(ADDITIVE_CASE):
             goal = ADDITIVE_SHARE - (OTHER_KIND if record.get("isa") else 0)
         return measure.ratio(record["seconds"], "five instructions", "fastattn"), goal
+    if record["kind"] == "neighborhood":
+        goal = _of_neighborhood(record, NEIGHBORHOOD_SHARES)
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
     if record["threads"] == 1:
         shape = record["case"].partition("attention-")[2].removesuffix("-float64")
         goal = SHARES.get(shape)
@@ -175,6 +186,8 @@ def _ratios(record):
         return STEP_RATIOS
     if record["kind"] == "graph":
         return GRAPH_RATIOS[record["case"]] if record["threads"] == 1 else {}
+    if record["kind"] == "neighborhood":
+        return _of_neighborhood(record, NEIGHBORHOOD_RATIOS) or {}
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)
@@ -182,6 +195,10 @@ def _ratios(record):
 
 def _graph_share(record):
     return GRAPH_SHARES[record["case"].rpartition("-")[2]] if record["threads"] == 1 else None
+
+
+def _of_neighborhood(record, table):
+    return table.get(record["case"].partition("-")[2]) if record["threads"] == 1 else None
 
 
 def _window_share(record):

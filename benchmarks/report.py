@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import goals
 import measure
-from peers import ADDITIVE_PEERS, GRAPH_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
+from peers import ADDITIVE_PEERS, GRAPH_PEERS, NEIGHBORHOOD_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
 
 COLUMNS = ("NumPy", "SciPy", "entmax", *PEERS)
 SHAPE = "B, H, L, S, D"
@@ -87,6 +87,7 @@ def markdown(everything, with_goals=False):
         *_linear(records_of(records, "libraries", kind="linear")),
         *_linear_steps(records_of(records, "libraries", kind="linearstep")),
         *_graph(records_of(records, "libraries", kind="graph")),
+        *_neighborhood(records_of(records, "libraries", kind="neighborhood")),
         *_minilm(records_of(records, "libraries", kind="minilm")),
         *left_out(everything["missing"]),
         _other_isa(records_of(records, "isa", kind="attention")),
@@ -265,6 +266,20 @@ def _multihead(records):
 
 def _sparse(records):
     return _beside_a_copy(records, "shape", "Sparse weights")
+
+
+def _neighborhood(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen, NEIGHBORHOOD_PEERS)
+        rows = []
+        for record in chosen:
+            samples, (share, goal) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, "fastattn")), _percent(share), _percent(goal)]
+            others = [_beside(samples, name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        heads = ["H, space, D", "fastattn", "of FMA peak", "goal", *names, "outcome"]
+        yield Table(f"Attention in a neighbourhood, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _rotary(records):

@@ -5,10 +5,10 @@ The layers, from the top; each imports only what is below it:
     plot                            pictures of weights (needs matplotlib; not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
-    attention, linear, graph, softmax, positions, config     the public functions; a docstring is the specification
+    attention, linear, graph, neighborhood, softmax, positions, config     the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
-    _attention, _linear, _graph, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
+    _attention, _linear, _graph, _neighborhood, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork
@@ -45,6 +45,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.graph import graph_attention
     from fastattn.linear import linear_attention
     from fastattn.multihead import MultiHeadAttention, self_attention
+    from fastattn.neighborhood import neighborhood_attention
     from fastattn.streaming import StreamingAttention
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "merge_attention",
+    "neighborhood_attention",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
@@ -85,6 +87,7 @@ _LATER = {
     "StreamingAttention": "streaming",
     "graph_attention": "graph",
     "linear_attention": "linear",
+    "neighborhood_attention": "neighborhood",
     "self_attention": "multihead",
 }
 

@@ -61,6 +61,7 @@ cdef int read_integers(Problem p, int operand, object x, str name, tuple batch, 
                        int64_t *scalar) except -1
 cdef int lay_out(fa_layout *layout, int axes, cnp.ndarray a, int trailing) except -1
 cdef tuple batch_shape(fa_call *call)
+cdef int read_activation(fa_call *call, object activation, object sinks, bint return_lse) except -1
 cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
                        const Rules *r, object keys_before)
 cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*)

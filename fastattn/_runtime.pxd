@@ -133,8 +133,36 @@ cdef extern from "kernels/contract.h" nogil:
         const int64_t *offset
         const int64_t *rows
 
+    enum:
+        FA_SPACE
+        FA_ALONG_Z
+        FA_ALONG_X
+        FA_ALONG_Y
+
+    ctypedef struct fa_reach:
+        int64_t kernel, dilation, stride
+        int causal, clamp
+
+    ctypedef struct fa_neighborhood:
+        int64_t head_dim, value_dim
+        double scale, softcap
+        fa_activation activation
+        fa_reach reach[FA_SPACE]
+        Py_ssize_t weights_step[FA_SPACE]
+
+    ctypedef struct fa_pixels:
+        char *data
+        Py_ssize_t space[FA_SPACE]
+        Py_ssize_t col, head
+        fa_dtype dtype
+
+    ctypedef struct fa_image:
+        fa_pixels query, key, value, out, weights, lse, bias, sink
+        int64_t pixels[FA_SPACE]
+        int64_t heads
+
     ctypedef struct fa_tuning:
-        int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row
+        int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row, lanes
 
     ctypedef struct fa_kernels:
         const char *name
@@ -167,6 +195,9 @@ cdef extern from "kernels/contract.h" nogil:
         void (*linear_close)(const fa_linear *, const fa_linear_head *, void *) noexcept nogil
         size_t (*edges_workspace)(const fa_graph *graph) noexcept nogil
         void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace) noexcept nogil
+        size_t (*neighborhood_workspace)(const fa_neighborhood *, const int64_t *, const int64_t *) noexcept nogil
+        void (*neighborhood)(const fa_neighborhood *, const fa_image *, const int64_t *, const int64_t *,
+                             void *) noexcept nogil
 
     ctypedef struct fa_instruction_set:
         const char *name

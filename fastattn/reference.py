@@ -33,6 +33,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "merge_attention",
+    "neighborhood_attention",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
@@ -831,6 +832,127 @@ def varlen_attention(
 
     result = _into(out, np.concatenate(outs, axis=-2))
     return (result, np.concatenate(lses, axis=-1)) if return_lse else result
+
+
+def neighbors(i, num_pixels, kernel_size, dilation, stride, is_causal, edge):
+    """What pixel i sees along an axis of space: `kernel_size` pixels, whether each is seen, and how far it lies from i.
+
+    Pixels that are a multiple of `dilation` apart form a residue class, and see nothing but each other. Within it,
+    `stride` pixels side by side share one kernel, that of their leader: the one in their middle, or the last, if
+    causal. The distance counts in steps of the dilation.
+    """
+    rest, place = i % dilation, i // dilation
+    size = len(range(rest, num_pixels, dilation))
+    leader = place // stride * stride + (stride - 1 if is_causal else stride // 2)
+    leader = min(leader, size - 1)
+    if is_causal:
+        first = leader - kernel_size + 1
+    else:
+        first = leader - kernel_size // 2
+        if edge == "clamp":
+            first = max(0, min(first, size - kernel_size))
+    places = first + np.arange(kernel_size)
+    seen = (places >= 0) & (places < size)
+    if is_causal:
+        seen = seen & (places <= place)
+    return np.where(seen, places, place) * dilation + rest, seen, places - place
+
+
+def neighborhood_attention(
+    query,
+    key,
+    value,
+    kernel_size,
+    *,
+    dilation=1,
+    stride=1,
+    is_causal=False,
+    edge="clamp",
+    relative_bias=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    return_weights=False,
+    return_lse=False,
+    out=None,
+    num_threads=None,
+):
+    """Attention of each pixel to the pixels around it (Hassani et al. 2023, "Neighborhood attention transformer").
+
+    Parameters
+    ----------
+    query, key, value : array_like, shapes (..., *space, D), (..., *space, D), (..., *space, E)
+        One, two or three axes of space: as many as `kernel_size` has entries.
+    kernel_size, dilation, stride : int or sequence of int
+        For all axes of space, or one an axis (kernel_size: an int means one axis). See `neighbors`.
+    is_causal : bool or sequence of bool
+        The kernel ends at the pixel, along each such axis.
+    edge : {'clamp', 'truncate'}
+        At an edge the kernel moves inwards, or what is outside is left out.
+    relative_bias : array_like, broadcasts to (..., 2 k - 1, ...), optional
+        Added to the score: entry (key - query) / dilation + k - 1 along each axis.
+    scale, softcap, sinks, activation, enable_gqa, return_weights, return_lse, out
+        As in `dot_product_attention`. The weights have shape (..., *space, *kernel_size).
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray (..., *space, E), or a tuple (out[, weights][, lse])
+    """
+    kernel_size = np.atleast_1d(kernel_size)
+    axes = len(kernel_size)
+    settings = [np.broadcast_to(x, axes).tolist() for x in (kernel_size, dilation, stride, is_causal)]
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+    space = query.shape[-axes - 1 : -1]
+    # Pixels in a row, as the tokens of a sequence.
+    query, key, value = (
+        x.reshape(*x.shape[: -axes - 1], int(np.prod(space)), x.shape[-1]) for x in (query, key, value)
+    )
+    if enable_gqa and query.ndim > 2:
+        key, value = repeat_heads(query, key, value)
+    batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    results = []
+    for pixel in np.ndindex(*space):
+        along = [neighbors(i, n, *axis, edge) for i, n, *axis in zip(pixel, space, *settings, strict=True)]
+        # The neighbourhood is the product over the axes.
+        index, seen, distance = (np.meshgrid(*x, indexing="ij") for x in zip(*along, strict=True))
+        keys = np.ravel_multi_index([x.ravel() for x in index], space)
+        visible = np.all([x.ravel() for x in seen], axis=0)
+        i = np.ravel_multi_index(pixel, space)
+        with np.errstate(all="ignore"):
+            scores = finish_scores(dot_scores(query[..., i, None, :], key[..., keys, :], scale), None, softcap=softcap)
+            if relative_bias is not None:
+                table = np.asarray(relative_bias, dtype=np.float64)
+                table = np.broadcast_to(table, (*table.shape[:-axes], *(2 * kernel_size - 1)))
+                entries = tuple(
+                    np.clip(x.ravel() + k - 1, 0, 2 * k - 2) for x, k in zip(distance, kernel_size, strict=True)
+                )
+                bias = table[(..., None, *entries)] if table.ndim > axes else table[entries]
+                scores, visible = scores + bias, visible & (bias != -np.inf)
+            scores = np.broadcast_to(scores, (*batch_shape, 1, keys.size))
+            results.append(
+                attend(
+                    scores,
+                    value[..., keys, :],
+                    visible,
+                    sinks=sinks,
+                    activation=activation,
+                    return_weights=True,
+                    return_lse=return_lse,
+                    out=None,
+                )
+            )
+    trailing = ((value.shape[-1],), tuple(kernel_size), ())
+    outs, weights, *lse = (
+        np.concatenate(part, axis=len(batch_shape)).reshape(*batch_shape, *space, *shape)
+        for part, shape in zip(zip(*results, strict=True), trailing, strict=False)
+    )
+    result = _into(out, outs)
+    extras = [weights] * return_weights + lse
+    return (result, *extras) if extras else result
 
 
 def merge_attention(outs, lses):

@@ -83,6 +83,27 @@ BUGS = (
         "test_hostile.py",
     ),
     Bug(
+        "a kernel at the far edge reaches outside",
+        "contract.h",
+        "first = first > n - reach->kernel ? n - reach->kernel : first;",
+        "first = first > n ? n : first;",
+        "test_neighborhood.py",
+    ),
+    Bug(
+        "a hidden pixel's NaN comes through",
+        "neighborhood.inc.h",
+        "v = v_pick_bits(scene->seen[r][i], v, (vec){0});",
+        "(void)r;",
+        "test_neighborhood.py",
+    ),
+    Bug(
+        "rows of keys are overwritten while they are seen",
+        "neighborhood.inc.h",
+        "flat ? 2 : tile[FA_ALONG_X]",
+        "1",
+        "test_neighborhood.py",
+    ),
+    Bug(
         "float16 is rounded half up",
         "storage.inc.h",
         "0xc8000fffu + (u >> 13 & 1u)",

@@ -520,6 +520,9 @@ CALLS = {
     "lists": lambda t: fastattn.dot_product_attention(*3 * [extreme(5, 8, dtype=t).tolist()]),
     "out=": lambda t: call_attention(t, out=extreme(2, 5, 8, dtype=t)),
     "truncated_attention": lambda t: call_attention(t, fastattn.truncated_attention, (2, 1)),
+    "neighborhood_attention": lambda t: fastattn.neighborhood_attention(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(3)), 3, relative_bias=extreme(5), sinks=extreme(2), return_lse=True
+    ),
     "varlen_attention": lambda t: call_attention(
         t, fastattn.varlen_attention, ([0, 2, 5], [0, 3, 7]), sinks=extreme(2), alibi_slopes=extreme(2), return_lse=True
     ),

@@ -31,6 +31,7 @@ PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
 COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
 TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
 GRAPH_PEERS = ("NumPy", "SciPy", "PyTorch, sparse", "PyTorch Geometric")
+NEIGHBORHOOD_PEERS = ("NumPy", "PyTorch, gather", "PyTorch, masked", "PyTorch, flex")
 ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
 # Errors allowed before a library is timed, for values near 1: several times those of real float32 and float64, and far
 # below those of hidden bfloat16 arithmetic.
@@ -115,6 +116,8 @@ def expected_answer(case):
         return baselines.linear_step(*(array.astype(np.float64) for array in case.inputs()), case.decay)
     if case.kind == "graph":
         return baselines.expected_graph_attention(*case.inputs(), case.structure, case.rows(), case.w_score())
+    if case.kind == "neighborhood":
+        return baselines.expected_neighborhood_attention(*(x[0] for x in case.in_a_row()), case.seen())
     if case.kind == "minilm":
         return encoder.expected(case)
     if case.kind == "sparse":
@@ -130,7 +133,7 @@ def check(variant, expected, case, name, notes):
     except Exception as error:
         notes[name] = f"{variant.name} {type(error).__name__}: {error}".strip().splitlines()[0][:200]
         return False
-    if case.kind == "decode":  # groups are rows in the expected result and in some libraries' results
+    if case.kind in ("decode", "neighborhood"):  # groups are rows, or pixels tokens, in some results
         got = got.reshape(expected.shape)
     error = np.abs(got - expected).max() if got.shape == expected.shape else np.inf
     allowed = EMBEDDING_TOLERANCE if case.kind == "minilm" else TOLERANCE[case.dtype]

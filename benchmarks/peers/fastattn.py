@@ -120,6 +120,10 @@ def softmax_out(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
 
 
+def neighborhood(case, threads):
+    yield Variant("", functools.partial(fastattn.neighborhood_attention, *case.inputs(), case.kernel_size))
+
+
 def sparse(case, threads):
     yield Variant("", functools.partial(getattr(fastattn, case.function), *case.inputs(), axis=case.axis))
 
@@ -144,10 +148,14 @@ LIBRARIES = {
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,
+            "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,
         },
     ),
-    "fastattn out=": ("fastattn", {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out, "graph": graph_out}),
+    "fastattn out=": (
+        "fastattn",
+        {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out, "graph": graph_out},
+    ),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
 }

@@ -114,6 +114,11 @@ def scipy_softmax(case, threads):
     yield Variant("", functools.partial(softmax, *case.inputs(), axis=case.axis))
 
 
+def neighborhood(case, threads):
+    arrays = (x[0] for x in case.in_a_row())
+    yield Variant("gather", functools.partial(baselines.neighborhood_attention, *arrays, case.seen()))
+
+
 # Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "NumPy": (
@@ -127,6 +132,7 @@ LIBRARIES = {
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,
+            "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,
         },

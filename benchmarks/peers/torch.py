@@ -77,6 +77,49 @@ def _ordered(blocks):
     return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
+def gathered_neighborhood(case, threads):
+    """What each pixel sees, copied: (heads, pixels, keys, channels)."""
+    torch = _torch(threads)
+    query, key, value = (torch.from_numpy(x[0]) for x in case.in_a_row())
+    seen, scale = torch.from_numpy(case.seen()), case.head_dim**-0.5
+
+    def gather():
+        scores = (key[:, seen] @ query.unsqueeze(-1)).squeeze(-1) * scale
+        return (scores.softmax(-1).unsqueeze(-2) @ value[:, seen]).squeeze(-2)
+
+    yield Variant("", gather)
+
+
+def masked_neighborhood(case, threads):
+    torch = _torch(threads)
+    arrays = [torch.from_numpy(x) for x in case.in_a_row()]
+    pixels = arrays[0].shape[2]
+    visible = torch.zeros(pixels, pixels, dtype=torch.bool).scatter_(1, torch.from_numpy(case.seen()), True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    yield Variant("boolean mask", lambda: attend(*arrays, attn_mask=visible))
+
+
+def flex_neighborhood(case, threads):
+    torch = _torch(threads)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.config.recompile_limit = 256
+    arrays = [torch.from_numpy(x) for x in case.in_a_row()]
+    pixels = arrays[0].shape[2]
+
+    def visible(batch, head, row, column):
+        seen = True
+        for n in reversed(case.space):
+            first = torch.clamp(row % n - case.kernel // 2, 0, n - case.kernel)
+            seen = seen & (column % n >= first) & (column % n < first + case.kernel)
+            row, column = row // n, column // n
+        return seen
+
+    mask = create_block_mask(visible, None, None, pixels, pixels, device="cpu")
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    yield Variant("", functools.partial(attend, *arrays, block_mask=mask))
+
+
 def decode(case, threads):
     torch = _torch(threads)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -366,8 +409,9 @@ LIBRARIES = {
             "minilm": minilm,
         },
     ),
-    "PyTorch, masked": ("torch", {"truncated": masked_truncated}),
-    "PyTorch, flex": ("torch", {"truncated": flex_truncated}),
+    "PyTorch, masked": ("torch", {"truncated": masked_truncated, "neighborhood": masked_neighborhood}),
+    "PyTorch, flex": ("torch", {"truncated": flex_truncated, "neighborhood": flex_neighborhood}),
+    "PyTorch, gather": ("torch", {"neighborhood": gathered_neighborhood}),
     "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
     "PyTorch compiled": ("torch", {"additive": compiled_additive}),
     "PyTorch, sparse": ("torch", {"graph": sparse_graph}),

@@ -436,6 +436,20 @@ def expected_multi_head_attention(*arrays, heads):
     return multi_head_attention(*(array.astype(np.float64) for array in arrays), heads)
 
 
+def neighborhood_attention(query, key, value, seen):
+    """Gathers what each pixel sees, (heads, pixels, keys, channels), and multiplies. seen: (pixels, keys)."""
+    scores = np.einsum("hpc,hpkc->hpk", query * query.dtype.type(query.shape[-1] ** -0.5), key[:, seen], optimize=True)
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return (scores[:, :, None, :] @ value[:, seen])[:, :, 0]
+
+
+def expected_neighborhood_attention(query, key, value, seen):
+    """The same in float64."""
+    return neighborhood_attention(*(x.astype(np.float64) for x in (query, key, value)), seen)
+
+
 def expected_rotary(x):
     """The same formula in float64."""
     return apply_rotary(x.astype(np.float64), *rotary_tables(*x.shape[-2:], np.float64))

@@ -318,6 +318,56 @@ class Rotary(Case):
 
 
 @dataclass(frozen=True)
+class Neighborhood(Case):
+    """Attention of pixels to the `kernel` pixels around them along each axis of `space`, clamped at the edges."""
+
+    heads: int
+    space: tuple
+    kernel: int
+    head_dim: int
+    dtype: str = "float32"
+    kind = "neighborhood"
+
+    @property
+    def shape(self):
+        return self.heads, *self.space, self.head_dim
+
+    @property
+    def words(self):
+        return (f"k{self.kernel}",)
+
+    @property
+    def kernel_size(self):
+        return (self.kernel,) * len(self.space)
+
+    @property
+    def flops(self):
+        """Operations of the two products on pairs of a pixel and one that it sees."""
+        return 4 * self.heads * math.prod(self.space) * self.kernel ** len(self.space) * self.head_dim
+
+    def inputs(self):
+        return _pixels(self.shape, self.dtype)
+
+    def in_a_row(self):
+        """The same arrays with pixels as tokens: (1, heads, pixels, head_dim)."""
+        return tuple(x.reshape(1, self.heads, -1, self.head_dim) for x in self.inputs())
+
+    def first_seen(self):
+        """For each axis of space, where the kernel of each pixel begins."""
+        return [np.clip(np.arange(n) - self.kernel // 2, 0, n - self.kernel) for n in self.space]
+
+    def seen(self):
+        """(pixels, keys): the numbers of the pixels that each sees, in a row."""
+        pixels, numbers = np.indices(self.space).reshape(len(self.space), -1), 0
+        for axis, (n, first) in enumerate(zip(self.space, self.first_seen(), strict=True)):
+            along = first[pixels[axis]][:, None] + np.arange(self.kernel)
+            shape = [len(pixels[axis]), *(1,) * len(self.space)]
+            shape[axis + 1] = self.kernel
+            numbers = numbers * n + along.reshape(shape)
+        return numbers.reshape(len(pixels[0]), -1)
+
+
+@dataclass(frozen=True)
 class MiniLM(Case):
     """Real sentences through the encoder of examples/minilm.py: the first `batch` of encoder.py, padded to `seqlen`."""
 
@@ -542,6 +592,11 @@ def _linear_inputs(shape, dtype, is_delta):
 
 
 @functools.lru_cache(maxsize=2)
+def _pixels(shape, dtype):
+    return tuple(np.random.default_rng(7).standard_normal((3, *shape), dtype=np.float32).astype(dtype))
+
+
+@functools.lru_cache(maxsize=2)
 def _normal(shape, dtype):
     return np.random.default_rng(7).standard_normal(shape, dtype=np.float32).astype(dtype)
 
@@ -664,6 +719,10 @@ LINEAR_SHAPES = ((1, 8, 4096, 64), (1, 1, 16384, 64), (2, 4, 2048, 128), (1, 1, 
 LINEAR = (*(Linear(*shape) for shape in LINEAR_SHAPES), Linear(1, 8, 2048, 128, "gated delta"))
 # A token in a large model, in a small one.
 LINEAR_STEPS = (LinearStep(1, 32, 128), LinearStep(1, 8, 64))
+
+# The first two stages of a NAT, a small volume.
+NEIGHBORHOOD_SPACES = (((56, 56), 7), ((28, 28), 7), ((16, 16, 16), 3))
+NEIGHBORHOOD = tuple(Neighborhood(4, space, kernel, 32) for space, kernel in NEIGHBORHOOD_SPACES)
 
 # One sentence, and a batch of mixed lengths.
 MINILM = (MiniLM(1, 24), MiniLM(32, 64))

@@ -111,6 +111,66 @@ typedef struct {
     int64_t heads; /* query heads interleaved as rows, sharing these keys: row i is query i / heads of head i % heads */
 } fa_head;
 
+/* Neighbourhood attention: axes of space, the one whose pixels lie in the lanes of a vector last. Calls with fewer have
+ * axes of one pixel in front. Where an axis is dilated, the residue classes of its pixels are images of their own, by
+ * their strides: for the kernels the dilation is 1 then. Only the last axis may keep one. */
+enum { FA_SPACE = 3 };
+enum { FA_ALONG_Z, FA_ALONG_X, FA_ALONG_Y };
+
+/* What a query sees along an axis. */
+typedef struct {
+    int64_t kernel, dilation, stride; /* at least 1; stride <= kernel */
+    int causal;
+    int clamp; /* at an edge the kernel moves inwards, and its pixels are all there; else those outside are left out */
+} fa_reach;
+
+/* What all images of a call have in common. */
+typedef struct {
+    int64_t head_dim, value_dim;
+    double scale, softcap; /* softcap 0: none */
+    fa_activation activation;
+    fa_reach reach[FA_SPACE];
+    ptrdiff_t weights_step[FA_SPACE]; /* bytes from a pixel's weight to that of the next key along an axis */
+} fa_neighborhood;
+
+/* An array over the pixels of an image: strides in bytes, of any sign. data == NULL: there is none. */
+typedef struct {
+    char *data;
+    ptrdiff_t space[FA_SPACE], col;
+    ptrdiff_t head; /* from a query head to the next one over the same keys */
+    fa_dtype dtype;
+} fa_pixels;
+
+typedef struct {
+    fa_pixels query, key, value, out;
+    fa_pixels weights, lse; /* optional, accumulation dtype; weights are zeros where a query does not see a key */
+    fa_pixels bias;         /* optional: (2 kernel - 1) numbers along each axis, entry (key - query) + kernel - 1 */
+    fa_pixels sink;         /* optional, a double for each head */
+    int64_t pixels[FA_SPACE];
+    int64_t heads; /* query heads over these keys */
+} fa_image;
+
+/* The pixels [*begin, *end) that pixel i sees along an axis of n, of dilation 1; returns where its kernel begins, which
+ * may lie outside. */
+static inline int64_t fa_neighbors(const fa_reach *reach, int64_t n, int64_t i, int64_t *begin, int64_t *end)
+{
+    const int64_t group = reach->stride == 1 ? i : i - i % reach->stride;
+    const int64_t inside = reach->causal ? reach->stride - 1 : reach->stride / 2;
+    const int64_t leader = inside > n - 1 - group ? n - 1 : group + inside;
+    int64_t first = leader - (reach->causal ? reach->kernel - 1 : reach->kernel / 2);
+    if (reach->clamp && !reach->causal) {
+        first = first > n - reach->kernel ? n - reach->kernel : first;
+        first = first < 0 ? 0 : first;
+    }
+    *begin = first < 0 ? 0 : first;
+    *end = first + reach->kernel;
+    if (reach->causal && *end > i + 1)
+        *end = i + 1;
+    if (*end > n)
+        *end = n;
+    return first;
+}
+
 /* Attention along the edges of a graph. Its matrices besides FA_QUERY, FA_KEY, FA_VALUE and FA_OUT, which have a row a
  * node; FA_LSE the same. Those of edges have a row an edge: FA_BIAS and FA_WEIGHTS (edges, 1), and these: */
 enum {
@@ -175,6 +235,7 @@ typedef struct {
      * leave too few to balance over threads. With a window, what a tile reads and writes should stay in L2:
      * window_rows, and one more for each keys_a_row keys that a row sees. */
     int least_rows, most_rows, window_rows, keys_a_row;
+    int lanes; /* numbers in a vector: pixels of neighbourhood attention that are processed together */
 } fa_tuning;
 
 typedef struct {
@@ -225,6 +286,12 @@ typedef struct {
     /* The rows [begin, end) of a graph. */
     size_t (*edges_workspace)(const fa_graph *graph);
     void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace);
+    /* The pixels from `begin` to before `end` of an image as queries, against their neighbourhoods. `begin` is a
+     * multiple of 2 along FA_ALONG_X and of `lanes` along FA_ALONG_Y, and so is `end`, or it is the image's. tile: the
+     * most pixels of a call along each axis. */
+    size_t (*neighborhood_workspace)(const fa_neighborhood *problem, const int64_t *pixels, const int64_t *tile);
+    void (*neighborhood)(const fa_neighborhood *problem, const fa_image *image, const int64_t *begin,
+                         const int64_t *end, void *workspace);
 } fa_kernels;
 
 typedef struct {

@@ -249,7 +249,7 @@ static NEVER_INLINE real apply_wide_scale(real *q, int64_t n, double scale)
 }
 
 /* The queries of a row. */
-static ALWAYS_INLINE void pack_row(struct edge_run *run, const struct edge_piece *piece)
+static ALWAYS_INLINE void pack_edge_row(struct edge_run *run, const struct edge_piece *piece)
 {
     const fa_graph *graph = run->graph;
     const fa_view *query = &graph->view[FA_QUERY];
@@ -679,7 +679,7 @@ static ALWAYS_INLINE void store_some(void *to, vec v, int n)
 }
 
 /* The caller wants the weights: until the row's maximum and sum are known, its scores stand where they go. */
-static NEVER_INLINE void keep_scores(const struct edge_run *run, const struct edge_piece *piece)
+static NEVER_INLINE void keep_edge_scores(const struct edge_run *run, const struct edge_piece *piece)
 {
     for (int h = 0; h < run->heads; h++) {
         real *to = (real *)(of_group(run, FA_WEIGHTS, piece->t) + h * run->graph->view[FA_WEIGHTS].head);
@@ -776,7 +776,7 @@ static ALWAYS_INLINE void prepare_piece(struct edge_run *run, const struct edge_
     if (graph->view[FA_BIAS].data || !run->values_in_place)
         copy_edge_values(run, piece);
     if (want_weights && graph->view[FA_WEIGHTS].data)
-        keep_scores(run, piece);
+        keep_edge_scores(run, piece);
 }
 
 /* The sums of a row of any length, block by block, into run->o. shrink: a factor of the weights, for values whose sum
@@ -786,7 +786,7 @@ static NEVER_INLINE struct edge_sum visit_blocks(struct edge_run *run, int64_t i
     struct edge_piece piece = {.row = i, .q = run->q, .root = run->root, .s = run->s};
     struct edge_sum all = {.m = v_fill(-(real)INFINITY), .l = {0}};
     vec l_error = {0};
-    pack_row(run, &piece);
+    pack_edge_row(run, &piece);
     memset(run->o_all, 0, (size_t)(run->vecs * LANES) * sizeof(real));
     memset(run->o_error, 0, (size_t)(run->vecs * LANES) * sizeof(real));
     for (; t < end; t += piece.n) {
@@ -846,7 +846,7 @@ static void visit_short_rows(struct edge_run *run, struct edge_piece *pieces, in
     for (int r = 0; r < rows; r++) {
         if (pieces[r].n == 0)
             continue;
-        pack_row(run, &pieces[r]);
+        pack_edge_row(run, &pieces[r]);
         place_edges(run, &pieces[r]);
         score_edges(run, &pieces[r]);
         prepare_piece(run, &pieces[r], 1);

@@ -101,6 +101,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "edges.inc.h"
 
+#include "neighborhood.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -111,7 +113,8 @@ const fa_kernels FA_TABLE = {
                .least_rows = LEAST_ROWS,
                .most_rows = MOST_ROWS,
                .window_rows = WINDOW_ROWS,
-               .keys_a_row = KEYS_A_ROW},
+               .keys_a_row = KEYS_A_ROW,
+               .lanes = LANES},
     .tile_workspace = tile_workspace,
     .open_tile = open_tile,
     .visit_keys = visit_keys,
@@ -136,4 +139,6 @@ const fa_kernels FA_TABLE = {
     .linear_close = linear_close,
     .edges_workspace = edges_workspace,
     .edges = edges,
+    .neighborhood_workspace = neighborhood_workspace,
+    .neighborhood = neighborhood,
 };

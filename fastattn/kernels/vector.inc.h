@@ -72,6 +72,13 @@ static ALWAYS_INLINE vec v_widen_f16(const void *p)
 #endif
 #endif
 
+static ALWAYS_INLINE vec v_sqrt(vec x)
+{
+    for (int i = 0; i < LANES; i++)
+        x[i] = BITS == 32 ? (real)__builtin_sqrtf((float)x[i]) : (real)__builtin_sqrt((double)x[i]);
+    return x;
+}
+
 /* The larger number; if either is NaN, the second. */
 #ifndef HAS_MAX
 static ALWAYS_INLINE vec v_max(vec a, vec b) { return v_pick(a > b, a, b); }

@@ -1,0 +1,42 @@
+"""asv: attention of pixels to the pixels around them, beside its NumPy baseline."""
+
+import functools
+
+from threadpoolctl import threadpool_limits
+
+import fastattn
+
+from . import baselines
+from .cases import NEIGHBORHOOD_SPACES, Neighborhood
+
+CASES = {"x".join(map(str, space)): Neighborhood(4, space, kernel, 32) for space, kernel in NEIGHBORHOOD_SPACES}
+# What else a kernel may do, on the first of them.
+FORMS = {"windows": {"stride": 7}, "dilated": {"dilation": 4}, "truncated": {"edge": "truncate"}}
+
+
+# Cached rather than an asv `setup` hook: see attention.py.
+@functools.cache
+def _call(name, threads, implementation):
+    case = CASES[name]
+    if implementation == "numpy":
+        threadpool_limits(threads)
+        arrays = (x[0] for x in case.in_a_row())
+        return functools.partial(baselines.neighborhood_attention, *arrays, case.seen())
+    return functools.partial(fastattn.neighborhood_attention, *case.inputs(), case.kernel_size, num_threads=threads)
+
+
+class NeighborhoodAttention:
+    params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
+    param_names = ["space", "threads", "implementation"]
+
+    def time_attention(self, space, threads, implementation):
+        _call(space, threads, implementation)()
+
+
+class NeighborhoodForms:
+    params = [list(FORMS), [1, 2]]
+    param_names = ["form", "threads"]
+
+    def time_attention(self, form, threads):
+        case = CASES["56x56"]
+        fastattn.neighborhood_attention(*case.inputs(), case.kernel_size, num_threads=threads, **FORMS[form])
