@@ -5,10 +5,12 @@ The layers, from the top; each imports only what is below it:
     plot                            pictures of weights (needs matplotlib; not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
-    attention, linear, graph, neighborhood, softmax, positions, config     the public functions; a docstring is the specification
+    attention, linear, graph, neighborhood, softmax,
+        positions, config           the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
-    _attention, _linear, _graph, _neighborhood, _softmax, _merge, _positions   the drivers: tiles and rows, threads, scratch memory
+    _attention, _linear, _graph, _neighborhood, _softmax,
+        _merge, _positions          the drivers: tiles and rows, threads, scratch memory
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork

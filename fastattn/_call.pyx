@@ -196,8 +196,8 @@ cdef int lay_out(fa_layout *layout, int axes, cnp.ndarray a, int trailing) excep
 
 
 cdef int place(Problem p, int operand, cnp.ndarray a, int trailing) except -1:
-    """Notes where an operand lies, and keeps it alive. Its batch axes are known to broadcast to p.call.shape, where a shared
-    key head counts for its whole group (split_heads sees to that)."""
+    """Notes where an operand lies, and keeps it alive. Its batch axes are known to broadcast to p.call.shape, where a
+    shared key head counts for its whole group (split_heads sees to that)."""
     lay_out(&p.call.layouts[operand], p.call.axes, a, trailing)
     p.call.operands[p.call.operand_count] = operand
     p.call.operand_count += 1

@@ -268,7 +268,7 @@ cdef void locate(Recurrence r, Py_ssize_t head, fa_linear_head *to, int64_t *off
     keys[0] = number_at(&r.call.call.layouts[<int> FA_KEY_LENGTHS], axes, index, r.call.call.sizes.key_length)
     for member in range(group):
         rows[member] = number_at(&r.call.call.layouts[<int> FA_QUERY_LENGTHS], axes, index,
-                                r.call.call.sizes.query_length)
+                                 r.call.call.sizes.query_length)
         offset[member] = keys[0] - rows[member]
         if not r.call.call.offset_is_default:
             offset[member] = number_at(&r.call.call.layouts[<int> FA_OFFSETS], axes, index, r.call.call.sizes.offset)

@@ -523,6 +523,28 @@ CALLS = {
     "neighborhood_attention": lambda t: fastattn.neighborhood_attention(
         *(extreme(2, 5, 4, dtype=t) for _ in range(3)), 3, relative_bias=extreme(5), sinks=extreme(2), return_lse=True
     ),
+    "graph_attention": lambda t: fastattn.graph_attention(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(3)),
+        ([0, 2, 2, 4, 5, 7], [0, 3, 1, 1, 4, 2, 0]),
+        edge_bias=extreme(7),
+        edge_key=extreme(7, 4, dtype=t),
+        softcap=1e-300,
+        return_lse=True,
+    ),
+    "graph_attention, GATv2": lambda t: fastattn.graph_attention(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(3)),
+        ([0, 2, 2, 4, 5, 7], [0, 3, 1, 1, 4, 2, 0]),
+        w_score=extreme(4, dtype=t),
+    ),
+    "linear_attention": lambda t: fastattn.linear_attention(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(3)),
+        is_causal=True,
+        log_decay=extreme(2, 5, 1, dtype=t),
+        return_state=True,
+    ),
+    "linear_attention, delta rule": lambda t: fastattn.linear_attention(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(3)), is_causal=True, beta=extreme(2, 5, dtype=t), feature_map=None
+    ),
     "varlen_attention": lambda t: call_attention(
         t, fastattn.varlen_attention, ([0, 2, 5], [0, 3, 7]), sinks=extreme(2), alibi_slopes=extreme(2), return_lse=True
     ),
