@@ -35,7 +35,7 @@ compile_args = [
     "-fno-wrapv",  # Python is built with -fwrapv, and passes it on
     "-Wno-psabi",
 ]
-link_args = []
+link_args = ["-s"] if sys.platform == "linux" and not DEBUG else []  # symbols of static functions
 if DEBUG:
     compile_args += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     link_args += ["-fsanitize=address,undefined"]
@@ -131,6 +131,14 @@ def extension(name, extra_sources=(), suffix="pyx"):
     )
 
 
+def shared_utilities():
+    """The module with the code that Cython would otherwise repeat in each of the others; it has no .pyx."""
+    source = "fastattn/_shared.c"
+    if not os.path.exists(source):
+        subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={source}"], check=True)
+    return Extension("fastattn._shared", [source], extra_compile_args=compile_args, extra_link_args=link_args)
+
+
 setup(
     ext_modules=cythonize(
         [
@@ -148,7 +156,9 @@ setup(
             extension("_linear"),
             # Plain Python, compiled because a small call spends a fifth of its time on default arguments.
             extension("attention", suffix="py"),
+            shared_utilities(),
         ],
+        shared_utility_qualified_name="fastattn._shared",
         compiler_directives={
             "language_level": 3,
             "boundscheck": DEBUG,

@@ -211,18 +211,20 @@ static ALWAYS_INLINE void largest_of_columns(const fa_columns *c, struct columns
         state->base[v] = v_pick(most[v] == none, (vec){0}, most[v]);
 }
 
-/* vecs: vectors of rows; x_whole, out_whole: all of them are whole, and contiguous in memory. */
-static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_columns *c, struct columns_state *state,
-                                     real *kept, const int vecs, const int x_whole, const int out_whole)
+/* softmax: whether that is the function; the logarithms share one copy. vecs: vectors of rows; x_whole, out_whole: all
+ * of them are whole, and contiguous in memory. */
+static ALWAYS_INLINE void columns_of(const int softmax, fa_row_function function, const fa_columns *c,
+                                     struct columns_state *state, real *kept, const int vecs, const int x_whole,
+                                     const int out_whole)
 {
     const vec none = v_fill(-(real)INFINITY);
     const int64_t length = c->length;
     int dominated = 0;
     largest_of_columns(c, state, kept, vecs, x_whole);
-    sums_of_columns(c, state, kept, function == FA_ROW_SOFTMAX, ALL, vecs, x_whole);
+    sums_of_columns(c, state, kept, softmax, ALL, vecs, x_whole);
     for (int r = 0; r < c->rows; r++)
         dominated |= maximum_dominates(state->total[r]);
-    if (function != FA_ROW_SOFTMAX) {
+    if (!softmax) {
         double all[COLUMN_ROWS];
         memcpy(all, state->total, sizeof all);
         if (dominated)
@@ -233,19 +235,19 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
     for (int r = 0; r < c->rows; r++) {
         const real base = state->base[r / LANES][r % LANES];
         double total = state->total[r];
-        if (function == FA_ROW_SOFTMAX) {
+        if (softmax) {
             state->scale[r / LANES][r % LANES] = (real)(total == 0 ? 0 : 1 / total);
             continue;
         }
         if (base == (real)INFINITY)
             total = rest_of_infinity(c, state, r);
         state->scale[r / LANES][r % LANES] = (real)total;
-        if (function == FA_ROW_LOGSUMEXP) {
+        if (!softmax && function == FA_ROW_LOGSUMEXP) {
             const real answer = (real)((double)base + total);
             scatter(c->out + r * c->next[FA_ROW_OUT], (ptrdiff_t)sizeof(real), &answer, 1, c->out_dtype);
         }
     }
-    if (function == FA_ROW_LOGSUMEXP)
+    if (!softmax && function == FA_ROW_LOGSUMEXP)
         return;
     first_block(c, state);
     for (int64_t j = 0; j < length; j += ROW_BLOCK) {
@@ -254,7 +256,7 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
         for (int t = 0; t < n; t++) {
             for (int v = 0; v < vecs; v++) {
                 vec x = kept ? v_load(kept + kept_at(j + t) + v * LANES) : column_vector(c, state, t, v, x_whole);
-                if (function == FA_ROW_SOFTMAX) {
+                if (softmax) {
                     if (!kept)
                         x = v_exp_below(x - state->base[v], 1);
                     x *= state->scale[v];
@@ -272,19 +274,19 @@ static ALWAYS_INLINE void columns_of(const fa_row_function function, const fa_co
 }
 
 /* Specialises the usual case, whole vectors of x and out. */
-static ALWAYS_INLINE void columns_by(const fa_row_function function, const fa_columns *c, struct columns_state *state,
-                                     real *kept)
+static ALWAYS_INLINE void columns_by(const int softmax, fa_row_function function, const fa_columns *c,
+                                     struct columns_state *state, real *kept)
 {
     const ptrdiff_t size = sizeof(real);
     const int vecs = (int)((c->rows + LANES - 1) / LANES), full = c->rows == COLUMN_ROWS;
     const int x_whole = full && c->dtype == REAL_DTYPE && c->next[FA_ROW_X] == size;
     const int out_whole = full && c->out_dtype == REAL_DTYPE && c->next[FA_ROW_OUT] == size;
     if (x_whole && out_whole && kept)
-        columns_of(function, c, state, kept, COLUMN_VECS, 1, 1);
+        columns_of(softmax, function, c, state, kept, COLUMN_VECS, 1, 1);
     else if (x_whole && out_whole)
-        columns_of(function, c, state, NULL, COLUMN_VECS, 1, 1);
+        columns_of(softmax, function, c, state, NULL, COLUMN_VECS, 1, 1);
     else
-        columns_of(function, c, state, kept, vecs, x_whole, out_whole);
+        columns_of(softmax, function, c, state, kept, vecs, x_whole, out_whole);
 }
 
 /* Contract: contract.h. */
@@ -293,9 +295,7 @@ static void columns(fa_row_function function, const fa_columns *c, void *workspa
     struct columns_state *state = workspace;
     real *kept = columns_fit(c->length) ? (real *)((char *)workspace + sizeof *state) : NULL;
     if (function == FA_ROW_SOFTMAX)
-        columns_by(FA_ROW_SOFTMAX, c, state, kept);
-    else if (function == FA_ROW_LOG_SOFTMAX)
-        columns_by(FA_ROW_LOG_SOFTMAX, c, state, kept);
+        columns_by(1, function, c, state, kept);
     else
-        columns_by(FA_ROW_LOGSUMEXP, c, state, kept);
+        columns_by(0, function, c, state, kept);
 }

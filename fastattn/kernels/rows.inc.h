@@ -105,8 +105,10 @@ static NEVER_INLINE double sum_of_others(const real *x, const char *mask, int64_
     return sum_of_row(x, mask, n, base, NULL, OTHERS, 1);
 }
 
-static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask,
-                                  ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n, const int count)
+/* softmax: whether that is the function; the logarithms have one copy. */
+static ALWAYS_INLINE void rows_of(const int softmax, fa_row_function function, const char *x, ptrdiff_t x_row,
+                                  const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n,
+                                  const int count)
 {
     const vec none = v_fill(-(real)INFINITY);
     const int64_t whole = n / LANES * LANES;
@@ -142,13 +144,13 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
     for (int r = 0; r < count; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
-        real *out_r = function == FA_ROW_SOFTMAX ? (real *)(out + r * out_row) : NULL;
+        real *out_r = softmax ? (real *)(out + r * out_row) : NULL;
         if (EXP_REACHES_FAR || !far[r])
             total[r] = sum_of_row(x_r, mask_r, n, base[r], out_r, ALL, 0);
         else
             total[r] = sum_of_row(x_r, mask_r, n, base[r], out_r, ALL, 1);
     }
-    for (int r = 0; r < count && function != FA_ROW_SOFTMAX; r++) {
+    for (int r = 0; r < count && !softmax; r++) {
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         total[r] = maximum_dominates(total[r]) ? log1p(sum_of_others(x_r, mask_r, n, base[r])) : log(total[r]);
@@ -164,9 +166,9 @@ static ALWAYS_INLINE void rows_of(const fa_row_function function, const char *x,
         const real *x_r = (const real *)(x + r * x_row);
         const char *mask_r = mask ? mask + r * mask_row : NULL;
         real *out_r = (real *)(out + r * out_row);
-        if (function == FA_ROW_LOGSUMEXP) {
+        if (!softmax && function == FA_ROW_LOGSUMEXP) {
             *out_r = (real)((double)base[r] + total[r]);
-        } else if (function == FA_ROW_SOFTMAX) {
+        } else if (softmax) {
             const real scale = (real)(total[r] == 0 ? 0 : 1 / total[r]);
             if (mask && scale != scale) { /* a masked entry stays 0 even in a row of NaN */
                 for (int64_t j = 0; j < n; j++)
@@ -195,13 +197,11 @@ static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const
     while (rows > 0) {
         const int count = rows < at_once ? (int)rows : at_once;
         if (function == FA_ROW_SOFTMAX && !mask)
-            rows_of(FA_ROW_SOFTMAX, x, x_row, NULL, 0, out, out_row, n, count);
+            rows_of(1, function, x, x_row, NULL, 0, out, out_row, n, count);
         else if (function == FA_ROW_SOFTMAX)
-            rows_of(FA_ROW_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
-        else if (function == FA_ROW_LOG_SOFTMAX)
-            rows_of(FA_ROW_LOG_SOFTMAX, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(1, function, x, x_row, mask, mask_row, out, out_row, n, count);
         else
-            rows_of(FA_ROW_LOGSUMEXP, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(0, function, x, x_row, mask, mask_row, out, out_row, n, count);
         rows -= count;
         x += count * x_row;
         out += count * out_row;
