@@ -130,6 +130,7 @@ TABLES = (
     *cases.ROTARY,
     *cases.LINEAR,
     *cases.LINEAR_STEPS,
+    *cases.BLOCKS,
     *cases.NEIGHBORHOOD,
     *cases.MINILM,
     *cases.GRAPH,
@@ -297,6 +298,8 @@ def compare_libraries(plan, name, progress, only=None):
         record |= {"rows": case.rows, "seqlen": case.seqlen, "window": case.window}
     if case.kind == "decode":
         record["seqlen_q"] = case.seqlen_q
+    if case.kind == "blocks":
+        record["share"] = case.pattern().mean()
     if case.kind == "linear":
         record |= {"rule": case.rule, "head_dim": case.head_dim, "tokens": case.batch * case.heads * case.seqlen}
     return record
@@ -312,7 +315,7 @@ def limit_of(case, plan):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "truncated", "multihead", "linear", "neighborhood"):
+    if case.kind in ("attention", "truncated", "multihead", "linear", "blocks", "neighborhood"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None

@@ -62,6 +62,12 @@ ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
+# Attention in True blocks: of the FMA peak, relative to compiled flex_attention, and the most time, relative to their
+# share of the dense call's.
+BLOCKS_SHARE = 0.6
+BLOCKS_RATIOS = {"PyTorch, flex": 1.8}
+BLOCKS_TIME = 1.25
+
 # Of the products of pixels that see each other: at the edges lanes see different ones, and some lanes are idle.
 NEIGHBORHOOD_SHARES = {"4x56x56x32-k7": 0.30, "4x28x28x32-k7": 0.25, "4x16x16x16x32-k3": 0.18}
 NEIGHBORHOOD_RATIOS = {
@@ -114,6 +120,8 @@ def share(record):
         if record["threads"] == 1 and record["case"].endswith(ADDITIVE_CASE):
             goal = ADDITIVE_SHARE - (OTHER_KIND if record.get("isa") else 0)
         return measure.ratio(record["seconds"], "five instructions", "fastattn"), goal
+    if record["kind"] == "blocks":
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn"), _of_long_blocks(record, BLOCKS_SHARE)
     if record["kind"] == "neighborhood":
         goal = _of_neighborhood(record, NEIGHBORHOOD_SHARES)
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
@@ -186,6 +194,8 @@ def _ratios(record):
         return STEP_RATIOS
     if record["kind"] == "graph":
         return GRAPH_RATIOS[record["case"]] if record["threads"] == 1 else {}
+    if record["kind"] == "blocks":
+        return _of_long_blocks(record, BLOCKS_RATIOS) or {}
     if record["kind"] == "neighborhood":
         return _of_neighborhood(record, NEIGHBORHOOD_RATIOS) or {}
     if record["kind"] == "additive":
@@ -195,6 +205,15 @@ def _ratios(record):
 
 def _graph_share(record):
     return GRAPH_SHARES[record["case"].rpartition("-")[2]] if record["threads"] == 1 else None
+
+
+def _of_long_blocks(record, goal):
+    return goal if record["threads"] == 1 and "8192" in record["case"] else None
+
+
+def blocks_time(record):
+    """The time relative to that of all pairs, times the share of the pairs that count."""
+    return measure.ratio(record["seconds"], "fastattn", "fastattn, dense") / record["share"]
 
 
 def _of_neighborhood(record, table):

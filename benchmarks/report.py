@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import goals
 import measure
-from peers import ADDITIVE_PEERS, GRAPH_PEERS, NEIGHBORHOOD_PEERS, PEERS, PRODUCTS_AND_ATTENTION, TRUNCATED_PEERS
+from peers import (
+    ADDITIVE_PEERS,
+    BLOCKS_PEERS,
+    GRAPH_PEERS,
+    NEIGHBORHOOD_PEERS,
+    PEERS,
+    PRODUCTS_AND_ATTENTION,
+    TRUNCATED_PEERS,
+)
 
 COLUMNS = ("NumPy", "SciPy", "entmax", *PEERS)
 SHAPE = "B, H, L, S, D"
@@ -40,6 +48,8 @@ MEANINGS = {
     "Causal linear attention": "Each number of a head's state is updated and read once a token, which is the least "
     "work known; the share is of what the multipliers can do.",
     "One token of linear attention": "A step reads and writes the state, whatever came before; a copy is the limit.",
+    "BigBird in blocks": "Three neighbouring blocks, the first and the last, and three random ones in each row: the "
+    "others are skipped. The dense call's share is the time of all pairs, times the share of them that count.",
     "Along the edges of a graph": "The rows of key and value that the edges name have to be read, and are scattered in "
     "memory: the limit is the speed of reading them in that order, some edges ahead.",
     "Sentences a second through MiniLM": "A whole encoder: as in the layer above, the matrix products around "
@@ -87,6 +97,7 @@ def markdown(everything, with_goals=False):
         *_linear(records_of(records, "libraries", kind="linear")),
         *_linear_steps(records_of(records, "libraries", kind="linearstep")),
         *_graph(records_of(records, "libraries", kind="graph")),
+        *_blocks(records_of(records, "libraries", kind="blocks")),
         *_neighborhood(records_of(records, "libraries", kind="neighborhood")),
         *_minilm(records_of(records, "libraries", kind="minilm")),
         *left_out(everything["missing"]),
@@ -266,6 +277,21 @@ def _multihead(records):
 
 def _sparse(records):
     return _beside_a_copy(records, "shape", "Sparse weights")
+
+
+def _blocks(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen, BLOCKS_PEERS)
+        rows = []
+        for record in chosen:
+            samples, (share, goal) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, "fastattn")), _percent(share), _percent(goal)]
+            numbers.append(f"{goals.blocks_time(record):.2f}x")
+            others = [_beside(samples, name) for name in names]
+            rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
+        heads = ["B, H, L, S, D", "fastattn", "of FMA peak", "goal", "of the dense call's share", *names, "outcome"]
+        yield Table(f"BigBird in blocks of 64, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _neighborhood(records):

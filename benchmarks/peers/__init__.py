@@ -31,6 +31,7 @@ PEERS = ("PyTorch", "ONNX Runtime", "OpenVINO", "JAX")
 COMPILED = ("PyTorch compiled", "PyTorch compiled, exp")
 TRUNCATED_PEERS = ("NumPy, best band", "PyTorch, masked", "PyTorch, flex", "ONNX Runtime", "JAX")
 GRAPH_PEERS = ("NumPy", "SciPy", "PyTorch, sparse", "PyTorch Geometric")
+BLOCKS_PEERS = ("NumPy", "PyTorch, masked", "PyTorch, flex")
 NEIGHBORHOOD_PEERS = ("NumPy", "PyTorch, gather", "PyTorch, masked", "PyTorch, flex")
 ADDITIVE_PEERS = ("NumPy, textbook", "NumPy, best", "PyTorch", "PyTorch, Keras form", *COMPILED)
 # Errors allowed before a library is timed, for values near 1: several times those of real float32 and float64, and far
@@ -116,6 +117,8 @@ def expected_answer(case):
         return baselines.linear_step(*(array.astype(np.float64) for array in case.inputs()), case.decay)
     if case.kind == "graph":
         return baselines.expected_graph_attention(*case.inputs(), case.structure, case.rows(), case.w_score())
+    if case.kind == "blocks":
+        return baselines.expected_block_attention(*case.inputs(), case.pattern(), case.block)
     if case.kind == "neighborhood":
         return baselines.expected_neighborhood_attention(*(x[0] for x in case.in_a_row()), case.seen())
     if case.kind == "minilm":

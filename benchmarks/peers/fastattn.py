@@ -120,6 +120,17 @@ def softmax_out(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, x, axis=case.axis, out=np.empty_like(x)))
 
 
+def blocks(case, threads):
+    call = functools.partial(fastattn.dot_product_attention, *case.inputs())
+    yield Variant("", functools.partial(call, block_mask=case.pattern(), block_size=case.block))
+
+
+def dense(case, threads):
+    """All pairs, of which the pattern keeps some."""
+    expected = baselines.expected_attention(*case.inputs())
+    yield Variant("", functools.partial(fastattn.dot_product_attention, *case.inputs()), expected=expected)
+
+
 def neighborhood(case, threads):
     yield Variant("", functools.partial(fastattn.neighborhood_attention, *case.inputs(), case.kernel_size))
 
@@ -148,6 +159,7 @@ LIBRARIES = {
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,
+            "blocks": blocks,
             "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,
@@ -157,5 +169,6 @@ LIBRARIES = {
         "fastattn",
         {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out, "graph": graph_out},
     ),
+    "fastattn, dense": ("fastattn", {"blocks": dense}),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
 }

@@ -114,6 +114,11 @@ def scipy_softmax(case, threads):
     yield Variant("", functools.partial(softmax, *case.inputs(), axis=case.axis))
 
 
+def blocks(case, threads):
+    call = functools.partial(baselines.block_attention, *case.inputs())
+    yield Variant("rows of blocks", functools.partial(call, case.pattern(), case.block))
+
+
 def neighborhood(case, threads):
     arrays = (x[0] for x in case.in_a_row())
     yield Variant("gather", functools.partial(baselines.neighborhood_attention, *arrays, case.seen()))
@@ -132,6 +137,7 @@ LIBRARIES = {
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,
+            "blocks": blocks,
             "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,

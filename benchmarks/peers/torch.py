@@ -77,6 +77,29 @@ def _ordered(blocks):
     return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
+def flex_blocks(case, threads):
+    torch = _torch(threads)
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    torch._dynamo.config.recompile_limit = 256
+    arrays = [torch.from_numpy(x) for x in case.inputs()]
+    numbers, indices = _ordered(torch.from_numpy(case.pattern())[None, None])
+    none = torch.zeros_like(numbers), torch.zeros_like(indices)
+    mask = BlockMask.from_kv_blocks(
+        *none, numbers, indices, BLOCK_SIZE=case.block, seq_lengths=(case.seqlen_q, case.seqlen_k)
+    )
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    yield Variant("", functools.partial(attend, *arrays, block_mask=mask))
+
+
+def masked_blocks(case, threads):
+    torch = _torch(threads)
+    arrays = [torch.from_numpy(x) for x in case.inputs()]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    visible = torch.from_numpy(case.pattern()).repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)
+    yield Variant("boolean mask", lambda: attend(*arrays, attn_mask=visible))
+
+
 def gathered_neighborhood(case, threads):
     """What each pixel sees, copied: (heads, pixels, keys, channels)."""
     torch = _torch(threads)
@@ -409,8 +432,11 @@ LIBRARIES = {
             "minilm": minilm,
         },
     ),
-    "PyTorch, masked": ("torch", {"truncated": masked_truncated, "neighborhood": masked_neighborhood}),
-    "PyTorch, flex": ("torch", {"truncated": flex_truncated, "neighborhood": flex_neighborhood}),
+    "PyTorch, masked": (
+        "torch",
+        {"truncated": masked_truncated, "neighborhood": masked_neighborhood, "blocks": masked_blocks},
+    ),
+    "PyTorch, flex": ("torch", {"truncated": flex_truncated, "neighborhood": flex_neighborhood, "blocks": flex_blocks}),
     "PyTorch, gather": ("torch", {"neighborhood": gathered_neighborhood}),
     "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
     "PyTorch compiled": ("torch", {"additive": compiled_additive}),

@@ -445,6 +445,23 @@ def neighborhood_attention(query, key, value, seen):
     return (scores[:, :, None, :] @ value[:, seen])[:, :, 0]
 
 
+def block_attention(query, key, value, pattern, block):
+    """A row of blocks at a time, with the keys of its blocks alone."""
+    out = np.empty_like(query)
+    shape = (*key.shape[:-2], len(pattern), block, key.shape[-1])
+    keys, values = key.reshape(shape), value.reshape(shape)
+    for row, columns in enumerate(pattern):
+        rows = slice(row * block, (row + 1) * block)
+        seen = [x[..., columns, :, :].reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (keys, values)]
+        out[..., rows, :] = dot_product_attention(query[..., rows, :], *seen)
+    return out
+
+
+def expected_block_attention(query, key, value, pattern, block):
+    """The same in float64."""
+    return block_attention(*(x.astype(np.float64) for x in (query, key, value)), pattern, block)
+
+
 def expected_neighborhood_attention(query, key, value, seen):
     """The same in float64."""
     return neighborhood_attention(*(x.astype(np.float64) for x in (query, key, value)), seen)

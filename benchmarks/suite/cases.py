@@ -318,6 +318,32 @@ class Rotary(Case):
 
 
 @dataclass(frozen=True)
+class Blocks(Attention):
+    """BigBird's pattern in blocks of 64: three neighbours, the first and the last block, three random ones a row."""
+
+    block: int = 64
+    kind = "blocks"
+
+    def pattern(self):
+        """(blocks of queries, blocks of keys)"""
+        return _big_bird(self.seqlen_q // self.block)
+
+    @property
+    def flops(self):
+        return super().flops * self.pattern().mean()
+
+
+@functools.cache
+def _big_bird(count):
+    generator = np.random.default_rng(7)
+    row, column = np.arange(count)[:, None], np.arange(count)
+    pattern = (abs(row - column) <= 1) | (row % (count - 1) == 0) | (column % (count - 1) == 0)
+    for blocks in pattern:
+        blocks[generator.choice(count, 3, replace=False)] = True
+    return pattern
+
+
+@dataclass(frozen=True)
 class Neighborhood(Case):
     """Attention of pixels to the `kernel` pixels around them along each axis of `space`, clamped at the edges."""
 
@@ -719,6 +745,9 @@ LINEAR_SHAPES = ((1, 8, 4096, 64), (1, 1, 16384, 64), (2, 4, 2048, 128), (1, 1, 
 LINEAR = (*(Linear(*shape) for shape in LINEAR_SHAPES), Linear(1, 8, 2048, 128, "gated delta"))
 # A token in a large model, in a small one.
 LINEAR_STEPS = (LinearStep(1, 32, 128), LinearStep(1, 8, 64))
+
+# A long document, and one that NumPy can take.
+BLOCKS = (Blocks(1, 8, 8192, 8192, 64), Blocks(1, 8, 2048, 2048, 64))
 
 # The first two stages of a NAT, a small volume.
 NEIGHBORHOOD_SPACES = (((56, 56), 7), ((28, 28), 7), ((16, 16, 16), 3))
