@@ -324,7 +324,7 @@ cdef Call read_call(object query, object key, object value, object graph, object
 # The work
 
 cdef Py_ssize_t row_of_share(const fa_graph *graph, Py_ssize_t rows, int64_t share) noexcept nogil:
-    """The first row before which there are so many rows and edges, or more."""
+    """The first row that has at least so much before it, in rows and edges."""
     cdef Py_ssize_t low = 0, high = rows, middle
     while low < high:
         middle = (low + high) // 2

@@ -2,7 +2,7 @@
  *
  * The edges of a row are taken EDGES at a time: scores, the running maximum, weights, and the weighted sum of the
  * values, as in softmax.inc.h. Scores lie as [edge][head], heads padded to a power of two: those of a short row fill
- * few vectors, and the weights of an edge are one. Keys and values are asked for some edges ahead, and, because the
+ * few vectors, and the weights of an edge are one. Keys and values are prefetched some edges ahead, and, because the
  * edges of the next row follow in memory, beyond the end of a row, too.
  *
  * The bits of a head do not depend on how many are taken together: each product is a sum of its own, and sums over
@@ -11,8 +11,8 @@
 enum {
     EDGES = 64,                        /* in one step of the softmax; the bits of a word say which are hidden */
     SHORT_ROWS = 8,                    /* that are in one block, at most */
-    EDGE_BYTES_AHEAD = 8192,           /* so many of keys and values are asked for ahead, */
-    FEWEST_AHEAD = 4,                  /* but those of so many edges at least, */
+    EDGE_BYTES_AHEAD = 8192,           /* prefetch distance, in bytes of keys and values, */
+    FEWEST_AHEAD = 4,                  /* and at least in edges, */
     MOST_AHEAD = 32,                   /* and at most */
     VALUE_VECS = 4,                    /* vectors of a value that are added up at a time */
     MOST_HEADS = LANES < 4 ? 1 : LANES /* that are taken together: their scores of an edge are in one vector */
@@ -164,7 +164,7 @@ static size_t lay_out_edges(struct edge_run *run, const fa_graph *graph, char *b
 
 static size_t edges_workspace(const fa_graph *graph)
 {
-    struct edge_run run; /* only its size is asked for: the addresses are not used */
+    struct edge_run run; /* for its size only: the addresses are not used */
     return lay_out_edges(&run, graph, (char *)(uintptr_t)FA_ALIGN);
 }
 

@@ -483,7 +483,7 @@ static ALWAYS_INLINE void own_rows(const fa_linear *p, struct slab *slab)
     slab->from_row = slab->to_row;
 }
 
-/* Rows of M that token t forgets, of so many features from `first` on, a multiple of LANES. */
+/* Clears the rows of M that token t forgets, for a number of features, a multiple of LANES, from `first` on. */
 static void forget(const struct linear_space *s, int t, int64_t first, int64_t features, real *m, ptrdiff_t row,
                    int vecs)
 {

@@ -160,7 +160,7 @@ static size_t lay_scene(struct scene *scene, const fa_neighborhood *problem, con
 /* Contract: contract.h. */
 static size_t neighborhood_workspace(const fa_neighborhood *problem, const int64_t *pixels, const int64_t *tile)
 {
-    struct scene scene; /* only its size is asked for */
+    struct scene scene; /* for its size only */
     const fa_reach *y = &problem->reach[FA_ALONG_Y];
     const int64_t n = (pixels[FA_ALONG_Y] + y->dilation - 1) / y->dilation;
     return lay_scene(&scene, problem, pixels, tile, 2 * least_of(y->kernel, n) - 1, (char *)(uintptr_t)FA_ALIGN);
