@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import numpy
+from Cython import __version__ as cython_version
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -134,7 +135,8 @@ def extension(name, extra_sources=(), suffix="pyx"):
 def shared_utilities():
     """The module with the code that Cython would otherwise repeat in each of the others; it has no .pyx."""
     source = "fastattn/_shared.c"
-    if not os.path.exists(source):
+    made_by = open(source).readline() if os.path.exists(source) else ""
+    if made_by.split() != ["/*", "Generated", "by", "Cython", cython_version, "*/"]:
         subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={source}"], check=True)
     return Extension("fastattn._shared", [source], extra_compile_args=compile_args, extra_link_args=link_args)
 

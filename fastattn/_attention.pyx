@@ -22,8 +22,8 @@ cdef enum:
     TILES = 8           # wanted for each thread, where that leaves tiles of fa_tuning.least_rows
     # With fewer tiles than this for a thread, threads share the keys of a tile where queries are few.
     SPLIT_TILES = 8
-    # Of a tile in a call with a block mask: fewer would spend their time packing keys.
-    LEAST_BLOCK_ROWS = 192
+    # Of a tile in a call with a block mask, about: fewer would spend their time packing keys.
+    ROWS_OF_BLOCKS = 192
     # Where a tile keeps scores (sparsemax, entmax15) these should stay in a cache; but small tiles are expensive.
     SCORES = 1 << 22
 
@@ -125,11 +125,11 @@ cdef bint keeps_scores(const fa_call *call) noexcept nogil:
 
 
 cdef int64_t rows_of_blocks(int64_t block_rows, int64_t most) noexcept nogil:
-    """Rows of a tile in a call with a block mask: whole blocks, or an equal part of one, of at most `most`."""
+    """Rows of a tile in a call with a block mask, at most `most`: whole blocks, or an equal part of one."""
     cdef int64_t parts = (block_rows + most - 1) // most
     if parts > 1:
         return (block_rows + parts - 1) // parts
-    return (LEAST_BLOCK_ROWS + block_rows - 1) // block_rows * block_rows
+    return max(1, min(ROWS_OF_BLOCKS, most) // block_rows) * block_rows
 
 
 cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tuning) noexcept nogil:
@@ -147,7 +147,7 @@ cdef int64_t rows_of_tiles(const fa_call *call, int threads, const fa_tuning *tu
         return max(longest, 1)
     if call.layouts[<int> FA_BLOCK_MASK].data != NULL and not call.problem.decode and call.sizes.heads == 1:
         # Tiles that end where blocks do see the same keys in all of their rows, and skip all others.
-        return rows_of_blocks(call.problem.block_rows, min(rows, tuning.most_rows))
+        return rows_of_blocks(call.problem.block_rows, rows)
     tiles = (longest + rows - 1) // rows
     rows = (longest + tiles - 1) // tiles
     return (rows + tuning.group_rows - 1) // tuning.group_rows * tuning.group_rows

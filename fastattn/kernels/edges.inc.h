@@ -669,15 +669,6 @@ static ALWAYS_INLINE void store_up_to(void *to, vec v, int n)
         memcpy(to, &v, (size_t)n * sizeof(real));
 }
 
-/* The first n numbers of a vector. */
-static ALWAYS_INLINE void store_some(void *to, vec v, int n)
-{
-    if (n == LANES)
-        v_store(to, v);
-    else
-        memcpy(to, &v, (size_t)n * sizeof(real));
-}
-
 /* The caller wants the weights: until the row's maximum and sum are known, its scores stand where they go. */
 static NEVER_INLINE void keep_edge_scores(const struct edge_run *run, const struct edge_piece *piece)
 {
