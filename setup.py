@@ -149,6 +149,7 @@ setup(
             extension("_checks"),
             extension("_call"),
             extension("_scores"),
+            extension("_vjp"),
             extension("_attention"),
             extension("_softmax"),
             extension("_merge"),
