@@ -157,6 +157,7 @@ setup(
             extension("_positions"),
             extension("_graph"),
             extension("_linear"),
+            extension("_gradients"),
             # Plain Python, compiled because a small call spends a fifth of its time on default arguments.
             extension("attention", suffix="py"),
             shared_utilities(),

@@ -3,7 +3,7 @@ cimport numpy as cnp
 from libc.stdint cimport int64_t
 
 from fastattn._rules cimport Rules
-from fastattn._runtime cimport FA_OPERANDS, FA_ROW_AXES, fa_dtype, fa_head, fa_problem
+from fastattn._runtime cimport FA_OPERANDS, FA_ROW_AXES, fa_dtype, fa_gradients, fa_head, fa_problem
 
 cdef extern from "kernels/call.h" nogil:
     enum:
@@ -36,6 +36,8 @@ cdef extern from "kernels/call.h" nogil:
 
     int64_t fa_queries_of(const fa_call *call, int64_t sequence)
     void fa_locate(const fa_call *call, int64_t head, int64_t sequence, fa_head *to)
+    void fa_locate_gradients(const fa_call *call, const fa_layout *layouts, int64_t head, int64_t sequence,
+                             fa_gradients *to)
 
 
 cdef struct Shape:

@@ -110,6 +110,30 @@ cdef extern from "kernels/contract.h" nogil:
         int64_t queries, keys, query_length, key_length, offset, keys_before, heads
 
     enum:
+        FA_GRAD_OUT
+        FA_GRAD_LSE
+        FA_ROW_STATE
+        FA_D_QUERY
+        FA_D_QUERY_LOST
+        FA_D_KEY
+        FA_D_VALUE
+        FA_D_BIAS
+        FA_D_RELATIVE_BIAS
+        FA_D_ROWS
+        FA_D_COLUMNS
+        FA_D_DIAGONALS
+        FA_D_SLOPES
+        FA_D_SINKS
+        FA_D_SCORE_WEIGHTS
+        FA_BACK_OPERANDS
+        FA_STATE
+        FA_BACK_ROWS
+        FA_BACK_SPAN
+
+    ctypedef struct fa_gradients:
+        fa_view view[<int> FA_BACK_OPERANDS]
+
+    enum:
         FA_LINEAR_QUERY
         FA_LINEAR_KEY
         FA_LINEAR_VALUE
@@ -175,6 +199,13 @@ cdef extern from "kernels/contract.h" nogil:
         void (*save_span)(const fa_problem *, int64_t, void *, void *) noexcept nogil
         void (*join_span)(const fa_problem *, const fa_head *, int64_t, void *, const void *) noexcept nogil
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
+        size_t (*back_workspace)(const fa_problem *, int64_t) noexcept nogil
+        void (*back_rows)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
+                          void *) noexcept nogil
+        void (*back_open)(const fa_problem *, int64_t, int64_t, void *) noexcept nogil
+        void (*back_visit)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
+                           void *) noexcept nogil
+        void (*back_close)(const fa_problem *, const fa_head *, const fa_gradients *, void *) noexcept nogil
         void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, char *, Py_ssize_t, int64_t,
                      int64_t) noexcept nogil
         int columns_at_once
@@ -205,6 +236,8 @@ cdef extern from "kernels/contract.h" nogil:
 
     int fa_runnable(fa_instruction_set *sets, int room)
     int fa_prefetching_helps()
+    void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *begin,
+                         int64_t *end)
     int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *cursor,
                       int64_t *begin, int64_t *end)
 

@@ -58,7 +58,7 @@ static void additive_keys(const fa_problem *problem, const char *keys, const fa_
     struct additive *additive = &tile->additive;
     const int64_t channels = tile->channels;
     const vec limit = v_fill(ADDITIVE_LIMIT);
-    pack_keys(problem, keys, key, begin, end, channels, additive->k_raw);
+    pack_keys(problem->head_dim, keys, key, begin, end, channels, additive->k_raw);
     memset(&additive->wide_keys, 0, sizeof additive->wide_keys);
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
         const int64_t at = j / PANEL * PANEL * channels + j % PANEL;

@@ -81,4 +81,30 @@ static inline void fa_locate(const fa_call *call, int64_t head, int64_t sequence
     to->query_length *= to->heads;
 }
 
+/* The same for gradients, whose layouts are numbered as in FA_BACK_OPERANDS. */
+static inline void fa_locate_gradients(const fa_call *call, const fa_layout *layouts, int64_t head, int64_t sequence,
+                                       fa_gradients *to)
+{
+    int64_t index[FA_ROW_AXES];
+    for (int i = call->axes - 1; i >= 0; i--) {
+        index[i] = head % call->shape[i];
+        head /= call->shape[i];
+    }
+    for (int operand = 0; operand < FA_BACK_OPERANDS; operand++) {
+        const fa_layout *layout = &layouts[operand];
+        fa_view *view = &to->view[operand];
+        view->data = layout->data;
+        view->row = layout->row, view->col = layout->col, view->dtype = layout->dtype;
+        view->head = 0;
+        if (!layout->data)
+            continue;
+        for (int i = 0; i < call->axes; i++)
+            view->data += index[i] * layout->batch[i];
+        if (call->query_starts && operand != FA_D_DIAGONALS) {
+            const int of_keys = operand == FA_D_KEY || operand == FA_D_VALUE || operand == FA_D_COLUMNS;
+            view->data += (of_keys ? call->key_starts : call->query_starts)[sequence] * view->row;
+        }
+    }
+}
+
 #endif

@@ -111,6 +111,32 @@ typedef struct {
     int64_t heads; /* query heads interleaved as rows, sharing these keys: row i is query i / heads of head i % heads */
 } fa_head;
 
+/* The way back, from the gradient of the output to those of the inputs. Besides the operands of the forward call, of
+ * which FA_OUT and FA_LSE are then read: */
+enum {
+    FA_GRAD_OUT,        /* (queries, value_dim) */
+    FA_GRAD_LSE,        /* (queries, 1), optional */
+    FA_ROW_STATE,       /* (queries, FA_STATE), accumulation dtype: what back_rows finds and back_visit needs */
+    FA_D_QUERY,         /* (queries, head_dim in whole vectors), accumulation dtype, contiguous rows: added to */
+    FA_D_QUERY_LOST,    /* the same: what rounding has taken from it; needed with more than FA_SPAN keys */
+    FA_D_KEY,           /* (keys, head_dim): overwritten, as are values */
+    FA_D_VALUE,         /* (keys, value_dim) */
+    FA_D_BIAS,          /* (queries, keys), accumulation dtype: added to, as are all that follow */
+    FA_D_RELATIVE_BIAS, /* (queries, left + right + 1), accumulation dtype */
+    FA_D_ROWS,          /* (queries, 1) doubles, as in all that follow: sums of the scores' gradients over keys */
+    FA_D_COLUMNS,       /* (keys, 1): their sums over queries */
+    FA_D_DIAGONALS,     /* (1, left + right + 1): over queries, by place in the window */
+    FA_D_SLOPES,        /* (queries, 1) */
+    FA_D_SINKS,         /* (queries, 1), by back_rows */
+    FA_D_SCORE_WEIGHTS, /* (blocks of keys, head_dim), of FA_ADDITIVE */
+    FA_BACK_OPERANDS
+};
+enum {
+    FA_STATE = 5,
+    FA_BACK_ROWS = 48,                /* rows of a tile; tiles begin at multiples of it */
+    FA_BACK_SPAN = 42 * FA_BACK_ROWS, /* rows summed into one partial gradient of a key */
+};
+
 /* Neighbourhood attention: axes of space, the one whose pixels lie in the lanes of a vector last. Calls with fewer have
  * axes of one pixel in front. Where an axis is dilated, the residue classes of its pixels are images of their own, by
  * their strides: for the kernels the dilation is 1 then. Only the last axis may keep one. */
@@ -170,6 +196,11 @@ static inline int64_t fa_neighbors(const fa_reach *reach, int64_t n, int64_t i, 
         *end = n;
     return first;
 }
+
+/* Gradients of one head of one sequence. Those without data are not wanted. */
+typedef struct {
+    fa_view view[FA_BACK_OPERANDS];
+} fa_gradients;
 
 /* Attention along the edges of a graph. Its matrices besides FA_QUERY, FA_KEY, FA_VALUE and FA_OUT, which have a row a
  * node; FA_LSE the same. Those of edges have a row an edge: FA_BIAS and FA_WEIGHTS (edges, 1), and these: */
@@ -251,6 +282,18 @@ typedef struct {
     void (*save_span)(const fa_problem *problem, int64_t rows, void *workspace, void *span);
     void (*join_span)(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace, const void *span);
     void (*close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
+    /* The way back. back_rows prepares any rows of a head. A block of keys is then opened, visited with the rows
+     * [row, row_end) of any number of heads that share its gradients, in ascending order, and closed, which writes the
+     * gradients of its keys. Those of queries are added up over blocks, which must come in ascending order. `row` is a
+     * multiple of FA_BACK_SPAN if gradients of keys are wanted, else of FA_BACK_ROWS. Which gradients are wanted, and
+     * how rows and blocks are shared out, changes no bit. */
+    size_t (*back_workspace)(const fa_problem *problem, int64_t keys);
+    void (*back_rows)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
+                      int64_t rows, void *workspace);
+    void (*back_open)(const fa_problem *problem, int64_t keys, int64_t block, void *workspace);
+    void (*back_visit)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
+                       int64_t row_end, void *workspace);
+    void (*back_close)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, void *workspace);
     /* Rows of n elements, each contiguous, aligned and in the accumulation dtype; strides in bytes. mask: rows of n
      * bytes, or NULL; out: rows of n elements (may be x), or of one for FA_ROW_LOGSUMEXP. */
     void (*rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,

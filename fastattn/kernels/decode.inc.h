@@ -115,7 +115,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
             if (visible[g].lo >= visible[g].hi)
                 continue;
             run->partial[b * groups + g] =
-                rule_scores(problem, head, row + first, group, block, visible + g, tile, s + first * FA_BLOCK);
+                rule_tile(problem, head, row + first, group, block, visible + g, tile, s + first * FA_BLOCK);
             for (int r = first; r < first + group; r++) {
                 vec *most = run->most + b * rows + r;
                 run->shrink[b * rows + r] = 1;

@@ -63,10 +63,9 @@ static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_h
 
 /* Packs keys [begin, end) of the block that starts at `keys` into panels, [panel][channel][key of the panel]. Whole
  * vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
-static void pack_keys(const fa_problem *problem, const char *keys, const fa_view *key, int begin, int end,
-                      int64_t padded, real *restrict to)
+static void pack_keys(int64_t channels, const char *keys, const fa_view *key, int begin, int end, int64_t padded,
+                      real *restrict to)
 {
-    const int64_t channels = problem->head_dim;
     const int in_place = readable(key);
     real square[LANES * LANES];
     for (int j = begin / LANES * LANES; j < end; j += LANES) {

@@ -89,6 +89,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "attend.inc.h"
 
+#include "gradient.inc.h"
+
 #include "rows.inc.h"
 
 #include "columns.inc.h"
@@ -122,6 +124,11 @@ const fa_kernels FA_TABLE = {
     .save_span = save_span,
     .join_span = join_span,
     .close_tile = close_tile,
+    .back_workspace = back_workspace,
+    .back_rows = back_rows,
+    .back_open = back_open,
+    .back_visit = back_visit,
+    .back_close = back_close,
     .rows = all_rows,
     .columns_at_once = COLUMN_ROWS,
     .columns_workspace = columns_workspace,

@@ -40,7 +40,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
             if (problem->score == FA_ADDITIVE)
                 additive_keys(problem, keys, &head->view[FA_KEY], begin, end, tile);
             else
-                pack_keys(problem, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
+                pack_keys(problem->head_dim, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
             if (!is_sparse(problem))
                 value = values_of(problem, head, block, begin, end, sharing, tile);
             packed = 1;
@@ -65,7 +65,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
             prefetch_queries(head, &head->view[FA_OUT], row + first, row + first + group,
                              problem->value_dim * (int64_t)sizeof(real));
         }
-        const int partial = rule_scores(problem, head, row + first, group, block, &visible, tile, s);
+        const int partial = rule_tile(problem, head, row + first, group, block, &visible, tile, s);
         if (is_sparse(problem)) {
             keep_scores(problem, first, group, block, v_first, v_last, s, &tile->sparse);
             turn++;

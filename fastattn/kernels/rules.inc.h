@@ -54,13 +54,13 @@ static ALWAYS_INLINE void hide_outside(int first, int last, int from, int to, re
     }
 }
 
-/* Everything between raw score and activation for row i, number r of its group, over the vectors [first, last) of the
- * block at key `block`, if more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if
- * score or bias is NaN. */
-static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t i, int r, int64_t block, int first,
-                        int last, double after, key_bits *seen, real *s, real *extra, real *other)
+/* Everything between raw score and activation for row i, over the vectors [first, last) of the block at key `block`, if more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if
+ * score or bias is NaN. steep: receives the derivative of the softcap, if that is wanted; else NULL. */
+static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first, int last,
+                        double after, key_bits *seen, real *s, real *extra, real *steep)
 {
     const vec hidden = v_fill(-(real)INFINITY);
+    real *other = extra + FA_BLOCK;
     const int late = after != 1, capped = problem->softcap != 0;
     real cap = 0, per_cap = 0, root = 0, scale = 0; /* computed only if needed: */
     if (capped) {                                   /* this dominates small calls */
@@ -97,13 +97,17 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
         }
     }
     for (int v = first; v < last; v++) {
-        real *s_v = s + r * FA_BLOCK + v * LANES;
+        real *s_v = s + v * LANES;
         unsigned bits = bits_at(seen, v * LANES, LANES);
         vec x = v_load(s_v);
         if (late)
             x = x * root * scale;
-        if (capped)
-            x = cap * v_tanh(x * per_cap);
+        if (capped) {
+            const vec part = v_tanh(x * per_cap);
+            x = cap * part;
+            if (steep)
+                v_store(steep + v * LANES, 1 - part * part);
+        }
         if (problem->has_slope)
             x -= slope * v_abs(v_lane_numbers() + (distance + (real)(v * LANES)));
         if (biased) {
@@ -117,10 +121,11 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* Applies softcap, biases and masks to the scores of a group; where weights need the whole row, also copies them to the
- * requested weights, which close_tile finishes. Returns whether terms of the weighted sum include hidden keys. */
+/* Applies softcap, biases and masks to the scores of a group, in rows of s_row numbers. after: factors of raw scores;
+ * extra: room for two rows; steep: as in apply_rules. Returns whether terms of the weighted sum include hidden keys. */
 static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                     int64_t block, struct visible *visible, struct tile *tile, real *s)
+                                     int64_t block, struct visible *visible, const double *after, real *extra, real *s,
+                                     const int s_row, real *steep)
 {
     const int rules = scores_change(problem, head);
     const int v_first = visible->lo / LANES, v_last = (visible->hi + LANES - 1) / LANES;
@@ -130,21 +135,28 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
         const key_bits whole = bits_of_range(v_first * LANES, v_last * LANES), terms = bits_of_range(term_lo, term_hi);
         make_bits(visible, group);
         for (int r = 0; r < group; r++) {
-            if (rules) {
-                const double after = scale_after_product(problem) ? tile->after[i + r - tile->row] : 1;
-                apply_rules(problem, head, i + r, r, block, v_first, v_last, after, &visible->bits[r], s, tile->extra,
-                            tile->extra + FA_BLOCK);
-            } else {
-                hide(&whole, &visible->bits[r], s + r * FA_BLOCK);
-            }
+            if (rules)
+                apply_rules(problem, head, i + r, block, v_first, v_last, scale_after_product(problem) ? after[r] : 1,
+                            &visible->bits[r], s + r * s_row, extra, steep ? steep + r * s_row : NULL);
+            else
+                hide(&whole, &visible->bits[r], s + r * s_row);
             partial |= !bits_equal(&visible->bits[r], &terms);
         }
     } else if (!visible->same_for_all || v_first * LANES != visible->lo || v_last * LANES != visible->hi) {
         for (int r = 0; r < group; r++) {
-            hide_outside(v_first, v_last, visible->from[r], visible->to[r], s + r * FA_BLOCK);
+            hide_outside(v_first, v_last, visible->from[r], visible->to[r], s + r * s_row);
             partial |= visible->from[r] != term_lo || visible->to[r] != term_hi;
         }
     } /* otherwise whole vectors, all visible: nothing to hide */
+    return partial;
+}
+
+/* The same in a tile, whose weights, if they are asked for and need the whole row, get the scores until close_tile. */
+static ALWAYS_INLINE int rule_tile(const fa_problem *problem, const fa_head *head, int64_t i, int group, int64_t block,
+                                   struct visible *visible, struct tile *tile, real *s)
+{
+    const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row),
+                                    tile->extra, s, FA_BLOCK, NULL);
     if (head->view[FA_WEIGHTS].data && (problem->activation == FA_SOFTMAX || is_sparse(problem)))
         keep_weights(problem, head, i, group, block, s);
     return partial;

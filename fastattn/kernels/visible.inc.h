@@ -98,6 +98,27 @@ static ALWAYS_INLINE void rows_range(const fa_problem *problem, const fa_head *h
     *end = lo < hi ? (int)hi : 0;
 }
 
+/* The query rows [*first, *last) that may see the block [block, block + FA_BLOCK) by position and length. Rows are
+ * queries here (fa_head.heads is 1). */
+static void rows_of_block(const fa_problem *problem, const fa_head *head, int64_t block, int64_t *first, int64_t *last)
+{
+    const int64_t end = head->key_length - block < FA_BLOCK ? head->key_length : block + FA_BLOCK;
+    const int64_t before = head->keys_before, offset = head->offset;
+    *first = 0, *last = block < end ? head->query_length : 0;
+    if (problem->right < INT64_MAX && block - problem->right - offset > *first)
+        *first = block - problem->right - offset;
+    if (problem->left < INT64_MAX && end + problem->left - offset < *last)
+        *last = end + problem->left - offset;
+    if (problem->chunk) {
+        const int64_t begins = (before + block) / problem->chunk * problem->chunk - before - offset;
+        const int64_t most = INT64_MAX / 4 / problem->chunk, chunks = (before + end - 1) / problem->chunk + 1;
+        *first = begins > *first ? begins : *first;
+        if (block < end && problem->left_chunks < most - chunks &&
+            (chunks + problem->left_chunks) * problem->chunk - before - offset < *last)
+            *last = (chunks + problem->left_chunks) * problem->chunk - before - offset;
+    }
+}
+
 /* What the rows of a group see of a block. */
 struct visible {
     int lo, hi;               /* all keys that any row sees are in [lo, hi); lo >= hi: none */
