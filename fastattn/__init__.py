@@ -5,12 +5,15 @@ The layers, from the top; each imports only what is below it:
     plot                            pictures of weights (needs matplotlib; not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
+    gradients                       of the attention functions
     attention, linear, graph, neighborhood, softmax,
         positions, config           the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
+    _gradients                      the driver of the way back, which begins with the one of attention
     _attention, _linear, _graph, _neighborhood, _softmax,
         _merge, _positions          the drivers: tiles and rows, threads, scratch memory
+    _vjp                            which gradients are wanted, and where they go
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork
@@ -44,6 +47,7 @@ from fastattn.softmax import entmax15, log_softmax, logsumexp, softmax, sparsema
 
 if _typing.TYPE_CHECKING:
     from fastattn.cache import KVCache
+    from fastattn.gradients import dot_product_attention_vjp, truncated_attention_vjp, varlen_attention_vjp
     from fastattn.graph import graph_attention
     from fastattn.linear import linear_attention
     from fastattn.multihead import MultiHeadAttention, self_attention
@@ -62,6 +66,7 @@ __all__ = [
     "bilinear_attention",
     "cpu_info",
     "dot_product_attention",
+    "dot_product_attention_vjp",
     "entmax15",
     "get_num_threads",
     "graph_attention",
@@ -79,7 +84,9 @@ __all__ = [
     "softmax",
     "sparsemax",
     "truncated_attention",
+    "truncated_attention_vjp",
     "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 # Classes and rarer functions are loaded on first use: without cached byte code they are most of what an import reads.
@@ -87,10 +94,13 @@ _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
+    "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
     "linear_attention": "linear",
     "neighborhood_attention": "neighborhood",
     "self_attention": "multihead",
+    "truncated_attention_vjp": "gradients",
+    "varlen_attention_vjp": "gradients",
 }
 
 if not _typing.TYPE_CHECKING:

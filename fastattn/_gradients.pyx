@@ -11,15 +11,15 @@ import numpy as np
 
 cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
-from libc.stdint cimport INT64_MAX, int64_t
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from fastattn._attention cimport attend
-from fastattn._call cimport (Problem, fa_call, fa_layout, fa_locate, fa_locate_gradients, fa_queries_of,
-                             lay_out, read_dot_product, read_varlen)
+from fastattn._call cimport (Problem, checked_sides, fa_call, fa_layout, fa_locate, fa_locate_gradients,
+                             fa_queries_of, lay_out, read_dot_product, read_varlen)
 from fastattn._checks cimport accumulation, converted, empty, floating, shape_of
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA_BLOCK, FA_D_BIAS,
+from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA_BLOCK, FA_D_BIAS,
                                 FA_D_COLUMNS, FA_D_DIAGONALS, FA_D_KEY, FA_D_QUERY, FA_D_QUERY_LOST,
                                 FA_D_RELATIVE_BIAS, FA_D_ROWS, FA_D_SCORE_WEIGHTS, FA_D_SINKS, FA_D_SLOPES, FA_D_VALUE,
                                 FA_GRAD_LSE, FA_GRAD_OUT, FA_LSE, FA_OUT, FA_ROW_AXES, FA_ROW_STATE, FA_SOFTMAX,
@@ -541,7 +541,7 @@ cdef int back(Problem p, Given g, dict targets) except -1:
     b.p, b.call, b.kept, b.after = p, call, [], []
     memset(b.layouts, 0, sizeof(b.layouts))
     if call.heads == 0 or call.longest_query == 0 or call.longest_key == 0 or not targets:
-        for name, target in targets.items():
+        for target in targets.values():
             target[...] = 0
         if not ("sinks" in targets and call.heads and call.longest_query):
             return 0
@@ -596,13 +596,24 @@ cdef dict with_lse(dict some):
     return {**some, "return_lse": some.get("activation", "softmax") == "softmax"}
 
 
+cdef tuple RULES = ("bias", "relative_bias", "alibi_slopes", "sinks")
+
+
+cdef dict chosen(dict some, tuple names):
+    return {name: some.get(name) for name in names}
+
+
 def dot_product_attention_vjp(grad_out, query, key, value, output, lse, grad_lse, wrt, out, dict some):
+    """some: a dict of rules."""
     cdef dict rules = with_lse(some)
     cdef Problem p = read_dot_product(query, key, value, rules_of(rules))
     return vjp(p, given_of(grad_out, output, lse, grad_lse, wrt, out),
-               {"query": query, "key": key, "value": value,
-                **{name: some.get(name) for name in ("bias", "relative_bias", "alibi_slopes", "sinks")}},
-               {name: some.get(name) for name in CONSTANTS})
+               {"query": query, "key": key, "value": value, **chosen(some, RULES)}, chosen(some, CONSTANTS))
+
+
+def truncated_attention_vjp(grad_out, query, key, value, left, right, output, lse, grad_lse, wrt, out, dict some):
+    return dot_product_attention_vjp(grad_out, query, key, value, output, lse, grad_lse, wrt, out,
+                                     {**some, "window_size": checked_sides(left, right)})
 
 
 def varlen_attention_vjp(grad_out, query, key, value, cu_seqlens_q, cu_seqlens_k, output, lse, grad_lse, wrt, out,
@@ -610,6 +621,5 @@ def varlen_attention_vjp(grad_out, query, key, value, cu_seqlens_q, cu_seqlens_k
     cdef dict rules = with_lse(some)
     cdef Problem p = read_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, rules_of(rules))
     return vjp(p, given_of(grad_out, output, lse, grad_lse, wrt, out),
-               {"query": query, "key": key, "value": value,
-                **{name: some.get(name) for name in ("alibi_slopes", "sinks")}},
+               {"query": query, "key": key, "value": value, **chosen(some, ("alibi_slopes", "sinks"))},
                {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})

@@ -32,9 +32,7 @@ class StreamRules(_SharedRules, total=False):
     enable_gqa: bool
 
 
-class LayerRules(_SharedRules, total=False):
-    """Of layers, which know whether heads are grouped."""
-
+class _QueryRules(_SharedRules, total=False):
     is_causal: bool
     window_size: int | tuple[int | None, int | None] | None
     query_offset: ArrayLike | None
@@ -44,6 +42,11 @@ class LayerRules(_SharedRules, total=False):
     block_mask: ArrayLike | None
     block_size: int | tuple[int, int]
     bias: ArrayLike | None
+
+
+class LayerRules(_QueryRules, total=False):
+    """Of layers, which know whether heads are grouped."""
+
     return_weights: bool | str
     return_lse: bool
     out: NDArray[Any] | None
@@ -53,6 +56,47 @@ class Rules(LayerRules, total=False):
     """Of `dot_product_attention`."""
 
     enable_gqa: bool
+
+
+class GradientRules(_QueryRules, total=False):
+    """Of gradients, which return nothing else."""
+
+    enable_gqa: bool
+
+
+class TruncatedGradientRules(TypedDict, total=False):
+    """Of those of `truncated_attention`."""
+
+    is_causal: bool
+    query_offset: ArrayLike | None
+    key_lengths: ArrayLike | None
+    query_lengths: ArrayLike | None
+    mask: ArrayLike | None
+    block_mask: ArrayLike | None
+    block_size: int | tuple[int, int]
+    bias: ArrayLike | None
+    relative_bias: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    activation: str
+    enable_gqa: bool
+    num_threads: int | None
+
+
+class VarlenGradientRules(TypedDict, total=False):
+    """Of those of `varlen_attention`."""
+
+    is_causal: bool
+    window_size: int | tuple[int | None, int | None] | None
+    alibi_slopes: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    activation: str
+    enable_gqa: bool
+    num_threads: int | None
 
 
 class _Readable(Signature):

@@ -1,7 +1,7 @@
 """Gradients of attention. The docstrings are the specification; fastattn.reference says the same in float64 NumPy.
 
-Each function `f_vjp` takes the gradient of a loss for what `f` returned, then the arguments of `f`, and returns the
-gradients of the loss for the arrays named in `wrt`.
+A function `f_vjp` (vector-Jacobian product) takes the gradient of a loss for what `f` returned, then the arguments of
+`f`, and returns the gradients of the loss for the arrays named in `wrt`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,228 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastattn import _gradients
+from fastattn._rules import GradientRules, TruncatedGradientRules, VarlenGradientRules, refuse_others, takes
+from fastattn.attention import dot_product_attention, truncated_attention, varlen_attention
 
-def dot_product_attention_vjp(grad_out, query, key, value, *, wrt=("query", "key", "value"), output=None, lse=None, grad_lse=None, out=None, **rules):
-    return _gradients.dot_product_attention_vjp(grad_out, query, key, value, output, lse, grad_lse, wrt, out, rules)
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from numpy.typing import ArrayLike, NDArray
+
+
+@takes(GradientRules, like=dot_product_attention)
+def dot_product_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    **rules: Unpack[GradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the arrays given to `dot_product_attention`, from its gradient for the output.
+
+    The name is short for vector-Jacobian product. Memory grows with L + S, as on the way there.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        The gradient of the loss for the output, exactly of its shape; float32, float64, float16 or bfloat16 (integers
+        and bools become float64), with any strides: ``np.broadcast_to(1.0, shape)`` is the gradient of a sum.
+    query, key, value : array_like
+        As given to `dot_product_attention`.
+    wrt : str or tuple of str, default ('query', 'key', 'value')
+        The arrays whose gradients are wanted, by name; also 'bias', 'relative_bias', 'alibi_slopes' and 'sinks', if
+        given. Only these are computed.
+    output : array_like, shape (..., L, E), optional
+    lse : array_like, shape (..., L), optional
+        What the forward call with the same arguments returned; both or neither. Without them the forward pass is done
+        again; the bits are the same. Only for softmax, as is `grad_lse`.
+    grad_lse : array_like, shape (..., L), optional
+        The gradient of the loss for the log-sum-exp, where the loss used it.
+    out : ndarray, or tuple of ndarray or None, optional
+        Receives the gradients: an array where `wrt` is one name, else as many as names. Each of the gradient's shape,
+        and of its dtype or the accumulation dtype (float64 for float64, else float32); any strides; overwritten. Must
+        not overlap an input or each other.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, num_threads
+        As given to `dot_product_attention`.
+
+    Returns
+    -------
+    gradients : tuple of ndarray, or ndarray
+        In the order of `wrt`; where that is one name, the gradient alone. Each has the shape and dtype of its array
+        (float64 for integers and bools), and is a sum where that was broadcast: over batch axes, over the heads that
+        share a key, over the rows or keys of a bias.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the result or the workspace.
+
+    See Also
+    --------
+    fastattn.integrations : the same for PyTorch, JAX and autograd.
+
+    Notes
+    -----
+    With weights ``P``, ``dP = grad_out @ value.T`` and ``delta = sum(grad_out * output, axis=-1)`` the gradient of a
+    score is ``dS = P * (dP - delta)``, and those of query, key and value are ``scale * dS @ key``,
+    ``scale * dS.T @ query`` and ``P.T @ grad_out`` [1]_. The weights are computed again from the log-sum-exp, block by
+    block.
+
+    What takes no part has gradient 0, whatever is stored there: rows and keys past their lengths, hidden keys, a bias
+    of -inf, scores of -inf. A row that sees nothing gives nothing, even if `grad_out` is NaN. The derivative of ReLU at
+    0 is 0. The gradient of `scale` is ``np.vdot(query, d_query) / scale``.
+
+    The bits of a gradient do not depend on threads, strides, padding, `out`, `wrt` or whether `output` was given. A row
+    of ``d_query`` depends on its own row and the keys that it sees, one of ``d_key`` and ``d_value`` on the queries
+    that see it.
+
+    References
+    ----------
+    .. [1] T. Dao et al., "FlashAttention", 2022, appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 8, 100, 64))
+    >>> out, lse = fastattn.dot_product_attention(query, key, value, is_causal=True, return_lse=True)
+    >>> grad_out = 2 * out / out.size  # of the loss np.mean(out**2)
+    >>> d_query, d_key, d_value = fastattn.dot_product_attention_vjp(
+    ...     grad_out, query, key, value, is_causal=True, output=out, lse=lse
+    ... )
+    >>> d_query.shape
+    (8, 100, 64)
+
+    A bias for each head and key, which all queries share:
+
+    >>> bias = np.zeros((8, 1, 100))
+    >>> fastattn.dot_product_attention_vjp(grad_out, query, key, value, bias=bias, wrt="bias").shape
+    (8, 1, 100)
+    """
+    refuse_others(rules, GradientRules, "dot_product_attention_vjp")
+    return _gradients.dot_product_attention_vjp(
+        grad_out, query, key, value, output, lse, grad_lse, wrt, out, dict(rules)
+    )
+
+
+@takes(TruncatedGradientRules, like=truncated_attention)
+def truncated_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    left: int,
+    right: int = 0,
+    *,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    **rules: Unpack[TruncatedGradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the arrays given to `truncated_attention`, from its gradient for the output.
+
+    The cost grows with the length, not with its square.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        The gradient of the loss for the output.
+    query, key, value, left, right
+        As given to `truncated_attention`.
+    wrt, output, lse, grad_lse, out
+        As for `dot_product_attention_vjp`.
+    is_causal, query_offset, key_lengths, query_lengths, mask, block_mask, block_size, bias, relative_bias,
+    alibi_slopes, scale, softcap, sinks, activation, enable_gqa, num_threads
+        As given to `truncated_attention`.
+
+    Returns
+    -------
+    gradients : tuple of ndarray, or ndarray
+        As from `dot_product_attention_vjp`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x, value = np.zeros((4, 2)), np.arange(4.0)[:, None]
+    >>> fastattn.truncated_attention_vjp(np.ones((4, 1)), x, x, value, 1, wrt="value").ravel()
+    array([1.5, 1. , 1. , 0.5])
+    """
+    refuse_others(rules, TruncatedGradientRules, "truncated_attention_vjp")
+    return _gradients.truncated_attention_vjp(
+        grad_out, query, key, value, left, right, output, lse, grad_lse, wrt, out, dict(rules)
+    )
+
+
+@takes(VarlenGradientRules, like=varlen_attention)
+def varlen_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    **rules: Unpack[VarlenGradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the arrays given to `varlen_attention`, from its gradient for the output.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., total_q, E)
+        The gradient of the loss for the output.
+    query, key, value, cu_seqlens_q, cu_seqlens_k
+        As given to `varlen_attention`.
+    wrt : str or tuple of str, default ('query', 'key', 'value')
+        Also 'alibi_slopes' and 'sinks', if given.
+    output, lse, grad_lse, out
+        As for `dot_product_attention_vjp`.
+    is_causal, window_size, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, num_threads
+        As given to `varlen_attention`.
+
+    Returns
+    -------
+    gradients : tuple of ndarray, or ndarray
+        As from `dot_product_attention_vjp`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x, value = np.zeros((3, 2)), np.array([[1.0], [3.0], [10.0]])
+    >>> fastattn.varlen_attention_vjp(np.ones((3, 1)), x, x, value, [0, 2, 3], wrt="value").ravel()
+    array([1., 1., 1.])
+    """
+    refuse_others(rules, VarlenGradientRules, "varlen_attention_vjp")
+    return _gradients.varlen_attention_vjp(
+        grad_out, query, key, value, cu_seqlens_q, cu_seqlens_k, output, lse, grad_lse, wrt, out, dict(rules)
+    )
