@@ -398,7 +398,7 @@ static void other_back(const fa_problem *problem, int first, int last, const rea
         ivec out = x == none;
         if (problem->activation == FA_RELU) {
             p = v_max(zero, x) * factor;
-            slope = v_pick(x <= zero, zero, factor);
+            slope = v_pick(x <= zero, zero, v_pick(x > zero, factor, x)); /* NaN stays */
         } else if (problem->activation == FA_SIGMOID) {
             const vec e = v_exp2(v_abs(x) * (real)-1.44269504088896340736), r = 1 / (1 + e);
             p = v_pick(x < zero, e, zero + 1) * r;
@@ -422,7 +422,7 @@ static key_bits keys_with_part(const fa_problem *problem, int first, int last, c
     for (int v = first; v < last; v++) {
         vec x = v_load(s + v * LANES), p, least = v_fill(-(real)INFINITY);
         if (is_sparse(problem)) {
-            x = sparse_slope(is_square(problem), x, state, &p);
+            x = v_pick(x == least, (vec){0}, sparse_slope(is_square(problem), x, state, &p));
             least = (vec){0};
         }
         bits.word[v * LANES / 64] |= (uint64_t)v_above_bits(x, least) << v * LANES % 64;
@@ -505,7 +505,8 @@ static void weigh_tile(const fa_problem *problem, const fa_head *head, const fa_
             }
             for (int j = last * LANES; j < back->last * LANES + 16; j++)
                 s[j] = dp[j] = 0;
-            if (r >= group) {
+            if (r >= group || state[STATE_ACTIVE] == 0) {
+                back->seen[g * ROWS + r] = (key_bits){{0}};
                 for (int v = first; v < last; v++) {
                     v_store(s + v * LANES, (vec){0});
                     v_store(dp + v * LANES, (vec){0});
@@ -863,31 +864,31 @@ static void back_rows(const fa_problem *problem, const fa_head *head, const fa_g
             const int64_t i = first + r;
             real *state = state_of(to, i);
             memset(state, 0, FA_STATE * sizeof(real));
-            if (i >= head->query_length)
+            const double grad_lse =
+                d_lse->data ? (double)read_number(d_lse->data + i * d_lse->row, d_lse->dtype) : 0;
+            const double sink = to->view[FA_D_SINKS].data ? per_row(head, &head->view[FA_SINKS], i) : -INFINITY;
+            double *d_sink = sink == -INFINITY
+                                 ? NULL
+                                 : (double *)(to->view[FA_D_SINKS].data + i * to->view[FA_D_SINKS].row);
+            if (i >= head->query_length) {
+                if (d_sink) /* all the weight is its own */
+                    *d_sink = grad_lse;
                 continue;
+            }
             state[STATE_ACTIVE] = state[STATE_FACTOR] = 1;
             again[r] = problem->activation != FA_SOFTMAX;
             if (problem->activation == FA_SOFTMAX) {
                 real lse;
                 int zero;
-                double delta = (double)delta_of(problem, head, to, i, &zero, back);
+                const real delta = delta_of(problem, head, to, i, &zero, back);
                 memcpy(&lse, lses->data + i * lses->row, sizeof lse);
-                if (d_lse->data)
-                    delta -= (double)read_number(d_lse->data + i * d_lse->row, d_lse->dtype);
-                if (to->view[FA_D_SINKS].data) {
-                    const double sink = per_row(head, &head->view[FA_SINKS], i);
-                    const double weight = sink == -INFINITY ? 0 : exp(sink - (double)lse);
-                    double from_out = zero ? 0 : (double)delta_of(problem, head, to, i, &zero, back);
-                    if (d_lse->data)
-                        from_out -= (double)read_number(d_lse->data + i * d_lse->row, d_lse->dtype);
-                    if (sink != -INFINITY)
-                        *(double *)(to->view[FA_D_SINKS].data + i * to->view[FA_D_SINKS].row) = -weight * from_out;
-                }
-                state[STATE_DELTA] = (real)delta;
+                if (d_sink) /* an output of zeros may be that of a row that sees nothing */
+                    *d_sink = exp(sink - (double)lse) * (grad_lse - (zero ? 0 : (double)delta));
                 if (lse == -(real)INFINITY) {
-                    state[STATE_ACTIVE] = state[STATE_FACTOR] = state[STATE_DELTA] = 0;
+                    state[STATE_ACTIVE] = state[STATE_FACTOR] = 0;
                     continue;
                 }
+                state[STATE_DELTA] = (real)((double)delta - grad_lse);
                 state[STATE_SHIFT] = lse == (real)INFINITY ? lse - lse : (real)((double)lse * unit);
                 again[r] = !(fabs((double)lse) <= 1e3) && lse == lse;
             }
