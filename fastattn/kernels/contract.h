@@ -288,8 +288,8 @@ typedef struct {
      * multiple of FA_BACK_SPAN if gradients of keys are wanted, else of FA_BACK_ROWS. Which gradients are wanted, and
      * how rows and blocks are shared out, changes no bit. */
     size_t (*back_workspace)(const fa_problem *problem, int64_t keys);
-    void (*back_rows)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
-                      int64_t rows, void *workspace);
+    void (*back_rows)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row, int64_t rows,
+                      void *workspace);
     void (*back_open)(const fa_problem *problem, int64_t keys, int64_t block, void *workspace);
     void (*back_visit)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
                        int64_t row_end, void *workspace);

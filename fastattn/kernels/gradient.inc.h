@@ -27,41 +27,41 @@ enum {
     STATE_SHIFT,  /* what is subtracted from scores; of sparse weights: their threshold.base */
     STATE_FACTOR, /* what the weights are multiplied by; of sparse weights: threshold.t */
     STATE_DELTA,
-    STATE_REST,   /* threshold.rest */
-    STATE_ACTIVE  /* 0: the row sees nothing, and nothing of it is looked at */
+    STATE_REST,  /* threshold.rest */
+    STATE_ACTIVE /* 0: the row sees nothing, and nothing of it is looked at */
 };
 
 /* A sum over rows for each key of a block, in two levels: [key][row]. */
 struct key_sums {
-    int64_t row;
+    int64_t row, keys; /* numbers of a key; keys of the block, in whole groups */
     real *part, *total, *lost;
-    int has_part, has_total;
+    int has_part, has_total, has_lost;
 };
 
 /* The workspace. */
 struct back {
-    struct tile tile;           /* of FA_ADDITIVE: packed queries and keys; extra, after */
-    int64_t channels, columns;  /* head_dim and value_dim in whole vectors */
-    real *q, *q_raw, *d_out;    /* a tile's rows: [strip][FA_BACK_ROWS][STRIP]; q times the scale, q_raw if need be not */
-    real *k, *v, *k_rows;       /* a block: packed, packed, and in rows of k_row numbers */
+    struct tile tile;          /* of FA_ADDITIVE: packed queries and keys; extra, after */
+    int64_t channels, columns; /* head_dim and value_dim in whole vectors */
+    real *q, *q_raw, *d_out; /* a tile's rows: [strip][FA_BACK_ROWS][STRIP]; q times the scale, q_raw if need be not */
+    real *k, *v, *k_rows;    /* a block: packed, packed, and in rows of k_row numbers */
     int64_t k_row;
-    real *s, *dp;               /* [FA_BACK_ROWS][GRADIENT_ROW] scores, then P; dP, then dS */
-    real *steep;                /* [ROWS][GRADIENT_ROW] derivatives of the softcap */
-    real *part;                 /* [FA_BACK_ROWS][channels] a block's share of dQ */
-    real *diagonal;             /* [FA_BLOCK + FA_BACK_ROWS] */
-    real *column;               /* [GRADIENT_ROW] */
-    key_bits *seen;             /* [FA_BACK_ROWS] what has a part in sums, where something is not finite */
-    struct visible *visible;    /* [BACK_GROUPS] */
+    real *s, *dp;            /* [FA_BACK_ROWS][GRADIENT_ROW] scores, then P; dP, then dS */
+    real *steep;             /* [ROWS][GRADIENT_ROW] derivatives of the softcap */
+    real *part;              /* [FA_BACK_ROWS][channels] a block's share of dQ */
+    real *diagonal;          /* [FA_BLOCK + FA_BACK_ROWS] */
+    real *column;            /* [GRADIENT_ROW] */
+    key_bits *seen;          /* [FA_BACK_ROWS] what has a part in sums, where something is not finite */
+    struct visible *visible; /* [BACK_GROUPS] */
     struct key_sums d_key, d_value;
-    const char *key, *value;    /* what is packed: keys [begin, end) of the block */
+    const char *key, *value; /* what is packed: keys [begin, end) of the block */
     int begin, end, k_finite;
-    int64_t block;
+    int64_t block, keys; /* keys: of the block in whole vectors, and a group behind them */
     int q_finite, out_finite;
-    int first, last;            /* vectors of the block that a tile sees */
-    int rows_at_once;           /* of back_rows */
-    int64_t room;               /* of sparse weights: vectors in a row of `scores` */
-    real *scores;               /* [rows_at_once][room][LANES] */
-    uint32_t *places;           /* [room], which nobody reads */
+    int first, last;  /* vectors of the block that a tile sees */
+    int rows_at_once; /* of back_rows */
+    int64_t room;     /* of sparse weights: vectors in a row of `scores` */
+    real *scores;     /* [rows_at_once][room][LANES] */
+    uint32_t *places; /* [room], which nobody reads */
 };
 
 /* Channels or columns in whole vectors, one at least. */
@@ -71,8 +71,8 @@ static void lay_out_sums(struct key_sums *sums, int64_t row, char **at)
 {
     sums->row = row;
     sums->part = (real *)take(at, (FA_BLOCK + ROWS) * row);
-    sums->total = (real *)take(at, FA_BLOCK * row);
-    sums->lost = (real *)take(at, FA_BLOCK * row);
+    sums->total = (real *)take(at, (FA_BLOCK + ROWS) * row);
+    sums->lost = (real *)take(at, (FA_BLOCK + ROWS) * row);
 }
 
 static size_t lay_out_back(struct back *back, const fa_problem *problem, int64_t keys, char *base)
@@ -152,11 +152,11 @@ static ALWAYS_INLINE void chain(const real *restrict a, const int a_row, const i
     }
 }
 
-#define CHAIN(vecs, kind, a_row, a_step)                                                                     \
-    static NEVER_INLINE void kind##_##vecs(const real *a, const char *b, ptrdiff_t b_row, int n, real *out,  \
-                                           ptrdiff_t out_row, int add)                                       \
-    {                                                                                                        \
-        chain(a, a_row, a_step, b, b_row, n, out, out_row, add, vecs);                                       \
+#define CHAIN(vecs, kind, a_row, a_step)                                                                    \
+    static NEVER_INLINE void kind##_##vecs(const real *a, const char *b, ptrdiff_t b_row, int n, real *out, \
+                                           ptrdiff_t out_row, int add)                                      \
+    {                                                                                                       \
+        chain(a, a_row, a_step, b, b_row, n, out, out_row, add, vecs);                                      \
     }
 #define CHAIN_NAME(vecs, kind) kind##_##vecs,
 FOR_VECS(CHAIN, score_chain, STRIP, 1)        /* a: packed rows */
@@ -193,12 +193,36 @@ static void tile_scores(const struct back *back, int groups, const real *rows, c
     } while (c < dims);
 }
 
+/* `some` numbers of a matrix times `factor`, and zeros up to `all`, whole vectors; adds 0 to *sum if they are finite,
+ * else NaN. */
+static ALWAYS_INLINE void copy_row(const char *at, const fa_view *matrix, int in_place, int64_t some, int64_t all,
+                                   real factor, real *to, vec *sum)
+{
+    const real *from = in_place ? (const real *)at : to;
+    int64_t k = 0;
+    if (!in_place)
+        gather(to, at, matrix->col, some, matrix->dtype);
+    for (; k + LANES <= some; k += LANES) {
+        const vec x = v_load(from + k);
+        *sum = v_fma(x, (vec){0}, *sum);
+        v_store(to + k, x * factor);
+    }
+    for (; k < all; k += LANES) {
+        vec x = {0};
+        if (k < some)
+            x = v_load_some(from + k, (int)(some - k));
+        *sum = v_fma(x, (vec){0}, *sum);
+        v_store(to + k, x * factor);
+    }
+}
+
 /* Rows [row, row + rows) of a matrix times `factor`, as [strip][FA_BACK_ROWS][STRIP], in whole groups and vectors: of
  * rows that are not active, and padding, zeros. Returns whether all are finite. */
 static int pack_rows(const fa_head *head, const fa_gradients *to, const fa_view *matrix, int64_t row, int rows,
                      int64_t dims, int64_t padded, real factor, real *packed)
 {
     const fa_view *states = &to->view[FA_ROW_STATE];
+    const int in_place = readable(matrix);
     vec sum = {0};
     for (int i = 0; i < (rows + ROWS - 1) / ROWS * ROWS; i++) {
         const int live = i < rows && row + i < head->query_length &&
@@ -207,14 +231,10 @@ static int pack_rows(const fa_head *head, const fa_gradients *to, const fa_view 
             real *x = packed + c * FA_BACK_ROWS + i * STRIP;
             const int64_t all = padded - c < STRIP ? padded - c : STRIP, some = dims - c < all ? dims - c : all;
             if (live)
-                gather(x, matrix->data + (row + i) * matrix->row + c * matrix->col, matrix->col, some, matrix->dtype);
-            for (int64_t k = live ? some : 0; k < all; k++)
-                x[k] = 0;
-            for (int64_t k = 0; live && k < all; k += LANES) {
-                const vec y = v_load(x + k);
-                sum = v_fma(y, (vec){0}, sum);
-                v_store(x + k, y * factor);
-            }
+                copy_row(matrix->data + (row + i) * matrix->row + c * matrix->col, matrix, in_place, some, all, factor,
+                         x, &sum);
+            else
+                memset(x, 0, (size_t)all * sizeof(real));
         }
     }
     return !v_true_bits(sum != (vec){0});
@@ -272,15 +292,10 @@ static void open_queries(const fa_problem *problem, const fa_head *head, const f
 static int copy_rows(const fa_view *matrix, int64_t block, int begin, int end, int64_t dims, int64_t padded, real *to,
                      int64_t to_row)
 {
+    const int in_place = readable(matrix);
     vec sum = {0};
-    for (int j = begin; j < end; j++) {
-        real *x = to + j * to_row;
-        gather(x, matrix->data + (block + j) * matrix->row, matrix->col, dims, matrix->dtype);
-        for (int64_t c = dims; c < padded; c++)
-            x[c] = 0;
-        for (int64_t c = 0; c < padded; c += LANES)
-            sum = v_fma(v_load(x + c), (vec){0}, sum);
-    }
+    for (int j = begin; j < end; j++)
+        copy_row(matrix->data + (block + j) * matrix->row, matrix, in_place, dims, padded, 1, to + j * to_row, &sum);
     return !v_true_bits(sum != (vec){0});
 }
 
@@ -300,8 +315,8 @@ static void open_keys(const fa_problem *problem, const fa_head *head, int64_t ro
             additive_keys(problem, keys, key, begin, end, &back->tile);
         else {
             pack_keys(problem->head_dim, keys, key, begin, end, back->channels, back->k);
-            back->k_finite = copy_rows(key, back->block, begin, end, problem->head_dim, back->channels, back->k_rows,
-                                       back->k_row);
+            back->k_finite =
+                copy_rows(key, back->block, begin, end, problem->head_dim, back->channels, back->k_rows, back->k_row);
         }
         back->value = NULL;
         back->key = key->data, back->begin = begin, back->end = end;
@@ -463,8 +478,8 @@ static NEVER_INLINE void add_rules(const fa_problem *problem, const fa_head *hea
         }
         if (view[FA_D_RELATIVE_BIAS].data && from < end) {
             const int64_t place = back->block + from - position + problem->left;
-            char *d = view[FA_D_RELATIVE_BIAS].data + i * view[FA_D_RELATIVE_BIAS].row +
-                      place * view[FA_D_RELATIVE_BIAS].col;
+            char *d =
+                view[FA_D_RELATIVE_BIAS].data + i * view[FA_D_RELATIVE_BIAS].row + place * view[FA_D_RELATIVE_BIAS].col;
             for (int j = from; j < end; j++, d += view[FA_D_RELATIVE_BIAS].col)
                 *(real *)d += ds[j];
         }
@@ -536,16 +551,22 @@ static void weigh_tile(const fa_problem *problem, const fa_head *head, const fa_
 
 /* Sums of keys. */
 
-static void open_sums(struct key_sums *sums) { sums->has_part = sums->has_total = 0; }
+static void open_sums(struct key_sums *sums) { sums->has_part = sums->has_total = sums->has_lost = 0; }
+
+static ALWAYS_INLINE void begin_part(const struct back *back, struct key_sums *sums)
+{
+    if (sums->has_part)
+        return;
+    sums->keys = back->keys;
+    memset(sums->part, 0, (size_t)(sums->keys * sums->row) * sizeof(real));
+    sums->has_part = 1;
+}
 
 /* part[key][:] += sum over the rows of a tile of a[row][key] * b[row][:]. b: packed rows. */
 static void add_columns(const struct back *back, int rows, const real *a, const real *b, struct key_sums *sums)
 {
     const int first = back->first * LANES, last = back->last * LANES;
-    if (!sums->has_part) {
-        memset(sums->part, 0, (size_t)((FA_BLOCK + ROWS) * sums->row) * sizeof(real));
-        sums->has_part = 1;
-    }
+    begin_part(back, sums);
     for (int j = first; j < last; j += ROWS)
         for (int64_t c = 0; c < sums->row; c += PANEL) {
             const int vecs = sums->row - c < PANEL ? (int)(sums->row - c) / LANES : VECS;
@@ -558,10 +579,7 @@ static void add_columns(const struct back *back, int rows, const real *a, const 
 static NEVER_INLINE void add_seen_columns(const struct back *back, int rows, const real *a, const real *b,
                                           struct key_sums *sums)
 {
-    if (!sums->has_part) {
-        memset(sums->part, 0, (size_t)((FA_BLOCK + ROWS) * sums->row) * sizeof(real));
-        sums->has_part = 1;
-    }
+    begin_part(back, sums);
     for (int j = back->first * LANES; j < back->last * LANES; j++)
         for (int64_t c = 0; c < sums->row; c += LANES) {
             const real *b_c = b + c / STRIP * STRIP * FA_BACK_ROWS + c % STRIP;
@@ -577,18 +595,20 @@ static NEVER_INLINE void add_seen_columns(const struct back *back, int rows, con
 /* Adds the part, of FA_BACK_SPAN rows or the last of a head, to the total. */
 static void fold_sums(struct key_sums *sums)
 {
-    const size_t bytes = (size_t)(FA_BLOCK * sums->row) * sizeof(real);
+    const int64_t numbers = sums->keys * sums->row;
     if (!sums->has_part)
         return;
-    if (!sums->has_total) {
-        memcpy(sums->total, sums->part, bytes); /* as adding it to zeros */
-        memset(sums->lost, 0, bytes);
-        sums->has_total = 1;
+    if (!sums->has_total) { /* as adding it to zeros */
+        real *part = sums->part;
+        sums->part = sums->total, sums->total = part;
     } else {
-        for (int64_t c = 0; c < FA_BLOCK * sums->row; c += LANES)
+        if (!sums->has_lost)
+            memset(sums->lost, 0, (size_t)numbers * sizeof(real));
+        for (int64_t c = 0; c < numbers; c += LANES)
             add_exactly(sums->total + c, sums->lost + c, v_fill(1), v_load(sums->part + c));
+        sums->has_lost = 1;
     }
-    sums->has_part = 0;
+    sums->has_total = 1, sums->has_part = 0;
 }
 
 /* Writes the sums of the block's first `keys` keys, times `scale`. row: room for one. */
@@ -599,7 +619,9 @@ static void close_sums(const struct key_sums *sums, const fa_view *to, int64_t b
         for (int64_t c = 0; c < sums->row; c += LANES) {
             vec x = {0};
             if (sums->has_total)
-                x = v_load(sums->total + j * sums->row + c) + v_load(sums->lost + j * sums->row + c);
+                x = v_load(sums->total + j * sums->row + c);
+            if (sums->has_lost)
+                x += v_load(sums->lost + j * sums->row + c);
             v_store(row + c, scaled(x, scale) + (vec){0}); /* -0 becomes 0 */
         }
         scatter(to->data + (block + j) * to->row, to->col, row, dims, to->dtype);
@@ -640,7 +662,8 @@ static NEVER_INLINE void sum_seen_queries(int rows, const struct back *back)
             vec all = {0}, sum = {0};
             for (int j = visible->lo; j < visible->hi; j++) {
                 if (back->seen[r].word[j / 64] >> j % 64 & 1)
-                    sum = v_fma(v_fill(back->dp[r * GRADIENT_ROW + j]), v_load(back->k_rows + j * back->k_row + c), sum);
+                    sum =
+                        v_fma(v_fill(back->dp[r * GRADIENT_ROW + j]), v_load(back->k_rows + j * back->k_row + c), sum);
                 if ((j + 1) % BACK_CHUNK == 0 || j + 1 == visible->hi)
                     all += sum, sum = (vec){0};
             }
@@ -703,8 +726,8 @@ static ALWAYS_INLINE real *state_of(const fa_gradients *to, int64_t i)
     return (real *)(to->view[FA_ROW_STATE].data + i * to->view[FA_ROW_STATE].row);
 }
 
-/* The largest score and the sum of exponentials, apart: a log-sum-exp near -1e9 cannot hold both. Of ReLU, the number of
- * visible keys. Only rows in `which` are set. */
+/* The largest score and the sum of exponentials, apart: a log-sum-exp near -1e9 cannot hold both. Of ReLU, the number
+ * of visible keys. Only rows in `which` are set. */
 static NEVER_INLINE void normalise_again(const fa_problem *problem, const fa_head *head, const fa_gradients *to,
                                          int64_t row, int rows, const char *which, struct back *back)
 {
@@ -828,16 +851,22 @@ static real delta_of(const fa_problem *problem, const fa_head *head, const fa_gr
                      struct back *back)
 {
     const fa_view *out = &head->view[FA_OUT], *d_out = &to->view[FA_GRAD_OUT];
-    real *x = back->d_out, *y = x + STRIP;
-    vec all = {0};
+    const char *o = out->data + i * out->row, *d = d_out->data + i * d_out->row;
+    const int out_in_place = readable(out), d_out_in_place = readable(d_out);
+    vec all = {0}, unused = {0};
     ivec any = {0};
     for (int64_t c = 0; c < problem->value_dim; c += STRIP) {
         const int64_t n = problem->value_dim - c < STRIP ? problem->value_dim - c : STRIP;
+        const real *x = (const real *)(o + c * out->col), *y = (const real *)(d + c * d_out->col);
         vec sum = {0};
-        gather(x, out->data + i * out->row + c * out->col, out->col, n, out->dtype);
-        gather(y, d_out->data + i * d_out->row + c * d_out->col, d_out->col, n, d_out->dtype);
-        for (int64_t k = n; k % LANES; k++)
-            x[k] = y[k] = 0;
+        if (!out_in_place || n % LANES) {
+            copy_row((const char *)x, out, out_in_place, n, in_vectors(n), 1, back->d_out, &unused);
+            x = back->d_out;
+        }
+        if (!d_out_in_place || n % LANES) {
+            copy_row(d + c * d_out->col, d_out, d_out_in_place, n, in_vectors(n), 1, back->d_out + STRIP, &unused);
+            y = back->d_out + STRIP;
+        }
         for (int64_t k = 0; k < n; k += LANES) {
             sum = v_fma(v_load(x + k), v_load(y + k), sum);
             any |= v_load(x + k) != (vec){0};
@@ -864,12 +893,10 @@ static void back_rows(const fa_problem *problem, const fa_head *head, const fa_g
             const int64_t i = first + r;
             real *state = state_of(to, i);
             memset(state, 0, FA_STATE * sizeof(real));
-            const double grad_lse =
-                d_lse->data ? (double)read_number(d_lse->data + i * d_lse->row, d_lse->dtype) : 0;
+            const double grad_lse = d_lse->data ? (double)read_number(d_lse->data + i * d_lse->row, d_lse->dtype) : 0;
             const double sink = to->view[FA_D_SINKS].data ? per_row(head, &head->view[FA_SINKS], i) : -INFINITY;
-            double *d_sink = sink == -INFINITY
-                                 ? NULL
-                                 : (double *)(to->view[FA_D_SINKS].data + i * to->view[FA_D_SINKS].row);
+            double *d_sink =
+                sink == -INFINITY ? NULL : (double *)(to->view[FA_D_SINKS].data + i * to->view[FA_D_SINKS].row);
             if (i >= head->query_length) {
                 if (d_sink) /* all the weight is its own */
                     *d_sink = grad_lse;
@@ -914,6 +941,8 @@ static void back_open(const fa_problem *problem, int64_t keys, int64_t block, vo
     struct back *back = workspace;
     lay_out_back(back, problem, keys, workspace);
     back->block = block;
+    back->keys = (keys - block < FA_BLOCK ? keys - block : FA_BLOCK) + LANES + ROWS;
+    back->keys = back->keys < FA_BLOCK + ROWS ? back->keys : FA_BLOCK + ROWS;
     back->key = back->value = NULL;
     open_sums(&back->d_key);
     open_sums(&back->d_value);
@@ -1004,12 +1033,11 @@ static void back_close(const fa_problem *problem, const fa_head *head, const fa_
 {
     struct back *back = workspace;
     const int64_t keys = head->keys - back->block < FA_BLOCK ? head->keys - back->block : FA_BLOCK;
-    const double scale = scale_after_product(problem) ? problem->scale
+    const double scale = scale_after_product(problem)    ? problem->scale
                          : scores_in_nats(problem, head) ? 1
                                                          : 0.69314718055994530942;
     if (to->view[FA_D_KEY].data)
         close_sums(&back->d_key, &to->view[FA_D_KEY], back->block, keys, problem->head_dim, scale, back->d_key.part);
     if (to->view[FA_D_VALUE].data)
-        close_sums(&back->d_value, &to->view[FA_D_VALUE], back->block, keys, problem->value_dim, 1,
-                   back->d_value.part);
+        close_sums(&back->d_value, &to->view[FA_D_VALUE], back->block, keys, problem->value_dim, 1, back->d_value.part);
 }

@@ -54,8 +54,9 @@ static ALWAYS_INLINE void hide_outside(int first, int last, int from, int to, re
     }
 }
 
-/* Everything between raw score and activation for row i, over the vectors [first, last) of the block at key `block`, if more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if
- * score or bias is NaN. steep: receives the derivative of the softcap, if that is wanted; else NULL. */
+/* Everything between raw score and activation for row i, over the vectors [first, last) of the block at key `block`, if
+ * more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if score or bias is NaN.
+ * steep: receives the derivative of the softcap, if that is wanted; else NULL. */
 static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first, int last,
                         double after, key_bits *seen, real *s, real *extra, real *steep)
 {
@@ -155,8 +156,8 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
 static ALWAYS_INLINE int rule_tile(const fa_problem *problem, const fa_head *head, int64_t i, int group, int64_t block,
                                    struct visible *visible, struct tile *tile, real *s)
 {
-    const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row),
-                                    tile->extra, s, FA_BLOCK, NULL);
+    const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row), tile->extra,
+                                    s, FA_BLOCK, NULL);
     if (head->view[FA_WEIGHTS].data && (problem->activation == FA_SOFTMAX || is_sparse(problem)))
         keep_weights(problem, head, i, group, block, s);
     return partial;
