@@ -122,6 +122,7 @@ QUICK = {
 TABLES = (
     *cases.ATTENTION,
     *cases.SOFTMAX,
+    *cases.SOFTMAX_BACK,
     *cases.SPARSE,
     *cases.ADDITIVE,
     *cases.TRUNCATED,
@@ -311,7 +312,7 @@ def limit_of(case, plan):
     The work of an encoder is sentences, which have no limit.
     """
     threads = plan["threads"]
-    if case.kind in ("softmax", "sparse", "rotary", "linearstep"):
+    if case.kind in ("softmax", "softmaxback", "sparse", "rotary", "linearstep"):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)

@@ -97,7 +97,7 @@ def share(record):
     """The share of the limit that fastattn reached, and the goal; None where there is none."""
     if record["kind"] == "softmax":
         return measure.ratio(record["seconds"], "copy", "fastattn out="), SHARE_OF_COPY
-    if record["kind"] in ("sparse", "rotary"):
+    if record["kind"] in ("softmaxback", "sparse", "rotary"):
         return measure.ratio(record["seconds"], "copy", "fastattn out="), None
     if record["kind"] == "linear":
         goal = LINEAR_SHARES[record["rule"]] if record["threads"] == 1 else None
@@ -186,7 +186,7 @@ def _ratios(record):
         return DECODE_RATIOS[record["work"] <= SMALL_CACHE_BYTES]
     if record["kind"] == "multihead":
         return MULTI_HEAD_RATIOS if _is_goal_layer(record) else {}
-    if record["kind"] == "rotary":
+    if record["kind"] in ("softmaxback", "rotary"):
         return {}
     if record["kind"] == "linear":
         return LINEAR_DELTA_RATIOS if record["rule"] == "gated delta" else LINEAR_RATIOS[record["head_dim"]]

@@ -32,6 +32,8 @@ MEANINGS = {
     "causality hides do not count.",
     "Softmax": "A softmax has to read and write each number once, so a copy of the array is its limit; `out=` spares "
     "the time in which the operating system makes room for the result.",
+    "Gradients of softmax": "Two arrays are read for one that is written; a copy of half the bytes of all three is the "
+    "limit.",
     "Sparse weights": "sparsemax and 1.5-entmax read a row twice and write it once, so a copy of the array is near "
     "their limit.",
     "Additive attention": "Additive scores need a tanh for every triple of query, key and channel; the limit is the "
@@ -87,6 +89,7 @@ def markdown(everything, with_goals=False):
         _how(everything),
         *_attention(records_of(records, "libraries", kind="attention")),
         *_softmax(records_of(records, "libraries", kind="softmax")),
+        *_beside_a_copy(records_of(records, "libraries", kind="softmaxback"), "shape", "Gradients of softmax"),
         *_sparse(records_of(records, "libraries", kind="sparse")),
         *_additive(records_of(records, "libraries", kind="additive")),
         *_truncated(records_of(records, "libraries", kind="truncated")),

@@ -43,11 +43,27 @@ from fastattn.positions import (
     rotary_frequencies,
     sinusoidal_encoding,
 )
-from fastattn.softmax import entmax15, log_softmax, logsumexp, softmax, sparsemax
+from fastattn.softmax import (
+    entmax15,
+    entmax15_vjp,
+    log_softmax,
+    log_softmax_vjp,
+    logsumexp,
+    logsumexp_vjp,
+    softmax,
+    softmax_vjp,
+    sparsemax,
+    sparsemax_vjp,
+)
 
 if _typing.TYPE_CHECKING:
     from fastattn.cache import KVCache
-    from fastattn.gradients import dot_product_attention_vjp, truncated_attention_vjp, varlen_attention_vjp
+    from fastattn.gradients import (
+        dot_product_attention_vjp,
+        merge_attention_vjp,
+        truncated_attention_vjp,
+        varlen_attention_vjp,
+    )
     from fastattn.graph import graph_attention
     from fastattn.linear import linear_attention
     from fastattn.multihead import MultiHeadAttention, self_attention
@@ -68,12 +84,16 @@ __all__ = [
     "dot_product_attention",
     "dot_product_attention_vjp",
     "entmax15",
+    "entmax15_vjp",
     "get_num_threads",
     "graph_attention",
     "linear_attention",
     "log_softmax",
+    "log_softmax_vjp",
     "logsumexp",
+    "logsumexp_vjp",
     "merge_attention",
+    "merge_attention_vjp",
     "neighborhood_attention",
     "relative_position_buckets",
     "rotary_frequencies",
@@ -82,7 +102,9 @@ __all__ = [
     "show_config",
     "sinusoidal_encoding",
     "softmax",
+    "softmax_vjp",
     "sparsemax",
+    "sparsemax_vjp",
     "truncated_attention",
     "truncated_attention_vjp",
     "varlen_attention",
@@ -97,6 +119,7 @@ _LATER = {
     "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
     "linear_attention": "linear",
+    "merge_attention_vjp": "gradients",
     "neighborhood_attention": "neighborhood",
     "self_attention": "multihead",
     "truncated_attention_vjp": "gradients",

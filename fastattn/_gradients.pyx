@@ -382,7 +382,7 @@ cdef int run_states(const fa_call *call, const fa_layout *layouts, const fa_kern
     fa_locate(call, n // call.sequences, n % call.sequences, &head)
     fa_locate_gradients(call, layouts, n // call.sequences, n % call.sequences, &to)
     if row < head.queries:
-        kernels.back_rows(&call.problem, &head, &to, row, min(<int64_t> ROWS_A_TASK, head.queries - row), workspace)
+        kernels.back_prepare(&call.problem, &head, &to, row, min(<int64_t> ROWS_A_TASK, head.queries - row), workspace)
     return 0
 
 

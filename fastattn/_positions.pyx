@@ -21,7 +21,7 @@ from libc.string cimport memcmp, memcpy
 
 from fastattn._checks cimport (as_array, checked_out, checked_threads, flag, floating, integer, integer_array,
                                integers, real, refuse_overlap, shape_of, storage_of, too_few_axes)
-from fastattn._rows cimport MOST_AXES, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size
+from fastattn._rows cimport MOST_AXES, ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size
 from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered,
                                 give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
@@ -44,7 +44,7 @@ cdef enum:
 
 
 # Rows of pairs to rotate by position. The batch axes are split into those along which positions differ and the others,
-# adjacent ones merged; the strides of the unused mask are 0.
+# adjacent ones merged; the strides of the unused mask and gradient are 0.
 cdef class Rotation:
     cdef Axes cells, members                        # positions differ along `cells`, not along `members`
     cdef Py_ssize_t cell_count, member_count
@@ -57,7 +57,7 @@ cdef class Rotation:
     cdef double base                                # 0 with frequencies
     cdef const double *frequencies                  # one per pair, or NULL
     cdef double factor                              # of the rotated channels
-    cdef bint interleaved
+    cdef bint interleaved, inverse
     cdef fa_dtype dtype
     cdef object num_threads
     cdef list kept
@@ -68,7 +68,7 @@ cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t 
     axes.shape[axes.count] = size
     axes.strides[<int> ROW_X][axes.count] = x_stride
     axes.strides[<int> ROW_OUT][axes.count] = out_stride
-    axes.strides[<int> ROW_MASK][axes.count] = 0
+    axes.strides[<int> ROW_MASK][axes.count] = axes.strides[<int> ROW_GRAD][axes.count] = 0
     axes.count += 1
 
 
@@ -178,7 +178,7 @@ cpdef cnp.ndarray checked_frequencies(object x, str name, Py_ssize_t pairs):
 
 
 cdef Rotation read_rotation(object x, object offset, object positions, object base, object frequencies,
-                            object attention_factor, object interleaved, object rotary_dim, object out,
+                            object attention_factor, object interleaved, object rotary_dim, object inverse, object out,
                             object num_threads):
     cdef Rotation p = Rotation.__new__(Rotation)
     cdef cnp.ndarray a = floating(x, "x"), o, offsets = None, places = None, own = None
@@ -216,6 +216,7 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
     if not (type(attention_factor) is float and <double> attention_factor == 1):
         p.factor = real(attention_factor, "attention_factor", "a positive finite number", True)
     p.interleaved = flag(interleaved, "interleaved")
+    p.inverse = flag(inverse, "inverse")
     p.num_threads = checked_threads(num_threads)
     p.positions = NULL
     if type(offset) is int and -FARTHEST <= offset <= FARTHEST:
@@ -434,12 +435,12 @@ cdef void rotate_rows(Rotation p, const Cut *cut, const fa_kernels *kernels, cha
     cdef Py_ssize_t i
     if cut.in_place:
         kernels.rotate(out, p.row[<int> ROW_OUT], x, p.row[<int> ROW_X], turns, p.channels, p.pairs, rows,
-                       p.interleaved)
+                       p.interleaved, p.inverse)
         return
     for i in range(rows):
         kernels.gather(scratch, x + i * p.row[<int> ROW_X], p.col[<int> ROW_X], p.channels, p.dtype)
         kernels.rotate(scratch, 0, scratch, 0, turns + i * 2 * p.pairs * cut.real, p.channels, p.pairs, 1,
-                       p.interleaved)
+                       p.interleaved, p.inverse)
         kernels.scatter(out + i * p.row[<int> ROW_OUT], p.col[<int> ROW_OUT], scratch, p.channels, p.dtype)
 
 
@@ -500,9 +501,10 @@ cdef void run_parallel(Rotation p, const Cut *cut, Table table, const fa_kernels
                 run_task(p, cut, table, kernels, task, scratch + threadid() * scratch_size)
 
 
-def apply_rotary(x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim, out, num_threads):
+def apply_rotary(x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim, inverse, out,
+                 num_threads):
     cdef Rotation p = read_rotation(x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim,
-                                    out, num_threads)
+                                    inverse, out, num_threads)
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
     cdef double numbers = <double> p.cell_count * p.member_count * p.length * p.channels
     cdef bint small = numbers < SMALL

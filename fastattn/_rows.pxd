@@ -1,12 +1,13 @@
 # What the drivers of rows share: item sizes, and some of an array's axes with byte strides for each operand.
-from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_AXES, FA_ROW_MASK, FA_ROW_OPERANDS, FA_ROW_OUT, FA_ROW_X,
-                                fa_axes, fa_dtype)
+from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_AXES, FA_ROW_GRAD, FA_ROW_MASK, FA_ROW_OPERANDS, FA_ROW_OUT,
+                                FA_ROW_X, fa_axes, fa_dtype)
 
 cdef enum:
     MOST_AXES = FA_ROW_AXES
 
 cdef enum RowOperand:
     ROW_X = FA_ROW_X
+    ROW_GRAD = FA_ROW_GRAD
     ROW_MASK = FA_ROW_MASK
     ROW_OUT = FA_ROW_OUT
     ROW_OPERANDS = FA_ROW_OPERANDS

@@ -9,6 +9,7 @@ cdef extern from "kernels/contract.h" nogil:
         FA_ALIGN
         FA_ROW_AXES
         FA_ROW_X
+        FA_ROW_GRAD
         FA_ROW_MASK
         FA_ROW_OUT
         FA_ROW_OPERANDS
@@ -37,6 +38,11 @@ cdef extern from "kernels/contract.h" nogil:
         FA_ROW_LOGSUMEXP
         FA_ROW_SPARSEMAX
         FA_ROW_ENTMAX15
+        FA_ROW_SOFTMAX_BACK
+        FA_ROW_LOG_SOFTMAX_BACK
+        FA_ROW_LOGSUMEXP_BACK
+        FA_ROW_SPARSEMAX_BACK
+        FA_ROW_ENTMAX15_BACK
 
     ctypedef enum fa_feature_map:
         FA_NO_MAP
@@ -51,11 +57,12 @@ cdef extern from "kernels/contract.h" nogil:
     ctypedef struct fa_columns:
         const char *x
         const char *mask
+        const char *grad
         char *out
         Py_ssize_t next[FA_ROW_OPERANDS]
         const fa_axes *row
         int64_t length, rows
-        fa_dtype dtype, out_dtype
+        fa_dtype dtype, grad_dtype, out_dtype
 
     ctypedef struct fa_view:
         char *data
@@ -200,22 +207,24 @@ cdef extern from "kernels/contract.h" nogil:
         void (*join_span)(const fa_problem *, const fa_head *, int64_t, void *, const void *) noexcept nogil
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         size_t (*back_workspace)(const fa_problem *, int64_t) noexcept nogil
-        void (*back_rows)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
+        void (*back_prepare)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
                           void *) noexcept nogil
         void (*back_open)(const fa_problem *, int64_t, int64_t, void *) noexcept nogil
         void (*back_visit)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
                            void *) noexcept nogil
         void (*back_close)(const fa_problem *, const fa_head *, const fa_gradients *, void *) noexcept nogil
-        void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, char *, Py_ssize_t, int64_t,
-                     int64_t) noexcept nogil
+        void (*rows)(fa_row_function, const char *, Py_ssize_t, const char *, Py_ssize_t, const char *, Py_ssize_t,
+                     char *, Py_ssize_t, int64_t, int64_t) noexcept nogil
         int columns_at_once
         size_t (*columns_workspace)(int64_t length) noexcept nogil
         void (*columns)(fa_row_function, const fa_columns *, void *) noexcept nogil
         void (*gather)(void *, const char *, Py_ssize_t, int64_t, fa_dtype) noexcept nogil
         void (*scatter)(char *, Py_ssize_t, const void *, int64_t, fa_dtype) noexcept nogil
         void (*merge)(void *, void *, const void *const *, const void *, int64_t, int64_t) noexcept nogil
+        void (*merge_back)(void *const *, void *, const void *, const void *, const void *const *, void *, int64_t,
+                           int64_t) noexcept nogil
         void (*turns)(void *, const double *, int64_t, int64_t, double) noexcept nogil
-        void (*rotate)(char *, Py_ssize_t, const char *, Py_ssize_t, const char *, int64_t, int64_t, int64_t,
+        void (*rotate)(char *, Py_ssize_t, const char *, Py_ssize_t, const char *, int64_t, int64_t, int64_t, int,
                        int) noexcept nogil
         int linear_columns
         size_t (*linear_workspace)(const fa_linear *, int64_t) noexcept nogil

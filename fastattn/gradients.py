@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastattn import _gradients
+from fastattn._merge import merge_attention_vjp as _merge_attention_vjp
 from fastattn._rules import GradientRules, TruncatedGradientRules, VarlenGradientRules, refuse_others, takes
 from fastattn.attention import dot_product_attention, truncated_attention, varlen_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Unpack
 
     from numpy.typing import ArrayLike, NDArray
@@ -234,3 +236,56 @@ def varlen_attention_vjp(
     return _gradients.varlen_attention_vjp(
         grad_out, query, key, value, cu_seqlens_q, cu_seqlens_k, output, lse, grad_lse, wrt, out, dict(rules)
     )
+
+
+def merge_attention_vjp(
+    grad_out: ArrayLike,
+    outs: Sequence[ArrayLike],
+    lses: Sequence[ArrayLike],
+    *,
+    grad_lse: ArrayLike | None = None,
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """
+    Gradients of `merge_attention` for the outputs and log-sum-exps of its parts.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of a loss for the merged output; float32, float64, float16 or bfloat16, any strides. A loss that uses
+        the log-sum-exp alone has ``np.broadcast_to(0.0, outs[0].shape)``.
+    outs, lses : sequence of array_like
+        As for `merge_attention`.
+    grad_lse : array_like, shape (..., L), optional
+        Gradient for the merged log-sum-exp, if the loss uses it.
+
+    Returns
+    -------
+    grad_outs, grad_lses : list of ndarray
+        One for each part, of its own shape and dtype (float64 for integers and bools).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the parts do not fit together, or a gradient does not fit them.
+
+    See Also
+    --------
+    merge_attention
+
+    Notes
+    -----
+    With the share ``s = exp(lse_part - lse)`` of a part, its output has the gradient ``s * grad_out`` and its
+    log-sum-exp ``s * (sum(grad_out * (out_part - out)) + grad_lse)``. A part that does not count in a row (lse -inf, or
+    +inf beside an output of zeros) gets exact zeros there, whatever is stored in it and in the gradients. Sums are
+    float64 if the parts promote to that, else float32; each gradient is rounded once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> outs, lses = [np.array([[1.0]]), np.array([[4.0]])], [np.log([1.0]), np.log([2.0])]
+    >>> grad_outs, grad_lses = fastattn.merge_attention_vjp([[3.0]], outs, lses)
+    >>> [float(g[0, 0].round(6)) for g in grad_outs], [float(g[0].round(6)) for g in grad_lses]
+    ([1.0, 2.0], [-2.0, 2.0])
+    """
+    return _merge_attention_vjp(grad_out, outs, lses, grad_lse)

@@ -123,6 +123,7 @@ def apply_rotary(
     attention_factor: float = 1.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
+    inverse: bool = False,
     out: NDArray[Any] | None = None,
     num_threads: int | None = None,
 ) -> NDArray[Any]:
@@ -155,6 +156,10 @@ def apply_rotary(
         channel 2 i with channel 2 i + 1 (RoFormer, GPT-J, and LLaMA as published).
     rotary_dim : int, optional
         Only the first `rotary_dim` channels are rotated, the others are copied; even, at most D. Default D.
+    inverse : bool, default False
+        Rotate back: by the opposite angles, ``(a * cos + b * sin, b * cos - a * sin)``, times `attention_factor` as
+        well. That is the transpose: it turns the gradient of a loss for the result into that for `x`. For a factor of
+        1 it is also the inverse, and otherwise that times ``attention_factor ** 2``.
     out : ndarray, optional
         Receives the result; shape and dtype of the result. May be `x` itself, but must not overlap it otherwise.
     num_threads : int, optional
@@ -211,6 +216,12 @@ def apply_rotary(
     >>> apply_rotary(x, offset=[[0], [12]], out=x) is x
     True
 
+    Back again, which is also how a gradient goes:
+
+    >>> turned = apply_rotary(query, offset=7)
+    >>> bool(np.allclose(apply_rotary(turned, offset=7, inverse=True), query))
+    True
+
     Two sequences of 3 and 2 tokens, packed:
 
     >>> x = rng.normal(size=(4, 5, 8))
@@ -226,7 +237,7 @@ def apply_rotary(
     >>> turned = apply_rotary(turned, positions=np.arange(5), frequencies=np.where(of_time, 0, frequencies))
     """
     return _positions.apply_rotary(
-        x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim, out, num_threads
+        x, offset, positions, base, frequencies, attention_factor, interleaved, rotary_dim, inverse, out, num_threads
     )
 
 

@@ -28,18 +28,24 @@ __all__ = [
     "bilinear_attention",
     "dot_product_attention",
     "entmax15",
+    "entmax15_vjp",
     "graph_attention",
     "linear_attention",
     "log_softmax",
+    "log_softmax_vjp",
     "logsumexp",
+    "logsumexp_vjp",
     "merge_attention",
+    "merge_attention_vjp",
     "neighborhood_attention",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
     "sinusoidal_encoding",
     "softmax",
+    "softmax_vjp",
     "sparsemax",
+    "sparsemax_vjp",
     "truncated_attention",
     "varlen_attention",
 ]
@@ -361,6 +367,40 @@ def softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     return _into(out, weights)
 
 
+def softmax_vjp(grad_out, output, axis=-1, *, mask=None, out=None, num_threads=None):
+    """The gradient of `softmax`, from what it returned: ``output * (grad_out - sum(output * grad_out))``.
+
+    Parameters
+    ----------
+    grad_out : array_like
+        The gradient of a loss for the output, of the same shape.
+    output : array_like
+        What `softmax` returned.
+    axis, mask, out, num_threads
+        As in `softmax`.
+
+    Returns
+    -------
+    ndarray
+        The gradient for `x`. Entries of weight 0 do not count: their gradient is 0, whatever `grad_out` is there.
+    """
+    weights, visible = _array_and_mask(output, mask)
+    return _into(out, around_mean(grad_out, np.where(visible, weights, 0.0), axis, total=1.0))
+
+
+def around_mean(grad_out, weights, axis, total=None):
+    """``weights * (grad_out - mean)`` where there are weights, with the mean by weight along `axis`.
+
+    total: of the weights, if that is known.
+    """
+    counts = weights != 0
+    with np.errstate(all="ignore"):
+        grad = np.where(counts, np.asarray(grad_out, dtype=np.float64), 0.0)
+        total = np.sum(weights, axis=axis, keepdims=True) if total is None else total
+        mean = np.sum(np.where(counts, weights * grad, 0.0), axis=axis, keepdims=True) / total
+        return np.where(counts, weights * (grad - mean), 0.0)
+
+
 def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     """``x - logsumexp(x)`` along `axis`: the logarithm of `softmax`, accurate even where that underflows.
 
@@ -378,6 +418,27 @@ def log_softmax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     with np.errstate(all="ignore"):
         _, lse = normalise(x, visible, axis)
         return _into(out, np.where(visible & (x != -np.inf), x - lse, -np.inf))
+
+
+def log_softmax_vjp(grad_out, output, axis=-1, *, mask=None, out=None, num_threads=None):
+    """The gradient of `log_softmax`, from what it returned: ``grad_out - exp(output) * sum(grad_out)``.
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As in `softmax_vjp`; here an output of ``-inf`` does not count.
+
+    Returns
+    -------
+    ndarray
+        The gradient for `x`.
+    """
+    output, visible = _array_and_mask(output, mask)
+    counts = visible & (output != -np.inf)
+    with np.errstate(all="ignore"):
+        grad = np.where(counts, np.asarray(grad_out, dtype=np.float64), 0.0)
+        result = grad - np.exp(output) * np.sum(grad, axis=axis, keepdims=True)
+        return _into(out, np.where(counts, result, 0.0))
 
 
 def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=None):
@@ -405,6 +466,31 @@ def logsumexp(x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=No
     return _into(out, lse)
 
 
+def logsumexp_vjp(grad_out, x, axis=-1, *, keepdims=False, mask=None, out=None, num_threads=None):
+    """The gradient of `logsumexp`: ``grad_out * softmax(x)``.
+
+    Parameters
+    ----------
+    grad_out : array_like
+        The gradient of a loss for what `logsumexp` returned, of its shape.
+    x, axis, keepdims, mask, num_threads
+        As in `logsumexp`. Hidden entries and those of ``-inf`` do not count.
+    out : ndarray, optional
+        Receives the result and is returned.
+
+    Returns
+    -------
+    ndarray
+        The gradient for `x`.
+    """
+    x, visible = _array_and_mask(x, mask)
+    grad = np.asarray(grad_out, dtype=np.float64)
+    if not keepdims and x.ndim:
+        grad = np.expand_dims(grad, tuple(range(x.ndim)) if axis is None else axis)
+    with np.errstate(all="ignore"):
+        return _into(out, np.where(visible & (x != -np.inf), grad * softmax(x, axis, mask=mask), 0.0))
+
+
 def sparsemax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     """``max(x - t, 0)`` along `axis`, with the t for which that sums to 1 (Martins and Astudillo 2016).
 
@@ -421,6 +507,24 @@ def sparsemax(x, axis=-1, *, mask=None, out=None, num_threads=None):
     return _sparse(x, axis, mask, out, "sparsemax")
 
 
+def sparsemax_vjp(grad_out, output, axis=-1, *, mask=None, out=None, num_threads=None):
+    """The gradient of `sparsemax`, from what it returned: grad_out minus its mean over the entries that are not 0.
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As in `softmax_vjp`.
+
+    Returns
+    -------
+    ndarray
+        The gradient for `x`.
+    """
+    weights, visible = _array_and_mask(output, mask)
+    support = np.where(visible & (weights != 0), np.where(np.isnan(weights), np.nan, 1.0), 0.0)
+    return _into(out, around_mean(grad_out, support, axis))
+
+
 def entmax15(x, axis=-1, *, mask=None, out=None, num_threads=None):
     """``max(x / 2 - t, 0) ** 2`` along `axis`, with the t for which that sums to 1 (Peters et al. 2019).
 
@@ -435,6 +539,24 @@ def entmax15(x, axis=-1, *, mask=None, out=None, num_threads=None):
         The shape of `x`; hidden entries are 0.
     """
     return _sparse(x, axis, mask, out, "entmax15")
+
+
+def entmax15_vjp(grad_out, output, axis=-1, *, mask=None, out=None, num_threads=None):
+    """The gradient of `entmax15`, from what it returned: that of `sparsemax`, with entries and mean weighted by
+    ``sqrt(output)`` (Peters et al. 2019, section 3).
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As in `softmax_vjp`.
+
+    Returns
+    -------
+    ndarray
+        The gradient for `x`.
+    """
+    weights, visible = _array_and_mask(output, mask)
+    return _into(out, around_mean(grad_out, np.sqrt(np.where(visible, weights, 0.0)), axis))
 
 
 def _sparse(x, axis, mask, out, activation):
@@ -981,6 +1103,41 @@ def merge_attention(outs, lses):
         return np.sum(parts, axis=0), lse[0]
 
 
+def merge_attention_vjp(grad_out, outs, lses, *, grad_lse=None):
+    """The gradients of `merge_attention` for its parts.
+
+    With the share ``s = exp(lse_part - lse)`` of a part: ``s * grad_out`` for its output, and ``s * (sum(grad_out *
+    (out_part - out)) + grad_lse)`` for its log-sum-exp.
+
+    Parameters
+    ----------
+    grad_out : array_like, (..., L, E)
+        The gradient of a loss for the merged output.
+    outs, lses : sequence of array_like
+        As in `merge_attention`.
+    grad_lse : array_like, (..., L), optional
+        The gradient for the merged log-sum-exp.
+
+    Returns
+    -------
+    grad_outs : list of ndarray (..., L, E)
+    grad_lses : list of ndarray (..., L)
+        Zeros for a part that does not count, whatever is there.
+    """
+    outs = np.stack([np.asarray(part, dtype=np.float64) for part in outs])
+    lses = np.stack([np.asarray(part, dtype=np.float64) for part in lses])
+    counts = (lses != -np.inf) & ~((lses == np.inf) & np.all(outs == 0, axis=-1))
+    grad_out = np.asarray(grad_out, dtype=np.float64)
+    grad_lse = 0.0 if grad_lse is None else np.asarray(grad_lse, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        shares, _ = normalise(np.where(lses == np.inf, np.nan, lses), counts, axis=0)
+        products = np.where(counts, np.sum(grad_out * outs, axis=-1), 0.0)
+        mean = np.sum(np.where(counts, shares * products, 0.0), axis=0)
+        grad_outs = np.where(counts[..., None], shares[..., None] * grad_out, 0.0)
+        grad_lses = np.where(counts, shares * (products - mean + grad_lse), 0.0)
+    return list(grad_outs), list(grad_lses)
+
+
 FEATURE_MAPS = {
     "elu+1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
     "relu": lambda x: np.maximum(x, 0),
@@ -1283,6 +1440,7 @@ def apply_rotary(
     attention_factor=1.0,
     interleaved=False,
     rotary_dim=None,
+    inverse=False,
     out=None,
     num_threads=None,
 ):
@@ -1306,6 +1464,9 @@ def apply_rotary(
         A pair is channels 2 i and 2 i + 1 (GPT-J), not i and ``i + rotary_dim / 2`` (GPT-NeoX).
     rotary_dim : int, optional
         Only the first `rotary_dim` channels are rotated and multiplied. Default all.
+    inverse : bool, default: False
+        Rotate back: by the opposite angles, and multiply by the same factor. That is the transpose, so it takes a
+        gradient for the result to that for `x`; it is the inverse where the factor is 1.
     out : ndarray, optional
         Receives the result and is returned.
     num_threads : int, optional
@@ -1329,7 +1490,7 @@ def apply_rotary(
     real, imaginary = x[..., first], x[..., second]
     result = x.copy()
     with np.errstate(all="ignore"):
-        cosine, sine = attention_factor * np.cos(angle), attention_factor * np.sin(angle)
+        cosine, sine = attention_factor * np.cos(angle), attention_factor * np.sin(-angle if inverse else angle)
         result[..., first] = real * cosine - imaginary * sine
         result[..., second] = imaginary * cosine + real * sine
     return _into(out, result)

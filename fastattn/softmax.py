@@ -1,4 +1,5 @@
-"""softmax and its relatives. The docstrings are the specification; fastattn.reference is the same in NumPy."""
+"""softmax, its relatives, and their gradients. The docstrings are the specification; fastattn.reference is the same in
+NumPy."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def softmax(
 
     See Also
     --------
-    log_softmax, logsumexp, sparsemax, entmax15
+    log_softmax, logsumexp, sparsemax, entmax15 : its relatives.
+    softmax_vjp : its gradient.
 
     Examples
     --------
@@ -60,6 +62,61 @@ def softmax(
     array([[0.5, 0.5, 0. ]])
     """
     return _softmax.softmax(x, axis, mask, out, num_threads)
+
+
+def softmax_vjp(
+    grad_out: ArrayLike,
+    output: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Gradient of `softmax`: ``output * (grad_out - sum(output * grad_out))`` along `axis`, from what it returned.
+
+    Parameters
+    ----------
+    grad_out : array_like
+        Gradient of a loss for the output; exactly its shape, any of the dtypes and strides of `softmax`.
+    output : array_like
+        What `softmax` returned.
+    axis, mask, num_threads
+        As for `softmax`. Entries of weight 0 do not count: a mask changes only what NaN in `output` hides.
+    out : ndarray, optional
+        Receives the gradient; of its shape, and of its dtype or the one it is computed in (float64 for float64, else
+        float32). May be `grad_out` or `output` itself, but must not overlap an argument otherwise.
+
+    Returns
+    -------
+    ndarray
+        The gradient for x: shape and dtype of `output` (float64 for integers and bools).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; `out` is untouched then.
+
+    See Also
+    --------
+    log_softmax_vjp, logsumexp_vjp, sparsemax_vjp, entmax15_vjp
+
+    Notes
+    -----
+    Where `output` is 0 (hidden, -inf, or too small for a number) the gradient is exactly 0, also if `grad_out` is NaN
+    there; so it is in a row in which nothing counts. NaN in anything else makes its row NaN. In 16 bits sums are
+    float32, and each gradient is rounded once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> output = fastattn.softmax(np.array([0.0, 0.0, -np.inf]))
+    >>> fastattn.softmax_vjp([4.0, 0.0, np.nan], output)
+    array([ 1., -1.,  0.])
+    """
+    return _softmax.softmax_vjp(grad_out, output, axis, mask, out, num_threads)
 
 
 def log_softmax(
@@ -96,6 +153,47 @@ def log_softmax(
     array([    0., -1000.])
     """
     return _softmax.log_softmax(x, axis, mask, out, num_threads)
+
+
+def log_softmax_vjp(
+    grad_out: ArrayLike,
+    output: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Gradient of `log_softmax`: ``grad_out - exp(output) * sum(grad_out)`` along `axis`, from what it returned.
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As for `softmax_vjp`; `output` is what `log_softmax` returned. Entries of -inf do not count.
+
+    Returns
+    -------
+    ndarray
+        The gradient for x: shape and dtype of `output` (float64 for integers and bools). Exactly 0 where `output` is
+        -inf, also if `grad_out` is NaN there.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax_vjp`; `out` is untouched then.
+
+    Examples
+    --------
+    The gradient of a cross entropy, of which class 2 is the right one:
+
+    >>> import numpy as np
+    >>> import fastattn
+    >>> output = fastattn.log_softmax(np.zeros(4))
+    >>> fastattn.log_softmax_vjp([0.0, 0.0, -1.0, 0.0], output)
+    array([ 0.25,  0.25, -0.75,  0.25])
+    """
+    return _softmax.log_softmax_vjp(grad_out, output, axis, mask, out, num_threads)
 
 
 def logsumexp(
@@ -137,6 +235,50 @@ def logsumexp(
     1000.693147
     """
     return _softmax.logsumexp(x, axis, keepdims, mask, out, num_threads)
+
+
+def logsumexp_vjp(
+    grad_out: ArrayLike,
+    x: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    keepdims: bool = False,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Gradient of `logsumexp`: ``grad_out * softmax(x)`` along `axis`.
+
+    Parameters
+    ----------
+    grad_out : array_like
+        Gradient of a loss for what `logsumexp` returned; exactly its shape, any of the dtypes and strides of `softmax`.
+    x, axis, keepdims, mask, num_threads
+        As for `logsumexp`. Hidden entries and those of -inf do not count.
+    out : ndarray, optional
+        Receives the gradient; of its shape, and of its dtype or the one it is computed in (float64 for float64, else
+        float32). Must not overlap an argument.
+
+    Returns
+    -------
+    ndarray
+        The gradient for x: its shape and dtype (float64 for integers and bools). Exactly 0 in what does not count, and
+        in a row in which nothing counts, also if `grad_out` is NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; `out` is untouched then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.logsumexp_vjp(2.0, np.array([1000.0, 1000.0, -np.inf]))
+    array([1., 1., 0.])
+    """
+    return _softmax.logsumexp_vjp(grad_out, x, axis, keepdims, mask, out, num_threads)
 
 
 def sparsemax(
@@ -190,6 +332,50 @@ def sparsemax(
     return _softmax.sparsemax(x, axis, mask, out, num_threads)
 
 
+def sparsemax_vjp(
+    grad_out: ArrayLike,
+    output: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Gradient of `sparsemax`, from what it returned: `grad_out` minus its mean, over the entries that are not 0.
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As for `softmax_vjp`; `output` is what `sparsemax` returned.
+
+    Returns
+    -------
+    ndarray
+        The gradient for x: shape and dtype of `output` (float64 for integers and bools). Exactly 0 where `output` is 0,
+        also if `grad_out` is NaN there [1]_.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax_vjp`; `out` is untouched then.
+
+    References
+    ----------
+    .. [1] A. Martins and R. Astudillo, "From softmax to sparsemax: a sparse model of attention and multi-label
+           classification", 2016, section 2.5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> output = fastattn.sparsemax(np.array([0.0, 0.5, 1.0]))
+    >>> fastattn.sparsemax_vjp([5.0, 2.0, 4.0], output)
+    array([ 0., -1.,  1.])
+    """
+    return _softmax.sparsemax_vjp(grad_out, output, axis, mask, out, num_threads)
+
+
 def entmax15(
     x: ArrayLike,
     axis: int | tuple[int, ...] | None = -1,
@@ -234,3 +420,45 @@ def entmax15(
     array([0.   , 0.169, 0.831])
     """
     return _softmax.entmax15(x, axis, mask, out, num_threads)
+
+
+def entmax15_vjp(
+    grad_out: ArrayLike,
+    output: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any]:
+    """
+    Gradient of `entmax15`, from what it returned: ``s * (grad_out - sum(s * grad_out) / sum(s))``, s = sqrt(output).
+
+    Parameters
+    ----------
+    grad_out, output, axis, mask, out, num_threads
+        As for `softmax_vjp`; `output` is what `entmax15` returned.
+
+    Returns
+    -------
+    ndarray
+        The gradient for x: shape and dtype of `output` (float64 for integers and bools). Exactly 0 where `output` is 0,
+        also if `grad_out` is NaN there [1]_.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as for `softmax_vjp`; `out` is untouched then.
+
+    References
+    ----------
+    .. [1] B. Peters, V. Niculae and A. Martins, "Sparse sequence-to-sequence models", 2019, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> fastattn.entmax15_vjp([6.0, 0.0, 0.0], np.array([0.25, 0.25, 0.25]))
+    array([ 2., -1., -1.])
+    """
+    return _softmax.entmax15_vjp(grad_out, output, axis, mask, out, num_threads)

@@ -139,6 +139,27 @@ BUGS = (
         "test_softmax.py",
     ),
     Bug(
+        "NaN beside a weight of 0 reaches its row",
+        "rows_back.inc.h",
+        "return (vec)(counts & (ivec)(plain ? w : w * g));",
+        "return plain ? w : w * g;",
+        "test_row_gradients.py -k count",
+    ),
+    Bug(
+        "long gradients lose the errors of their sums",
+        "rows_back.inc.h",
+        "to->rest += (to->sum - (now - part)) + (x - part);",
+        "to->rest += (vec){0};",
+        "test_row_gradients.py -k long",
+    ),
+    Bug(
+        "parts that saw no key have a gradient",
+        "rows_back.inc.h",
+        "share[p] == -(real)INFINITY ? NO_SHARE : (real)e",
+        "(real)e",
+        "test_merge_varlen.py -k zeros",
+    ),
+    Bug(
         "the last row of a block sees the blocks below",
         "contract.h",
         "blocks->data + fa_query_of(head, i) / problem->block_rows",

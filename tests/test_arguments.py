@@ -583,6 +583,19 @@ FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("kind", FOREIGN)
+def test_dtypes_of_softmax_gradients(name, kind):
+    if kind == "longdouble" and np.longdouble == np.float64:
+        pytest.skip("longdouble is float64 here")
+    good = np.ones((3, 4), dtype=np.float32)
+    grad_out = good[:, 0] if name == "logsumexp" else good
+    with pytest.raises(ERRORS, match="grad_out"):
+        getattr(fastattn, f"{name}_vjp")(foreign(grad_out)[kind], good)
+    with pytest.raises(ERRORS, match=r"\bx\b" if name == "logsumexp" else "output"):
+        getattr(fastattn, f"{name}_vjp")(grad_out, foreign(good)[kind])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_softmax_dtypes(name, kind):
     if kind == "longdouble" and np.longdouble == np.float64:
         pytest.skip("longdouble is float64 here")
@@ -691,6 +704,16 @@ def test_merge_arguments():
     ]:
         with pytest.raises(ERRORS, match=name):
             fastattn.merge_attention(outs, lses)
+        with pytest.raises(ERRORS, match=name):
+            fastattn.merge_attention_vjp(out, outs, lses)
+    for bad in (out[:, :4], lse, 1.0, out.astype(complex), out.astype(">f4"), np.ma.masked_array(out), None):
+        with pytest.raises(ERRORS, match="grad_out"):
+            fastattn.merge_attention_vjp(bad, [out], [lse])
+    for bad in (lse[:, :4], out, 1.0, lse.astype(complex)):
+        with pytest.raises(ERRORS, match="grad_lse"):
+            fastattn.merge_attention_vjp(out, [out], [lse], grad_lse=bad)
+    with pytest.raises(TypeError):
+        fastattn.merge_attention_vjp(out, [out], [lse], lse)
 
 
 # ------------------------------------------------------------------------------------------- config

@@ -245,15 +245,31 @@ def walk(dtype, at_end):
                 function(x, axis, mask=mask, out=out)
                 function(guarded_columns(x, at_end), axis, out=guarded_columns(out, at_end))
             fastattn.logsumexp(x, axis, mask=mask, out=normal(5 if axis else length))
+            for function in (
+                fastattn.softmax_vjp,
+                fastattn.log_softmax_vjp,
+                fastattn.sparsemax_vjp,
+                fastattn.entmax15_vjp,
+            ):
+                y, g = normal(5, length), normal(5, length)
+                np.abs(y, out=y)
+                function(g, y, axis, out=out)
+                function(g, y, axis, mask=mask, out=g)
+                function(*(guarded_columns(z, at_end) for z in (g, y)), axis, out=guarded_columns(out, at_end))
+                function(guarded_rows(g, at_end), y, axis, out=guarded_rows(out, at_end))
+            fastattn.logsumexp_vjp(normal(5 if axis else length), x, axis, mask=mask, out=out)
             if axis == 0:  # rows too long for scratch
                 fastattn.softmax(normal(4200, min(length, 70)), axis, out=normal(4200, min(length, 70)))
         query, value = normal(3, length, 9), normal(3, length, 7)
         cuts = guarded(np.array([0, length // 3, length]), at_end)
         fastattn.varlen_attention(query, query, value, cuts, out=normal(3, length, 7), return_lse=True)
-        fastattn.merge_attention([normal(length, 7), normal(length, 7)], [normal(length), normal(length)])
+        parts = [normal(length, 7), normal(length, 7)], [normal(length), normal(length)]
+        fastattn.merge_attention(*parts)
+        fastattn.merge_attention_vjp(normal(length, 7), *parts, grad_lse=normal(length))
         for rotary_dim in {length // 2 * 2, length // 4 * 2}:
             for interleaved in (False, True):
                 options = {"rotary_dim": rotary_dim, "interleaved": interleaved}
+                check(apply_rotary(x, out=out, inverse=True, **options))
                 check(apply_rotary(x, out=out, **options))
                 check(apply_rotary(x, out=x, offset=guarded(np.full(1, 3), at_end)[0], **options))
                 for layout in (guarded_rows, guarded_columns):

@@ -112,3 +112,10 @@ def test_no_copy_because_of_strides(layout, num_queries):
 def test_softmax_needs_nothing_more():
     extra = extra_memory("x = normal(1000, 10_000)", "fastattn.softmax(x, out=x)")
     assert extra < 4 * MEGABYTE
+
+
+def test_gradients_of_softmax_need_nothing_more():
+    setup = "y, grad = normal(1000, 10_000), normal(1000, 10_000)"
+    for axis in (-1, 0):
+        extra = extra_memory(setup, f"fastattn.softmax_vjp(grad, y, {axis}, out=grad)")
+        assert extra < 4 * MEGABYTE

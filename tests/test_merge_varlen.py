@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from problems import DTYPES, layouts, qkv
-from tolerances import assert_attention, assert_within
+from problems import DTYPES, bits, layouts, qkv, sixteen_bits
+from tolerances import assert_attention, assert_within, storage_steps
 
 import fastattn
 from fastattn import reference
@@ -100,6 +100,172 @@ def test_merge_layouts(rng):
         a, b, c, d = (array for _, array in named)
         for result, same in zip(fastattn.merge_attention([a, b], [c, d]), expected, strict=True):
             np.testing.assert_array_equal(result, same)
+
+
+# --------------------------------------------------------------------------------- merge_attention_vjp
+
+
+def parts_and_gradients(rng, count=3, shape=(2, 3, 17), value_dim=9, dtype=np.float64):
+    """grad_out, outs, lses, grad_lse."""
+    outs = [rng.standard_normal((*shape, value_dim)).astype(dtype) for _ in range(count)]
+    lses = [(2 * rng.standard_normal(shape)).astype(dtype) for _ in range(count)]
+    return rng.standard_normal((*shape, value_dim)).astype(dtype), outs, lses, rng.standard_normal(shape).astype(dtype)
+
+
+def assert_merge_gradients(grad_out, outs, lses, grad_lse=None):
+    """Every gradient within G5's bound: eps times what the same sums give over absolute values; returns both lists."""
+    grad_outs, grad_lses = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    expected = reference.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    arrays = [np.asarray(x) for x in (*outs, *lses)]
+    dtypes = [np.dtype(np.float64) if x.dtype.kind in "biu" else x.dtype for x in arrays]
+    double = np.result_type(*dtypes[: len(outs)]) == np.float64
+    eps = 2 * np.finfo(np.float64).eps if double else np.finfo(np.float32).eps
+    o, w = (np.stack([np.asarray(x, np.float64) for x in y]) for y in (outs, lses))
+    w = np.where((w == np.inf) & np.all(o == 0, axis=-1), -np.inf, w)
+    with np.errstate(all="ignore"):
+        size = np.nan_to_num(np.max(np.abs(w), axis=0, initial=0, where=np.isfinite(w)))
+        shares = np.nan_to_num(reference.softmax(w, 0))
+        terms = np.sum(np.abs(np.asarray(grad_out, np.float64) * o), axis=-1)
+        extra = 0 if grad_lse is None else np.abs(np.asarray(grad_lse, np.float64))
+        of_lses = shares * (terms + np.sum(shares * np.where(w == -np.inf, 0, terms), axis=0) + extra)
+        of_outs = shares[..., None] * np.abs(np.asarray(grad_out, np.float64))
+    unit = eps * (8 * size + 16)
+    for i, grad in enumerate((*grad_outs, *grad_lses)):
+        assert grad.dtype == dtypes[i]
+        wanted = (*expected[0], *expected[1])[i]
+        bound = (*(unit[..., None] * of_outs), *(unit * of_lses))[i]
+        half, step = (x / 2 for x in storage_steps(dtypes[i]))
+        bound = (
+            np.nan_to_num(bound, posinf=0)
+            + half * np.nan_to_num(np.abs(wanted), posinf=0)
+            + step
+            + 1e-37 * (not double)
+        )
+        assert_within(grad, wanted, bound, f"gradient {i}")
+    return grad_outs, grad_lses
+
+
+def test_reference_of_merge_gradients_has_the_slope_of_merge(rng):
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng, 3, (4,), 3)
+    lses[1][2] = lses[0][3] = -np.inf
+    grads = reference.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    for of, arrays in enumerate((outs, lses)):
+        for part, x in enumerate(arrays):
+            for i in np.ndindex(x.shape):
+                values = []
+                for step in (1e-5, -1e-5):
+                    changed = [[y.copy() for y in z] for z in (outs, lses)]
+                    changed[of][part][i] += step
+                    out, lse = reference.merge_attention(*changed)
+                    values.append(np.sum(out * grad_out) + np.sum(lse * grad_lse))
+                assert abs((values[0] - values[1]) / 2e-5 - grads[of][part][i]) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, *sixteen_bits()))
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 17), (0,), (2, 0)])
+def test_merge_gradients(rng, shape, count, dtype):
+    for value_dim in (1, 9, 64, 0, 300):
+        *arguments, grad_lse = parts_and_gradients(rng, count, shape, value_dim, dtype)
+        grad_outs, grad_lses = assert_merge_gradients(*arguments)
+        assert type(grad_outs) is type(grad_lses) is list
+        assert_merge_gradients(*arguments, grad_lse)
+
+
+def test_gradients_through_parts_are_those_of_the_whole(rng):
+    """A loss of output and log-sum-exp does not depend on where the parts begin."""
+    query, key, value = qkv(rng, (2,), 3, 40, 8, 6, np.float64)
+    grad_out, grad_lse = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 3))
+    scores = reference.dot_scores(query, key)
+    weights = reference.softmax(scores)
+    out = weights @ value
+    expected = weights * (grad_out @ value.swapaxes(-1, -2) - np.sum(grad_out * out, -1, keepdims=True))
+    expected += weights * grad_lse[..., None]
+    cuts = [slice(0, 7), slice(7, 30), slice(30, 40)]
+    parts = [(reference.softmax(scores[..., c]) @ value[:, c], reference.logsumexp(scores[..., c])) for c in cuts]
+    grads = fastattn.merge_attention_vjp(grad_out, *zip(*parts, strict=True), grad_lse=grad_lse)
+    for c, (o, _), of_out, of_lse in zip(cuts, parts, *grads, strict=True):
+        p = reference.softmax(scores[..., c])
+        grad = p * (of_out @ value[:, c].swapaxes(-1, -2) - np.sum(of_out * o, -1, keepdims=True))
+        np.testing.assert_allclose(grad + p * of_lse[..., None], expected[..., c], atol=1e-13)
+
+
+def test_merge_gradients_of_mixed_dtypes(rng):
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng)
+    for dtypes in ((np.float32, np.float64, np.float16), (np.float16, np.float16, np.float32), (np.float16,) * 3):
+        some = [x.astype(d) for x, d in zip(outs, dtypes, strict=True)]
+        others = [x.astype(d) for x, d in zip(lses, dtypes[::-1], strict=True)]
+        for dtype in (np.float16, np.float32, np.float64):
+            assert_merge_gradients(grad_out.astype(dtype), some, others, grad_lse.astype(np.float32))
+    assert_merge_gradients(grad_out, [np.ones(outs[0].shape, int)] * 2, [np.ones(lses[0].shape, bool)] * 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_that_do_not_count_get_zeros(rng, dtype):
+    """Whatever is stored in them and, where no part counts, in the gradients; NaN stays in its row."""
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng, 3, (6,), 4, dtype)
+    expected = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    lses[0][1], outs[0][1] = -np.inf, np.nan
+    lses[1][2], outs[1][2] = np.inf, 0
+    for part in range(3):
+        lses[part][3] = -np.inf
+    grad_out[3], grad_lse[3] = np.nan, np.nan
+    outs[2][4, 1] = np.nan
+    grads = assert_merge_gradients(grad_out, outs, lses, grad_lse)
+    for of_out, of_lse, none in zip(*grads, ([1, 3], [2, 3], [3]), strict=True):
+        assert (of_out[none] == 0).all()
+        assert (of_lse[none] == 0).all()
+    for of_out, of_lse, was_out, was_lse in zip(*grads, *expected, strict=True):
+        assert np.isfinite(of_out).all(), "shares do not depend on outputs"
+        assert np.isnan(of_lse[4])
+        for row in (0, 5):
+            assert bits(of_out[row]) == bits(was_out[row])
+            assert of_lse[row] == was_lse[row]
+    grad_out[5, 2] = np.nan
+    for of_out, of_lse in zip(*assert_merge_gradients(grad_out, outs, lses, grad_lse), strict=True):
+        assert np.isnan(of_out[5, 2])
+        assert np.isnan(of_lse[5])
+        assert np.isfinite(of_out[[0, 1, 2, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("level", [1e30, -1e30, -1e9, 88.0, -104.0])
+def test_merge_gradients_far_from_zero(rng, level):
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng, 4, (6,), 4, np.float32)
+    lses = [np.full(6, level, np.float32)] * 4
+    grad_outs, grad_lses = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    np.testing.assert_array_equal(grad_outs, [grad_out / 4] * 4)
+    np.testing.assert_allclose(np.sum(grad_lses, axis=0), grad_lse, atol=1e-5)
+
+
+def test_merge_gradients_of_one_part_are_what_came_in(rng):
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng, 1, dtype=np.float32)
+    grad_outs, grad_lses = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    assert bits(grad_outs[0]) == bits(grad_out)
+    np.testing.assert_array_equal(grad_lses[0], grad_lse)
+
+
+def test_merge_gradients_in_any_layout_on_any_threads(rng):
+    grad_out, outs, lses, grad_lse = parts_and_gradients(rng, 2, (3, 50), 60, np.float32)
+    expected = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    for named in zip(*(layouts(x) for x in (grad_out, *outs, *lses, grad_lse)), strict=False):
+        g, a, b, c, d, e = (array for _, array in named)
+        for was, now in zip(expected, fastattn.merge_attention_vjp(g, [a, b], [c, d], grad_lse=e), strict=True):
+            np.testing.assert_array_equal(now, was)
+    stacked = fastattn.merge_attention_vjp(grad_out, np.stack(outs), np.stack(lses), grad_lse=grad_lse)
+    before = fastattn.get_num_threads()
+    fastattn.set_num_threads(1)
+    alone = fastattn.merge_attention_vjp(grad_out, outs, lses, grad_lse=grad_lse)
+    fastattn.set_num_threads(before)
+    rows = fastattn.merge_attention_vjp(grad_out[1, 7:9], [x[1, 7:9] for x in outs], [x[1, 7:9] for x in lses],
+                                        grad_lse=grad_lse[1, 7:9])  # fmt: skip
+    for of in range(2):
+        np.testing.assert_array_equal(stacked[of], expected[of])
+        np.testing.assert_array_equal(alone[of], expected[of])
+        np.testing.assert_array_equal(rows[of], [x[1, 7:9] for x in expected[of]])
+    one = np.broadcast_to(np.float32(2), grad_out.shape)
+    assert bits(fastattn.merge_attention_vjp(one, outs, lses)[1][0]) == bits(
+        fastattn.merge_attention_vjp(one.copy(), outs, lses)[1][0]
+    )
 
 
 # ------------------------------------------------------------------------------------ varlen_attention

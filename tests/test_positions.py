@@ -260,6 +260,58 @@ def test_lengths_stay(rng):
     np.testing.assert_allclose(back, x[:1], atol=1e-14)
 
 
+ROTATIONS = {
+    "plain": {},
+    "interleaved": {"interleaved": True},
+    "some channels": {"rotary_dim": 26, "offset": 7},
+    "offsets": {"offset": [[3], [1000]], "interleaved": True},
+    "positions": {"positions": [5, 0, 3, 3, 10**9, 2, -4]},
+    "frequencies and factor": {"frequencies": np.linspace(-1, 2, 23), "attention_factor": 1.7},
+}
+
+
+@pytest.mark.parametrize("options", ROTATIONS.values(), ids=list(ROTATIONS))
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_the_inverse_rotates_back(rng, options, dtype):
+    """The reference, the bits of the opposite positions, and, but for the factor squared, where it came from."""
+    x = rng.standard_normal((2, 3, 7, 46)).astype(dtype)
+    back = apply_rotary(x, inverse=True, **options)
+    assert_rotary(x, back, inverse=True, **options)
+    places = options.get("positions", np.asarray(options.get("offset", 0))[..., None] + np.arange(7))
+    others = {name: value for name, value in options.items() if name not in ("offset", "positions")}
+    assert bits(apply_rotary(x, positions=-np.asarray(places), **others)) == bits(back)
+    y = x.copy()
+    assert apply_rotary(y, out=y, inverse=True, **options) is y
+    assert bits(y) == bits(back)
+    for layout, other in layouts(x):
+        assert bits(apply_rotary(other, inverse=True, num_threads=2, **options)) == bits(back), layout
+    if dtype == np.float64:
+        dim = options.get("rotary_dim", 46)
+        again = apply_rotary(apply_rotary(x, **options), inverse=True, **options)
+        again[..., :dim] /= options.get("attention_factor", 1) ** 2
+        np.testing.assert_allclose(again, x, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", ROTATIONS.values(), ids=list(ROTATIONS))
+def test_the_inverse_takes_gradients_back(rng, options):
+    """It is the transpose, factor included: sum(g * rotate(x)) == sum(inverse(g) * x)."""
+    x, grad = rng.standard_normal((2, 2, 3, 7, 46))
+    for functions in (fastattn, reference):
+        forward = np.sum(grad * functions.apply_rotary(x, **options))
+        back = functions.apply_rotary(grad, inverse=True, **options)
+        assert abs(np.sum(back * x) - forward) < 1e-11
+    unit = np.zeros_like(x)
+    unit[1, 2, 3, 4] = 1
+    slope = np.sum(grad * (apply_rotary(x + unit, **options) - apply_rotary(x - unit, **options))) / 2
+    assert abs(apply_rotary(grad, inverse=True, **options)[1, 2, 3, 4] - slope) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [1, 0, None, "yes", np.ones(1, bool)])
+def test_inverse_is_true_or_false(bad):
+    with pytest.raises(TypeError, match="inverse"):
+        apply_rotary(np.ones((3, 4)), inverse=bad)
+
+
 def test_rotary_partial_is_a_smaller_rotary_and_a_copy(rng):
     x = rng.standard_normal((2, 9, 40)).astype(np.float32)
     for interleaved in (False, True):

@@ -135,6 +135,16 @@ def neighborhood(case, threads):
     yield Variant("", functools.partial(fastattn.neighborhood_attention, *case.inputs(), case.kernel_size))
 
 
+def softmax_back(case, threads):
+    yield Variant("", functools.partial(fastattn.softmax_vjp, *case.inputs(), axis=case.axis))
+
+
+def softmax_back_out(case, threads):
+    grad_out, weights = case.inputs()
+    out = np.empty_like(weights)
+    yield Variant("", functools.partial(fastattn.softmax_vjp, grad_out, weights, axis=case.axis, out=out))
+
+
 def sparse(case, threads):
     yield Variant("", functools.partial(getattr(fastattn, case.function), *case.inputs(), axis=case.axis))
 
@@ -151,6 +161,7 @@ LIBRARIES = {
         {
             "attention": attention,
             "softmax": softmax,
+            "softmaxback": softmax_back,
             "sparse": sparse,
             "additive": additive,
             "truncated": truncated,
@@ -167,7 +178,13 @@ LIBRARIES = {
     ),
     "fastattn out=": (
         "fastattn",
-        {"softmax": softmax_out, "sparse": sparse_out, "rotary": rotary_out, "graph": graph_out},
+        {
+            "softmax": softmax_out,
+            "softmaxback": softmax_back_out,
+            "sparse": sparse_out,
+            "rotary": rotary_out,
+            "graph": graph_out,
+        },
     ),
     "fastattn, dense": ("fastattn", {"blocks": dense}),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),

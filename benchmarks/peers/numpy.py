@@ -82,6 +82,10 @@ def softmax(case, threads):
     yield Variant("", functools.partial(baselines.softmax, *case.inputs(), case.axis))
 
 
+def softmax_back(case, threads):
+    yield Variant("", functools.partial(baselines.softmax_back, *case.inputs(), case.axis))
+
+
 def sparse(case, threads):
     yield Variant("", functools.partial(baselines.sparse, *case.inputs(), case.function, case.axis))
 
@@ -131,6 +135,7 @@ LIBRARIES = {
         {
             "attention": attention,
             "softmax": softmax,
+            "softmaxback": softmax_back,
             "sparse": sparse,
             "decode": decode,
             "multihead": multihead,

@@ -416,6 +416,13 @@ def softmax(case, threads):
     yield Variant("", lambda: x.softmax(case.axis))
 
 
+def softmax_back(case, threads):
+    """What autograd calls for the gradient of softmax."""
+    torch = _torch(threads)
+    grad_out, weights = map(torch.from_numpy, case.inputs())
+    yield Variant("", lambda: torch._softmax_backward_data(grad_out, weights, case.axis, weights.dtype))
+
+
 # Name -> (distribution, its implementation of each kind of case).
 LIBRARIES = {
     "PyTorch": (
@@ -423,6 +430,7 @@ LIBRARIES = {
         {
             "attention": attention,
             "softmax": softmax,
+            "softmaxback": softmax_back,
             "additive": eager_additive,
             "decode": decode,
             "multihead": multihead,

@@ -12,6 +12,13 @@ def softmax(x, axis=-1):
     return weights
 
 
+def softmax_back(grad_out, weights, axis=-1):
+    """The gradient of softmax, from what it returned."""
+    products = weights * grad_out
+    products -= weights * products.sum(axis=axis, keepdims=True)
+    return products
+
+
 def sparse(x, function="sparsemax", axis=-1):
     """sparsemax or entmax15 as their papers write them: sorted, and a threshold for each number of the largest."""
     z = x - x.max(axis=axis, keepdims=True)

@@ -111,6 +111,21 @@ class Softmax(Case):
 
 
 @dataclass(frozen=True)
+class SoftmaxBack(Softmax):
+    """The gradient of softmax over an axis, from a gradient and what softmax returned."""
+
+    kind = "softmaxback"
+
+    @property
+    def nbytes(self):
+        """As a copy has it, which counts a number that is read and written once: here two are read for one written."""
+        return super().nbytes * 3 // 2
+
+    def inputs(self):
+        return _gradient_and_weights(self.shape, self.dtype, self.axis)
+
+
+@dataclass(frozen=True)
 class Sparse(Softmax):
     """sparsemax or entmax15 over an axis, of normal numbers of size 2, as logits are."""
 
@@ -627,6 +642,14 @@ def _normal(shape, dtype):
     return np.random.default_rng(7).standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def _gradient_and_weights(shape, dtype, axis):
+    """A gradient, and the softmax of other numbers."""
+    weights = np.exp(_normal(shape, dtype))
+    weights /= weights.sum(axis, keepdims=True)
+    return np.random.default_rng(11).standard_normal(shape, dtype=np.float32).astype(dtype), weights
+
+
 # Small calls, an encoder's layers, cross-attention over audio, long sequences.
 ATTENTION_SHAPES = (
     (1, 1, 1, 8, 8),
@@ -660,6 +683,13 @@ SOFTMAX = (
     Softmax((512, 4096), axis=0),
     Softmax((512, 4096), "float64", axis=0),
     Softmax((8, 256, 32, 32), axis=1),
+)
+
+SOFTMAX_BACK = (
+    SoftmaxBack((1024, 1024)),
+    SoftmaxBack((64, 32000)),
+    SoftmaxBack((100_000, 64)),
+    SoftmaxBack((512, 4096), axis=0),
 )
 
 # The scores of a long sequence, and of short ones.

@@ -1,4 +1,4 @@
-"""asv: softmax along an axis, by shapes, dtypes and threads, beside its NumPy baseline."""
+"""asv: softmax along an axis and its gradient, by shapes, dtypes and threads, beside their NumPy baselines."""
 
 import functools
 
@@ -28,3 +28,24 @@ class Softmax:
     def time_softmax(self, shape_and_axis, dtype, implementation):
         name, _, threads = implementation.partition(", ")
         _call(*shape_and_axis, dtype, int(threads[0]) if threads else 1, name)()
+
+
+@functools.cache
+def _back(shape, axis, dtype, threads, implementation):
+    inputs = cases.SoftmaxBack(shape, dtype, axis).inputs()
+    if implementation == "numpy":
+        return functools.partial(baselines.softmax_back, *inputs, axis)
+    return functools.partial(fastattn.softmax_vjp, *inputs, axis, num_threads=threads)
+
+
+class SoftmaxBack:
+    params = [
+        sorted((case.shape, case.axis) for case in cases.SOFTMAX_BACK),
+        ["float32", "float64"],
+        ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"],
+    ]
+    param_names = ["shape and axis", "dtype", "implementation"]
+
+    def time_softmax_vjp(self, shape_and_axis, dtype, implementation):
+        name, _, threads = implementation.partition(", ")
+        _back(*shape_and_axis, dtype, int(threads[0]) if threads else 1, name)()

@@ -34,6 +34,12 @@ static size_t columns_workspace(int64_t length)
     return sizeof(struct columns_state) + (columns_fit(length) ? (size_t)kept_at(length) * sizeof(real) : 0);
 }
 
+/* Where rows are kept, behind the state; NULL if they do not fit. */
+static ALWAYS_INLINE real *kept_rows(int64_t length, struct columns_state *state)
+{
+    return columns_fit(length) ? (real *)(state + 1) : NULL;
+}
+
 /* Rewinds to the first element of the rows. */
 static void first_block(const fa_columns *c, struct columns_state *state)
 {
@@ -89,25 +95,32 @@ static ALWAYS_INLINE unsigned column_bits(const fa_columns *c, ptrdiff_t at, int
     return bits;
 }
 
-/* Element t of the rows of vector v; -inf if masked. whole: they are a vector in memory. */
+/* Numbers at this address of the rows of vector v, `next` apart. whole: they are a vector in memory. */
+static ALWAYS_INLINE vec load_column(const fa_columns *c, const char *from, ptrdiff_t next, fa_dtype dtype, int v,
+                                     const int whole)
+{
+    if (whole)
+        return v_load(from + v * VECTOR_BYTES);
+    real some[LANES] = {0};
+    gather(some, from + v * LANES * next, next, rows_in_lanes(c, v), dtype);
+    return v_load(some);
+}
+
+/* Element t of the rows of vector v; `hidden` if masked. */
+static ALWAYS_INLINE vec shown_column(const fa_columns *c, const struct columns_state *state, int t, int v,
+                                      const int whole, vec hidden)
+{
+    const vec numbers = load_column(c, c->x + state->at[FA_ROW_X][t], c->next[FA_ROW_X], c->dtype, v, whole);
+    if (!c->mask)
+        return numbers;
+    return v_pick_bits(column_bits(c, state->at[FA_ROW_MASK][t], v, rows_in_lanes(c, v)), numbers, hidden);
+}
+
+/* The same; -inf if masked. */
 static ALWAYS_INLINE vec column_vector(const fa_columns *c, const struct columns_state *state, int t, int v,
                                        const int whole)
 {
-    const char *x = c->x + state->at[FA_ROW_X][t];
-    const int live = whole ? LANES : rows_in_lanes(c, v);
-    vec numbers;
-    if (whole) {
-        numbers = v_load(x + v * VECTOR_BYTES);
-    } else {
-        real some[LANES] = {0};
-        gather(some, x + v * LANES * c->next[FA_ROW_X], c->next[FA_ROW_X], live, c->dtype);
-        numbers = v_load(some);
-    }
-    if (c->mask) {
-        const unsigned bits = column_bits(c, state->at[FA_ROW_MASK][t], v, live);
-        numbers = v_pick_bits(bits, numbers, v_fill(-(real)INFINITY));
-    }
-    return numbers;
+    return shown_column(c, state, t, v, whole, v_fill(-(real)INFINITY));
 }
 
 static ALWAYS_INLINE void store_column(const fa_columns *c, const struct columns_state *state, int t, int v,
@@ -219,7 +232,7 @@ static ALWAYS_INLINE void columns_of(const int softmax, fa_row_function function
 {
     const vec none = v_fill(-(real)INFINITY);
     const int64_t length = c->length;
-    int dominated = 0;
+    int dominated = 0, odd = 0; /* odd: whether a scale is infinite or NaN */
     largest_of_columns(c, state, kept, vecs, x_whole);
     sums_of_columns(c, state, kept, softmax, ALL, vecs, x_whole);
     for (int r = 0; r < c->rows; r++)
@@ -236,7 +249,12 @@ static ALWAYS_INLINE void columns_of(const int softmax, fa_row_function function
         const real base = state->base[r / LANES][r % LANES];
         double total = state->total[r];
         if (softmax) {
-            state->scale[r / LANES][r % LANES] = (real)(total == 0 ? 0 : 1 / total);
+            real factor = 1;
+            if (c->grad)
+                gather(&factor, c->grad + r * c->next[FA_ROW_GRAD], (ptrdiff_t)sizeof(real), 1, c->grad_dtype);
+            const real scale = (real)(total == 0 ? 0 : (double)factor / total);
+            state->scale[r / LANES][r % LANES] = scale;
+            odd |= !isfinite(scale);
             continue;
         }
         if (base == (real)INFINITY)
@@ -260,7 +278,10 @@ static ALWAYS_INLINE void columns_of(const int softmax, fa_row_function function
                     if (!kept)
                         x = v_exp_below(x - state->base[v], 1);
                     x *= state->scale[v];
-                    if (c->mask) { /* a masked entry stays 0 even in a row of NaN */
+                    if (odd && c->grad) { /* what does not count stays 0, also beside NaN */
+                        const ivec no_number = state->scale[v] - state->scale[v] != (vec){0};
+                        x = v_pick((column_vector(c, state, t, v, x_whole) == none) & no_number, (vec){0}, x);
+                    } else if (c->mask && !c->grad) { /* a masked entry stays 0 even in a row of NaN */
                         const int live = rows_in_lanes(c, v);
                         x = v_pick_bits(column_bits(c, state->at[FA_ROW_MASK][t], v, live), x, (vec){0});
                     }
@@ -289,12 +310,10 @@ static ALWAYS_INLINE void columns_by(const int softmax, fa_row_function function
         columns_of(softmax, function, c, state, kept, vecs, x_whole, out_whole);
 }
 
-/* Contract: contract.h. */
-static void columns(fa_row_function function, const fa_columns *c, void *workspace)
+/* Softmax, the logarithms and logsumexp's gradient; kept: room for the rows, or NULL. */
+static void columns(fa_row_function function, const fa_columns *c, struct columns_state *state, real *kept)
 {
-    struct columns_state *state = workspace;
-    real *kept = columns_fit(c->length) ? (real *)((char *)workspace + sizeof *state) : NULL;
-    if (function == FA_ROW_SOFTMAX)
+    if (function == FA_ROW_SOFTMAX || function == FA_ROW_LOGSUMEXP_BACK)
         columns_by(1, function, c, state, kept);
     else
         columns_by(0, function, c, state, kept);

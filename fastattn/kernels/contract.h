@@ -31,7 +31,13 @@ typedef enum {
     FA_ROW_LOG_SOFTMAX,
     FA_ROW_LOGSUMEXP,
     FA_ROW_SPARSEMAX,
-    FA_ROW_ENTMAX15
+    FA_ROW_ENTMAX15,
+    /* Their gradients, from a gradient and what they returned (logsumexp: what it was given). */
+    FA_ROW_SOFTMAX_BACK,
+    FA_ROW_LOG_SOFTMAX_BACK,
+    FA_ROW_LOGSUMEXP_BACK,
+    FA_ROW_SPARSEMAX_BACK,
+    FA_ROW_ENTMAX15_BACK
 } fa_row_function;
 
 /* What makes features of a number x of a query or key: nothing, x + 1 or exp(x) below 0, max(x, 0). */
@@ -39,7 +45,7 @@ typedef enum { FA_NO_MAP, FA_ELU_PLUS_1, FA_RELU_MAP } fa_feature_map;
 
 /* The operands of softmax and its relatives, and some axes of an array of rows, with the byte strides of each
  * operand. */
-enum { FA_ROW_X, FA_ROW_MASK, FA_ROW_OUT, FA_ROW_OPERANDS };
+enum { FA_ROW_X, FA_ROW_GRAD, FA_ROW_MASK, FA_ROW_OUT, FA_ROW_OPERANDS };
 typedef struct {
     int count;
     int64_t shape[FA_ROW_AXES];
@@ -49,11 +55,12 @@ typedef struct {
 /* Rows side by side in memory, as the columns of a C-ordered matrix. */
 typedef struct {
     const char *x, *mask;            /* element 0 of row 0; the mask may be NULL */
-    char *out;                       /* may be x; one element per row for FA_ROW_LOGSUMEXP */
+    const char *grad;                /* for gradients only; one element per row for FA_ROW_LOGSUMEXP_BACK */
+    char *out;                       /* may be x or grad, except then; one element per row for FA_ROW_LOGSUMEXP */
     ptrdiff_t next[FA_ROW_OPERANDS]; /* byte strides between rows */
     const fa_axes *row;              /* the axes of a row */
     int64_t length, rows;            /* elements per row; number of rows, at most fa_kernels.columns_at_once */
-    fa_dtype dtype, out_dtype;
+    fa_dtype dtype, grad_dtype, out_dtype;
 } fa_columns;
 
 /* A strided matrix; strides in bytes, of either sign. data == NULL: not given. */
@@ -116,7 +123,7 @@ typedef struct {
 enum {
     FA_GRAD_OUT,        /* (queries, value_dim) */
     FA_GRAD_LSE,        /* (queries, 1), optional */
-    FA_ROW_STATE,       /* (queries, FA_STATE), accumulation dtype: what back_rows finds and back_visit needs */
+    FA_ROW_STATE,       /* (queries, FA_STATE), accumulation dtype: what back_prepare finds and back_visit needs */
     FA_D_QUERY,         /* (queries, head_dim in whole vectors), accumulation dtype, contiguous rows: added to */
     FA_D_QUERY_LOST,    /* the same: what rounding has taken from it; needed with more than FA_SPAN keys */
     FA_D_KEY,           /* (keys, head_dim): overwritten, as are values */
@@ -127,7 +134,7 @@ enum {
     FA_D_COLUMNS,       /* (keys, 1): their sums over queries */
     FA_D_DIAGONALS,     /* (1, left + right + 1): over queries, by place in the window */
     FA_D_SLOPES,        /* (queries, 1) */
-    FA_D_SINKS,         /* (queries, 1), by back_rows */
+    FA_D_SINKS,         /* (queries, 1), by back_prepare */
     FA_D_SCORE_WEIGHTS, /* (blocks of keys, head_dim), of FA_ADDITIVE */
     FA_BACK_OPERANDS
 };
@@ -282,22 +289,22 @@ typedef struct {
     void (*save_span)(const fa_problem *problem, int64_t rows, void *workspace, void *span);
     void (*join_span)(const fa_problem *problem, const fa_head *head, int64_t rows, void *workspace, const void *span);
     void (*close_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
-    /* The way back. back_rows prepares any rows of a head. A block of keys is then opened, visited with the rows
+    /* The way back. back_prepare prepares any rows of a head. A block of keys is then opened, visited with the rows
      * [row, row_end) of any number of heads that share its gradients, in ascending order, and closed, which writes the
      * gradients of its keys. Those of queries are added up over blocks, which must come in ascending order. `row` is a
      * multiple of FA_BACK_SPAN if gradients of keys are wanted, else of FA_BACK_ROWS. Which gradients are wanted, and
      * how rows and blocks are shared out, changes no bit. */
     size_t (*back_workspace)(const fa_problem *problem, int64_t keys);
-    void (*back_rows)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row, int64_t rows,
-                      void *workspace);
+    void (*back_prepare)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
+                         int64_t rows, void *workspace);
     void (*back_open)(const fa_problem *problem, int64_t keys, int64_t block, void *workspace);
     void (*back_visit)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
                        int64_t row_end, void *workspace);
     void (*back_close)(const fa_problem *problem, const fa_head *head, const fa_gradients *to, void *workspace);
     /* Rows of n elements, each contiguous, aligned and in the accumulation dtype; strides in bytes. mask: rows of n
-     * bytes, or NULL; out: rows of n elements (may be x), or of one for FA_ROW_LOGSUMEXP. */
-    void (*rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
-                 char *out, ptrdiff_t out_row, int64_t n, int64_t rows);
+     * bytes, or NULL; grad, out: rows of n elements, or of one, as in fa_columns. */
+    void (*rows)(fa_row_function function, const char *x, ptrdiff_t x_row, const char *grad, ptrdiff_t grad_row,
+                 const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n, int64_t rows);
     /* The same, bit for bit, for rows that are side by side in memory, as columns of a C-ordered matrix. */
     int columns_at_once;
     size_t (*columns_workspace)(int64_t length);
@@ -307,13 +314,16 @@ typedef struct {
     void (*scatter)(char *to, ptrdiff_t stride, const void *from, int64_t n, fa_dtype to_dtype);
     /* out[c] = sum over parts of out_part[c] * exp(lse_part - lse); contiguous, accumulation dtype. */
     void (*merge)(void *out, void *lse, const void *const *outs, const void *lses, int64_t parts, int64_t n);
+    /* The gradients of that for outs and lses, from those for out and lse. Overwrites lses. */
+    void (*merge_back)(void *const *grad_outs, void *grad_lses, const void *grad_out, const void *grad_lse,
+                       const void *const *outs, void *lses, int64_t parts, int64_t n);
     /* The cosines, then the sines, of position * speed, times factor, in the accumulation dtype; angles in double. */
     void (*turns)(void *table, const double *speed, int64_t pairs, int64_t position, double factor);
     /* Rotates rows of channels, each contiguous in the accumulation dtype but possibly misaligned, by its row of the
      * table that turns() makes; strides in bytes. A pair is channels c and c + pairs or, interleaved, 2 c and 2 c + 1;
-     * channels from 2 * pairs on are copied. out: may be x. */
+     * channels from 2 * pairs on are copied. out: may be x. inverse: the other way round. */
     void (*rotate)(char *out, ptrdiff_t out_row, const char *x, ptrdiff_t x_row, const char *table, int64_t channels,
-                   int64_t pairs, int64_t rows, int interleaved);
+                   int64_t pairs, int64_t rows, int interleaved, int inverse);
     /* Linear attention of a head, all with the same workspace: linear_open takes the state over; linear_keys adds keys,
      * in ascending order and without gaps, and (causal) writes the rows of the queries that stand on them; linear_rows
      * writes rows of queries that see the state as it is then; linear_close leaves the state where it is wanted. Bits

@@ -58,7 +58,7 @@ struct back {
     int64_t block, keys; /* keys: of the block in whole vectors, and a group behind them */
     int q_finite, out_finite;
     int first, last;  /* vectors of the block that a tile sees */
-    int rows_at_once; /* of back_rows */
+    int rows_at_once; /* of back_prepare */
     int64_t room;     /* of sparse weights: vectors in a row of `scores` */
     real *scores;     /* [rows_at_once][room][LANES] */
     uint32_t *places; /* [room], which nobody reads */
@@ -878,8 +878,8 @@ static real delta_of(const fa_problem *problem, const fa_head *head, const fa_gr
 }
 
 /* Contract: contract.h. */
-static void back_rows(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row, int64_t rows,
-                      void *workspace)
+static void back_prepare(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
+                         int64_t rows, void *workspace)
 {
     struct back *back = workspace;
     const fa_view *lses = &head->view[FA_LSE], *d_lse = &to->view[FA_GRAD_LSE];

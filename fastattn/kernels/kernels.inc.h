@@ -97,6 +97,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "sparse_rows.inc.h"
 
+#include "rows_back.inc.h"
+
 #include "rotary.inc.h"
 
 #include "linear.inc.h"
@@ -125,7 +127,7 @@ const fa_kernels FA_TABLE = {
     .join_span = join_span,
     .close_tile = close_tile,
     .back_workspace = back_workspace,
-    .back_rows = back_rows,
+    .back_prepare = back_prepare,
     .back_open = back_open,
     .back_visit = back_visit,
     .back_close = back_close,
@@ -136,6 +138,7 @@ const fa_kernels FA_TABLE = {
     .gather = gather,
     .scatter = scatter,
     .merge = merge,
+    .merge_back = merge_back,
     .turns = turns,
     .rotate = rotate,
     .linear_columns = LINEAR_HALF * LANES,

@@ -81,7 +81,8 @@ static void turns(void *table, const double *frequency, int64_t pairs, int64_t p
     }
 }
 
-/* Rotates pairs (a, b) to (a cos - b sin, b cos + a sin): lane i of the two vectors or, interleaved, adjacent lanes. */
+/* Rotates pairs (a, b) to (a cos - b sin, b cos + a sin): lane i of the two vectors or, interleaved, adjacent lanes.
+ * The other way round it is the sine that changes its sign. */
 static ALWAYS_INLINE void rotate_pair(vec *a, vec *b, vec cosine, vec sine, const int interleaved)
 {
     const vec u = *a, v = *b;
@@ -96,13 +97,14 @@ static ALWAYS_INLINE void rotate_pair(vec *a, vec *b, vec cosine, vec sine, cons
     }
 }
 
-static ALWAYS_INLINE void rotate_row(real *out, const real *x, const real *cosine, int64_t pairs, const int interleaved)
+static ALWAYS_INLINE void rotate_row(real *out, const real *x, const real *cosine, int64_t pairs, const int interleaved,
+                                     ivec turned)
 {
     const real *sine = cosine + pairs;
     const int64_t whole = pairs / LANES * LANES, step = interleaved ? 2 : 1, other = interleaved ? LANES : pairs;
     for (int64_t c = 0; c < whole; c += LANES) {
         vec a = v_load(x + step * c), b = v_load(x + step * c + other);
-        rotate_pair(&a, &b, v_load(cosine + c), v_load(sine + c), interleaved);
+        rotate_pair(&a, &b, v_load(cosine + c), (vec)(turned ^ (ivec)v_load(sine + c)), interleaved);
         v_store(out + step * c, a);
         v_store(out + step * c + other, b);
     }
@@ -112,7 +114,8 @@ static ALWAYS_INLINE void rotate_row(real *out, const real *x, const real *cosin
         const int in_b = interleaved ? 2 * rest - in_a : rest;
         const real *x_b = in_b ? x + step * whole + other : x; /* no address past the row */
         vec a = v_load_some(x + step * whole, in_a), b = v_load_some(x_b, in_b);
-        rotate_pair(&a, &b, v_load_some(cosine + whole, rest), v_load_some(sine + whole, rest), interleaved);
+        const vec s = (vec)(turned ^ (ivec)v_load_some(sine + whole, rest));
+        rotate_pair(&a, &b, v_load_some(cosine + whole, rest), s, interleaved);
         store_row(out + step * whole, 0, in_a, a);
         if (in_b)
             store_row(out + step * whole + other, 0, in_b, b);
@@ -121,17 +124,18 @@ static ALWAYS_INLINE void rotate_row(real *out, const real *x, const real *cosin
 
 /* Contract: contract.h. */
 static void rotate(char *out, ptrdiff_t out_row, const char *x, ptrdiff_t x_row, const char *table, int64_t channels,
-                   int64_t pairs, int64_t rows, int interleaved)
+                   int64_t pairs, int64_t rows, int interleaved, int inverse)
 {
+    const ivec turned = inverse ? (ivec)(-(vec){0}) : (ivec){0}; /* the sine's sign */
     const size_t copied = (size_t)(channels - 2 * pairs) * sizeof(real);
     for (int64_t i = 0; i < rows; i++) {
         const real *x_i = (const real *)(x + i * x_row);
         const real *table_i = (const real *)table + i * 2 * pairs;
         real *out_i = (real *)(out + i * out_row);
         if (interleaved)
-            rotate_row(out_i, x_i, table_i, pairs, 1);
+            rotate_row(out_i, x_i, table_i, pairs, 1, turned);
         else
-            rotate_row(out_i, x_i, table_i, pairs, 0);
+            rotate_row(out_i, x_i, table_i, pairs, 0, turned);
         if (copied && out_i != x_i)
             memcpy(out_i + 2 * pairs, x_i + 2 * pairs, copied);
     }

@@ -44,10 +44,14 @@ struct row_sum {
     vec sum, lost;
 };
 
+static ALWAYS_INLINE vec tree_of(const vec *e)
+{
+    return ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
+}
+
 static ALWAYS_INLINE void add_tree(struct row_sum *to, const vec *e)
 {
-    const vec x = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
-    const vec part = x - to->lost, now = to->sum + part;
+    const vec part = tree_of(e) - to->lost, now = to->sum + part;
     to->lost = (now - to->sum) - part;
     to->sum = now;
 }
@@ -105,10 +109,11 @@ static NEVER_INLINE double sum_of_others(const real *x, const char *mask, int64_
     return sum_of_row(x, mask, n, base, NULL, OTHERS, 1);
 }
 
-/* softmax: whether that is the function; the logarithms have one copy. */
+/* softmax: whether that is the function, or it times a number for each row of grad, which is logsumexp's gradient; the
+ * logarithms have one copy. */
 static ALWAYS_INLINE void rows_of(const int softmax, fa_row_function function, const char *x, ptrdiff_t x_row,
-                                  const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n,
-                                  const int count)
+                                  const char *grad, ptrdiff_t grad_row, const char *mask, ptrdiff_t mask_row, char *out,
+                                  ptrdiff_t out_row, int64_t n, const int count)
 {
     const vec none = v_fill(-(real)INFINITY);
     const int64_t whole = n / LANES * LANES;
@@ -169,7 +174,13 @@ static ALWAYS_INLINE void rows_of(const int softmax, fa_row_function function, c
         if (!softmax && function == FA_ROW_LOGSUMEXP) {
             *out_r = (real)((double)base[r] + total[r]);
         } else if (softmax) {
-            const real scale = (real)(total[r] == 0 ? 0 : 1 / total[r]);
+            const double factor = grad ? (double)*(const real *)(grad + r * grad_row) : 1;
+            const real scale = (real)(total[r] == 0 ? 0 : factor / total[r]);
+            if (grad && !isfinite(scale)) { /* what does not count stays 0, also beside NaN */
+                for (int64_t j = 0; j < n; j++)
+                    out_r[j] = (!mask || mask_r[j]) && x_r[j] != -(real)INFINITY ? out_r[j] * scale : 0;
+                continue;
+            }
             if (mask && scale != scale) { /* a masked entry stays 0 even in a row of NaN */
                 for (int64_t j = 0; j < n; j++)
                     out_r[j] = mask_r[j] ? scale : 0;
@@ -189,22 +200,25 @@ static ALWAYS_INLINE void rows_of(const int softmax, fa_row_function function, c
     }
 }
 
-/* Contract: contract.h. */
-static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
-                 char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
+/* Softmax, the logarithms and logsumexp's gradient. */
+static void rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *grad, ptrdiff_t grad_row,
+                 const char *mask, ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n, int64_t rows)
 {
+    const int softmax = function == FA_ROW_SOFTMAX || function == FA_ROW_LOGSUMEXP_BACK;
     const int at_once = n * (int64_t)sizeof(real) <= 4096 ? ROWS_AT_ONCE : 1; /* so that they stay in L1 */
     while (rows > 0) {
         const int count = rows < at_once ? (int)rows : at_once;
-        if (function == FA_ROW_SOFTMAX && !mask)
-            rows_of(1, function, x, x_row, NULL, 0, out, out_row, n, count);
-        else if (function == FA_ROW_SOFTMAX)
-            rows_of(1, function, x, x_row, mask, mask_row, out, out_row, n, count);
+        if (softmax && !mask)
+            rows_of(1, function, x, x_row, grad, grad_row, NULL, 0, out, out_row, n, count);
+        else if (softmax)
+            rows_of(1, function, x, x_row, grad, grad_row, mask, mask_row, out, out_row, n, count);
         else
-            rows_of(0, function, x, x_row, mask, mask_row, out, out_row, n, count);
+            rows_of(0, function, x, x_row, NULL, 0, mask, mask_row, out, out_row, n, count);
         rows -= count;
         x += count * x_row;
         out += count * out_row;
+        if (grad)
+            grad += count * grad_row;
         if (mask)
             mask += count * mask_row;
     }

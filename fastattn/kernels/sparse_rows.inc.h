@@ -211,14 +211,10 @@ static NEVER_INLINE void sparse_columns(const int square, const fa_columns *c, s
         sparse_columns_of(0, c, state, kept, vecs, x_whole, out_whole);
 }
 
-/* Contract: contract.h. */
-static void all_rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask, ptrdiff_t mask_row,
-                     char *out, ptrdiff_t out_row, int64_t n, int64_t count)
+/* Rows of sparsemax or entmax15, one after the other. */
+static void all_sparse_rows(fa_row_function function, const char *x, ptrdiff_t x_row, const char *mask,
+                            ptrdiff_t mask_row, char *out, ptrdiff_t out_row, int64_t n, int64_t count)
 {
-    if (function != FA_ROW_SPARSEMAX && function != FA_ROW_ENTMAX15) {
-        rows(function, x, x_row, mask, mask_row, out, out_row, n, count);
-        return;
-    }
     const int at_once = n * (int64_t)sizeof(real) <= 4096 ? LISTS_AT_ONCE : 1;
     while (count > 0) {
         const int some = count < at_once ? (int)count : at_once;
@@ -232,15 +228,4 @@ static void all_rows(fa_row_function function, const char *x, ptrdiff_t x_row, c
         if (mask)
             mask += some * mask_row;
     }
-}
-
-/* Contract: contract.h. */
-static void all_columns(fa_row_function function, const fa_columns *c, void *workspace)
-{
-    struct columns_state *state = workspace;
-    if (function == FA_ROW_SPARSEMAX || function == FA_ROW_ENTMAX15)
-        sparse_columns(function == FA_ROW_ENTMAX15, c, state,
-                       columns_fit(c->length) ? (real *)((char *)workspace + sizeof *state) : NULL);
-    else
-        columns(function, c, workspace);
 }
