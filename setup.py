@@ -158,6 +158,7 @@ setup(
             extension("_graph"),
             extension("_linear"),
             extension("_gradients"),
+            extension("_linear_gradients"),
             # Plain Python, compiled because a small call spends a fifth of its time on default arguments.
             extension("attention", suffix="py"),
             shared_utilities(),

@@ -12,7 +12,8 @@ The layers, from the top; each imports only what is below it:
     _frequencies                    what a model's configuration says about rotary encoding
     _gradients                      the driver of the way back, which begins with the one of attention
     _attention, _linear, _graph, _neighborhood, _softmax,
-        _merge, _positions          the drivers: tiles and rows, threads, scratch memory
+        _merge, _positions,
+        _linear_gradients           the drivers: tiles and rows, threads, scratch memory
     _vjp                            which gradients are wanted, and where they go
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
@@ -65,7 +66,7 @@ if _typing.TYPE_CHECKING:
         varlen_attention_vjp,
     )
     from fastattn.graph import graph_attention
-    from fastattn.linear import linear_attention
+    from fastattn.linear import linear_attention, linear_attention_vjp
     from fastattn.multihead import MultiHeadAttention, self_attention
     from fastattn.neighborhood import neighborhood_attention
     from fastattn.streaming import StreamingAttention
@@ -88,6 +89,7 @@ __all__ = [
     "get_num_threads",
     "graph_attention",
     "linear_attention",
+    "linear_attention_vjp",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
@@ -119,6 +121,7 @@ _LATER = {
     "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
     "linear_attention": "linear",
+    "linear_attention_vjp": "linear",
     "merge_attention_vjp": "gradients",
     "neighborhood_attention": "neighborhood",
     "self_attention": "multihead",

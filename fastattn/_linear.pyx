@@ -20,7 +20,7 @@ from fastattn._runtime cimport (FA_ELU_PLUS_1, FA_LINEAR_BETA, FA_LINEAR_KEY, FA
                                 FA_LINEAR_NEW_STATE, FA_LINEAR_OPERANDS, FA_LINEAR_OUT, FA_LINEAR_QUERY,
                                 FA_LINEAR_STATE, FA_LINEAR_VALUE, FA_NO_MAP, FA_RELU_MAP, FA_ROW_AXES, Team, Watch,
                                 allowed_threads,
-                                fa_kernels, fa_linear, fa_linear_head, gathered, give_workspace,
+                                fa_kernels, fa_linear, fa_linear_head, fa_view, gathered, give_workspace,
                                 interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
 cnp.import_array()
@@ -29,19 +29,6 @@ cdef enum:
     SMALL = 1 << 17        # numbers of states read or written below which threads cost more than they bring
     FEW = 8                # keys, and no more, for which a state is updated where it lies
     AT_ONCE = 1 << 22      # numbers of a state read or written between two looks for Ctrl-C
-    BLOCK = 24             # keys: runs are a multiple of it
-
-
-# One call, checked. `call` has the shapes, batch axes and lengths; a group of query heads shares a key head.
-cdef class Recurrence:
-    cdef Problem call
-    cdef fa_linear shared
-    cdef fa_layout layouts[<int> FA_LINEAR_OPERANDS]
-    cdef Py_ssize_t heads                       # of keys
-    cdef Py_ssize_t parts, columns              # of a head: tasks, and columns of each
-    cdef list kept
-    cdef object out, state                      # the state that is wanted, or None
-    cdef object target                          # where it is made
 
 
 # Arguments
@@ -120,7 +107,8 @@ cdef int refuse_uneven_lengths(Recurrence r) except -1:
 cdef Recurrence read_call(object query, object key, object value, object feature_map, object is_causal,
                           object query_offset, object key_lengths, object query_lengths, object log_decay, object beta,
                           object normalize, object scale, object eps, object state, object return_state,
-                          object state_out, object enable_gqa, object out, object num_threads):
+                          object state_out, object enable_gqa, object out, object num_threads, bint named_maps=False):
+    """named_maps: a callable is refused."""
     cdef Recurrence r = Recurrence.__new__(Recurrence)
     cdef Problem p = new_problem()
     cdef fa_linear *shared = &r.shared
@@ -140,6 +128,10 @@ cdef Recurrence read_call(object query, object key, object value, object feature
     shared.features, shared.value_dim, shared.heads = p.call.problem.head_dim, p.call.problem.value_dim, p.call.group
     shared.is_causal = flag(is_causal, "is_causal")
     maps = read_map(r, feature_map)
+    if maps is not None and named_maps:
+        raise ValueError("feature_map must be 'elu+1', 'relu' or None here, not a callable, whose derivative nobody "
+                         "knows: apply it to query and key before the call, with feature_map=None (and normalize=True "
+                         "where it normalised), and apply its derivative to their gradients")
     for name, x in (("log_decay", log_decay), ("beta", beta)):
         if x is not None and not shared.is_causal:
             raise ValueError(f"{name} needs is_causal=True: it says what a key does to those before it")
@@ -237,31 +229,40 @@ cdef int64_t number_at(const fa_layout *layout, int axes, const Py_ssize_t *inde
     return (<const int64_t *> at)[0]
 
 
+cdef void find_head(Recurrence r, Py_ssize_t head, Py_ssize_t *index) noexcept nogil:
+    """Where a head of keys is on each batch axis."""
+    cdef int i, last = r.call.call.axes - 1
+    cdef Py_ssize_t size
+    for i in range(last, -1, -1):
+        size = r.call.call.shape[i] // r.shared.heads if i == last else r.call.call.shape[i]
+        index[i] = head % size
+        head //= size
+
+
+cdef fa_view placed(const fa_layout *layout, int axes, const Py_ssize_t *index, Py_ssize_t group) noexcept nogil:
+    """The matrix of that head, or of the first of a group of heads."""
+    cdef fa_view view
+    cdef int i
+    view.data, view.row, view.col, view.dtype = layout.data, layout.row, layout.col, layout.dtype
+    view.head = layout.batch[axes - 1] if axes > 0 else 0
+    for i in range(axes if view.data != NULL else 0):
+        view.data += index[i] * (group if i == axes - 1 else 1) * layout.batch[i]
+    return view
+
+
 cdef void locate(Recurrence r, Py_ssize_t head, fa_linear_head *to, int64_t *offset, int64_t *rows,
                  int64_t *keys) noexcept nogil:
     """Addresses of a head of keys, and where its queries are; offset and rows: one for each head of queries."""
     cdef Py_ssize_t index[FA_ROW_AXES]
-    cdef fa_layout *layout
-    cdef char *at
-    cdef int i, operand, axes = r.call.call.axes, last = axes - 1
-    cdef Py_ssize_t size, member, group = r.shared.heads
-    cdef bint of_queries
-    for i in range(last, -1, -1):
-        size = r.call.call.shape[i] // group if i == last else r.call.call.shape[i]
-        index[i] = head % size
-        head //= size
+    cdef int operand, axes = r.call.call.axes, last = axes - 1
+    cdef Py_ssize_t member, group = r.shared.heads
+    find_head(r, head, index)
     for operand in range(<int> FA_LINEAR_OPERANDS):
-        layout = &r.layouts[operand]
-        at = layout.data
-        of_queries = operand == FA_LINEAR_QUERY or operand == FA_LINEAR_OUT
-        to.view[operand].head = 0
-        for i in range(axes if at != NULL else 0):
-            at += index[i] * (group if of_queries and i == last else 1) * layout.batch[i]
-        if of_queries and last >= 0:
-            to.view[operand].head = layout.batch[last]
-        to.view[operand].data = at
-        to.view[operand].row, to.view[operand].col = layout.row, layout.col
-        to.view[operand].dtype = layout.dtype
+        if operand == FA_LINEAR_QUERY or operand == FA_LINEAR_OUT:
+            to.view[operand] = placed(&r.layouts[operand], axes, index, group)
+        else:
+            to.view[operand] = placed(&r.layouts[operand], axes, index, 1)
+            to.view[operand].head = 0
     to.offset, to.rows = offset, rows
     if last >= 0:
         index[last] *= group
@@ -276,14 +277,52 @@ cdef void locate(Recurrence r, Py_ssize_t head, fa_linear_head *to, int64_t *off
             index[last] += 1
 
 
-cdef int run_rows(Recurrence r, const fa_kernels *kernels, const fa_linear_head *head, Py_ssize_t member, int64_t begin,
-                  int64_t end, int64_t at_once, void *workspace, Watch *watch, bint caller) noexcept nogil:
+cdef int run_rows(const fa_kernels *kernels, const fa_linear *shared, const fa_linear_head *head, Py_ssize_t member,
+                  int64_t begin, int64_t end, int64_t at_once, void *workspace, Watch *watch,
+                  bint caller) noexcept nogil:
     while begin < end:
-        kernels.linear_rows(&r.shared, head, member, begin, min(end, begin + at_once), workspace)
+        kernels.linear_rows(shared, head, member, begin, min(end, begin + at_once), workspace)
         begin += at_once
         if watch != NULL and interrupted(watch, caller):
             return 1
     return 0
+
+
+cdef int walk(const fa_kernels *kernels, const fa_linear *shared, fa_linear_head *head, int64_t keys, void *workspace,
+              Watch *watch, bint caller, int64_t chunk=0, size_t size=0) noexcept nogil:
+    """All keys and rows of a recurrence that is open; 1 if the call is interrupted. chunk: leave the state of every
+    so many keys, and of the last, where the new state goes, each `size` bytes after the one before.
+    """
+    cdef fa_view *kept = &head.view[<int> FA_LINEAR_NEW_STATE]
+    cdef int64_t key = 0, end, at_once = run_length(shared, head.columns)
+    cdef Py_ssize_t member
+    for member in range(shared.heads if shared.is_causal else 0):
+        if run_rows(kernels, shared, head, member, 0, min(head.rows[member], -head.offset[member]), at_once, workspace,
+                    watch, caller):
+            return 1
+    while key < keys:
+        end = min(keys, key + at_once)
+        if chunk > 0:
+            if key % chunk == 0:
+                kernels.linear_close(shared, head, workspace)
+                kept.data += size
+            end = min(end, (key // chunk + 1) * chunk)
+        kernels.linear_keys(shared, head, key, end, workspace)
+        key = end
+        if watch != NULL and interrupted(watch, caller):
+            return 1
+    if chunk > 0:
+        kernels.linear_close(shared, head, workspace)
+    for member in range(shared.heads):
+        if run_rows(kernels, shared, head, member, max(0, keys - head.offset[member]) if shared.is_causal else 0,
+                    head.rows[member], at_once, workspace, watch, caller):
+            return 1
+    return 0
+
+
+cdef int64_t run_length(const fa_linear *shared, int64_t columns) noexcept nogil:
+    """Keys, or rows, between two looks for Ctrl-C."""
+    return max(1, AT_ONCE // max(1, shared.features * (columns + 1) * (1 + shared.heads) * BLOCK)) * BLOCK
 
 
 cdef int run_task(Recurrence r, const fa_kernels *kernels, Py_ssize_t task, char *workspace, size_t kernel_size,
@@ -294,31 +333,20 @@ cdef int run_task(Recurrence r, const fa_kernels *kernels, Py_ssize_t task, char
     cdef int64_t *offset = <int64_t *> (workspace + kernel_size)
     cdef int64_t *rows = offset + shared.heads
     cdef char *zeros = <char *> (rows + shared.heads)
-    cdef int64_t keys, key = 0, at_once, first
-    cdef Py_ssize_t member
     cdef fa_layout *out = &r.layouts[<int> FA_LINEAR_OUT]
+    cdef int64_t keys, row
+    cdef Py_ssize_t member
     locate(r, task // r.parts, &head, offset, rows, &keys)
     head.column = task % r.parts * r.columns
     head.columns = min(r.columns, shared.value_dim - head.column)
     head.few = keys <= FEW
-    at_once = max(1, AT_ONCE // max(1, shared.features * (head.columns + 1) * (1 + shared.heads) * BLOCK)) * BLOCK
     kernels.linear_open(shared, &head, workspace)
-    for member in range(shared.heads if shared.is_causal else 0):
-        if run_rows(r, kernels, &head, member, 0, min(rows[member], -offset[member]), at_once, workspace, watch,
-                    caller):
-            return 1
-    while key < keys:
-        kernels.linear_keys(shared, &head, key, min(keys, key + at_once), workspace)
-        key += at_once
-        if watch != NULL and interrupted(watch, caller):
-            return 1
+    if walk(kernels, shared, &head, keys, workspace, watch, caller):
+        return 1
     for member in range(shared.heads):
-        first = max(0, keys - offset[member]) if shared.is_causal else 0
-        if run_rows(r, kernels, &head, member, first, rows[member], at_once, workspace, watch, caller):
-            return 1
-        for key in range(rows[member], r.call.call.sizes.queries):
+        for row in range(rows[member], r.call.call.sizes.queries):
             kernels.scatter(head.view[<int> FA_LINEAR_OUT].data + member * head.view[<int> FA_LINEAR_OUT].head
-                            + key * out.row + head.column * out.col, out.col, zeros, head.columns, out.dtype)
+                            + row * out.row + head.column * out.col, out.col, zeros, head.columns, out.dtype)
     kernels.linear_close(shared, &head, workspace)
     return 0
 

@@ -149,12 +149,13 @@ cdef extern from "kernels/contract.h" nogil:
         FA_LINEAR_OUT
         FA_LINEAR_STATE
         FA_LINEAR_NEW_STATE
+        FA_LINEAR_MISSED
         FA_LINEAR_OPERANDS
 
     ctypedef struct fa_linear:
         int64_t features, value_dim, heads
         fa_feature_map map
-        int is_causal, is_normalised
+        int is_causal, is_normalised, fades, back
         double scale, eps
 
     ctypedef struct fa_linear_head:
@@ -163,6 +164,26 @@ cdef extern from "kernels/contract.h" nogil:
         int few
         const int64_t *offset
         const int64_t *rows
+
+    ctypedef struct fa_linear_back:
+        int64_t features, value_dim, keys, heads, head_rows, query_rows
+        const int64_t *offset
+        const int64_t *rows
+        double eps
+        fa_view log_decay
+        int64_t chunk
+        const void *query
+        const void *key
+        void *d_query
+        void *grad_out
+        void *d_normaliser
+        void *d_key
+        const void *said
+        void *z
+        void *d_z
+        void *kept
+        void *anchor
+        void *d_log_decay
 
     enum:
         FA_SPACE
@@ -233,6 +254,17 @@ cdef extern from "kernels/contract.h" nogil:
         void (*linear_rows)(const fa_linear *, const fa_linear_head *, int64_t, int64_t, int64_t,
                             void *) noexcept nogil
         void (*linear_close)(const fa_linear *, const fa_linear_head *, void *) noexcept nogil
+        void (*linear_map)(fa_feature_map, const fa_view *, const fa_view *, double, int64_t, int64_t, int64_t,
+                           int64_t, void *, Py_ssize_t) noexcept nogil
+        void (*linear_unmap)(fa_feature_map, const fa_view *, const void *, int64_t, int64_t, int64_t, int64_t,
+                             const fa_view *) noexcept nogil
+        void (*linear_add)(void *, Py_ssize_t, const void *, Py_ssize_t, double, const void *, int64_t,
+                           int64_t) noexcept nogil
+        void (*linear_dots)(void *, const void *, const void *, int64_t, int64_t) noexcept nogil
+        void (*linear_products)(void *, const void *, const void *, Py_ssize_t, int64_t, int64_t) noexcept nogil
+        void (*linear_divide)(const fa_linear_back *) noexcept nogil
+        void (*linear_divide_back)(const fa_linear_back *) noexcept nogil
+        void (*linear_fade)(const fa_linear_back *) noexcept nogil
         size_t (*edges_workspace)(const fa_graph *graph) noexcept nogil
         void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace) noexcept nogil
         size_t (*neighborhood_workspace)(const fa_neighborhood *, const int64_t *, const int64_t *) noexcept nogil

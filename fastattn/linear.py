@@ -1,10 +1,10 @@
-"""Linear attention. The docstring is the specification; fastattn.reference says the same in float64 NumPy."""
+"""Linear attention and its gradients. The docstrings are the specification; fastattn.reference says the same."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn import _linear
+from fastattn import _linear, _linear_gradients
 from fastattn._rules import readable
 
 if TYPE_CHECKING:
@@ -169,6 +169,147 @@ def linear_attention(
         state,
         return_state,
         state_out,
+        enable_gqa,
+        out,
+        num_threads,
+    )
+
+
+@readable
+def linear_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    grad_state: ArrayLike | None = None,
+    feature_map: str | None = "elu+1",
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    log_decay: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    normalize: bool | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    state: ArrayLike | None = None,
+    enable_gqa: bool = False,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of linear attention: from that of a loss for its output to those for its arguments.
+
+    Time and memory are linear in L + S, as those of `linear_attention`: the way back is a recurrence, too. With G the
+    gradient of the state M, from the last key to the first, and g_i that of what query i reads::
+
+        G += outer(f(query_i), g_i)                                   # of each query that reads after key j
+        d_value_j = G.T @ f(key_j);  d_key_j = f'(key_j) * (G @ u)    # with beta: d_u, and both less what u predicts
+        G *= exp(log_decay_j)[:, None]
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of the loss for the output, of exactly its shape.
+    query, key, value : array_like
+        As in the call of `linear_attention`, and so are `is_causal`, `query_offset`, `key_lengths`, `query_lengths`,
+        `log_decay`, `beta`, `normalize`, `scale`, `eps`, `state` and `enable_gqa`.
+    wrt : str or tuple of str, default ('query', 'key', 'value')
+        The arguments whose gradients are wanted: 'query', 'key', 'value', and 'log_decay', 'beta' and 'state' if given.
+        Nothing else is computed.
+    grad_state : array_like, optional
+        Gradient for the state that the call returned, if the loss depends on it, of its shape: what is 'state' to the
+        segment after this one (see the example).
+    feature_map : {'elu+1', 'relu', None}, default 'elu+1'
+        A callable is refused: apply it to query and key before the call, with ``feature_map=None`` (and
+        ``normalize=True``), and multiply their gradients by its derivative. ReLU's at 0 is 0.
+    is_causal, query_offset, key_lengths, query_lengths, log_decay, beta, normalize, scale, eps, state, enable_gqa
+        As in `linear_attention`.
+    out : ndarray or tuple of ndarray or None, optional
+        Receives the gradients: an array, or as many as there are names in `wrt`. Each has the shape of its argument,
+        and its dtype or that of sums; any strides. Must not overlap an input or another of them.
+    num_threads : int, optional
+        Upper limit on threads. Default `get_num_threads`.
+
+    Returns
+    -------
+    gradients : ndarray, or tuple of ndarray
+        In the order of `wrt`; the array alone if `wrt` is a name. Each of the shape and dtype of its argument (float64
+        for integers), summed over the axes along which that was broadcast.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the results or the workspace.
+
+    See Also
+    --------
+    linear_attention : the function itself.
+
+    Notes
+    -----
+    Rows and keys past their lengths, and rows that see neither a key nor a state, have a gradient of exactly 0 and give
+    nothing to others, whatever is stored there. A key or value that a query does not see never reaches its gradient. A
+    row whose denominator is 0 gives nothing. What is forgotten by a `log_decay` of -inf has no gradient, and neither
+    has that -inf.
+
+    The bits depend neither on threads, batch, padding nor strides, nor on the other names in `wrt`. Each number is a
+    sum of its terms one by one, as in the forward recurrence: without decay its error grows with their number.
+
+    Memory: features of query and key, as many numbers for their gradients, and the gradients of values, of as many
+    heads at a time as there are threads; for `log_decay` a state every 48 keys or more, no larger than these.
+
+    By the delta rule keys must not be longer than they were on the way forward: a recurrence that explodes has
+    gradients that explode as well.
+
+    References
+    ----------
+    .. [1] A. Katharopoulos et al., "Transformers are RNNs", 2020, supplementary A: the causal gradients.
+    .. [2] S. Yang et al., "Gated linear attention transformers with hardware-efficient training", 2023, appendix C: the
+           gradient of decays as a running sum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key, value, grad_out = np.random.default_rng(0).standard_normal((4, 8, 100, 16))
+    >>> whole = fastattn.linear_attention_vjp(grad_out, query, key, value, is_causal=True)
+
+    The same in two segments: the second one's gradient for its state goes back into the first.
+
+    >>> first, second = (slice(None), slice(60)), (slice(None), slice(60, None))
+    >>> rule = {"is_causal": True}
+    >>> _, state = fastattn.linear_attention(query[first], key[first], value[first], **rule, return_state=True)
+    >>> d_query2, d_key2, d_value2, d_state = fastattn.linear_attention_vjp(
+    ...     grad_out[second], query[second], key[second], value[second], **rule, state=state,
+    ...     wrt=("query", "key", "value", "state"))
+    >>> d_query1, d_key1, d_value1 = fastattn.linear_attention_vjp(
+    ...     grad_out[first], query[first], key[first], value[first], **rule, grad_state=d_state)
+    >>> np.allclose(np.concatenate([d_key1, d_key2], axis=1), whole[1])
+    True
+    """
+    return _linear_gradients.linear_attention_vjp(
+        grad_out,
+        query,
+        key,
+        value,
+        wrt,
+        grad_state,
+        feature_map,
+        is_causal,
+        query_offset,
+        key_lengths,
+        query_lengths,
+        log_decay,
+        beta,
+        normalize,
+        scale,
+        eps,
+        state,
         enable_gqa,
         out,
         num_threads,

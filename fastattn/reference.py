@@ -31,6 +31,7 @@ __all__ = [
     "entmax15_vjp",
     "graph_attention",
     "linear_attention",
+    "linear_attention_vjp",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
@@ -1196,58 +1197,76 @@ def linear_attention(
     num_threads : int, optional
         Ignored.
     """
-    query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
-    f_query, f_key = feature_map if isinstance(feature_map, tuple | list) else (feature_map, feature_map)
-    if normalize is None:
-        normalize = feature_map is not None and beta is None
-    scale = 1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-    with np.errstate(all="ignore"):
-        query, key = FEATURE_MAPS.get(f_query, f_query)(query), FEATURE_MAPS.get(f_key, f_key)(key)
-    num_queries, num_keys, num_features = query.shape[-2], key.shape[-2], key.shape[-1]
-    width = value.shape[-1] + bool(normalize)
-
-    # Everything with all batch axes; (..., kv_heads, S, ...) becomes (..., heads, S, ...) where heads are grouped.
-    group = query.shape[-3] // max(key.shape[-3], 1) if enable_gqa and query.ndim > 2 and key.ndim > 2 else 1
-    kv_batch = np.broadcast_shapes(key.shape[:-2], value.shape[:-2])
-    if group == 1:
-        kv_batch = np.broadcast_shapes(query.shape[:-2], kv_batch)
-    else:
-        kv_batch = (*np.broadcast_shapes(query.shape[:-3], kv_batch[:-1]), kv_batch[-1])
-
-    def over_heads(x, *shape):
-        x = np.broadcast_to(np.asarray(x, dtype=np.float64), (*kv_batch, *shape))
-        return np.repeat(x, group, axis=len(kv_batch) - 1) if group > 1 else x
-
-    key, value = over_heads(key, num_keys, num_features), over_heads(value, *value.shape[-2:])
-    batch = key.shape[:-2]
-    query = np.broadcast_to(query, (*batch, *query.shape[-2:]))
-    log_decay = None if log_decay is None else over_heads(log_decay, num_keys, num_features)
-    beta = None if beta is None else over_heads(beta, num_keys)
-    new_state = np.array(over_heads(0.0 if state is None else state, num_features, width))
-    key_lengths = np.broadcast_to(num_keys if key_lengths is None else key_lengths, batch)
-    query_lengths = np.broadcast_to(num_queries if query_lengths is None else query_lengths, batch)
-    offsets = np.broadcast_to(key_lengths - query_lengths if query_offset is None else query_offset, batch)
-
-    result = np.zeros((*batch, num_queries, value.shape[-1]))
-    for head in np.ndindex(*batch):
-        rows, keys = slice(int(query_lengths[head])), slice(int(key_lengths[head]))
+    heads = LinearHeads(
+        query, key, value, feature_map, is_causal, query_offset, key_lengths, query_lengths, log_decay, beta, normalize,
+        scale, state, enable_gqa
+    )  # fmt: skip
+    new_state = np.array(heads.state)
+    result = np.zeros((*heads.batch, *np.shape(query)[-2:-1], np.shape(value)[-1]))
+    for head, rows, keys, offset in heads.parts():
         result[head][rows], new_state[head] = linear_recurrence(
-            query[head][rows],
-            key[head][keys],
-            value[head][keys],
+            heads.query[head][rows],
+            heads.key[head][keys],
+            heads.value[head][keys],
             new_state[head],
-            int(offsets[head]) if is_causal else None,
-            None if log_decay is None else log_decay[head],
-            None if beta is None else beta[head],
-            scale=None if normalize else scale,
+            offset,
+            None if log_decay is None else heads.log_decay[head],
+            None if beta is None else heads.beta[head],
+            scale=heads.scale,
             eps=eps,
         )
-    if group > 1:
-        new_state = new_state[..., ::group, :, :]
+    if heads.group > 1:
+        new_state = new_state[..., :: heads.group, :, :]
     if state_out is not None:
         state_out[...] = new_state
         new_state = state_out
     return (_into(out, result), new_state) if return_state else _into(out, result)
+
+
+class LinearHeads:
+    """The operands of linear attention, features of query and key, with all batch axes: (..., kv_heads, S, ...) becomes
+    (..., heads, S, ...) where heads are grouped."""
+
+    def __init__(self, query, key, value, feature_map, is_causal, query_offset, key_lengths, query_lengths, log_decay,
+                 beta, normalize, scale, state, enable_gqa):  # fmt: skip
+        query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
+        f_query, f_key = feature_map if isinstance(feature_map, tuple | list) else (feature_map, feature_map)
+        if normalize is None:
+            normalize = feature_map is not None and beta is None
+        scale = 1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+        self.scale = None if normalize else scale
+        with np.errstate(all="ignore"):
+            query, key = FEATURE_MAPS.get(f_query, f_query)(query), FEATURE_MAPS.get(f_key, f_key)(key)
+        num_queries, num_keys, num_features = query.shape[-2], key.shape[-2], key.shape[-1]
+
+        grouped = enable_gqa and query.ndim > 2 and key.ndim > 2
+        self.group = query.shape[-3] // max(key.shape[-3], 1) if grouped else 1
+        kv_batch = np.broadcast_shapes(key.shape[:-2], value.shape[:-2])
+        if self.group == 1:
+            kv_batch = np.broadcast_shapes(query.shape[:-2], kv_batch)
+        else:
+            kv_batch = (*np.broadcast_shapes(query.shape[:-3], kv_batch[:-1]), kv_batch[-1])
+
+        def over_heads(x, *shape):
+            x = np.broadcast_to(np.asarray(x, dtype=np.float64), (*kv_batch, *shape))
+            return np.repeat(x, self.group, axis=len(kv_batch) - 1) if self.group > 1 else x
+
+        self.key, self.value = over_heads(key, num_keys, num_features), over_heads(value, *value.shape[-2:])
+        self.batch = self.key.shape[:-2]
+        self.query = np.broadcast_to(query, (*self.batch, *query.shape[-2:]))
+        self.log_decay = None if log_decay is None else over_heads(log_decay, num_keys, num_features)
+        self.beta = None if beta is None else over_heads(beta, num_keys)
+        self.state = over_heads(0.0 if state is None else state, num_features, value.shape[-1] + bool(normalize))
+        self.key_lengths = np.broadcast_to(num_keys if key_lengths is None else key_lengths, self.batch)
+        self.query_lengths = np.broadcast_to(num_queries if query_lengths is None else query_lengths, self.batch)
+        offsets = self.key_lengths - self.query_lengths if query_offset is None else query_offset
+        self.offsets = np.broadcast_to(offsets, self.batch) if is_causal else None
+
+    def parts(self):
+        """Of each head: its index, its valid rows and keys, and the position of query 0 (None: behind all keys)."""
+        for head in np.ndindex(*self.batch):
+            rows, keys = slice(int(self.query_lengths[head])), slice(int(self.key_lengths[head]))
+            yield head, rows, keys, None if self.offsets is None else int(self.offsets[head])
 
 
 def linear_recurrence(query, key, value, state, offset, log_decay, beta, *, scale, eps):
@@ -1284,6 +1303,187 @@ def linear_recurrence(query, key, value, state, offset, log_decay, beta, *, scal
         for i in np.flatnonzero(position >= len(key)):
             out[i] = read(i)
     return out, np.concatenate([memory, normaliser], axis=1)
+
+
+FEATURE_SLOPES = {
+    "elu+1": lambda x: np.exp(np.minimum(x, 0)),
+    "relu": lambda x: np.where(np.isnan(x), x, x > 0),
+    None: np.ones_like,
+}
+
+
+def linear_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    *,
+    wrt=("query", "key", "value"),
+    grad_state=None,
+    feature_map="elu+1",
+    is_causal=False,
+    query_offset=None,
+    key_lengths=None,
+    query_lengths=None,
+    log_decay=None,
+    beta=None,
+    normalize=None,
+    scale=None,
+    eps=1e-6,
+    state=None,
+    enable_gqa=False,
+    out=None,
+    num_threads=None,
+):
+    """The gradients of a loss, given those for the output and the state of `linear_attention`.
+
+    `linear_recurrence_vjp` goes through the keys of a head from the last to the first. What several heads share is
+    summed.
+
+    Parameters
+    ----------
+    grad_out : array_like, (..., L, E)
+    wrt : name or tuple of names, of 'query', 'key', 'value', 'log_decay', 'beta', 'state'
+        The arguments whose gradients are returned, in this order.
+    grad_state : array_like, optional
+        The gradient for the state that is returned.
+    feature_map : {'elu+1', 'relu', None}
+    out : ndarray or tuple of ndarray, optional
+        Receive the gradients.
+    query, key, value, is_causal, query_offset, key_lengths, query_lengths, log_decay, beta, normalize, scale, eps, \
+state, enable_gqa, num_threads
+        As in `linear_attention`.
+    """
+    if normalize is None:
+        normalize = feature_map is not None and beta is None
+    raw, heads = (
+        LinearHeads(query, key, value, f, is_causal, query_offset, key_lengths, query_lengths, log_decay, beta,
+                    normalize, scale, state, enable_gqa) for f in (None, feature_map)
+    )  # fmt: skip
+    slopes = FEATURE_SLOPES[feature_map]
+    grad_out = np.asarray(grad_out, dtype=np.float64)
+    grad_end = np.array(np.broadcast_to(0.0, heads.state.shape))
+    if grad_state is not None:  # of the first head that shares it
+        grad_end[..., :: heads.group, :, :] = grad_state
+    given = {"query": query, "key": key, "value": value, "log_decay": log_decay, "beta": beta, "state": state}
+    whole = {name: np.zeros(getattr(heads, name).shape) for name, x in given.items() if x is not None}
+    for head, rows, keys, offset in heads.parts():
+        parts = linear_recurrence_vjp(
+            grad_out[head][rows],
+            grad_end[head],
+            heads.query[head][rows],
+            heads.key[head][keys],
+            heads.value[head][keys],
+            None if state is None else heads.state[head],
+            offset,
+            None if log_decay is None else heads.log_decay[head],
+            None if beta is None else heads.beta[head],
+            slopes=(slopes(raw.query[head][rows]), slopes(raw.key[head][keys])),
+            scale=heads.scale,
+            eps=eps,
+        )
+        for name, part in parts.items():
+            if name in whole:
+                whole[name][head][rows if name == "query" else slice(None) if name == "state" else keys] = part
+
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    gradients = []
+    for name in names:
+        gradient = whole[name]
+        if heads.group > 1 and name != "query":
+            axis = len(heads.batch) - 1
+            shape = gradient.shape
+            gradient = gradient.reshape(*shape[:axis], -1, heads.group, *shape[axis + 1 :]).sum(axis + 1)
+        gradients.append(sum_to(gradient, np.shape(given[name])))
+    outs = out if isinstance(out, tuple | list) else (out,) * len(names)
+    gradients = tuple(_into(to, gradient) for to, gradient in zip(outs, gradients, strict=True))
+    return gradients[0] if isinstance(wrt, str) else gradients
+
+
+def sum_to(gradient, shape):
+    """Broadcasting backwards: the sum over all axes along which an array of this shape was repeated."""
+    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
+    return gradient.sum(axis=repeated, keepdims=True)
+
+
+def linear_recurrence_vjp(
+    grad_out, grad_state, query, key, value, state, offset, log_decay, beta, *, slopes, scale, eps
+):  # fmt: skip
+    """The gradients of one head: `linear_recurrence` backwards. Returns them by name.
+
+    Here the normaliser is one more column of the state, to which each value adds 1. All states are kept; the library
+    does without. state: None where there is none: then a row that sees no key has no gradient. slopes: what the
+    gradients of features of query and key are multiplied with.
+    """
+    num_queries, num_keys, width = len(query), len(key), value.shape[-1]
+    if scale is None:
+        value = np.concatenate([value, np.ones((num_keys, 1), value.dtype)], axis=1)
+    position = np.arange(num_queries) + (num_keys if offset is None else offset)
+
+    def forget(j, matrix):
+        if log_decay is None:
+            return matrix
+        return np.where(log_decay[j, :, None] == -np.inf, 0.0, matrix * np.exp(log_decay[j])[:, None])
+
+    with np.errstate(all="ignore"):
+        # Forward: the state before each key, after its decay; what is added to it; and the state after all keys.
+        memory = np.zeros((key.shape[-1], value.shape[-1]), key.dtype) if state is None else state
+        before, added, missed = [], [], []
+        for j in range(num_keys):
+            memory = forget(j, memory)
+            missed.append(value[j] - (0.0 if beta is None else key[j] @ memory))
+            added.append(missed[j] if beta is None else beta[j] * missed[j])
+            before.append(memory)
+            memory = memory + np.outer(key[j], added[j])
+
+        # Backward: grad is the gradient for the state, at first after all keys.
+        d_query, d_key = np.zeros_like(query), np.zeros_like(key)
+        d_value, d_decay, d_beta = np.zeros_like(value), np.zeros_like(key), np.zeros(num_keys, key.dtype)
+        grad = np.array(grad_state)
+
+        def read(i, memory):
+            """The gradient that row i gives to the state it reads; and its own."""
+            if state is None and (num_keys == 0 or position[i] < 0):
+                return 0.0
+            answer = query[i] @ memory
+            if scale is not None:
+                d_answer = scale * grad_out[i]
+            else:
+                denominator = answer[-1] + eps
+                if denominator == 0:
+                    return 0.0
+                share = grad_out[i] @ answer[:width] / denominator
+                d_answer = np.append(grad_out[i], -share) / denominator
+            d_query[i] = slopes[0][i] * (memory @ d_answer)
+            return np.outer(query[i], d_answer)
+
+        for i in np.flatnonzero(position >= num_keys):
+            grad = grad + read(i, memory)
+        for j in reversed(range(num_keys)):
+            after = before[j] + np.outer(key[j], added[j])
+            for i in np.flatnonzero(position == j):
+                grad = grad + read(i, after)
+            d_key[j], d_value[j] = grad @ added[j], key[j] @ grad
+            if beta is not None:
+                d_beta[j] = d_value[j] @ missed[j]
+                d_value[j] *= beta[j]
+                d_key[j] -= before[j] @ d_value[j]
+                grad = grad - np.outer(key[j], d_value[j])
+            d_key[j] *= slopes[1][j]
+            if log_decay is not None:
+                d_decay[j] = np.where(log_decay[j] == -np.inf, 0.0, np.sum(before[j] * grad, axis=-1))
+            grad = forget(j, grad)
+        for i in np.flatnonzero(position < 0):
+            grad = grad + read(i, np.zeros_like(grad) if state is None else state)
+    return {
+        "query": d_query,
+        "key": d_key,
+        "value": d_value[:, :width],
+        "log_decay": d_decay,
+        "beta": d_beta,
+        "state": grad,
+    }
 
 
 def edge_scores(query, keys, *, w_score=None, negative_slope=0.2, scale=None):

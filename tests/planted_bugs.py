@@ -211,15 +211,15 @@ BUGS = (
     Bug(
         "a state forgets what it should not",
         "linear.inc.h",
-        "const unsigned lost = v_true_bits(x == none);",
-        "const unsigned lost = v_true_bits(x < 0);",
+        "const unsigned lost = v_true_bits(x == none);\n        s->forgotten",
+        "const unsigned lost = v_true_bits(x < 0);\n        s->forgotten",
         "test_linear.py -k rules",
     ),
     Bug(
         "NaN outlives a decay of minus infinity",
         "linear.inc.h",
-        "s->forgets[t] |= lost != 0;",
-        "s->forgets[t] = 0;",
+        "+ t] = lost;\n        s->forgets[t] |= lost != 0;",
+        "+ t] = lost;\n        s->forgets[t] = 0;",
         "test_linear.py -k packed",
     ),
     Bug(
@@ -235,6 +235,27 @@ BUGS = (
         "const int64_t begin = h->offset[head] - j,",
         "const int64_t begin = h->offset[0] - j,",
         "test_linear.py -k groups",
+    ),
+    Bug(
+        "on its way back the delta rule takes back what the same token said",
+        "linear.inc.h",
+        "vec m = v_fma(query_before, taken[c], v_load(m_ + c * LANES)) * decay;",
+        "vec m = v_fma(query, taken[c], v_load(m_ + c * LANES)) * decay;",
+        "test_linear_gradients.py -k rules",
+    ),
+    Bug(
+        "the gradient of decays goes on from a chunk to the one before",
+        "linear_back.inc.h",
+        "const int anew = j % b->chunk == 0;",
+        "const int anew = j == 0;",
+        "test_linear_gradients.py -k chunk",
+    ),
+    Bug(
+        "a denominator has no gradient",
+        "linear_back.inc.h",
+        "const real share = w ? -dot_of(q, w, n) / below / below : 0;",
+        "const real share = w ? 0 * dot_of(q, w, n) : 0;",
+        "test_linear_gradients.py -k rules",
     ),
 )
 

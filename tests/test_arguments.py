@@ -40,6 +40,7 @@ CALLS = {
     "additive_attention": good_call(w_score=ones(4), w_query=ones(8, 4), w_key=ones(8, 4), b_hidden=ones(4)),
     "bilinear_attention": good_call(w_query=ones(8, 4), w_key=ones(8, 4), b_query=ones(4), b_key=ones(4)),
     "linear_attention": good_call(),
+    "linear_attention_vjp": good_call(grad_out=ones(2, 3, 5, 6), wrt="query"),
     "graph_attention": good_call(graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8)),
     "neighborhood_attention": dict(
         zip(("query", "key", "value"), qkv(np.random.default_rng(0), (2, 3), 7, 7, 8, 6), strict=True), kernel_size=3
@@ -48,7 +49,13 @@ CALLS = {
 }
 TOKENS = ("query", "key", "value", "x")
 # Functions in which query and key have the same width, and nothing projects them.
-UNPROJECTED = ("dot_product_attention", "truncated_attention", "varlen_attention", "linear_attention")
+UNPROJECTED = (
+    "dot_product_attention",
+    "truncated_attention",
+    "varlen_attention",
+    "linear_attention",
+    "linear_attention_vjp",
+)
 
 
 def array_names(function):
@@ -155,9 +162,9 @@ def test_tokens_that_are_no_matrices(function, name):
     refuse(ValueError, name, (name, x[(0,) * (x.ndim - 1)]), function=function)
 
 
-@for_each_array(lambda name: not name.startswith("b_"))
+@for_each_array(lambda name: not name.startswith(("b_", "grad_")))
 def test_float16_with_bfloat16(function, name):
-    """(Biases do not affect the dtype of the result, and may have any.)"""
+    """(Biases and gradients do not affect the dtype of the result, and may have any.)"""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     halves = {other: CALLS[function][other].astype(np.float16) for other in array_names(function)}
     message = "|".join(TOKENS) if name in TOKENS else name

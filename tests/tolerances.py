@@ -374,6 +374,107 @@ def recurrence_in(real, query, key, value, state, **rules):
         reference.linear_recurrence = original
 
 
+def linear_gradient_bounds(grad_out, arrays, expected, *, grad_state=None, feature_map="elu+1", normalize=None,
+                           scale=None, beta=None, eps=1e-6, state=None, log_decay=None, enable_gqa=False,
+                           **arguments):  # fmt: skip
+    """The bounds for the gradients of linear attention by name, given those of the reference: eps times the number of
+    roundings that a number goes through, times the same gradients with absolute values everywhere. A normaliser is a
+    column of ones beside the values, and the gradient of a denominator another channel of grad_out; what errors of a
+    denominator do to both is added.
+
+    What log_decay decays goes on from sums over states in steps of a chunk's keys: there the terms of these count, too.
+
+    With beta the recurrence itself in the accumulation dtype shows how far errors grow, as for the output.
+    """
+    query, key, value = arrays
+    real = accumulation_dtype(result_dtype(query, key, value))
+    unit = float(np.finfo(real).eps)
+    given = {"query": query, "key": key, "value": value, "log_decay": log_decay, "beta": beta, "state": state}
+    given = {name: x for name, x in given.items() if x is not None}
+    names = tuple(expected)
+    if normalize is None:
+        normalize = feature_map is not None and beta is None
+    rules = {**arguments, "log_decay": log_decay, "enable_gqa": enable_gqa, "state": state}
+    with np.errstate(all="ignore"):
+        if beta is not None:
+            plain = backwards_in(real, grad_out, *arrays, wrt=names, grad_state=grad_state, beta=beta, scale=scale,
+                                 feature_map=feature_map, normalize=normalize, eps=eps, **rules)  # fmt: skip
+            bounds = {n: 8 * np.max(np.abs(a - expected[n]), initial=0.0) + 32 * unit * np.max(np.abs(expected[n]),
+                      initial=0.0) for n, a in zip(names, plain, strict=True)}  # fmt: skip
+        else:
+            bounds = absolute_gradients(grad_out, arrays, names, grad_state, feature_map, normalize, scale, eps, rules)
+            count = unit * (key.shape[-1] + value.shape[-1] + 32 + (key.shape[-2] + query.shape[-2]) / 64)
+            bounds = {name: count * x for name, x in bounds.items()}
+    tiny = float(np.finfo(real).smallest_normal)
+    for name in names:
+        storage, step = (x / 2 for x in storage_steps(result_dtype(given[name])))
+        rounding = storage * np.nan_to_num(np.abs(expected[name]), posinf=0.0) + step
+        bounds[name] = np.nan_to_num(bounds[name], nan=np.inf) + rounding + tiny * 64
+    return bounds
+
+
+def absolute_gradients(grad_out, arrays, names, grad_state, feature_map, normalize, scale, eps, rules):
+    """The sums of absolute values of all terms in each gradient."""
+    query, key, value = (np.asarray(x, dtype=np.float64) for x in arrays)
+    f, slope = reference.FEATURE_MAPS[feature_map], reference.FEATURE_SLOPES[feature_map]
+    q, k, v = f(query), f(key), np.abs(value)
+    grad = np.abs(np.asarray(grad_out, dtype=np.float64))
+    state = rules["state"]
+    state = None if state is None else np.abs(np.asarray(state, dtype=np.float64))
+    if normalize:
+        call = {**rules, "feature_map": None, "scale": 1.0, "normalize": False}
+        ones = np.ones((*v.shape[:-1], 1))
+        z = None if rules["state"] is None else np.asarray(rules["state"], dtype=np.float64)[..., -1:]
+        below = reference.linear_attention(q, k, ones, **{**call, "state": z}) + eps
+        sizes = None if z is None else np.abs(z)
+        size = reference.linear_attention(np.abs(q), np.abs(k), ones, **{**call, "state": sizes}) + eps
+        above = reference.linear_attention(
+            np.abs(q), np.abs(k), v, **{**call, "state": None if state is None else state[..., :-1]}
+        )
+        spread = np.where(below == 0, 0.0, (1 + 2 * size / np.abs(below)) / np.abs(below))
+        share = np.sum(grad * above, axis=-1, keepdims=True)
+        share = np.where(below == 0, 0.0, share / np.abs(below))
+        grad = np.concatenate([np.broadcast_to(grad, (*share.shape[:-1], grad.shape[-1])), share], axis=-1) * spread
+        v = np.concatenate([v, ones], axis=-1)
+        scale = 1.0
+    scale = abs(1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else scale)
+    q, k = np.abs(q), np.abs(k)
+    end = None if grad_state is None else np.abs(np.asarray(grad_state, dtype=np.float64))
+    absolute_rules = {**rules, "state": state, "scale": scale, "feature_map": None, "normalize": False}
+    whole = tuple(dict.fromkeys((*names, "query", "key")))
+    found = reference.linear_attention_vjp(grad, q, k, v, wrt=whole, grad_state=end, **absolute_rules)
+    bounds = dict(zip(whole, found, strict=True))
+    if "log_decay" in names:
+        # The terms of a chunk's keys: not more than the largest of so many, of all rows that may stand on one key.
+        chunk = max(48, q.shape[-1])
+        together = q.size // max(1, q.shape[-1] * q.shape[-2])
+        most = sum(np.max(x * bounds[name], initial=0.0) for x, name in ((q, "query"), (k, "key")))
+        shared = max(1, together * key.shape[-1] * key.shape[-2] // max(1, np.asarray(rules["log_decay"]).size))
+        bounds["log_decay"] = bounds["log_decay"] + min(chunk, key.shape[-2]) * shared * most
+    bounds["query"], bounds["key"] = bounds["query"] * np.abs(slope(query)), bounds["key"] * np.abs(slope(key))
+    if "value" in names and normalize:
+        bounds["value"] = bounds["value"][..., :-1]
+    return {name: bounds[name] for name in names}
+
+
+def backwards_in(real, grad_out, query, key, value, **rules):
+    """The reference's way back with all numbers of that dtype."""
+    original = reference.linear_recurrence_vjp
+
+    def narrow(grad_out, grad_state, query, key, value, state, offset, log_decay, beta, *, slopes, **scalars):
+        arrays = (x if x is None else x.astype(real) for x in (grad_out, grad_state, query, key, value, state))
+        log_decay, beta = (x if x is None else x.astype(real) for x in (log_decay, beta))
+        slopes = [x.astype(real) for x in slopes]
+        return original(*arrays, offset, log_decay, beta, slopes=slopes,
+                        **{n: x if x is None else real.type(x) for n, x in scalars.items()})  # fmt: skip
+
+    reference.linear_recurrence_vjp = narrow
+    try:
+        return reference.linear_attention_vjp(grad_out, query, key, value, **rules)
+    finally:
+        reference.linear_recurrence_vjp = original
+
+
 def assert_linear(query, key, value, *, state=None, calls=1, **arguments):
     """Linear attention against the reference, with and without its state; returns (out, state)."""
     rules = {name: x for name, x in arguments.items() if name not in ("out", "num_threads")}
@@ -388,6 +489,23 @@ def assert_linear(query, key, value, *, state=None, calls=1, **arguments):
     assert isinstance(alone, np.ndarray)
     assert_within(alone, expected[0], bounds[0], "output without state")
     return out, new_state
+
+
+def assert_linear_gradients(grad_out, query, key, value, *, wrt=None, **arguments):
+    """All gradients of linear attention against the reference; returns them by name."""
+    names = ("query", "key", "value", "log_decay", "beta", "state")
+    given = {"query": query, "key": key, "value": value, **arguments}
+    names = wrt or tuple(name for name in names if given.get(name) is not None)
+    rules = {name: x for name, x in arguments.items() if name not in ("out", "num_threads")}
+    expected = reference.linear_attention_vjp(grad_out, query, key, value, wrt=names, **rules)
+    expected = dict(zip(names, expected, strict=True))
+    bounds = linear_gradient_bounds(grad_out, (query, key, value), expected, **rules)
+    found = fastattn.linear_attention_vjp(grad_out, query, key, value, wrt=names, **arguments)
+    assert isinstance(found, tuple)
+    for name, gradient in zip(names, found, strict=True):
+        assert gradient.dtype == result_dtype(given[name])
+        assert_within(gradient, expected[name], bounds[name], f"gradient of {name}")
+    return dict(zip(names, found, strict=True))
 
 
 def assert_softmax(x, axis=-1, *, mask=None, functions=fastattn, **arguments):

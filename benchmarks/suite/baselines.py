@@ -392,6 +392,43 @@ def linear_attention(query, key, value, chunk=CHUNK, eps=1e-6):
     return output
 
 
+def linear_attention_gradients(grad_out, query, key, value, chunk=CHUNK, eps=1e-6):
+    """The gradients of the same: chunks forward for what queries read, then backward for what keys are read by."""
+    inputs = query, key
+    slopes = [np.exp(np.minimum(x, 0)) for x in inputs]
+    query, key = (elu_plus_1(x) for x in inputs)
+    value = np.concatenate([value, np.ones_like(value[..., :1])], axis=-1)  # the normaliser is one more channel
+    d_query, d_key, d_value = np.empty_like(query), np.empty_like(key), np.empty_like(value)
+    grad = np.empty_like(value[..., : query.shape[-2], :])
+    state = np.zeros((*key.shape[:-2], key.shape[-1], value.shape[-1]), query.dtype)
+    visible = np.tri(chunk, dtype=query.dtype)
+    starts = range(0, query.shape[-2], chunk)
+    for start in starts:
+        at = (..., slice(start, start + chunk), slice(None))
+        q, k, v, g = query[at], key[at], value[at], grad_out[at]
+        scores = q @ k.swapaxes(-1, -2)
+        scores *= visible[: q.shape[-2], : q.shape[-2]]
+        sums = scores @ v + q @ state
+        below = sums[..., -1:] + query.dtype.type(eps)
+        share = np.sum(g * sums[..., :-1], axis=-1, keepdims=True) / below
+        grad[at] = np.concatenate([g, -share], axis=-1) / below
+        d_scores = grad[at] @ v.swapaxes(-1, -2)
+        d_scores *= visible[: q.shape[-2], : q.shape[-2]]
+        d_query[at] = d_scores @ k + grad[at] @ state.swapaxes(-1, -2)
+        state += k.swapaxes(-1, -2) @ v
+    state[...] = 0
+    for start in reversed(starts):
+        at = (..., slice(start, start + chunk), slice(None))
+        q, k, v, g = query[at], key[at], value[at], grad[at]
+        scores, d_scores = (a @ b.swapaxes(-1, -2) * visible[: q.shape[-2], : q.shape[-2]] for a, b in ((q, k), (g, v)))
+        d_value[at] = scores.swapaxes(-1, -2) @ g + k @ state
+        d_key[at] = d_scores.swapaxes(-1, -2) @ q + v @ state.swapaxes(-1, -2)
+        state += q.swapaxes(-1, -2) @ g
+    d_query *= slopes[0]
+    d_key *= slopes[1]
+    return d_query, d_key, d_value[..., :-1]
+
+
 def expected_linear_attention(query, key, value):
     """The same formula in float64."""
     return linear_attention(*(array.astype(np.float64) for array in (query, key, value)))

@@ -1,4 +1,4 @@
-"""asv: linear attention by shapes and threads, whole sequences and single steps, beside its NumPy baseline."""
+"""asv: linear attention by shapes and threads, whole sequences, gradients and single steps, beside NumPy baselines."""
 
 import functools
 
@@ -54,6 +54,27 @@ class LinearAttention:
     def time_linear(self, case, implementation):
         name, _, threads = implementation.partition(", ")
         _call(case, int(threads[0]) if threads else 1, name)()
+
+
+@functools.cache
+def _gradients(name, threads, implementation):
+    query, key, value = SEQUENCES[name].inputs()
+    arrays = np.ones_like(value), query, key, value
+    if implementation == "numpy":
+        return functools.partial(baselines.linear_attention_gradients, *arrays)
+    return functools.partial(fastattn.linear_attention_vjp, *arrays, is_causal=True, num_threads=threads)
+
+
+class LinearGradients:
+    params = [
+        [name for name in SEQUENCES if not SEQUENCES[name].is_delta],
+        ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"],
+    ]
+    param_names = ["case", "implementation"]
+
+    def time_gradients(self, case, implementation):
+        name, _, threads = implementation.partition(", ")
+        _gradients(case, int(threads[0]) if threads else 1, name)()
 
 
 class LinearStep:

@@ -243,6 +243,7 @@ enum {
     FA_LINEAR_OUT,       /* (queries, value_dim), as the queries */
     FA_LINEAR_STATE,     /* (features, value_dim), and a column more where it is normalised; optional: zeros */
     FA_LINEAR_NEW_STATE, /* the same, optional; may be the state itself */
+    FA_LINEAR_MISSED, /* (keys, value_dim), optional: what is left of a value where the delta rule has predicted it */
     FA_LINEAR_OPERANDS
 };
 
@@ -252,6 +253,9 @@ typedef struct {
     int64_t heads; /* of queries, over the same keys */
     fa_feature_map map;
     int is_causal, is_normalised;
+    int fades; /* log_decay is (keys, value_dim): of the columns of the state, not of its rows */
+    int back;  /* with beta: the delta rule's way back. A token adds key and value, reads, and takes back what its own
+                * query times -beta times the result says, before the next one's decay */
     double scale, eps;
 } fa_linear;
 
@@ -263,6 +267,28 @@ typedef struct {
     const int64_t *offset;   /* position of query 0 on the key axis, for each head of queries */
     const int64_t *rows;     /* valid queries, the same */
 } fa_linear_head;
+
+/* The gradients of a head of keys, apart from its recurrences. Matrices are contiguous, in the accumulation dtype, and
+ * queries, keys and their gradients those of features; d_query and grad_out: a head's rows begin head_rows after those
+ * of the one before, those of query query_rows. */
+typedef struct {
+    int64_t features, value_dim, keys, heads;
+    int64_t head_rows, query_rows;
+    const int64_t *offset, *rows; /* as in fa_linear_head */
+    double eps;
+    fa_view log_decay; /* of the call, data NULL without one */
+    int64_t chunk;     /* keys between two places where states are compared */
+    const void *query, *key;
+    void *d_query;      /* linear_divide: NULL, or at first M grad_out */
+    void *grad_out;     /* linear_divide: becomes the gradient of the numerator */
+    void *d_normaliser; /* a number a row of a query: the gradient of its denominator */
+    void *d_key;
+    const void *said;  /* (keys, features), NULL without a delta rule: what its prediction takes off d_key */
+    void *z, *d_z;     /* (features): at the beginning, and at the end the other end's */
+    void *kept;        /* (chunks + 1, features): z at every chunk and the end; NULL: not wanted */
+    void *anchor;      /* the same: sums over the columns of the state times its gradient before a decay */
+    void *d_log_decay; /* (keys, features), or (keys, 1) where log_decay has one column */
+} fa_linear_back;
 
 /* Parameters of an instruction set that the driver needs to choose its loops; the rest are in the set's own header. */
 typedef struct {
@@ -336,6 +362,26 @@ typedef struct {
     void (*linear_rows)(const fa_linear *problem, const fa_linear_head *head, int64_t query_head, int64_t begin,
                         int64_t end, void *workspace);
     void (*linear_close)(const fa_linear *problem, const fa_linear_head *head, void *workspace);
+    /* Gradients of linear attention. to_j = factor * each_j * map(from_j) for `rows` rows of n from `begin` on; each:
+     * NULL, or a column. to: contiguous numbers to_row bytes apart; may be where they come from. */
+    void (*linear_map)(fa_feature_map map, const fa_view *from, const fa_view *each, double factor, int64_t head,
+                       int64_t begin, int64_t rows, int64_t n, void *to, ptrdiff_t to_row);
+    /* Rows [begin, end) of gradients of features, which are contiguous, times the slope of the map at x; to: may be
+     * where they come from. */
+    void (*linear_unmap)(fa_feature_map map, const fa_view *x, const void *from, int64_t head, int64_t begin,
+                         int64_t end, int64_t n, const fa_view *to);
+    /* to_j += factor * each_j * from_j, rows of n, strides in bytes; each: NULL, or contiguous. */
+    void (*linear_add)(void *to, ptrdiff_t to_row, const void *from, ptrdiff_t from_row, double factor,
+                       const void *each, int64_t rows, int64_t n);
+    /* to_j = a_j . b_j for contiguous rows. */
+    void (*linear_dots)(void *to, const void *a, const void *b, int64_t rows, int64_t n);
+    /* to[c] += the sum of a * b down a column. */
+    void (*linear_products)(void *to, const void *a, const void *b, ptrdiff_t row, int64_t rows, int64_t n);
+    /* Denominators: d_query and grad_out divided by them, d_normaliser, kept. Then what they give to the keys, to d_z
+     * and to anchor. Last d_log_decay, from all others. */
+    void (*linear_divide)(const fa_linear_back *back);
+    void (*linear_divide_back)(const fa_linear_back *back);
+    void (*linear_fade)(const fa_linear_back *back);
     /* The rows [begin, end) of a graph. */
     size_t (*edges_workspace)(const fa_graph *graph);
     void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace);

@@ -103,6 +103,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "linear.inc.h"
 
+#include "linear_back.inc.h"
+
 #include "edges.inc.h"
 
 #include "neighborhood.inc.h"
@@ -147,6 +149,14 @@ const fa_kernels FA_TABLE = {
     .linear_keys = linear_keys,
     .linear_rows = linear_rows,
     .linear_close = linear_close,
+    .linear_map = linear_map,
+    .linear_unmap = linear_unmap,
+    .linear_add = linear_add,
+    .linear_dots = linear_dots,
+    .linear_products = linear_products,
+    .linear_divide = linear_divide,
+    .linear_divide_back = linear_divide_back,
+    .linear_fade = linear_fade,
     .edges_workspace = edges_workspace,
     .edges = edges,
     .neighborhood_workspace = neighborhood_workspace,

@@ -47,7 +47,8 @@ struct linear_space {
     real *value;        /* [LINEAR_BLOCK][SLAB]; with the delta rule what is added instead */
     real *sum;          /* [LINEAR_BLOCK][SLAB] */
     real *other_sum;    /* [other_room][SLAB] */
-    real *predicted;    /* [SLAB], M' k */
+    real *predicted;    /* [SLAB], M' k; on the way back what a token takes back */
+    real *fade;         /* [LINEAR_BLOCK][SLAB], decays of columns */
     real *part;         /* [LINEAR_BLOCK][LANES], products of z and a query by lanes */
     real *other_part;   /* [other_room][LANES] */
     real *total;        /* [LINEAR_BLOCK]: denominators */
@@ -57,8 +58,9 @@ struct linear_space {
     real *z;     /* [blocks][LANES] */
     real *m;     /* slabs that are not updated where they lie */
     struct slab *slab;
-    unsigned *forgotten;                 /* [blocks][LINEAR_BLOCK]: lanes whose decay is 0 */
-    unsigned char forgets[LINEAR_BLOCK]; /* whether a token has such lanes */
+    unsigned *forgotten;                      /* [blocks][LINEAR_BLOCK]: lanes whose decay is 0 */
+    unsigned char forgets[LINEAR_BLOCK];      /* whether a token has such lanes */
+    unsigned faded[LINEAR_BLOCK][LINEAR_ROW]; /* the same as `forgotten`, of columns of a slab */
 };
 
 static ALWAYS_INLINE int64_t round_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -91,6 +93,7 @@ static size_t lay_out_linear(const fa_linear *p, int64_t columns, struct linear_
     s->sum = reals_of(workspace, &used, LINEAR_BLOCK * SLAB);
     s->other_sum = reals_of(workspace, &used, s->other_room * SLAB);
     s->predicted = reals_of(workspace, &used, SLAB);
+    s->fade = reals_of(workspace, &used, p->fades ? LINEAR_BLOCK * SLAB : 0);
     s->part = reals_of(workspace, &used, LINEAR_BLOCK * LANES);
     s->other_part = reals_of(workspace, &used, s->other_room * LANES);
     s->total = reals_of(workspace, &used, LINEAR_BLOCK);
@@ -231,7 +234,7 @@ static void put_tokens(const fa_linear *p, const fa_linear_head *h, struct linea
 {
     const fa_view *query = &h->view[FA_LINEAR_QUERY], *key = &h->view[FA_LINEAR_KEY];
     const ptrdiff_t step = LINEAR_BLOCK * TOKEN_STEP;
-    const int decays = h->view[FA_LINEAR_LOG_DECAY].data != NULL;
+    const int decays = h->view[FA_LINEAR_LOG_DECAY].data != NULL && !p->fades;
     /* Passes of one token always multiply. */
     const int ones = !decays && (h->view[FA_LINEAR_BETA].data || s->others || n % TOKENS);
     put_features(p, s, key, key->data + j * key->row, n, s->x + KEY_AT, step, TOKEN_STEP);
@@ -326,8 +329,11 @@ struct rows_of_m {
     const real *value; /* rows of SLAB numbers, one a token */
     real *sum;         /* the same; what is read is added to it */
     int vecs;
-    int begins; /* there is no sum yet */
+    int begins;       /* there is no sum yet */
+    const real *fade; /* rows of SLAB numbers, one a token; optional */
 };
+
+enum { PLAIN, DECAYS, FADES, UPDATE = 1, READ = 1 };
 
 /* `tokens` pass over `vecs` vectors. token: from the features of one to those of the next. */
 static ALWAYS_INLINE void pass(const int tokens, const int vecs, const int update, const int decay, const int read,
@@ -361,7 +367,7 @@ static ALWAYS_INLINE void pass(const int tokens, const int vecs, const int updat
                 UNROLL(4)
                 for (int c = 0; c < vecs; c++) {
                     if (decay) {
-                        m[c] *= x_t[DECAY_AT];
+                        m[c] *= decay == FADES ? v_load(rows->fade + t * SLAB + c * LANES) : v_fill(x_t[DECAY_AT]);
                         HOLD(m[c]); /* always rounded, whatever a compiler could contract */
                     }
                     if (update)
@@ -384,8 +390,6 @@ static ALWAYS_INLINE void pass(const int tokens, const int vecs, const int updat
 }
 
 /* Each is a function of its own: inlined, their pointers would not stay in registers. */
-enum { PLAIN, DECAYS, UPDATE = 1, READ = 1 };
-
 static ALWAYS_INLINE void pass_half_or_whole(const int tokens, const int update, const int decay, const int read,
                                              const int token, const int query_at, const struct rows_of_m *rows)
 {
@@ -405,6 +409,14 @@ static NEVER_INLINE void pass_decaying_tokens(const struct rows_of_m *rows)
 static NEVER_INLINE void pass_token(const struct rows_of_m *rows)
 {
     pass_half_or_whole(1, UPDATE, DECAYS, READ, TOKEN_STEP, QUERY_AT, rows);
+}
+static NEVER_INLINE void pass_fading_tokens(const struct rows_of_m *rows)
+{
+    pass_half_or_whole(TOKENS, UPDATE, FADES, READ, TOKEN_STEP, QUERY_AT, rows);
+}
+static NEVER_INLINE void pass_fading_token(const struct rows_of_m *rows)
+{
+    pass_half_or_whole(1, UPDATE, FADES, READ, TOKEN_STEP, QUERY_AT, rows);
 }
 static NEVER_INLINE void pass_unread_tokens(const struct rows_of_m *rows)
 {
@@ -473,6 +485,37 @@ static NEVER_INLINE void pass_delta(const real *x, const real *next, ptrdiff_t n
     }
 }
 
+/* The delta rule's way back: what the token before takes back, the decay, token x, and what it reads. */
+static NEVER_INLINE void pass_delta_back(const real *x, ptrdiff_t step, const real *before, ptrdiff_t before_step,
+                                         int64_t features, real *m_, ptrdiff_t row, const real *u_, const real *taken_,
+                                         real *sum_)
+{
+    vec u[LINEAR_ROW], taken[LINEAR_ROW], sum[LINEAR_ROW] = {{0}};
+    UNROLL(4)
+    for (int c = 0; c < LINEAR_ROW; c++) {
+        u[c] = v_load(u_ + c * LANES);
+        taken[c] = v_load(taken_ + c * LANES);
+    }
+    for (; features > 0; features -= LANES, x += step, before += before_step) {
+        const int n = features < LANES ? (int)features : LANES;
+        for (int f = 0; f < n; f++, m_ += row) {
+            const vec key = v_fill(x[f + KEY_AT]), query = v_fill(x[f + QUERY_AT]), decay = v_fill(x[f + DECAY_AT]);
+            const vec query_before = v_fill(before[f + QUERY_AT]);
+            UNROLL(4)
+            for (int c = 0; c < LINEAR_ROW; c++) {
+                vec m = v_fma(query_before, taken[c], v_load(m_ + c * LANES)) * decay;
+                HOLD(m);
+                m = v_fma(key, u[c], m);
+                sum[c] = v_fma(query, m, sum[c]);
+                v_store(m_ + c * LANES, m);
+            }
+        }
+    }
+    UNROLL(4)
+    for (int c = 0; c < LINEAR_ROW; c++)
+        v_store(sum_ + c * LANES, sum[c]);
+}
+
 /* Slabs */
 
 static ALWAYS_INLINE void own_rows(const fa_linear *p, struct slab *slab)
@@ -491,6 +534,15 @@ static void forget(const struct linear_space *s, int t, int64_t first, int64_t f
         if (s->forgotten[(first + f) / LANES * LINEAR_BLOCK + t] >> f % LANES & 1)
             for (int c = 0; c < vecs; c++)
                 v_store(m + f * row + c * LANES, (vec){0});
+}
+
+/* The same for columns of M, from vector `first` of a slab on. */
+static void forget_columns(const struct linear_space *s, int t, int first, int64_t features, real *m, ptrdiff_t row,
+                           int vecs)
+{
+    for (int64_t f = 0; f < features; f++, m += row)
+        for (int c = 0; c < vecs; c++)
+            v_store(m + c * LANES, v_pick_bits(s->faded[t][first + c], (vec){0}, v_load(m + c * LANES)));
 }
 
 /* Features of a panel, and vectors of a slab from a column on. */
@@ -538,13 +590,18 @@ static void pass_panel(const fa_linear *p, const fa_linear_head *h, const struct
         int group = !s->others && t + TOKENS <= n;
         for (int i = 1; group && decays && i < TOKENS; i++)
             group = !s->forgets[t + i];
-        if (s->forgets[t])
+        if (s->forgets[t] && p->fades)
+            forget_columns(s, t, column / LANES, r.features, r.to, r.to_row, r.vecs);
+        else if (s->forgets[t])
             forget(s, t, first, r.features, r.to, r.to_row, r.vecs);
         r.step = LINEAR_BLOCK * TOKEN_STEP;
         r.x = s->x + first / LANES * r.step + t * TOKEN_STEP;
         r.value = s->value + t * SLAB + column;
         r.sum = s->sum + t * SLAB + column;
-        if (!group)
+        r.fade = s->fade + t * SLAB + column;
+        if (p->fades)
+            (group ? pass_fading_tokens : pass_fading_token)(&r);
+        else if (!group)
             pass_token(&r);
         else if (!p->is_causal)
             pass_unread_tokens(&r);
@@ -566,7 +623,7 @@ static void pass_slab(const fa_linear *p, const fa_linear_head *h, const struct 
     if (n == 1 && !s->others && slab->from != slab->to) {
         /* A single step reads and writes whole rows, in the order of memory. */
         pass_token(&(struct rows_of_m){s->x, LINEAR_BLOCK * TOKEN_STEP, p->features, slab->from, slab->from_row,
-                                       slab->to, slab->to_row, s->value, s->sum, slab->vecs, 1});
+                                       slab->to, slab->to_row, s->value, s->sum, slab->vecs, 1, NULL});
     } else {
         for (int column = 0; column < slab->width; column += LINEAR_PASS * LANES)
             for (int64_t f = 0; f < p->features; f += LINEAR_PANEL)
@@ -581,7 +638,7 @@ static void pass_slab_delta(const fa_linear *p, const fa_linear_head *h, const s
                             struct slab *slab)
 {
     const ptrdiff_t step = LINEAR_BLOCK * TOKEN_STEP;
-    const fa_view *betas = &h->view[FA_LINEAR_BETA];
+    const fa_view *betas = &h->view[FA_LINEAR_BETA], *missed = &h->view[FA_LINEAR_MISSED];
     int is_predicted = 0;
     for (int t = 0; t < n; t++) {
         const real *x = s->x + t * TOKEN_STEP;
@@ -593,8 +650,14 @@ static void pass_slab_delta(const fa_linear *p, const fa_linear_head *h, const s
         slab->from = slab->to;
         slab->from_row = slab->to_row;
         const vec beta = v_fill(read_number(betas->data + (j + t) * betas->row, betas->dtype));
-        for (int c = 0; c < SLAB; c += LANES)
-            v_store(value + c, beta * (v_load(value + c) - v_load(s->predicted + c)));
+        for (int c = 0; c < SLAB; c += LANES) {
+            const vec left = v_load(value + c) - v_load(s->predicted + c);
+            v_store(s->predicted + c, left);
+            v_store(value + c, beta * left);
+        }
+        if (missed->data)
+            scatter(missed->data + (j + t) * missed->row + slab->column * missed->col, missed->col, s->predicted,
+                    slab->width, missed->dtype);
         /* What follows must find M before its decay where others read it, and where it is forgotten. */
         is_predicted = t + 1 < n && !s->others && !s->forgets[t + 1];
         pass_delta(x, is_predicted ? x + TOKEN_STEP : s->nothing, is_predicted ? step : 0, p->features, slab->to,
@@ -602,6 +665,66 @@ static void pass_slab_delta(const fa_linear *p, const fa_linear_head *h, const s
         if (s->others)
             read_slab(p, s, t * s->others, s->others, slab);
     }
+}
+
+/* The same on its way back. What the last token takes back is done at the end, so that blocks can be cut anywhere. */
+static void pass_slab_delta_back(const fa_linear *p, const fa_linear_head *h, const struct linear_space *s, int64_t j,
+                                 int n, struct slab *slab)
+{
+    const ptrdiff_t step = LINEAR_BLOCK * TOKEN_STEP;
+    const fa_view *betas = &h->view[FA_LINEAR_BETA];
+    const real *before = s->nothing, *taken = s->zeros;
+    for (int t = 0; t <= n; t++) {
+        const int ends = t == n || s->forgets[t];
+        if (ends && before != s->nothing) {
+            pass_delta_back(s->nothing, 0, before, step, p->features, slab->to, slab->to_row, s->zeros, taken,
+                            s->other_sum);
+            before = s->nothing;
+            taken = s->zeros;
+        }
+        if (t == n)
+            break;
+        if (ends)
+            forget(s, t, 0, p->features, slab->to, slab->to_row, LINEAR_ROW);
+        real *sum = s->sum + t * SLAB;
+        pass_delta_back(s->x + t * TOKEN_STEP, step, before, before == s->nothing ? 0 : step, p->features, slab->to,
+                        slab->to_row, s->value + t * SLAB, taken, sum);
+        const vec beta = v_fill(read_number(betas->data + (j + t) * betas->row, betas->dtype));
+        for (int c = 0; c < SLAB; c += LANES)
+            v_store(s->predicted + c, -beta * v_load(sum + c));
+        before = s->x + t * TOKEN_STEP;
+        taken = s->predicted;
+    }
+}
+
+/* Decays of the keys [j, j + n) in the columns of a slab: as put_decays. Returns whether any column is forgotten. */
+static int put_fades(const fa_linear_head *h, struct linear_space *s, int64_t j, int n, const struct slab *slab)
+{
+    const fa_view *matrix = &h->view[FA_LINEAR_LOG_DECAY];
+    const vec none = v_fill(-(real)INFINITY);
+    int forgets = 0;
+    for (int t = 0; t < n; t++) {
+        const char *row = matrix->data + (j + t) * matrix->row;
+        real *to = s->fade + t * SLAB;
+        if (matrix->col) {
+            memset(to, 0, SLAB * sizeof(real));
+            gather(to, row + slab->column * matrix->col, matrix->col, slab->width, matrix->dtype);
+        } else {
+            const real x = read_number(row, matrix->dtype);
+            for (int c = 0; c < SLAB; c += LANES)
+                v_store(to + c, v_fill(x));
+        }
+        s->forgets[t] = 0;
+        for (int c = 0; c < LINEAR_ROW; c++) {
+            const vec x = v_load(to + c * LANES);
+            const unsigned lost = v_true_bits(x == none);
+            s->faded[t][c] = lost;
+            s->forgets[t] |= lost != 0;
+            v_store(to + c * LANES, v_pick(x == none, v_fill(1), exp_of_any(x)));
+        }
+        forgets |= s->forgets[t];
+    }
+    return forgets;
 }
 
 /* Values of the keys [j, j + n) in the columns of a slab, and zeros behind them. */
@@ -729,9 +852,13 @@ static void linear_keys(const fa_linear *p, const fa_linear_head *h, int64_t beg
                 memset(s->sum, 0, (size_t)(n * SLAB) * sizeof(real));
                 memset(s->other_sum, 0, (size_t)(n * others * SLAB) * sizeof(real));
             }
+            if (p->fades)
+                forgets = put_fades(h, s, j, n, slab);
             if (forgets)
                 own_rows(p, slab);
-            if (delta)
+            if (delta && p->back)
+                pass_slab_delta_back(p, h, s, j, n, slab);
+            else if (delta)
                 pass_slab_delta(p, h, s, j, n, slab);
             else
                 pass_slab(p, h, s, n, slab);
