@@ -156,6 +156,7 @@ setup(
             extension("_neighborhood"),
             extension("_positions"),
             extension("_graph"),
+            extension("_graph_gradients"),
             extension("_linear"),
             extension("_gradients"),
             extension("_linear_gradients"),

@@ -114,6 +114,7 @@ QUICK = {
     "linear-1x8x4096x64",
     "linearstep-1x32x128",
     "graph-mesh-dot",
+    "graphback-mesh-dot",
     "minilm-1x24",
     "memory-attention-1x1x16384x16384x64",
     "import",
@@ -135,6 +136,7 @@ TABLES = (
     *cases.NEIGHBORHOOD,
     *cases.MINILM,
     *cases.GRAPH,
+    *cases.GRAPH_BACK,
 )
 # Cases of one window at several lengths.
 WINDOWS = {f"lengths-truncated-{left}x{right}": (left, right) for left, right in cases.WINDOWS}
@@ -320,7 +322,7 @@ def limit_of(case, plan):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None
-    if case.kind == "graph":
+    if case.kind in ("graph", "graphback"):
         key, value = (array.swapaxes(0, 1) for array in case.inputs()[1:])
         indices = case.structure[1]
         return "rows read", len(indices), hardware.read_edges(key, value, indices, threads)

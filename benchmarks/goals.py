@@ -44,6 +44,7 @@ GRAPH_RATIOS = {
     "graph-cora-dot": {"PyTorch Geometric": 5.0, "SciPy": 5.0},
     "graph-cora-gat": {"PyTorch Geometric": 5.0, "SciPy": 5.0},
 }
+GRAPH_BACK_RATIOS = {"PyTorch Geometric": 4.0}  # output and gradients
 
 # A layer, on one thread: the most time it may take, relative to its matrix products and its attention alone.
 MULTI_HEAD_CASES = ("multihead-1x128x768x12", "multihead-1x512x768x12")
@@ -106,6 +107,8 @@ def share(record):
         return measure.ratio(record["seconds"], "copy", "fastattn"), STEP_SHARE if record["threads"] == 1 else None
     if record["kind"] == "multihead":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
+    if record["kind"] == "graphback":
+        return measure.ratio(record["seconds"], "rows read", "fastattn out="), None
     if record["kind"] == "graph":
         name = "fastattn out=" if "fastattn out=" in record["seconds"] else "fastattn"
         return measure.ratio(record["seconds"], "rows read", name), _graph_share(record)
@@ -192,6 +195,8 @@ def _ratios(record):
         return LINEAR_DELTA_RATIOS if record["rule"] == "gated delta" else LINEAR_RATIOS[record["head_dim"]]
     if record["kind"] == "linearstep":
         return STEP_RATIOS
+    if record["kind"] == "graphback":
+        return GRAPH_BACK_RATIOS if record["threads"] == 1 else {}
     if record["kind"] == "graph":
         return GRAPH_RATIOS[record["case"]] if record["threads"] == 1 else {}
     if record["kind"] == "blocks":

@@ -54,6 +54,8 @@ MEANINGS = {
     "others are skipped. The dense call's share is the time of all pairs, times the share of them that count.",
     "Along the edges of a graph": "The rows of key and value that the edges name have to be read, and are scattered in "
     "memory: the limit is the speed of reading them in that order, some edges ahead.",
+    "Along the edges of a graph, there and back": "The output, then the gradients for query, key and value; beside the "
+    "same limit, although rows of queries and of the output's gradient have to be read as well.",
     "Sentences a second through MiniLM": "A whole encoder: as in the layer above, the matrix products around "
     "attention decide.",
     "Another instruction set, float32": "The same machine without AVX-512, against what AVX2 can do on it.",
@@ -99,7 +101,8 @@ def markdown(everything, with_goals=False):
         *_rotary(records_of(records, "libraries", kind="rotary")),
         *_linear(records_of(records, "libraries", kind="linear")),
         *_linear_steps(records_of(records, "libraries", kind="linearstep")),
-        *_graph(records_of(records, "libraries", kind="graph")),
+        *_graph(records_of(records, "libraries", kind="graph"), "Along the edges of a graph"),
+        *_graph(records_of(records, "libraries", kind="graphback"), "Along the edges of a graph, there and back"),
         *_blocks(records_of(records, "libraries", kind="blocks")),
         *_neighborhood(records_of(records, "libraries", kind="neighborhood")),
         *_minilm(records_of(records, "libraries", kind="minilm")),
@@ -357,7 +360,7 @@ def _linear_steps(records):
         yield Table(f"One token of linear attention, float32, {threads_in_words(threads)}", heads, rows)
 
 
-def _graph(records):
+def _graph(records, title):
     for threads in sorted({record["threads"] for record in records}):
         chosen = [record for record in records if record["threads"] == threads]
         names = _columns(chosen, GRAPH_PEERS)
@@ -370,7 +373,7 @@ def _graph(records):
             others = [_beside(samples, name) for name in names]
             label = record["label"]
             rows.append([label, *numbers, _percent(share), _percent(goal), *others, _outcome(goals.missed(record))])
-        yield Table(f"Along the edges of a graph, float32, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"{title}, float32, {threads_in_words(threads)}", heads, rows)
 
 
 def _minilm(records):

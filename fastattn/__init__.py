@@ -12,8 +12,8 @@ The layers, from the top; each imports only what is below it:
     _frequencies                    what a model's configuration says about rotary encoding
     _gradients                      the driver of the way back, which begins with the one of attention
     _attention, _linear, _graph, _neighborhood, _softmax,
-        _merge, _positions,
-        _linear_gradients           the drivers: tiles and rows, threads, scratch memory
+        _merge, _positions, _linear_gradients,
+        _graph_gradients            the drivers: tiles and rows, threads, scratch memory
     _vjp                            which gradients are wanted, and where they go
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
@@ -65,7 +65,7 @@ if _typing.TYPE_CHECKING:
         truncated_attention_vjp,
         varlen_attention_vjp,
     )
-    from fastattn.graph import graph_attention
+    from fastattn.graph import graph_attention, graph_attention_vjp
     from fastattn.linear import linear_attention, linear_attention_vjp
     from fastattn.multihead import MultiHeadAttention, self_attention
     from fastattn.neighborhood import neighborhood_attention
@@ -88,6 +88,7 @@ __all__ = [
     "entmax15_vjp",
     "get_num_threads",
     "graph_attention",
+    "graph_attention_vjp",
     "linear_attention",
     "linear_attention_vjp",
     "log_softmax",
@@ -120,6 +121,7 @@ _LATER = {
     "StreamingAttention": "streaming",
     "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
+    "graph_attention_vjp": "graph",
     "linear_attention": "linear",
     "linear_attention_vjp": "linear",
     "merge_attention_vjp": "gradients",

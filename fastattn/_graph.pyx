@@ -15,31 +15,16 @@ from libc.string cimport memcpy
 
 from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, converted, empty, flag, floating,
                                integer_array, promoted, real, shape_of, storage_of, too_few_axes)
-from fastattn._runtime cimport (FA_ADDITIVE, FA_BIAS, FA_DOT, FA_EDGE_KEY, FA_EDGE_VALUE, FA_F32, FA_F64,
-                                FA_GRAPH_OPERANDS, FA_KEY, FA_LSE, FA_OUT, FA_QUERY, FA_UNIT_WEIGHTS, FA_VALUE,
-                                FA_WEIGHTS, Team, Watch, allowed_threads, fa_dtype, fa_graph, fa_kernels, gathered,
-                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_ADDITIVE, FA_BIAS, FA_DOT, FA_EDGE_KEY, FA_EDGE_VALUE, FA_F32, FA_F64, FA_KEY,
+                                FA_LSE, FA_OUT, FA_QUERY, FA_UNIT_WEIGHTS, FA_VALUE, FA_WEIGHTS, Team, Watch,
+                                allowed_threads, fa_dtype, fa_graph, fa_kernels, gathered, give_workspace, interrupted,
+                                join_team, kernels_for, raise_pending, take_workspace)
 
 cnp.import_array()
 
 cdef enum:
-    MOST_AXES = 64
-    OPERANDS = FA_GRAPH_OPERANDS
     SMALL = 1 << 15         # numbers of keys and values below which threads cost more than they bring
     CHUNK = 1 << 18         # the same, of a task
-
-
-cdef class Call:
-    cdef fa_graph graph                             # of the first of the batch; heads that are taken together
-    cdef Py_ssize_t strides[OPERANDS][MOST_AXES]    # along the batch axes that are walked
-    cdef Py_ssize_t shape[MOST_AXES]
-    cdef int axes
-    cdef Py_ssize_t outer                           # the product of shape
-    cdef Py_ssize_t rows, keys
-    cdef fa_dtype dtype
-    cdef object num_threads
-    cdef list kept
-    cdef readonly object answer
 
 
 # The graph
@@ -190,13 +175,17 @@ cdef cnp.ndarray float_array(object x, str name):
     return a
 
 
-cdef void take_heads(Call p) noexcept:
+cdef void take_heads(Call p, bint only_last) noexcept:
     """Makes the heads whose rows lie together in a node those that kernels take together: the batch axis along which
-    key and value move least, and less than from node to node."""
-    cdef int axis, i, best = -1
+    key and value move least, and less than from node to node. only_last: that with more than one entry, or none; what
+    is summed over the batch is then in ascending order, whatever the strides."""
+    cdef int axis, i, best = -1, first = 0
     cdef Py_ssize_t step, least = 0, key = abs(p.graph.view[<int> FA_KEY].row)
     cdef Py_ssize_t value = abs(p.graph.view[<int> FA_VALUE].row)
-    for axis in range(p.axes):
+    for axis in range(p.axes if only_last else 0):
+        if p.shape[axis] > 1:
+            first = axis
+    for axis in range(first, p.axes):
         if (p.shape[axis] > 1 and abs(p.strides[<int> FA_KEY][axis]) < key and
                 abs(p.strides[<int> FA_VALUE][axis]) < value):
             step = abs(p.strides[<int> FA_KEY][axis]) + abs(p.strides[<int> FA_VALUE][axis])
@@ -217,15 +206,15 @@ cdef void take_heads(Call p) noexcept:
         p.outer *= p.shape[axis]
 
 
-cdef Call read_call(object query, object key, object value, object graph, object w_score, object negative_slope,
-                    object edge_bias, object edge_key, object edge_value, object scale, object softcap,
-                    object return_weights, object return_lse, object out, object num_threads):
+cdef Call read_inputs(object query, object key, object value, object graph, object w_score, object negative_slope,
+                      object edge_bias, object edge_key, object edge_value, object scale, object softcap,
+                      object num_threads):
+    """All but what is written; `take_heads` follows when that is placed, too."""
     cdef Call p = Call.__new__(Call)
     cdef cnp.ndarray q = floating(query, "query"), k = floating(key, "key"), v = floating(value, "value")
-    cdef cnp.ndarray w = None, bias = None, more_key = None, more_value = None, o, indptr, indices, weights, lse
+    cdef cnp.ndarray w = None, bias = None, more_key = None, more_value = None, indptr, indices
     cdef Py_ssize_t head_dim, value_dim
     cdef int i
-    cdef bint want_weights = flag(return_weights, "return_weights"), want_lse = flag(return_lse, "return_lse")
     cdef double factor = 1
     p.kept = []
     p.num_threads = checked_threads(num_threads)
@@ -240,7 +229,7 @@ cdef Call read_call(object query, object key, object value, object graph, object
     if shape_of(v)[-2] != p.keys:
         raise ValueError(f"key and value must have as many rows as each other (axis -2), not {p.keys} and "
                          f"{shape_of(v)[-2]}: their shapes are {shape_of(k)} and {shape_of(v)}")
-    batch = batch_of([q, k, v])
+    p.batch = batch = batch_of([q, k, v])
     if len(batch) > MOST_AXES - 2:
         raise ValueError(f"query, key and value may have {MOST_AXES - 2} batch axes, not {len(batch)}")
 
@@ -272,13 +261,13 @@ cdef Call read_call(object query, object key, object value, object graph, object
         more_value = floating(edge_value, "edge_value")
         arrays.append(more_value)
         names.append("edge_value")
-    dtype = promoted(arrays, tuple(names), &p.dtype)
+    p.result_dtype = promoted(arrays, tuple(names), &p.dtype)
     if edge_bias is not None:
         bias = float_array(edge_bias, "edge_bias")
 
     indptr, indices = read_structure(p, graph)
     edges = p.graph.edges
-    inputs, input_names = [*arrays, indptr, indices], [*names, "graph's indptr", "graph's indices"]
+    p.inputs, p.names = [*arrays, indptr, indices], [*names, "graph's indptr", "graph's indices"]
     place(p, FA_QUERY, np.broadcast_to(q, (*batch, p.rows, head_dim)), storage_of(q, "query"), 2)
     place(p, FA_KEY, np.broadcast_to(k, (*batch, p.keys, head_dim)), storage_of(k, "key"), 2)
     place(p, FA_VALUE, np.broadcast_to(v, (*batch, p.keys, value_dim)), storage_of(v, "value"), 2)
@@ -289,8 +278,8 @@ cdef Call read_call(object query, object key, object value, object graph, object
         place(p, FA_UNIT_WEIGHTS, np.broadcast_to(w, (*batch, head_dim))[..., None, :],
               FA_F64 if p.dtype == FA_F64 else FA_F32, 2)
     if bias is not None:
-        inputs.append(bias)
-        input_names.append("edge_bias")
+        p.inputs.append(bias)
+        p.names.append("edge_bias")
         bias = broadcast(bias, "edge_bias", (*batch, edges), "(..., nnz), a number for each edge")
         place(p, FA_BIAS, bias, storage_of(bias, "edge_bias"), 1)
     if more_key is not None:
@@ -300,24 +289,34 @@ cdef Call read_call(object query, object key, object value, object graph, object
         more_value = broadcast(more_value, "edge_value", (*batch, edges, value_dim), "(..., nnz, E), a row for each "
                                "edge")
         place(p, FA_EDGE_VALUE, more_value, storage_of(more_value, "edge_value"), 2)
-
-    o = checked_out(out, (*batch, p.rows, value_dim), dtype, inputs, tuple(input_names))
-    place(p, FA_OUT, o, p.dtype, 2)
-    answer = [o]
-    real_dtype = FA_F64 if p.dtype == FA_F64 else FA_F32
-    if want_weights:
-        weights = empty((*batch, edges), accumulation(p.dtype), "the weights")
-        place(p, FA_WEIGHTS, weights, real_dtype, 1)
-        answer.append(weights)
-    if want_lse:
-        lse = empty((*batch, p.rows), accumulation(p.dtype), "the log-sum-exp")
-        place(p, FA_LSE, lse, real_dtype, 1)
-        answer.append(lse)
-    p.answer = tuple(answer) if len(answer) > 1 else o
     p.axes = len(batch)
     for i in range(p.axes):
         p.shape[i] = batch[i]
-    take_heads(p)
+    return p
+
+
+cdef Call read_call(object query, object key, object value, object graph, object w_score, object negative_slope,
+                    object edge_bias, object edge_key, object edge_value, object scale, object softcap,
+                    object return_weights, object return_lse, object out, object num_threads):
+    cdef bint want_weights = flag(return_weights, "return_weights"), want_lse = flag(return_lse, "return_lse")
+    cdef Call p = read_inputs(query, key, value, graph, w_score, negative_slope, edge_bias, edge_key, edge_value, scale,
+                              softcap, num_threads)
+    cdef cnp.ndarray o = checked_out(out, (*p.batch, p.rows, p.graph.value_dim), p.result_dtype, p.inputs,
+                                     tuple(p.names))
+    cdef cnp.ndarray weights, lse
+    cdef fa_dtype real_dtype = FA_F64 if p.dtype == FA_F64 else FA_F32
+    answer = [o]
+    place(p, FA_OUT, o, p.dtype, 2)
+    if want_weights:
+        weights = empty((*p.batch, p.graph.edges), accumulation(p.dtype), "the weights")
+        place(p, FA_WEIGHTS, weights, real_dtype, 1)
+        answer.append(weights)
+    if want_lse:
+        lse = empty((*p.batch, p.rows), accumulation(p.dtype), "the log-sum-exp")
+        place(p, FA_LSE, lse, real_dtype, 1)
+        answer.append(lse)
+    p.answer = tuple(answer) if len(answer) > 1 else o
+    take_heads(p, False)
     return p
 
 
@@ -335,20 +334,27 @@ cdef Py_ssize_t row_of_share(const fa_graph *graph, Py_ssize_t rows, int64_t sha
     return low
 
 
-cdef void run_task(Call p, const fa_kernels *kernels, Py_ssize_t task, Py_ssize_t tasks, int64_t share,
-                   char *scratch) noexcept nogil:
-    """A share of the rows and edges of one of the batch."""
+cdef fa_graph graph_of(Call p, Py_ssize_t item) noexcept nogil:
+    """What one of the batch has to do with."""
     cdef fa_graph graph = p.graph
-    cdef Py_ssize_t rest = task // tasks, part = task % tasks, index
-    cdef Py_ssize_t begin = row_of_share(&graph, p.rows, part * share)
-    cdef Py_ssize_t end = p.rows if part + 1 == tasks else row_of_share(&graph, p.rows, (part + 1) * share)
+    cdef Py_ssize_t index
     cdef int axis, k
     for axis in range(p.axes - 1, -1, -1):
-        index = rest % p.shape[axis]
-        rest //= p.shape[axis]
+        index = item % p.shape[axis]
+        item //= p.shape[axis]
         for k in range(OPERANDS):
             if graph.view[k].data != NULL:
                 graph.view[k].data += index * p.strides[k][axis]
+    return graph
+
+
+cdef void run_task(Call p, const fa_kernels *kernels, Py_ssize_t task, Py_ssize_t tasks, int64_t share,
+                   char *scratch) noexcept nogil:
+    """A share of the rows and edges of one of the batch."""
+    cdef fa_graph graph = graph_of(p, task // tasks)
+    cdef Py_ssize_t part = task % tasks
+    cdef Py_ssize_t begin = row_of_share(&graph, p.rows, part * share)
+    cdef Py_ssize_t end = p.rows if part + 1 == tasks else row_of_share(&graph, p.rows, (part + 1) * share)
     kernels.edges(&graph, begin, end, scratch)
 
 

@@ -88,7 +88,17 @@ cdef extern from "kernels/contract.h" nogil:
         FA_EDGE_KEY
         FA_EDGE_VALUE
         FA_UNIT_WEIGHTS
+        FA_GRAD_OUT
+        FA_GRAD_LSE
+        FA_D_QUERY
+        FA_D_KEY
+        FA_D_VALUE
+        FA_D_BIAS
+        FA_D_EDGE_KEY
+        FA_D_EDGE_VALUE
+        FA_D_UNIT_WEIGHTS
         FA_GRAPH_OPERANDS
+        FA_GRAPH_GRADIENTS
 
     ctypedef struct fa_graph:
         fa_view view[<int> FA_GRAPH_OPERANDS]
@@ -99,6 +109,12 @@ cdef extern from "kernels/contract.h" nogil:
         int64_t edges, heads, head_dim, value_dim
         fa_score score
         double slope, scale, softcap
+
+    ctypedef struct fa_graph_gradients:
+        void *numbers
+        char *hidden
+        int adds[<int> FA_GRAPH_GRADIENTS]
+        double *totals[<int> FA_GRAPH_GRADIENTS]
 
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
@@ -267,6 +283,11 @@ cdef extern from "kernels/contract.h" nogil:
         void (*linear_fade)(const fa_linear_back *) noexcept nogil
         size_t (*edges_workspace)(const fa_graph *graph) noexcept nogil
         void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace) noexcept nogil
+        size_t (*edges_back_numbers)(const fa_graph *graph) noexcept nogil
+        size_t (*edges_back_workspace)(const fa_graph *graph) noexcept nogil
+        void (*edges_back_rows)(const fa_graph *, const fa_graph_gradients *, int64_t, int64_t, void *) noexcept nogil
+        void (*edges_back_columns)(const fa_graph *, const fa_graph_gradients *, int64_t, int64_t,
+                                   void *) noexcept nogil
         size_t (*neighborhood_workspace)(const fa_neighborhood *, const int64_t *, const int64_t *) noexcept nogil
         void (*neighborhood)(const fa_neighborhood *, const fa_image *, const int64_t *, const int64_t *,
                              void *) noexcept nogil

@@ -1,10 +1,11 @@
-"""Attention along the edges of a graph. The docstring is the specification; fastattn.reference says it in NumPy."""
+"""Attention along the edges of a graph, and its gradients. The docstrings are the specification; fastattn.reference
+says it in NumPy."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn import _graph
+from fastattn import _graph, _graph_gradients
 from fastattn._rules import readable
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def graph_attention(
 
     See Also
     --------
+    graph_attention_vjp : its gradients.
     dot_product_attention : with ``mask=A.toarray()`` the same, in time and memory of L * S.
 
     References
@@ -130,6 +132,127 @@ def graph_attention(
         softcap,
         return_weights,
         return_lse,
+        out,
+        num_threads,
+    )
+
+
+@readable
+def graph_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    graph: Any,
+    *,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    w_score: ArrayLike | None = None,
+    negative_slope: float = 0.2,
+    edge_bias: ArrayLike | None = None,
+    edge_key: ArrayLike | None = None,
+    edge_value: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the inputs of `graph_attention`, from its gradient for the output.
+
+    ::
+
+        score of edge e = (i, j)    s_e, of weight w_e in row i; its raw score, before the softcap, r_e
+        term of the edge            t_e = grad_out_i . (value_j + edge_value_e)
+        edge_bias                   d_s_e = w_e * (t_e - sum over i's edges of w * t + grad_lse_i)
+        raw score                   d_r_e = d_s_e * (1 - tanh(r_e / softcap) ** 2)
+        query                       sum over i's edges of d_r_e * scale * (key_j + edge_key_e)
+        key                         sum over the edges that lead to j of d_r_e * scale * query_i
+        value                       sum over the edges that lead to j of w_e * grad_out_i
+        edge_key, edge_value        the summands of key and of value
+        with `w_score`              x = query_i + key_j + edge_key_e and its leaky ReLU's slope, 1 or negative_slope:
+                                    query, key, edge_key have d_r_e * scale * w_score * slope, and
+                                    w_score the sum over all edges of d_r_e * scale * slope * x
+
+    Two passes over the edges, one by rows and one by columns, for which the graph is transposed on the way. Two numbers
+    are kept for each edge and head; one for each edge and channel only where that is what `wrt` asks for.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient for the output, of its shape; float32, float64, float16 or bfloat16, integers and bools become float64.
+        ``numpy.broadcast_to(1.0, out.shape)`` is the gradient of a sum.
+    query, key, value, graph, w_score, negative_slope, edge_bias, edge_key, edge_value, scale, softcap
+        As in the call of `graph_attention`.
+    wrt : tuple of str, or str, default ("query", "key", "value")
+        Whose gradients to return; also "w_score", "edge_bias", "edge_key", "edge_value" if given. A single name: that
+        array alone, not a tuple. Only what is named is computed.
+    output, lse : array_like, optional
+        What the forward call returned; both or neither. Accepted as in the other functions of this form, but nothing is
+        gained by them: the weights of a row are made again while its terms are.
+    grad_lse : array_like, shape (..., L), optional
+        Gradient for the log-sum-exp, if the loss has used that too.
+    out : ndarray, or tuple of ndarray or None, optional
+        Receives the gradients, in the order of `wrt`: of the gradient's shape, and of its dtype or of that of the sums
+        (float64 for float64, else float32). Must not overlap an input, nor each other.
+    num_threads : int, optional
+        Upper limit on threads. Default `get_num_threads`. It changes no bit, nor do strides.
+
+    Returns
+    -------
+    tuple of ndarray, or one
+        Each with the shape and dtype of its array; integers, and lists of numbers, have gradients of float64. What was
+        broadcast has the sum over the axes along which it was. An edge whose score is -inf gives and gets exactly 0,
+        and so does a row of such edges, whatever stands in `grad_out`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `graph_attention`; if `wrt` names what is not given or cannot be named, a gradient that comes in has not
+        the shape of what it belongs to, or one of `output` and `lse` comes without the other. `out` is untouched then.
+
+    See Also
+    --------
+    graph_attention : what it is the gradient of.
+
+    References
+    ----------
+    As of `graph_attention`. Dao et al., "FlashAttention", 2022, appendix B.2, for the gradients of softmax without its
+    matrix.
+
+    Examples
+    --------
+    Node 0 sees nodes 1 and 2, whose values have equal weights in the sum of its output: scores do not matter then.
+
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 4.0]])
+    >>> graph = [0, 2, 2, 3], [1, 2, 2]
+    >>> ones = np.broadcast_to(1.0, (3, 2))
+    >>> fastattn.graph_attention_vjp(ones, x, x, x, graph, wrt="value")
+    array([[0. , 0. ],
+           [0.5, 0.5],
+           [1.5, 1.5]])
+    """
+    return _graph_gradients.graph_attention_vjp(
+        grad_out,
+        query,
+        key,
+        value,
+        graph,
+        wrt,
+        w_score,
+        negative_slope,
+        edge_bias,
+        edge_key,
+        edge_value,
+        scale,
+        softcap,
+        output,
+        lse,
+        grad_lse,
         out,
         num_threads,
     )

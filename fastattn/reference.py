@@ -30,6 +30,7 @@ __all__ = [
     "entmax15",
     "entmax15_vjp",
     "graph_attention",
+    "graph_attention_vjp",
     "linear_attention",
     "linear_attention_vjp",
     "log_softmax",
@@ -1592,6 +1593,137 @@ def graph_attention(
     if return_lse:
         extras.append(all_lse)
     return (result, *extras) if extras else result
+
+
+def sum_to_shape(x, shape):
+    """Broadcasting backwards: sums over the axes along which an array of this shape is broadcast to x."""
+    x = np.sum(x, axis=tuple(range(x.ndim - len(shape))))
+    return np.sum(x, axis=tuple(a for a in range(x.ndim) if shape[a] == 1 != x.shape[a]), keepdims=True).reshape(shape)
+
+
+def graph_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    graph,
+    *,
+    wrt=("query", "key", "value"),
+    w_score=None,
+    negative_slope=0.2,
+    edge_bias=None,
+    edge_key=None,
+    edge_value=None,
+    scale=None,
+    softcap=None,
+    output=None,
+    lse=None,
+    grad_lse=None,
+    out=None,
+    num_threads=None,
+):
+    """Gradients of a loss for the inputs of `graph_attention`, from that for its output.
+
+    Of row i, with g the gradient of its output, w the weights of its edges and v their values:
+
+    ====================  =============================================================================
+    value                 ``w * g``; so has what an edge adds to it
+    score after softcap   ``s = w * (g . v - sum(w * (g . v)) + grad_lse)``; so has the bias
+    raw score             ``s * (1 - tanh(raw / softcap) ** 2)``
+    query, key            ``raw * scale * key``, ``raw * scale * query``; with `w_score` both have ``raw *
+                          scale * w_score * (1 or negative_slope)``; so has what an edge adds to the key
+    w_score               ``raw * scale * leaky_relu(query + key)``
+    ====================  =============================================================================
+
+    summed over all edges, and over all axes along which an array was broadcast. An edge whose score is -inf has no part
+    in anything. leaky_relu has the derivative `negative_slope` at 0.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient for the output.
+    query, key, value, graph, w_score, negative_slope, edge_bias, edge_key, edge_value, scale, softcap
+        As of `graph_attention`.
+    wrt : tuple of str, or str
+        Whose gradients to return: "query", "key", "value", "w_score", "edge_bias", "edge_key", "edge_value".
+    output, lse : array_like, optional
+        Accepted and ignored here.
+    grad_lse : array_like, shape (..., L), optional
+        Gradient for the log-sum-exp.
+    out : ndarray or tuple of ndarray or None, optional
+        Receives the gradients.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    tuple of ndarray, or one, with the shapes of the arrays named
+    """
+    arrays = {"query": query, "key": key, "value": value, "w_score": w_score, "edge_bias": edge_bias,
+              "edge_key": edge_key, "edge_value": edge_value}  # fmt: skip
+    arrays = {name: np.asarray(x, dtype=np.float64) for name, x in arrays.items() if x is not None}
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    indptr, indices = graph if isinstance(graph, (tuple, list)) else (graph.indptr, graph.indices)
+    indptr, indices = np.asarray(indptr), np.asarray(indices, dtype=np.int64)[: indptr[-1]]
+    batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    (num_queries, head_dim), value_dim, num_edges = query.shape[-2:], value.shape[-1], len(indices)
+
+    def whole(x, *shape):
+        return np.broadcast_to(np.asarray(x, dtype=np.float64), (*batch_shape, *shape))
+
+    query, key, value = whole(query, *query.shape[-2:]), whole(key, *key.shape[-2:]), whole(value, *value.shape[-2:])
+    grad_out = whole(grad_out, num_queries, value_dim)
+    grad_lse = whole(0.0 if grad_lse is None else grad_lse, num_queries)
+    bias = whole(arrays.get("edge_bias", 0.0), num_edges)
+    edge_key = whole(arrays.get("edge_key", 0.0), num_edges, head_dim)
+    edge_value = whole(arrays.get("edge_value", 0.0), num_edges, value_dim)
+    if scale is None:
+        scale = 1 / np.sqrt(max(head_dim, 1)) if w_score is None else 1.0
+    w = whole(arrays.get("w_score", 0.0), head_dim)[..., None, :]
+
+    d_query, d_key, d_value = np.zeros(query.shape), np.zeros(key.shape), np.zeros(value.shape)
+    d_w, d_bias = np.zeros((*batch_shape, head_dim)), np.zeros(bias.shape)
+    d_edge_key, d_edge_value = np.zeros(edge_key.shape), np.zeros(edge_value.shape)
+    with np.errstate(all="ignore"):
+        for i in range(num_queries):
+            row = slice(indptr[i], indptr[i + 1])
+            q, g = query[..., i, None, :], grad_out[..., i, None, :]
+            keys = key[..., indices[row], :] + edge_key[..., row, :]
+            values = value[..., indices[row], :] + edge_value[..., row, :]
+            raw = edge_scores(query[..., i, :], keys, w_score=w_score, negative_slope=negative_slope, scale=scale)
+            capped = raw if softcap is None else float(softcap) * np.tanh(raw / float(softcap))
+            visible = bias[..., row] != -np.inf
+            scores = np.where(visible, capped + bias[..., row], -np.inf)
+            scores = np.where(scores == np.inf, np.nan, scores)
+            seen = scores != -np.inf
+            weights = np.where(seen, normalise(scores, visible)[0], 0.0)
+            terms = np.where(seen, np.sum(g * values, axis=-1), 0.0)
+            mean = np.sum(weights * terms, axis=-1, keepdims=True)
+            of_score = np.where(seen, weights * (terms - mean + grad_lse[..., i, None]), 0.0)
+            d_bias[..., row] = of_score
+            if softcap is not None:
+                of_score = np.where(seen, of_score * (1 - np.tanh(raw / float(softcap)) ** 2), 0.0)
+            of_score, seen, weights = of_score[..., None], seen[..., None], weights[..., None]
+            if w_score is None:
+                of_query = np.where(seen, of_score * float(scale) * keys, 0.0)
+                of_key = np.where(seen, of_score * float(scale) * q, 0.0)
+            else:
+                slope = np.where(q + keys > 0, 1.0, float(negative_slope))
+                of_query = of_key = np.where(seen, of_score * float(scale) * w * slope, 0.0)
+                d_w += np.sum(np.where(seen, of_score * float(scale) * slope * (q + keys), 0.0), axis=-2)
+            d_edge_value[..., row, :] = np.where(seen, weights * g, 0.0)
+            d_edge_key[..., row, :] = of_key
+            d_query[..., i, :] = np.sum(of_query, axis=-2)
+        for e, j in enumerate(indices):
+            d_key[..., j, :] += d_edge_key[..., e, :]
+            d_value[..., j, :] += d_edge_value[..., e, :]
+        gradients = {"query": d_query, "key": d_key, "value": d_value, "w_score": d_w, "edge_bias": d_bias,
+                     "edge_key": d_edge_key, "edge_value": d_edge_value}  # fmt: skip
+        names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        targets = (out,) * len(names) if isinstance(wrt, str) or out is None else out
+        results = [_into(into, sum_to_shape(gradients[name], arrays[name].shape))
+                   for name, into in zip(names, targets, strict=True)]  # fmt: skip
+    return results[0] if isinstance(wrt, str) else tuple(results)
 
 
 def rotation_angles(length, dim, base, offset):

@@ -202,6 +202,27 @@ BUGS = (
         "test_graph.py -k lengths",
     ),
     Bug(
+        "the gradients of a row's scores are not relative to their mean",
+        "edges_back.inc.h",
+        "(v_load_fours(a + i) - mean + of_lse)",
+        "(v_load_fours(a + i) + of_lse)",
+        "test_graph_gradients.py -k options",
+    ),
+    Bug(
+        "a hidden edge gives its query's gradient to a key",
+        "edges_back.inc.h",
+        "*back->gradients->hidden = 1;",
+        "*back->gradients->hidden = 0;",
+        "test_graph_gradients.py -k hidden",
+    ),
+    Bug(
+        "edges that share a gradient lose what was rounded off",
+        "edges_back.inc.h",
+        "(double)back->totals[k].sum[i] + (double)back->totals[k].lost[i]",
+        "(double)back->totals[k].sum[i] * 1.00001",
+        "test_graph_gradients.py -k options",
+    ),
+    Bug(
         "grouped heads lie where queries do",
         "contract.h",
         "i % head->heads * matrix->head",

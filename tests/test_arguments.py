@@ -42,6 +42,9 @@ CALLS = {
     "linear_attention": good_call(),
     "linear_attention_vjp": good_call(grad_out=ones(2, 3, 5, 6), wrt="query"),
     "graph_attention": good_call(graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8)),
+    "graph_attention_vjp": good_call(
+        grad_out=ones(2, 3, 5, 6), graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8), wrt="query"
+    ),
     "neighborhood_attention": dict(
         zip(("query", "key", "value"), qkv(np.random.default_rng(0), (2, 3), 7, 7, 8, 6), strict=True), kernel_size=3
     ),
@@ -164,7 +167,7 @@ def test_tokens_that_are_no_matrices(function, name):
 
 @for_each_array(lambda name: not name.startswith(("b_", "grad_")))
 def test_float16_with_bfloat16(function, name):
-    """(Biases and gradients do not affect the dtype of the result, and may have any.)"""
+    """(Biases and gradients that come in do not affect the dtype of the result, and may have any.)"""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     halves = {other: CALLS[function][other].astype(np.float16) for other in array_names(function)}
     message = "|".join(TOKENS) if name in TOKENS else name

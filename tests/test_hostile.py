@@ -536,6 +536,16 @@ CALLS = {
         ([0, 2, 2, 4, 5, 7], [0, 3, 1, 1, 4, 2, 0]),
         w_score=extreme(4, dtype=t),
     ),
+    "graph_attention_vjp": lambda t: fastattn.graph_attention_vjp(
+        *(extreme(2, 5, 4, dtype=t) for _ in range(4)),
+        ([0, 2, 2, 4, 5, 7], [0, 3, 1, 1, 4, 2, 0]),
+        wrt=("query", "key", "value", "w_score", "edge_bias", "edge_key"),
+        w_score=extreme(4, dtype=t),
+        edge_bias=extreme(7),
+        edge_key=extreme(7, 4, dtype=t),
+        softcap=1e-300,
+        grad_lse=extreme(2, 5),
+    ),
     "linear_attention": lambda t: fastattn.linear_attention(
         *(extreme(2, 5, 4, dtype=t) for _ in range(3)),
         is_causal=True,

@@ -117,6 +117,10 @@ def expected_answer(case):
         return baselines.linear_step(*(array.astype(np.float64) for array in case.inputs()), case.decay)
     if case.kind == "graph":
         return baselines.expected_graph_attention(*case.inputs(), case.structure, case.rows(), case.w_score())
+    if case.kind == "graphback":
+        return baselines.expected_graph_gradients(
+            case.grad_out(), *case.inputs(), case.structure, case.rows(), case.w_score()
+        )
     if case.kind == "blocks":
         return baselines.expected_block_attention(*case.inputs(), case.pattern(), case.block)
     if case.kind == "neighborhood":

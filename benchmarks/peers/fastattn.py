@@ -111,6 +111,27 @@ def graph_out(case, threads):
     yield Variant("", functools.partial(attend, *case.inputs(), case.structure))
 
 
+def graph_back(case, threads, out=None):
+    """Output and gradients."""
+    attend, back = (
+        functools.partial(f, w_score=case.w_score()) for f in (fastattn.graph_attention, fastattn.graph_attention_vjp)
+    )
+    inputs, graph, grad_out = case.inputs(), case.structure, case.grad_out()
+    into, gradients = (None, None) if out is None else out
+
+    def step():
+        attend(*inputs, graph, out=into)
+        return back(grad_out, *inputs, graph, out=gradients)
+
+    yield Variant("", step, functools.partial(np.concatenate, axis=-1))
+
+
+def graph_back_out(case, threads):
+    arrays = case.inputs()
+    into, *gradients = (np.empty_like(x) for x in (case.grad_out(), *arrays))
+    yield from graph_back(case, threads, (into, tuple(gradients)))
+
+
 def softmax(case, threads):
     yield Variant("", functools.partial(fastattn.softmax, *case.inputs(), axis=case.axis))
 
@@ -174,6 +195,7 @@ LIBRARIES = {
             "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,
+            "graphback": graph_back,
         },
     ),
     "fastattn out=": (
@@ -184,6 +206,7 @@ LIBRARIES = {
             "sparse": sparse_out,
             "rotary": rotary_out,
             "graph": graph_out,
+            "graphback": graph_back_out,
         },
     ),
     "fastattn, dense": ("fastattn", {"blocks": dense}),

@@ -95,6 +95,17 @@ def graph(case, threads):
     yield Variant("", functools.partial(call, w_score=case.w_score()))
 
 
+def graph_back(case, threads):
+    forward = functools.partial(baselines.graph_attention, *case.inputs(), case.structure, case.rows(), case.w_score())
+    back = functools.partial(baselines.graph_gradients, case.grad_out(), *case.inputs(), case.structure, case.rows())
+
+    def step():
+        forward()
+        return back(case.w_score())
+
+    yield Variant("", step, functools.partial(np.concatenate, axis=-1))
+
+
 def scipy_graph(case, threads):
     """Three passes: scores, softmax, and a sparse matrix of weights times the values of each head."""
     from scipy import sparse
@@ -146,6 +157,7 @@ LIBRARIES = {
             "neighborhood": neighborhood,
             "minilm": minilm,
             "graph": graph,
+            "graphback": graph_back,
         },
     ),
     "NumPy, textbook": ("numpy", {"additive": textbook_additive}),

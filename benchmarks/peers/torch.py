@@ -384,13 +384,13 @@ def sparse_graph(case, threads):
     yield Variant("", lambda: torch.stack([attend(*head) for head in zip(*heads, strict=True)]))
 
 
-def geometric_graph(case, threads):
-    """PyTorch Geometric's propagate, as its TransformerConv and GATConv call it, without their linear layers."""
-    torch = _torch(threads)
+def _message_passing(case):
+    """PyTorch Geometric's propagate, as its TransformerConv and GATConv call it, without their linear layers: it takes
+    query, key and value, (nodes, heads, channels)."""
+    import torch
     from torch_geometric.nn import MessagePassing
     from torch_geometric.utils import softmax
 
-    query, key, value = (torch.from_numpy(x.swapaxes(0, 1)) for x in case.inputs())
     edges = torch.from_numpy(np.stack([case.structure[1], case.rows()]).astype(np.int64))
 
     class Dots(MessagePassing):
@@ -404,11 +404,30 @@ def geometric_graph(case, threads):
             return value_j * softmax(scores, index, ptr, size_i).unsqueeze(-1)
 
     layer = (Dots if case.score == "dot" else Gat)(node_dim=0)
-    yield Variant(
-        "",
-        lambda: layer.propagate(edges, query=query, key=key, value=value, size=(case.nodes, case.nodes)),
-        lambda output: np.asarray(output).swapaxes(0, 1),
-    )
+    size = case.nodes, case.nodes
+    return lambda query, key, value: layer.propagate(edges, query=query, key=key, value=value, size=size)
+
+
+def geometric_graph(case, threads):
+    torch = _torch(threads)
+    nodes = [torch.from_numpy(x.swapaxes(0, 1)) for x in case.inputs()]
+    attend = _message_passing(case)
+    yield Variant("", lambda: attend(*nodes), lambda output: np.asarray(output).swapaxes(0, 1))
+
+
+def geometric_graph_back(case, threads):
+    """The same, and autograd, which needs tensors made outside inference mode."""
+    torch = _torch(threads)
+    with torch.inference_mode(False):
+        nodes = [torch.from_numpy(x.swapaxes(0, 1)).requires_grad_() for x in case.inputs()]
+        grad_out = torch.from_numpy(case.grad_out().swapaxes(0, 1))
+        attend = _message_passing(case)
+
+    def step():
+        with torch.inference_mode(False):
+            return torch.autograd.grad(attend(*nodes), nodes, grad_out)
+
+    yield Variant("", step, lambda gradients: np.concatenate(gradients, axis=-1).swapaxes(0, 1))
 
 
 def softmax(case, threads):
@@ -449,6 +468,6 @@ LIBRARIES = {
     "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
     "PyTorch compiled": ("torch", {"additive": compiled_additive}),
     "PyTorch, sparse": ("torch", {"graph": sparse_graph}),
-    "PyTorch Geometric": ("torch_geometric", {"graph": geometric_graph}),
+    "PyTorch Geometric": ("torch_geometric", {"graph": geometric_graph, "graphback": geometric_graph_back}),
     "PyTorch compiled, exp": ("torch", {"additive": compiled_exp_additive}),
 }

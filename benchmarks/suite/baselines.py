@@ -225,6 +225,36 @@ def graph_attention(query, key, value, graph, rows, w_score=None):
     return output
 
 
+def graph_gradients(grad_out, query, key, value, graph, rows, w_score=None):
+    """Gradients for query, key and value, a head at a time: rows are added up where they begin, columns by
+    numpy.add.at. A single set of weights for GAT's score, of one number a node."""
+    indptr, indices = graph
+    begins = indptr[:-1][np.diff(indptr) > 0]
+    filled = rows[begins]
+    gradients = [np.zeros_like(x) for x in (query, key, value)]
+    for g, q, k, v, d_query, d_key, d_value in zip(grad_out, query, key, value, *gradients, strict=True):
+        weights = edge_weights(q[None], k[None], graph, rows, w_score)[0]
+        terms = np.einsum("ec,ec->e", g[rows], v[indices])
+        mean = np.zeros(len(q), q.dtype)
+        mean[filled] = np.add.reduceat(weights * terms, begins)
+        of_scores = (weights * (terms - mean[rows]))[:, None]
+        if w_score is None:
+            of_scores *= q.shape[-1] ** -0.5
+            of_query, of_key = of_scores * k[indices], of_scores * q[rows]
+        else:
+            of_query = of_key = of_scores * w_score * np.where(q[rows] + k[indices] > 0, 1, q.dtype.type(0.2))
+        d_query[filled] = np.add.reduceat(of_query, begins, axis=0)
+        np.add.at(d_key, indices, of_key)
+        np.add.at(d_value, indices, weights[:, None] * g[rows])
+    return gradients
+
+
+def expected_graph_gradients(grad_out, query, key, value, graph, rows, w_score=None):
+    """The same in float64, side by side."""
+    arrays = (x.astype(np.float64) for x in (grad_out, query, key, value))
+    return np.concatenate(graph_gradients(*arrays, graph, rows, w_score), axis=-1)
+
+
 def expected_graph_attention(query, key, value, graph, rows, w_score=None):
     """The same in float64."""
     return graph_attention(*(x.astype(np.float64) for x in (query, key, value)), graph, rows, w_score)

@@ -534,6 +534,16 @@ class Graph(Case):
         return len(self.structure[1]) * row * np.dtype(self.dtype).itemsize
 
 
+@dataclass(frozen=True)
+class GraphBack(Graph):
+    """The same there and back: the output, then gradients for query, key and value from one for the output."""
+
+    kind = "graphback"
+
+    def grad_out(self):
+        return _node_gradient(self.nodes, self.heads, self.channels, self.dtype).swapaxes(0, 1)
+
+
 @functools.cache
 def power_law_graph(nodes, edges):
     """Few nodes have many edges, as in a citation graph: the share of the node of rank r falls as (r + 10)^-0.7. Their
@@ -599,6 +609,11 @@ def _node_inputs(nodes, heads, width, channels, dtype):
     generator = np.random.default_rng(7)
     shapes = ((nodes, heads, last) for last in (width, width, channels))
     return tuple(generator.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes)
+
+
+@functools.lru_cache(maxsize=2)
+def _node_gradient(nodes, heads, channels, dtype):
+    return np.random.default_rng(8).standard_normal((nodes, heads, channels), dtype=np.float32).astype(dtype)
 
 
 @functools.lru_cache(maxsize=2)
@@ -723,6 +738,8 @@ GRAPH = (
     Graph("cora", 2_708, 10_556, 8, 8),
     Graph("cora", 2_708, 10_556, 8, 8, "gat"),
 )
+
+GRAPH_BACK = tuple(GraphBack(c.graph, c.nodes, c.edges, c.heads, c.channels, c.score) for c in GRAPH)
 
 BILINEAR_SHAPES = ((1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64))
 

@@ -1,4 +1,4 @@
-"""asv: attention along the edges of graphs, by their shapes and threads, beside its NumPy baseline."""
+"""asv: attention along the edges of graphs and its gradients, by their shapes and threads, beside NumPy baselines."""
 
 import functools
 
@@ -26,3 +26,27 @@ class GraphAttention:
     def time_attention(self, graph, implementation):
         name, _, threads = implementation.partition(", ")
         _call(graph, int(threads[0]) if threads else 1, name)()
+
+
+@functools.cache
+def _way_back(name, threads, implementation):
+    case = next(case for case in cases.GRAPH_BACK if case.name == name)
+    if implementation == "numpy":
+        call = functools.partial(
+            baselines.graph_gradients, case.grad_out(), *case.inputs(), case.structure, case.rows()
+        )
+    else:
+        vjp = functools.partial(fastattn.graph_attention_vjp, num_threads=threads)
+        call = functools.partial(vjp, case.grad_out(), *case.inputs(), case.structure)
+    return functools.partial(call, w_score=case.w_score())
+
+
+class GraphGradients:
+    """Without the forward call."""
+
+    params = [[case.name for case in cases.GRAPH_BACK], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
+    param_names = ["graph", "implementation"]
+
+    def time_gradients(self, graph, implementation):
+        name, _, threads = implementation.partition(", ")
+        _way_back(graph, int(threads[0]) if threads else 1, name)()

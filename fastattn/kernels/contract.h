@@ -215,7 +215,20 @@ enum {
     FA_EDGE_KEY = FA_OPERANDS, /* (edges, head_dim), optional */
     FA_EDGE_VALUE,             /* (edges, value_dim), optional */
     FA_UNIT_WEIGHTS,           /* (1, head_dim) of the hidden units, for FA_ADDITIVE; accumulation dtype */
-    FA_GRAPH_OPERANDS
+    /* For gradients: those that come in, shaped like FA_OUT and FA_LSE (optional), and those that are wanted, each
+     * shaped like its matrix; accumulation dtype. Where heads or channels share a number (a stride of 0), it is a sum.
+     */
+    FA_GRAD_OUT,
+    FA_GRAD_LSE,
+    FA_D_QUERY,
+    FA_D_KEY,
+    FA_D_VALUE,
+    FA_D_BIAS,
+    FA_D_EDGE_KEY,
+    FA_D_EDGE_VALUE,
+    FA_D_UNIT_WEIGHTS,
+    FA_GRAPH_OPERANDS,
+    FA_GRAPH_GRADIENTS = FA_GRAPH_OPERANDS - FA_D_QUERY
 };
 
 /* A sparse matrix in rows (CSR) and what lies at its nodes and edges. Row i is a query; it sees the keys indices[t], t
@@ -232,6 +245,15 @@ typedef struct {
     double slope, scale; /* scale: of FA_DOT; that of FA_ADDITIVE is in its weights */
     double softcap;      /* 0: none */
 } fa_graph;
+
+/* What the two passes of the gradients have in common. */
+typedef struct {
+    void *numbers; /* a weight and the gradient of a score for each edge and head: edges_back_numbers says how large */
+    char *hidden;  /* becomes 1 where rows find a score of -inf; for the columns: whether any of them did */
+    int adds[FA_GRAPH_GRADIENTS];       /* a gradient is added to what is there, from an earlier one of the batch */
+    double *totals[FA_GRAPH_GRADIENTS]; /* [heads][channels] instead of the matrix, if all edges share a row: their sum
+                                           over the edges of these rows */
+} fa_graph_gradients;
 
 /* The matrices of linear attention. */
 enum {
@@ -385,6 +407,15 @@ typedef struct {
     /* The rows [begin, end) of a graph. */
     size_t (*edges_workspace)(const fa_graph *graph);
     void (*edges)(const fa_graph *graph, int64_t begin, int64_t end, void *workspace);
+    /* The gradients. By rows, as above: those of queries, edges and unit weights, and `numbers`. After all rows, by
+     * columns: those of keys and values. `graph` is transposed then: its row j is a key, and its indices lead to
+     * queries; behind each index lies the number of its edge, of the same size. */
+    size_t (*edges_back_numbers)(const fa_graph *graph);
+    size_t (*edges_back_workspace)(const fa_graph *graph);
+    void (*edges_back_rows)(const fa_graph *graph, const fa_graph_gradients *gradients, int64_t begin, int64_t end,
+                            void *workspace);
+    void (*edges_back_columns)(const fa_graph *graph, const fa_graph_gradients *gradients, int64_t begin, int64_t end,
+                               void *workspace);
     /* The pixels from `begin` to before `end` of an image as queries, against their neighbourhoods. `begin` is a
      * multiple of 2 along FA_ALONG_X and of `lanes` along FA_ALONG_Y, and so is `end`, or it is the image's. tile: the
      * most pixels of a call along each axis. */

@@ -50,6 +50,7 @@ struct edge_run {
     real *lanes_of; /* [LANES][LANES] the lanes, as integers, of the edge that begins at a lane of a vector of scores */
     real *o, *o_all, *o_error;    /* [vecs] sums of weighted values: of a block, and of all before it */
     real *extra;                  /* numbers of one head */
+    real *cap_slope;              /* as s: derivatives of the softcap, if anybody wants them */
     real *k, *v;                  /* [EDGES][heads][] keys and values that cannot be read in place */
     ptrdiff_t *value_at, *out_at; /* [vecs] where a vector lies in a row of values, and of the output */
     int64_t *head_of;             /* [vecs] whole: its head */
@@ -130,6 +131,7 @@ static size_t lay_out_edges(struct edge_run *run, const fa_graph *graph, char *b
     const int64_t heads = graph->heads < MOST_HEADS ? graph->heads : MOST_HEADS, value_dim = graph->value_dim;
     char *at = base;
     run->graph = graph;
+    run->cap_slope = NULL;
     run->narrow = graph->head_dim == 1;
     run->whole = value_dim % LANES == 0;
     run->keys_in_place =
@@ -499,8 +501,12 @@ static NEVER_INLINE void finish_scores(struct edge_run *run, const struct edge_p
     if (graph->softcap != 0) { /* the limits are those of apply_rules */
         const double most = BITS == 32 ? 1e30 : 1e290, within = graph->softcap < most ? graph->softcap : most;
         const real cap = (real)(within > 1 / most ? within : 1 / most), per_cap = 1 / cap;
-        for (int i = 0; i < n * padded; i += LANES)
-            v_store(piece->s + i, v_tanh(v_load(piece->s + i) * per_cap) * cap);
+        for (int i = 0; i < n * padded; i += LANES) {
+            const vec t = v_tanh(v_load(piece->s + i) * per_cap);
+            v_store(piece->s + i, t * cap);
+            if (run->cap_slope)
+                v_store(run->cap_slope + (piece->s - run->s) + i, 1 - t * t);
+        }
     }
     for (int h = 0; bias->data && h < run->heads; h++) {
         run->hidden[h] = 0;

@@ -107,6 +107,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "edges.inc.h"
 
+#include "edges_back.inc.h"
+
 #include "neighborhood.inc.h"
 
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
@@ -159,6 +161,10 @@ const fa_kernels FA_TABLE = {
     .linear_fade = linear_fade,
     .edges_workspace = edges_workspace,
     .edges = edges,
+    .edges_back_numbers = edges_back_numbers,
+    .edges_back_workspace = edges_back_workspace,
+    .edges_back_rows = edges_back_rows,
+    .edges_back_columns = edges_back_columns,
     .neighborhood_workspace = neighborhood_workspace,
     .neighborhood = neighborhood,
 };
