@@ -14,8 +14,8 @@ from libc.string cimport memchr, memcpy, memset
 
 from fastattn._checks cimport accumulation, empty, storage_of
 from fastattn._graph cimport Call, graph_of, index_at, place, read_inputs, row_of_share, take_heads
-from fastattn._runtime cimport (FA_D_BIAS, FA_D_EDGE_KEY, FA_D_EDGE_VALUE, FA_D_KEY, FA_D_QUERY,
-                                FA_D_UNIT_WEIGHTS, FA_D_VALUE, FA_F32, FA_F64, FA_GRAD_LSE, FA_GRAD_OUT,
+from fastattn._runtime cimport (FA_GRAPH_D_BIAS, FA_GRAPH_D_EDGE_KEY, FA_GRAPH_D_EDGE_VALUE, FA_GRAPH_D_KEY, FA_GRAPH_D_QUERY,
+                                FA_GRAPH_D_UNIT_WEIGHTS, FA_GRAPH_D_VALUE, FA_F32, FA_F64, FA_GRAPH_GRAD_LSE, FA_GRAPH_GRAD_OUT,
                                 FA_GRAPH_GRADIENTS, Team, Watch, allowed_threads, fa_dtype, fa_graph,
                                 fa_graph_gradients, fa_kernels, gathered, give_workspace, interrupted, join_team,
                                 kernels_for, raise_pending, take_workspace)
@@ -28,9 +28,9 @@ cdef enum:
     SHARE = 2048            # rows and edges of a task
     MOST_PARTS = 8          # of the columns, when the graph is transposed: each part reads all indices
 
-cdef tuple TARGETS = (("query", <int> FA_D_QUERY), ("key", <int> FA_D_KEY), ("value", <int> FA_D_VALUE),
-                      ("w_score", <int> FA_D_UNIT_WEIGHTS), ("edge_bias", <int> FA_D_BIAS),
-                      ("edge_key", <int> FA_D_EDGE_KEY), ("edge_value", <int> FA_D_EDGE_VALUE))
+cdef tuple TARGETS = (("query", <int> FA_GRAPH_D_QUERY), ("key", <int> FA_GRAPH_D_KEY), ("value", <int> FA_GRAPH_D_VALUE),
+                      ("w_score", <int> FA_GRAPH_D_UNIT_WEIGHTS), ("edge_bias", <int> FA_GRAPH_D_BIAS),
+                      ("edge_key", <int> FA_GRAPH_D_EDGE_KEY), ("edge_value", <int> FA_GRAPH_D_EDGE_VALUE))
 
 
 cdef class Back:
@@ -168,7 +168,7 @@ cdef void begin_item(Back b, Py_ssize_t item) noexcept nogil:
         index = item % b.call.shape[axis]
         item //= b.call.shape[axis]
         for k in range(<int> FA_GRAPH_GRADIENTS):
-            if index and b.call.strides[<int> FA_D_QUERY + k][axis] == 0:
+            if index and b.call.strides[<int> FA_GRAPH_D_QUERY + k][axis] == 0:
                 b.gradients.adds[k] = 1
 
 
@@ -182,9 +182,9 @@ cdef void run_rows(Back b, const fa_graph *graph, const fa_kernels *kernels, Py_
     cdef int64_t channels
     for k in range(<int> FA_GRAPH_GRADIENTS):
         channels = graph.head_dim
-        if k == <int> FA_D_BIAS - <int> FA_D_QUERY:
+        if k == <int> FA_GRAPH_D_BIAS - <int> FA_GRAPH_D_QUERY:
             channels = 1
-        elif k == <int> FA_D_EDGE_VALUE - <int> FA_D_QUERY:
+        elif k == <int> FA_GRAPH_D_EDGE_VALUE - <int> FA_GRAPH_D_QUERY:
             channels = graph.value_dim
         if gradients.totals[k] != NULL:
             gradients.totals[k] += task * graph.heads * channels
@@ -245,7 +245,7 @@ cdef int run(Back b) except -1:
     for name, operand in TARGETS:
         if name in parts:
             parts_at = <double *> cnp.PyArray_DATA(parts[name])
-            b.gradients.totals[<int> operand - <int> FA_D_QUERY] = parts_at
+            b.gradients.totals[<int> operand - <int> FA_GRAPH_D_QUERY] = parts_at
     flags = rounded(b.row_tasks)
     memory = <char *> take_workspace(numbers + flags + starts + pairs + size * threads,
                                      <double> numbers + flags + starts + pairs + <double> size * threads)
@@ -301,9 +301,9 @@ def graph_attention_vjp(grad_out, query, key, value, graph, wrt, w_score, negati
     if grad_lse is not None:
         others["grad_lse"] = of_lse = read_gradient(grad_lse, lse_shape, "grad_lse")
     wanted = read_wanted(wrt, given, out, accumulation(p.dtype), others)
-    place(p, FA_GRAD_OUT, of_out, storage_of(of_out, "grad_out"), 2)
+    place(p, FA_GRAPH_GRAD_OUT, of_out, storage_of(of_out, "grad_out"), 2)
     if of_lse is not None:
-        place(p, FA_GRAD_LSE, of_lse, storage_of(of_lse, "grad_lse"), 1)
+        place(p, FA_GRAPH_GRAD_LSE, of_lse, storage_of(of_lse, "grad_lse"), 1)
     b = read_targets(p, wanted)
     take_heads(p, True)
     if p.outer == 0 or p.graph.heads == 0:

@@ -88,15 +88,15 @@ cdef extern from "kernels/contract.h" nogil:
         FA_EDGE_KEY
         FA_EDGE_VALUE
         FA_UNIT_WEIGHTS
-        FA_GRAD_OUT
-        FA_GRAD_LSE
-        FA_D_QUERY
-        FA_D_KEY
-        FA_D_VALUE
-        FA_D_BIAS
-        FA_D_EDGE_KEY
-        FA_D_EDGE_VALUE
-        FA_D_UNIT_WEIGHTS
+        FA_GRAPH_GRAD_OUT
+        FA_GRAPH_GRAD_LSE
+        FA_GRAPH_D_QUERY
+        FA_GRAPH_D_KEY
+        FA_GRAPH_D_VALUE
+        FA_GRAPH_D_BIAS
+        FA_GRAPH_D_EDGE_KEY
+        FA_GRAPH_D_EDGE_VALUE
+        FA_GRAPH_D_UNIT_WEIGHTS
         FA_GRAPH_OPERANDS
         FA_GRAPH_GRADIENTS
 

@@ -11,6 +11,9 @@ Attention has three steps, and so has this file:
 2. scores become weights                                 ``normalise`` (softmax), ``normalise_sparsely``, ``activate``
 3. the values are added up by weight                     ``add_up``
 
+A function `f_vjp` goes the same steps backwards, in ``attend_vjp``: from the gradient of a loss for what f returned to
+that for what f was given.
+
 Shapes: ``query (..., L, D)``, ``key (..., S, D)``, ``value (..., S, E)``, scores and weights ``(..., L, S)``. Query
 rows are i, keys are j. Arguments are checked only as far as the result requires.
 """
@@ -27,6 +30,7 @@ __all__ = [
     "apply_rotary",
     "bilinear_attention",
     "dot_product_attention",
+    "dot_product_attention_vjp",
     "entmax15",
     "entmax15_vjp",
     "graph_attention",
@@ -49,7 +53,9 @@ __all__ = [
     "sparsemax",
     "sparsemax_vjp",
     "truncated_attention",
+    "truncated_attention_vjp",
     "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 
@@ -336,6 +342,201 @@ def attend(scores, value, visible, *, sinks=None, activation="softmax", return_w
     if return_lse:
         extras.append(lse[..., 0])
     return (result, *extras) if extras else result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The way back: from the gradient of a result to those of what it was made from
+# ---------------------------------------------------------------------------------------------------------
+
+
+def sum_to(gradient, shape):
+    """The way back from broadcasting: sum over the axes that an array of this shape lacks, or in which its size is
+    1."""
+    added = gradient.ndim - len(shape)
+    axes = (*range(added), *(added + a for a, size in enumerate(shape) if size == 1))
+    return np.sum(gradient, axis=axes, keepdims=True).reshape(shape)
+
+
+def sum_heads(gradient, heads):
+    """The way back from `repeat_heads`: sum over the query heads that share a key head."""
+    group = gradient.shape[-3] // max(heads, 1)
+    return gradient.reshape(*gradient.shape[:-3], heads, group, *gradient.shape[-2:]).sum(axis=-3)
+
+
+def dot_scores_vjp(d_scores, part, query, key, scale=None):
+    """A score is ``scale * sum(query_i * key_j)``, and its gradient goes to both factors.
+
+    A function of this kind takes the gradient of the scores and the arguments of the score, and returns gradients by
+    name, before they are summed over broadcast axes. `part`: the pairs (i, j) that count; a NaN beyond is left out.
+    """
+    d_scores = d_scores * (1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale))
+    return {
+        "query": add_up(d_scores, part, key, False),
+        "key": add_up(d_scores.swapaxes(-1, -2), part.swapaxes(-1, -2), query, False),
+    }
+
+
+def project_vjp(d_projected, x, weights=None):
+    """Gradients of x and of the weights of ``x @ weights + bias``; that of the bias is `d_projected` itself."""
+    d_x = d_projected if weights is None else d_projected @ np.asarray(weights, dtype=np.float64).T
+    return d_x, x.swapaxes(-1, -2) @ d_projected
+
+
+def additive_scores_vjp(d_scores, part, query, key, w_score, *, w_query=None, w_key=None, b_hidden=None, scale=None):
+    """One hidden unit after the other, as in `additive_scores`; the derivative of tanh is ``1 - tanh ** 2``."""
+    w_score = np.asarray(w_score, dtype=np.float64)
+    d_scores = d_scores if scale is None else d_scores * float(scale)
+    q, k = project(query, w_query, b_hidden), project(key, w_key)
+    d_w_score = np.zeros(w_score.shape)
+    d_q, d_k = (np.zeros((*d_scores.shape[:-2], *x.shape[-2:])) for x in (q, k))
+    for h, w in enumerate(w_score):
+        tanh = np.tanh(q[..., :, None, h] + k[..., None, :, h])
+        d_w_score[h] = np.sum(np.where(part, d_scores * tanh, 0.0))
+        d_sum = np.where(part, d_scores * w * (1 - tanh**2), 0.0)
+        d_q[..., h] = np.sum(d_sum, axis=-1)
+        d_k[..., h] = np.sum(d_sum, axis=-2)
+    d_query, d_w_query = project_vjp(d_q, query, w_query)
+    d_key, d_w_key = project_vjp(d_k, key, w_key)
+    return {"query": d_query, "key": d_key, "w_score": d_w_score, "w_query": d_w_query, "w_key": d_w_key,
+            "b_hidden": d_q}  # fmt: skip
+
+
+def bilinear_scores_vjp(d_scores, part, query, key, w_query, w_key=None, *, b_query=None, b_key=None, scale=None):
+    """As for dot products, and back through both projections. What both of them use has two gradients: they are
+    added."""
+    shares_weights, shares_bias = w_key is None, w_key is None and b_key is None
+    if shares_weights:
+        w_key, b_key = w_query, b_query if b_key is None else b_key
+    projected = project(query, w_query, b_query), project(key, w_key, b_key)
+    d_q, d_k = dot_scores_vjp(d_scores, part, *projected, 1.0 if scale is None else scale).values()
+    d_query, d_w_query = project_vjp(d_q, query, w_query)
+    d_key, d_w_key = project_vjp(d_k, key, w_key)
+    d_b_query, d_b_key = (np.sum(x, axis=-2, keepdims=True) for x in (d_q, d_k))
+    return {"query": d_query, "key": d_key,
+            "w_query": d_w_query + d_w_key if shares_weights else d_w_query, "w_key": d_w_key,
+            "b_query": d_b_query + d_b_key if shares_bias else d_b_query, "b_key": d_b_key}  # fmt: skip
+
+
+def weights_vjp(d_weights, part, weights, logits, visible, activation, grad_lse=0.0):
+    """From the gradient of the weights to that of the finished scores.
+
+    A softmax's weight w_j changes with its own score by w_j, and with the score of each key k by ``-w_j * w_k``, so
+    that the gradient is ``w_j * (d_w_j - sum_k w_k d_w_k)``. The log-sum-exp changes by w_j.
+    """
+    if activation == "softmax":
+        mean = np.sum(weights * d_weights, axis=-1, keepdims=True)
+        d_logits = weights * (d_weights - mean + grad_lse)
+    elif activation in SPARSE:
+        # A weight that is not 0 changes by this slope times its own score's change less that of the threshold, which
+        # is such that all weights still sum to 1. (For sparsemax the slope is 1, but in a row of NaN it is NaN.)
+        slope = np.where(part, weights / weights ** (1 / SPARSE[activation]), 0.0)
+        total = np.sum(slope, axis=-1, keepdims=True)
+        mean = np.sum(slope * d_weights, axis=-1, keepdims=True) / np.where(total == 0, 1.0, total)
+        d_logits = slope * (d_weights - mean)
+    elif activation == "relu":
+        count = np.sum(visible, axis=-1, keepdims=True)
+        d_logits = d_weights * np.where(np.isnan(logits), np.nan, logits > 0) / np.maximum(count, 1)
+    else:  # sigmoid; 1 - weight would cancel
+        d_logits = d_weights * weights / (1 + np.exp(logits))
+    return np.where(part, d_logits, 0.0)
+
+
+def attend_vjp(
+    score,
+    score_vjp,
+    own,
+    grad_out,
+    query,
+    key,
+    value,
+    *,
+    wrt=("query", "key", "value"),
+    output=None,
+    lse=None,
+    grad_lse=None,
+    bias=None,
+    relative_bias=None,
+    alibi_slopes=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    out=None,
+    num_threads=None,
+    **visibility,
+):
+    """The gradients that `wrt` names: all steps of `attend_by`, then the same backwards by the chain rule.
+
+    score, score_vjp: such as `dot_scores` and `dot_scores_vjp`. own: their arguments other than query and key, by name.
+    A pair (i, j) takes part if query i sees key j with a score above ``-inf`` (and, if weights are sparse, a weight
+    that is not 0). Nothing flows through another pair, whatever is stored in its row or column.
+    """
+    if activation != "softmax" and not (output is None and lse is None and grad_lse is None):
+        raise ValueError(f"output, lse and grad_lse need activation='softmax', got {activation!r}")
+    given = {"query": query, "key": key, "value": value, "bias": bias, "relative_bias": relative_bias,
+             "alibi_slopes": alibi_slopes, "sinks": sinks, **own}  # fmt: skip
+    grad_out, query, key, value = (np.asarray(x, dtype=np.float64) for x in (grad_out, query, key, value))
+    if enable_gqa:
+        key, value = repeat_heads(query, key, value)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    sides = window_sides(visibility.get("window_size"), visibility.get("is_causal", False))
+    with np.errstate(all="ignore"):
+        # The way there.
+        position = query_positions(
+            num_queries, num_keys, *(visibility.get(n) for n in ("query_offset", "query_lengths", "key_lengths"))
+        )
+        scores = np.broadcast_to(score(query, key, **own), (*grad_out.shape[:-1], num_keys))
+        logits = finish_scores(scores, position, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias)
+        if relative_bias is not None:
+            logits = logits + from_window(relative_bias, position, *sides, num_keys)
+        logits = np.where(logits == np.inf, np.nan, logits)
+        visible = visible_keys(num_queries, num_keys, bias=bias, relative_bias=relative_bias, **visibility)
+        visible = np.broadcast_to(visible, logits.shape)
+        _, weights = attend(
+            logits, value, visible, sinks=sinks, activation=activation, return_weights=True, return_lse=False, out=None
+        )
+
+        # The way back, out = weights @ value. What takes no part is 0 from here on, so that it is no NaN in any sum.
+        part = visible & (logits != -np.inf)
+        if activation in SPARSE:
+            part = part & (weights != 0)
+        back = part.swapaxes(-1, -2)
+        gradients = {"value": add_up(weights.swapaxes(-1, -2), back, grad_out, False)}
+        d_weights = np.where(part, grad_out @ value.swapaxes(-1, -2), 0.0)
+
+        # weights = activation(logits)
+        d_lse = np.zeros(logits.shape[:-1]) if grad_lse is None else np.asarray(grad_lse, dtype=np.float64)
+        d_logits = weights_vjp(d_weights, part, weights, logits, visible, activation, d_lse[..., None])
+        if sinks is not None:
+            # One more key, which has no value.
+            sink = np.broadcast_to(per_row(sinks), (*logits.shape[:-1], 1))
+            logits_and_sink = np.concatenate([np.where(visible, logits, -np.inf), sink], axis=-1)
+            weight = normalise(logits_and_sink, True)[0][..., -1]
+            d_sink = np.where(sink[..., 0] == -np.inf, 0.0, weight * (d_lse - np.sum(weights * d_weights, axis=-1)))
+            gradients["sinks"] = np.sum(d_sink, axis=-1)
+
+        # logits = scores - slopes * distance + bias
+        gradients["bias"] = d_logits
+        if relative_bias is not None:
+            gradients["relative_bias"] = to_window(d_logits, position, *sides)
+        if alibi_slopes is not None:
+            gradients["alibi_slopes"] = -np.sum(d_logits * abs(position - np.arange(num_keys)), axis=(-2, -1))
+        if softcap is not None:
+            d_logits = np.where(part, d_logits * (1 - np.tanh(scores / float(softcap)) ** 2), 0.0)
+
+        # scores = score(query, key)
+        query = np.where(part.any(axis=-1)[..., None], query, 0.0)
+        key = np.where(back.any(axis=-1)[..., None], key, 0.0)
+        gradients |= score_vjp(d_logits, part, query, key, **own)
+        if enable_gqa:
+            for name in ("key", "value"):
+                gradients[name] = sum_heads(gradients[name], np.shape(given[name])[-3])
+
+    names, outs = ((wrt,), (out,)) if isinstance(wrt, str) else (wrt, out or [None] * len(wrt))
+    results = [
+        _into(one, sum_to(gradients[name], np.shape(given[name]))) for name, one in zip(names, outs, strict=True)
+    ]
+    return results[0] if isinstance(wrt, str) else tuple(results)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -672,14 +873,18 @@ def repeat_heads(query, key, value):
     return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
 
 
-def shows_rules(function, without=()):
-    """In the signature of a function, for help(), replace ``**rules`` by the keywords of `attend_by`."""
+def shows_rules(function, without=(), of=attend_by):
+    """In the signature of a function, for help(), replace its ``**keywords`` by those of another, `of`."""
     own = inspect.signature(function).parameters
-    rules = inspect.signature(attend_by).parameters
+    rules = inspect.signature(of).parameters
     added = [p for p in rules.values() if p.kind is p.KEYWORD_ONLY and p.name not in (*own, *without)]
     own = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = inspect.Signature([*own, *added])
     return function
+
+
+shows_rules(attend_vjp, without=("return_weights", "return_lse"))
+shows_gradients = functools.partial(shows_rules, of=attend_vjp)
 
 
 @shows_rules
@@ -756,6 +961,55 @@ def dot_product_attention(
     )
 
 
+@shows_gradients
+def dot_product_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    *,
+    scale=None,
+    **rules,
+):
+    """The gradients of a loss for arrays given to `dot_product_attention`, from its gradient for what that returned.
+
+    vjp is short for vector-Jacobian product. The functions `f_vjp` for other attention differ in their arrays only.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of the loss for the output.
+    query, key, value
+        As in `dot_product_attention`.
+    wrt : str or tuple of str, default: ("query", "key", "value")
+        Names of arguments that were given, also of bias, relative_bias, alibi_slopes and sinks.
+    output, lse : array_like, optional
+        What the call of `dot_product_attention` returned. Accepted and ignored here.
+    grad_lse : array_like, shape (..., L), optional
+        Gradient of the loss for the log-sum-exp.
+    scale, **rules
+        As in `dot_product_attention`.
+    out : ndarray, or tuple of ndarray or None, optional
+        Receives the gradients.
+
+    Returns
+    -------
+    tuple of ndarray, or ndarray if `wrt` is one name
+        Each of the shape of its array: where that was broadcast, the sum. Exactly 0 where a query sees no key, or a key
+        is not seen; so is, for one pair of them, the gradient of a score of ``-inf``.
+    """
+    return attend_vjp(
+        dot_scores,
+        dot_scores_vjp,
+        {"scale": scale},
+        grad_out,
+        query,
+        key,
+        value,
+        **rules,
+    )
+
+
 @shows_rules
 def additive_attention(
     query,
@@ -801,6 +1055,48 @@ def additive_attention(
 
     return attend_by(
         scores,
+        query,
+        key,
+        value,
+        **rules,
+    )
+
+
+@shows_gradients
+def additive_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    w_score,
+    *,
+    w_query=None,
+    w_key=None,
+    b_hidden=None,
+    scale=None,
+    **rules,
+):
+    """The gradients for `additive_attention`, also those of w_score, w_query, w_key and b_hidden.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of the loss for the output.
+    query, key, value, w_score, w_query, w_key, b_hidden, scale
+        As in `additive_attention`.
+    **rules
+        As in `dot_product_attention_vjp`.
+
+    Returns
+    -------
+    tuple of ndarray, or ndarray if `wrt` is one name
+    """
+    own = {"w_score": w_score, "w_query": w_query, "w_key": w_key, "b_hidden": b_hidden, "scale": scale}
+    return attend_vjp(
+        additive_scores,
+        additive_scores_vjp,
+        own,
+        grad_out,
         query,
         key,
         value,
@@ -859,6 +1155,48 @@ def bilinear_attention(
     )
 
 
+@shows_gradients
+def bilinear_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    w_query,
+    w_key=None,
+    *,
+    b_query=None,
+    b_key=None,
+    scale=None,
+    **rules,
+):
+    """The gradients for `bilinear_attention`, also those of w_query, w_key, b_query and b_key.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of the loss for the output.
+    query, key, value, w_query, w_key, b_query, b_key, scale
+        As in `bilinear_attention`. What is used for the key too has the sum of both gradients.
+    **rules
+        As in `dot_product_attention_vjp`.
+
+    Returns
+    -------
+    tuple of ndarray, or ndarray if `wrt` is one name
+    """
+    own = {"w_query": w_query, "w_key": w_key, "b_query": b_query, "b_key": b_key, "scale": scale}
+    return attend_vjp(
+        bilinear_scores,
+        bilinear_scores_vjp,
+        own,
+        grad_out,
+        query,
+        key,
+        value,
+        **rules,
+    )
+
+
 @functools.partial(shows_rules, without=("window_size", "chunk_size", "left_chunks"))
 def truncated_attention(
     query,
@@ -887,6 +1225,44 @@ def truncated_attention(
     ndarray (..., L, E), or a tuple (out[, weights][, lse])
     """
     return dot_product_attention(
+        query,
+        key,
+        value,
+        window_size=(left, right),
+        scale=scale,
+        **rules,
+    )
+
+
+@functools.partial(shows_gradients, without=("window_size", "chunk_size", "left_chunks"))
+def truncated_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    left,
+    right=0,
+    *,
+    scale=None,
+    **rules,
+):
+    """The gradients for `truncated_attention`.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        Gradient of the loss for the output.
+    query, key, value, left, right
+        As in `truncated_attention`.
+    **rules
+        As in `dot_product_attention_vjp`.
+
+    Returns
+    -------
+    tuple of ndarray, or ndarray if `wrt` is one name
+    """
+    return dot_product_attention_vjp(
+        grad_out,
         query,
         key,
         value,
@@ -956,6 +1332,67 @@ def varlen_attention(
 
     result = _into(out, np.concatenate(outs, axis=-2))
     return (result, np.concatenate(lses, axis=-1)) if return_lse else result
+
+
+@functools.partial(shows_gradients, without=NOT_PACKED)
+def varlen_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k=None,
+    *,
+    wrt=("query", "key", "value"),
+    grad_lse=None,
+    scale=None,
+    out=None,
+    **rules,
+):
+    """The gradients for `varlen_attention`: those of each sequence by itself; slopes and sinks have their sum.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., heads, total_q, E)
+        Gradient of the loss for the output.
+    query, key, value, cu_seqlens_q, cu_seqlens_k
+        As in `varlen_attention`.
+    wrt : str or tuple of str, default: ("query", "key", "value")
+        Also alibi_slopes and sinks.
+    grad_lse : array_like, shape (..., heads, total_q), optional
+        Gradient of the loss for the log-sum-exp.
+    **rules
+        As in `dot_product_attention_vjp`, except those in `NOT_PACKED`.
+
+    Returns
+    -------
+    tuple of ndarray, or ndarray if `wrt` is one name
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    grad_out, query, key, value = (np.asarray(x, dtype=np.float64) for x in (grad_out, query, key, value))
+    given = {"query": query, "key": key, "value": value, **rules}
+    gradients = {name: np.zeros(np.shape(given[name])) for name in names}
+    starts_q = [int(n) for n in cu_seqlens_q]
+    starts_k = starts_q if cu_seqlens_k is None else [int(n) for n in cu_seqlens_k]
+
+    for q0, q1, k0, k1 in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True):
+        parts = dot_product_attention_vjp(
+            grad_out[..., q0:q1, :],
+            query[..., q0:q1, :],
+            key[..., k0:k1, :],
+            value[..., k0:k1, :],
+            wrt=names,
+            grad_lse=None if grad_lse is None else np.asarray(grad_lse)[..., q0:q1],
+            scale=scale,
+            **rules,
+        )
+        rows = {"query": slice(q0, q1), "key": slice(k0, k1), "value": slice(k0, k1)}
+        for name, part in zip(names, parts, strict=True):
+            gradients[name][(..., rows[name], slice(None)) if name in rows else ...] += part
+
+    outs = (out,) if isinstance(wrt, str) else out or [None] * len(names)
+    results = tuple(_into(one, gradients[name]) for name, one in zip(names, outs, strict=True))
+    return results[0] if isinstance(wrt, str) else results
 
 
 def neighbors(i, num_pixels, kernel_size, dilation, stride, is_causal, edge):

@@ -278,6 +278,62 @@ BUGS = (
         "const real share = w ? 0 * dot_of(q, w, n) : 0;",
         "test_linear_gradients.py -k rules",
     ),
+    Bug(
+        "gradients: a log-sum-exp near -1e9 is taken for exact",
+        "gradient.inc.h",
+        "again[r] = !(fabs((double)lse) <= 1e3) && lse == lse;",
+        "again[r] = 0;",
+        "test_gradients.py -k 'sum_to_one or one_level'",
+    ),
+    Bug(
+        "gradients: NaN of a value that is not seen comes through",
+        "gradient.inc.h",
+        "v_store(dp + v * LANES, v_pick(x == none, (vec){0}, p * (v_load(dp + v * LANES) - delta)));",
+        "v_store(dp + v * LANES, p * (v_load(dp + v * LANES) - delta)), (void)none;",
+        "test_gradients.py -k 'unseen_keys and softmax'",
+    ),
+    Bug(
+        "gradients: that of the log-sum-exp is left out",
+        "gradient.inc.h",
+        "state[STATE_DELTA] = (real)((double)delta - grad_lse);",
+        "state[STATE_DELTA] = delta;",
+        "test_gradients.py -k 'test_rules and dot_product and mask'",
+    ),
+    Bug(
+        "gradients: the slope of entmax15 is that of sparsemax",
+        "gradient.inc.h",
+        "return square ? d : v_pick(",
+        "return v_pick(",
+        "test_gradients.py -k 'test_rules and dot_product and entmax15'",
+    ),
+    Bug(
+        "gradients: all rows of a group have the distances of its first",
+        "gradient.inc.h",
+        "const real distance = (real)(back->block - position);",
+        "const real distance = (real)(back->block - position + r);",
+        "test_gradients.py -k 'test_rules and dot_product and alibi'",
+    ),
+    Bug(
+        "gradients: a bias by distance is added up by key",
+        "gradient.inc.h",
+        "real *d = back->diagonal + (FA_BACK_ROWS - 1 - (i - back->tile.row));",
+        "real *d = back->diagonal + (FA_BACK_ROWS - 1);",
+        "test_gradients.py -k 'shapes_of_relative_bias'",
+    ),
+    Bug(
+        "gradients: what rounding takes from a long sum is lost",
+        "gradient.inc.h",
+        "            if (sums->has_lost)\n                x += v_load(sums->lost + j * sums->row + c);",
+        "",
+        "test_gradients.py -k 'drift'",
+    ),
+    Bug(
+        "gradients: rows with fewer keys keep what the tile before had there",
+        "gradient.inc.h",
+        "            for (int j = last * LANES; j < back->last * LANES + 16; j++)\n                s[j] = dp[j] = 0;",
+        "",
+        "test_gradients.py -k 'test_sizes and True'",
+    ),
 )
 
 

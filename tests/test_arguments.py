@@ -40,30 +40,28 @@ CALLS = {
     "additive_attention": good_call(w_score=ones(4), w_query=ones(8, 4), w_key=ones(8, 4), b_hidden=ones(4)),
     "bilinear_attention": good_call(w_query=ones(8, 4), w_key=ones(8, 4), b_query=ones(4), b_key=ones(4)),
     "linear_attention": good_call(),
-    "linear_attention_vjp": good_call(grad_out=ones(2, 3, 5, 6), wrt="query"),
     "graph_attention": good_call(graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8)),
-    "graph_attention_vjp": good_call(
-        grad_out=ones(2, 3, 5, 6), graph=([0, 2, 2, 5, 6, 7], [1, 6, 0, 0, 3, 5, 2]), w_score=ones(8), wrt="query"
-    ),
     "neighborhood_attention": dict(
         zip(("query", "key", "value"), qkv(np.random.default_rng(0), (2, 3), 7, 7, 8, 6), strict=True), kernel_size=3
     ),
     "self_attention": {"x": arrays()[0], "w_query": ones(8, 4), "w_key": ones(8, 4), "w_value": ones(8, 6)},
 }
-TOKENS = ("query", "key", "value", "x")
-# Functions in which query and key have the same width, and nothing projects them.
-UNPROJECTED = (
-    "dot_product_attention",
-    "truncated_attention",
-    "varlen_attention",
-    "linear_attention",
-    "linear_attention_vjp",
-)
 
 
 def array_names(function):
     """The array arguments of its good call."""
     return [name for name, x in CALLS[function].items() if isinstance(x, np.ndarray)]
+
+
+# Of functions that have gradients: that of one array, so that there is one result.
+WITH_GRADIENTS = [name for name in CALLS if f"{name}_vjp" in fastattn.__all__ and f"{name}_vjp" not in CALLS]
+for name in WITH_GRADIENTS:
+    grad_out = ones(*getattr(fastattn, name)(**CALLS[name]).shape)
+    CALLS[f"{name}_vjp"] = {**CALLS[name], "grad_out": grad_out, "wrt": array_names(name)[0]}
+TOKENS = ("query", "key", "value", "x")
+# Functions in which query and key have the same width, and nothing projects them.
+UNPROJECTED = ("dot_product_attention", "truncated_attention", "varlen_attention", "linear_attention",
+               "linear_attention_vjp", "dot_product_attention_vjp", "truncated_attention_vjp", "varlen_attention_vjp")  # fmt: skip
 
 
 def for_each_function(*names, among=CALLS):
@@ -333,7 +331,8 @@ def test_relative_bias_and_band_need_a_window(function):
     for arguments in ({}, {"window_size": (3, None)}, {"window_size": (None, 0)}, {"window_size": (-1, -1)},
                       {"is_causal": True}, {"is_causal": True, "window_size": (None, 3)}):  # fmt: skip
         refuse(ValueError, "(?s)relative_bias.*window_size", relative_bias=band, function=function, **arguments)
-        refuse(ValueError, "(?s)return_weights.*window_size", return_weights="band", function=function, **arguments)
+        if "return_weights" in inspect.signature(getattr(fastattn, function)).parameters:
+            refuse(ValueError, "(?s)return_weights.*window_size", return_weights="band", function=function, **arguments)
 
 
 @with_a_window
@@ -896,12 +895,13 @@ def test_integers_are_no_flags(function, name, number):
 
 @pytest.mark.parametrize("name", ["dot_product_attention", "additive_attention", "bilinear_attention",
                                   "truncated_attention", "varlen_attention", "merge_attention", "softmax", "sparsemax",
-                                  "self_attention", "apply_rotary"])  # fmt: skip
+                                  "self_attention", "apply_rotary",
+                                  *(f"{name}_vjp" for name in WITH_GRADIENTS)])  # fmt: skip
 def test_missing_arguments_are_named(name):
     function = getattr(fastattn, name)
     parameters = inspect.signature(function).parameters
     required = [p.name for p in parameters.values() if p.default is p.empty]
-    assert required[0] in ("query", "x", "outs")
+    assert required[0] in ("query", "x", "outs", "grad_out")
     for count in range(len(required)):
         missing = ".*".join(f"'{n}'" for n in required[count:])
         with pytest.raises(TypeError, match=rf"^{name}\(\) missing {len(required) - count} required .*{missing}$"):

@@ -101,6 +101,10 @@ def look_through_windows(dtype):
                 ):
                     fastattn.dot_product_attention(query, key, value, **arguments, **extra, num_threads=num_threads)
             fastattn.additive_attention(query, key, value, normal(dim), **arguments)
+            for num_threads in (1, 2):
+                fastattn.dot_product_attention_vjp(
+                    query, query, key, value, **arguments, wrt="query", num_threads=num_threads
+                )
             fastattn.dot_product_attention(query, key, value, key_lengths=end, window_size=(end - begin - 1, 0),
                                            query_offset=end - 1)  # fmt: skip
         # A chunk is visible as a whole.
@@ -280,6 +284,79 @@ def walk(dtype, at_end):
                         options["positions"] = guarded(far, at_end)
                         options["frequencies"] = guarded(rng.standard_normal(rotary_dim // 2), at_end)
                         check(apply_rotary(normal(2, 3, length), attention_factor=1.5, **options))
+
+
+def walk_back(dtype, at_end):
+    """The same for gradients: inputs, what the forward call returned, and gradients are all guarded."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return guarded(rng.standard_normal(shape).astype(dtype), at_end)
+
+    def back(name, grad_out, call, wrt, **more):
+        outs = tuple(guarded(np.zeros_like(call[n]), at_end) for n in wrt)
+        results = getattr(fastattn, f"{name}_vjp")(grad_out, **call, wrt=wrt, out=outs, **more)
+        assert all(x is out and np.isfinite(x).all() for x, out in zip(results, outs, strict=True))
+
+    tokens = ("query", "key", "value")
+    for num_queries in (1, 7, 17, 50):
+        for num_keys in (1, 16, 17, 65, 130, 515):
+            for head_dim, value_dim in ((1, 1), (3, 5), (15, 17), (16, 31), (64, 64), (65, 33), (130, 2)):
+                shape = (num_queries, num_keys)
+                call = {"query": normal(2, num_queries, head_dim), "key": normal(2, num_keys, head_dim),
+                        "value": normal(2, num_keys, value_dim)}  # fmt: skip
+                grad_out, grad_lse = normal(2, num_queries, value_dim), normal(2, num_queries)
+                out, lse = normal(2, num_queries, value_dim), normal(2, num_queries)
+                out[...], lse[...] = fastattn.dot_product_attention(**call, return_lse=True)
+                back("dot_product_attention", grad_out, call, tokens, output=out, lse=lse, grad_lse=grad_lse)
+                rules = {
+                    "is_causal": True,
+                    "window_size": (num_keys // 2, 3),
+                    "key_lengths": guarded(np.array([num_keys, num_keys // 2]), at_end),
+                    "mask": guarded(rng.random(shape) < 0.8, at_end),
+                    "bias": normal(2, *shape),
+                    "relative_bias": normal(2, num_queries, num_keys // 2 + 1),
+                    "alibi_slopes": normal(2),
+                    "sinks": normal(2),
+                }
+                names = (*tokens, "bias", "relative_bias", "alibi_slopes", "sinks")
+                back("dot_product_attention", grad_out, {**call, **rules}, names)
+                rules |= {"bias": normal(2, 1, num_keys), "relative_bias": normal(num_keys // 2 + 1)}
+                back("dot_product_attention", grad_out, {**call, **rules}, names)
+                rules |= {"bias": normal(num_queries, 1), "relative_bias": normal(num_queries, 1)}
+                back("dot_product_attention", grad_out, {**call, **rules}, names)
+                # Three query heads on one key head, and rows with gaps or in column order.
+                heads = {"query": normal(3, num_queries, head_dim), "key": normal(1, num_keys, head_dim),
+                         "value": normal(1, num_keys, value_dim)}  # fmt: skip
+                grad_of_heads = normal(3, num_queries, value_dim)
+                back("dot_product_attention", grad_of_heads, {**heads, "enable_gqa": True}, tokens)
+                for layout in (guarded_rows, guarded_columns):
+                    arrays = {n: layout(x[0], at_end) for n, x in call.items()}
+                    outs = tuple(layout(x[0], at_end) for x in call.values())
+                    grad = layout(grad_out[0], at_end)
+                    for activation in ("softmax", "relu", "entmax15"):
+                        fastattn.dot_product_attention_vjp(grad, **arrays, activation=activation, out=outs)
+                        assert all(np.isfinite(x).all() for x in outs)
+                hidden = value_dim
+                own = {"w_query": normal(head_dim, hidden), "w_key": normal(head_dim, hidden)}
+                if num_keys <= 130:
+                    more = {**own, "w_score": normal(hidden), "b_hidden": normal(hidden)}
+                    back("additive_attention", grad_out, {**call, **more}, (*tokens, *more))
+                more = {**own, "b_query": normal(hidden), "b_key": normal(hidden)}
+                back("bilinear_attention", grad_out, {**call, **more}, (*tokens, *more))
+        cuts = guarded(np.array([0, num_queries // 3, num_queries]), at_end)
+        query, value = normal(3, num_queries, 9), normal(3, num_queries, 7)
+        call = {"query": query, "key": query.copy(), "value": value, "cu_seqlens_q": cuts}
+        back("varlen_attention", value, call, tokens)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_no_access_outside_the_arrays_of_gradients(dtype, at_end):
+    fresh_process.run(
+        f"import faulthandler; faulthandler.enable()\n"
+        f"import test_guard_pages; test_guard_pages.walk_back({dtype!r}, {at_end})",
+    )
 
 
 @pytest.mark.parametrize("at_end", [True, False])

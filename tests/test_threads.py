@@ -273,6 +273,7 @@ LIMITED = """
         "additive": lambda n: fastattn.additive_attention(x[:4, :99], x[:4, :99], x[:4, :99], x[0, 0], num_threads=n),
         "softmax": lambda n: fastattn.softmax(x, num_threads=n),
         "rotary": lambda n: fastattn.apply_rotary(x, num_threads=n),
+        "gradients": lambda n: np.stack(fastattn.dot_product_attention_vjp(x, x, x, x, num_threads=n)),
         "merge": lambda n: (fastattn.set_num_threads(n), *fastattn.merge_attention([x, x], [x[..., 0], x[..., 1]]))[1],
     }
     call = calls["CALL"]
@@ -311,7 +312,7 @@ def limited(call, code, timeout=60):
 
 @linux
 @pytest.mark.parametrize(("room", "used"), [(0, 0), (1, 0), (3, 1)])
-@pytest.mark.parametrize("call", ["attention", "decoding", "additive", "softmax", "rotary", "merge"])
+@pytest.mark.parametrize("call", ["attention", "decoding", "additive", "gradients", "softmax", "rotary", "merge"])
 def test_no_more_threads(call, room, used):
     """The first region, a larger one, and one after a smaller one run on the available threads, with the same bits.
 
@@ -493,7 +494,8 @@ FORK = """
     x = np.random.default_rng(0).standard_normal((4, 600, 64)).astype(np.float32)
     def call(num_threads):
         out = fastattn.dot_product_attention(x, x, x, is_causal=True, num_threads=num_threads)
-        return out.tobytes() + fastattn.softmax(x, num_threads=num_threads).tobytes()
+        back = fastattn.dot_product_attention_vjp(out, x[0], x[0], x, wrt="key", num_threads=num_threads)
+        return out.tobytes() + back.tobytes() + fastattn.softmax(x, num_threads=num_threads).tobytes()
     expected = call(PARENT_THREADS)
     def child(depth):
         for num_threads in (1, 2, 3):
@@ -554,6 +556,9 @@ LONG_CALLS = {
     "many heads": "attend(np.broadcast_to(row, (2_000_000, 1, 64)), keys, keys, num_threads=n)",
     # Exactly one task per thread, so that none returns for another one.
     "many keys": "attend(np.ones_like(row, shape=(2, 1, 64)), endless, endless, num_threads=n)",
+    "gradients": "back(*[np.broadcast_to(row, (200_000, 64))] * 4, num_threads=n)",
+    "gradients of many heads": "back(*[np.broadcast_to(row, (3_000_000, 1, 64))] * 4, num_threads=n)",
+    "gradients of a window": "back(*[np.broadcast_to(row, (3_000_000, 64))] * 4, num_threads=n, window_size=300)",
     "softmax": "fastattn.logsumexp(np.broadcast_to(keys.reshape(-1), (1_000_000, 1_280_000)), num_threads=n)",
 }
 
@@ -569,6 +574,7 @@ def test_ctrl_c(call, num_threads):
         import numpy as np
         import fastattn
         from fastattn import dot_product_attention as attend
+        back = getattr(fastattn, "dot_product_attention_vjp", None)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         n = {num_threads}
         keys = np.ones((20_000, 64), dtype=np.float32)
@@ -700,6 +706,8 @@ def test_memory_stays_flat():
                 fastattn.dot_product_attention(small, small, small, mask=mask, return_lse=True)
                 fastattn.dot_product_attention(small.tolist(), small, small, key_lengths=np.array([3, 4]))
                 fastattn.dot_product_attention(large, large, large, num_threads=2, is_causal=True)
+                fastattn.dot_product_attention_vjp(small, small, small, small, sinks=1.0, wrt=("sinks", "key"))
+                fastattn.dot_product_attention_vjp(large, large, large[0], large, num_threads=2)
                 fastattn.softmax(large)
                 fastattn.logsumexp(small, axis=None)
                 fastattn.varlen_attention(small, small, small, [0, 2, 5])

@@ -218,17 +218,17 @@ enum {
     /* For gradients: those that come in, shaped like FA_OUT and FA_LSE (optional), and those that are wanted, each
      * shaped like its matrix; accumulation dtype. Where heads or channels share a number (a stride of 0), it is a sum.
      */
-    FA_GRAD_OUT,
-    FA_GRAD_LSE,
-    FA_D_QUERY,
-    FA_D_KEY,
-    FA_D_VALUE,
-    FA_D_BIAS,
-    FA_D_EDGE_KEY,
-    FA_D_EDGE_VALUE,
-    FA_D_UNIT_WEIGHTS,
+    FA_GRAPH_GRAD_OUT,
+    FA_GRAPH_GRAD_LSE,
+    FA_GRAPH_D_QUERY,
+    FA_GRAPH_D_KEY,
+    FA_GRAPH_D_VALUE,
+    FA_GRAPH_D_BIAS,
+    FA_GRAPH_D_EDGE_KEY,
+    FA_GRAPH_D_EDGE_VALUE,
+    FA_GRAPH_D_UNIT_WEIGHTS,
     FA_GRAPH_OPERANDS,
-    FA_GRAPH_GRADIENTS = FA_GRAPH_OPERANDS - FA_D_QUERY
+    FA_GRAPH_GRADIENTS = FA_GRAPH_OPERANDS - FA_GRAPH_D_QUERY
 };
 
 /* A sparse matrix in rows (CSR) and what lies at its nodes and edges. Row i is a query; it sees the keys indices[t], t

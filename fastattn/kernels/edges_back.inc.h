@@ -54,7 +54,7 @@ struct edges_back {
 
 static int is_wanted(const fa_graph *graph, const fa_graph_gradients *gradients, int operand)
 {
-    return graph->view[operand].data != NULL || gradients->totals[operand - FA_D_QUERY] != NULL;
+    return graph->view[operand].data != NULL || gradients->totals[operand - FA_GRAPH_D_QUERY] != NULL;
 }
 
 /* Of an edge: a weight and a gradient, and while the row is not finished a derivative of the softcap. */
@@ -83,7 +83,7 @@ static real *numbers_of_group(const fa_graph *graph, const fa_graph_gradients *g
 /* Numbers of an edge, or of all of them, and a head in a gradient that may be a total. */
 static int64_t numbers_of_edge(const fa_graph *graph, int operand)
 {
-    return operand == FA_D_BIAS ? 1 : operand == FA_D_EDGE_VALUE ? graph->value_dim : graph->head_dim;
+    return operand == FA_GRAPH_D_BIAS ? 1 : operand == FA_GRAPH_D_EDGE_VALUE ? graph->value_dim : graph->head_dim;
 }
 
 /* A graph with the same edges, of which nothing else is known. */
@@ -104,7 +104,7 @@ static int64_t lay_out_sums(struct edge_sums *sums, const fa_graph *graph, int n
                             char *base)
 {
     const int64_t heads = graph->heads < MOST_HEADS ? graph->heads : MOST_HEADS;
-    const int64_t dim = target == FA_D_VALUE ? graph->value_dim : graph->head_dim;
+    const int64_t dim = target == FA_GRAPH_D_VALUE ? graph->value_dim : graph->head_dim;
     const int64_t vecs = (heads * dim + LANES - 1) / LANES;
     sums->graph = bare_graph(graph);
     sums->graph.value_dim = dim;
@@ -113,9 +113,10 @@ static int64_t lay_out_sums(struct edge_sums *sums, const fa_graph *graph, int n
         sums->graph.view[FA_EDGE_VALUE] = graph->view[of_edge];
     sums->graph.view[FA_OUT] = graph->view[target];
     char *at = base + lay_out_edges(&sums->run, &sums->graph, base);
-    sums->by_slope = graph->score == FA_ADDITIVE && target != FA_D_VALUE;
+    sums->by_slope = graph->score == FA_ADDITIVE && target != FA_GRAPH_D_VALUE;
     sums->slope = (real)graph->slope;
-    sums->scale = graph->score == FA_DOT && target != FA_D_VALUE && scale_is_wide(graph->scale) ? graph->scale : 1;
+    sums->scale =
+        graph->score == FA_DOT && target != FA_GRAPH_D_VALUE && scale_is_wide(graph->scale) ? graph->scale : 1;
     sums->factor = (real *)take(&at, vecs * LANES);
     sums->fixed = (real *)take(&at, vecs * LANES);
     return at - base;
@@ -128,8 +129,8 @@ static void open_sums(struct edge_sums *sums, const fa_graph *graph, const fa_gr
     const fa_view *w = &graph->view[FA_UNIT_WEIGHTS];
     const int64_t dim = sums->graph.value_dim;
     open_heads(run, first);
-    sums->adds = gradients->adds[target - FA_D_QUERY];
-    const real all = target == FA_D_VALUE || sums->scale != 1 ? 1 : (real)graph->scale;
+    sums->adds = gradients->adds[target - FA_GRAPH_D_QUERY];
+    const real all = target == FA_GRAPH_D_VALUE || sums->scale != 1 ? 1 : (real)graph->scale;
     for (int64_t i = 0; i < run->vecs * LANES; i++)
         sums->factor[i] = all;
     memset(sums->fixed, 0, (size_t)(run->vecs * LANES) * sizeof(real));
@@ -334,19 +335,19 @@ static size_t lay_out_back(struct edges_back *back, const fa_graph *graph, char 
         back->scored.view[FA_WEIGHTS] = back->scored.view[FA_LSE] = (fa_view){.dtype = REAL_DTYPE};
     back->termed = bare_graph(graph);
     back->termed.head_dim = graph->value_dim;
-    back->termed.view[FA_QUERY] = graph->view[FA_GRAD_OUT];
+    back->termed.view[FA_QUERY] = graph->view[FA_GRAPH_GRAD_OUT];
     back->termed.view[FA_KEY] = graph->view[FA_VALUE];
     back->termed.view[FA_EDGE_KEY] = graph->view[FA_EDGE_VALUE];
     at += lay_out_edges(&back->scores, &back->scored, at);
     at += lay_out_edges(&back->terms, &back->termed, at);
-    at += lay_out_sums(&back->sums, graph, FA_KEY, FA_EDGE_KEY, FA_D_QUERY, at);
+    at += lay_out_sums(&back->sums, graph, FA_KEY, FA_EDGE_KEY, FA_GRAPH_D_QUERY, at);
     back->in_place = back->scores.keys_in_place && back->terms.keys_in_place && back->sums.run.values_in_place;
     if (graph->softcap != 0)
         back->scores.cap_slope = (real *)take(&at, (EDGES + SHORT_ROWS + 5) * LANES);
     back->row = (real *)take(&at, heads * most + LANES);
-    for (int k = FA_D_BIAS - FA_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
-        back->totals[k].sum = (real *)take(&at, heads * numbers_of_edge(graph, FA_D_QUERY + k) + LANES);
-        back->totals[k].lost = (real *)take(&at, heads * numbers_of_edge(graph, FA_D_QUERY + k) + LANES);
+    for (int k = FA_GRAPH_D_BIAS - FA_GRAPH_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
+        back->totals[k].sum = (real *)take(&at, heads * numbers_of_edge(graph, FA_GRAPH_D_QUERY + k) + LANES);
+        back->totals[k].lost = (real *)take(&at, heads * numbers_of_edge(graph, FA_GRAPH_D_QUERY + k) + LANES);
     }
     return (size_t)(at - base);
 }
@@ -362,8 +363,8 @@ static size_t lay_out_columns(struct edge_columns *columns, const fa_graph *grap
     char *at = base;
     /* Where keys belong to edges, too, what leaky ReLU is taken of is made for each edge. */
     const int made = graph->score == FA_ADDITIVE && graph->view[FA_EDGE_KEY].data != NULL;
-    at += lay_out_sums(&columns->value, graph, FA_GRAD_OUT, 0, FA_D_VALUE, at);
-    at += lay_out_sums(&columns->key, graph, made ? FA_KEY : FA_QUERY, made ? FA_EDGE_KEY : 0, FA_D_KEY, at);
+    at += lay_out_sums(&columns->value, graph, FA_GRAPH_GRAD_OUT, 0, FA_GRAPH_D_VALUE, at);
+    at += lay_out_sums(&columns->key, graph, made ? FA_KEY : FA_QUERY, made ? FA_EDGE_KEY : 0, FA_GRAPH_D_KEY, at);
     columns->weights = (real *)take(&at, (EDGES + 1) * LANES);
     columns->slopes = (real *)take(&at, (EDGES + 1) * LANES);
     return (size_t)(at - base);
@@ -385,7 +386,7 @@ static void open_back(struct edges_back *back, const fa_graph_gradients *gradien
     back->gradients = gradients;
     open_heads(&back->scores, first);
     open_heads(&back->terms, first);
-    open_sums(&back->sums, graph, gradients, FA_D_QUERY, first);
+    open_sums(&back->sums, graph, gradients, FA_GRAPH_D_QUERY, first);
     const fa_view *values = &graph->view[FA_VALUE];
     struct edges_ahead *ahead = &back->scores.ahead;
     ahead->values = values->data + first * values->head, ahead->value_row = values->row;
@@ -393,15 +394,16 @@ static void open_back(struct edges_back *back, const fa_graph_gradients *gradien
     back->terms.ahead.edges = 0; /* asked for already */
     back->width = numbers_width(graph) * back->scores.padded;
     back->numbers = numbers_of_group(graph, gradients, first);
-    back->want_sums = graph->view[FA_D_QUERY].data != NULL || is_wanted(graph, gradients, FA_D_EDGE_KEY) ||
-                      is_wanted(graph, gradients, FA_D_UNIT_WEIGHTS);
-    back->want_terms = back->want_sums || graph->view[FA_D_KEY].data != NULL || is_wanted(graph, gradients, FA_D_BIAS);
+    back->want_sums = graph->view[FA_GRAPH_D_QUERY].data != NULL || is_wanted(graph, gradients, FA_GRAPH_D_EDGE_KEY) ||
+                      is_wanted(graph, gradients, FA_GRAPH_D_UNIT_WEIGHTS);
+    back->want_terms =
+        back->want_sums || graph->view[FA_GRAPH_D_KEY].data != NULL || is_wanted(graph, gradients, FA_GRAPH_D_BIAS);
     const int64_t heads = back->scores.heads;
     memset(back->row, 0,
            (size_t)(heads * (graph->head_dim > graph->value_dim ? graph->head_dim : graph->value_dim) + LANES) *
                sizeof(real));
-    for (int k = FA_D_BIAS - FA_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
-        const size_t bytes = (size_t)(heads * numbers_of_edge(graph, FA_D_QUERY + k) + LANES) * sizeof(real);
+    for (int k = FA_GRAPH_D_BIAS - FA_GRAPH_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
+        const size_t bytes = (size_t)(heads * numbers_of_edge(graph, FA_GRAPH_D_QUERY + k) + LANES) * sizeof(real);
         memset(back->totals[k].sum, 0, bytes);
         memset(back->totals[k].lost, 0, bytes);
     }
@@ -410,8 +412,8 @@ static void open_back(struct edges_back *back, const fa_graph_gradients *gradien
 /* Hands the sums over all edges over. */
 static void close_back(const struct edges_back *back)
 {
-    for (int k = FA_D_BIAS - FA_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
-        const int64_t dim = numbers_of_edge(back->graph, FA_D_QUERY + k);
+    for (int k = FA_GRAPH_D_BIAS - FA_GRAPH_D_QUERY; k < FA_GRAPH_GRADIENTS; k++) {
+        const int64_t dim = numbers_of_edge(back->graph, FA_GRAPH_D_QUERY + k);
         double *to = back->gradients->totals[k];
         for (int64_t i = 0; to && i < back->scores.heads * dim; i++)
             to[back->scores.first_head * dim + i] = (double)back->totals[k].sum[i] + (double)back->totals[k].lost[i];
@@ -497,19 +499,19 @@ static ALWAYS_INLINE vec total_terms(const struct edges_back *back, const struct
 /* The gradient of the row's log-sum-exp, a tile. */
 static ALWAYS_INLINE vec gradient_of_lse(const struct edges_back *back, int64_t i)
 {
-    const fa_view *lse = &back->graph->view[FA_GRAD_LSE];
+    const fa_view *lse = &back->graph->view[FA_GRAPH_GRAD_LSE];
     vec tile = {0};
     for (int lane = 0; lse->data && lane < LANES; lane++)
         if (lane % back->scores.padded < back->scores.heads)
-            tile[lane] = read_number(of_group(&back->scores, FA_GRAD_LSE, i) + lane % back->scores.padded * lse->head,
-                                     lse->dtype);
+            tile[lane] = read_number(
+                of_group(&back->scores, FA_GRAPH_GRAD_LSE, i) + lane % back->scores.padded * lse->head, lse->dtype);
     return tile;
 }
 
 /* Adds numbers [heads][n] of edge t to its gradient, or to that of all edges. */
 static ALWAYS_INLINE void give_to_edge(struct edges_back *back, int operand, int64_t t, int64_t n)
 {
-    const int k = operand - FA_D_QUERY;
+    const int k = operand - FA_GRAPH_D_QUERY;
     if (back->gradients->totals[k])
         add_to_total(back->totals[k].sum, back->totals[k].lost, back->row,
                      (back->scores.heads * n + LANES - 1) / LANES);
@@ -523,7 +525,7 @@ static NEVER_INLINE void give_bias(struct edges_back *back, const struct back_pi
     for (int e = 0; e < piece->scores.n; e++) {
         for (int h = 0; h < back->scores.heads; h++)
             back->row[h] = piece->terms.s[e * back->scores.padded + h];
-        give_to_edge(back, FA_D_BIAS, piece->scores.t + e, 1);
+        give_to_edge(back, FA_GRAPH_D_BIAS, piece->scores.t + e, 1);
     }
 }
 
@@ -538,7 +540,7 @@ static NEVER_INLINE void give_edge_values(struct edges_back *back, const struct 
             for (int64_t c = 0; c < n; c++)
                 back->row[h * n + c] = gone ? 0 : weight * g[c];
         }
-        give_to_edge(back, FA_D_EDGE_VALUE, piece->scores.t + e, n);
+        give_to_edge(back, FA_GRAPH_D_EDGE_VALUE, piece->scores.t + e, n);
     }
 }
 
@@ -564,7 +566,7 @@ static NEVER_INLINE void give_edge_keys(struct edges_back *back, const struct ba
                     to[c] = (q[c] + to[c] > 0 ? number : number * sums->slope) * w[c];
             }
         }
-        give_to_edge(back, FA_D_EDGE_KEY, piece->scores.t + e, n);
+        give_to_edge(back, FA_GRAPH_D_EDGE_KEY, piece->scores.t + e, n);
     }
 }
 
@@ -587,9 +589,9 @@ static NEVER_INLINE void finish_piece(struct edges_back *back, struct back_piece
         for (int e = 0; e < n; e++)
             if (hidden[h] >> e & 1)
                 s[e * padded + h] = a[e * padded + h] = 0;
-    if (is_wanted(graph, back->gradients, FA_D_BIAS))
+    if (is_wanted(graph, back->gradients, FA_GRAPH_D_BIAS))
         give_bias(back, piece);
-    if (is_wanted(graph, back->gradients, FA_D_EDGE_VALUE))
+    if (is_wanted(graph, back->gradients, FA_GRAPH_D_EDGE_VALUE))
         give_edge_values(back, piece);
     for (int i = 0; graph->softcap != 0 && i < end; i += LANES)
         v_store(a + i, v_load(a + i) * v_load(back->scores.cap_slope + (s - back->scores.s) + i));
@@ -599,17 +601,17 @@ static NEVER_INLINE void finish_piece(struct edges_back *back, struct back_piece
             for (int h = 0; h < back->scores.heads; h++)
                 memcpy(back->sums.fixed + h * graph->head_dim, piece->scores.q + h * back->scores.channels,
                        (size_t)graph->head_dim * sizeof(real));
-        if (is_wanted(graph, back->gradients, FA_D_EDGE_KEY))
+        if (is_wanted(graph, back->gradients, FA_GRAPH_D_EDGE_KEY))
             give_edge_keys(back, piece);
-        if (is_wanted(graph, back->gradients, FA_D_UNIT_WEIGHTS)) {
-            const struct edge_total *units = &back->totals[FA_D_UNIT_WEIGHTS - FA_D_QUERY];
+        if (is_wanted(graph, back->gradients, FA_GRAPH_D_UNIT_WEIGHTS)) {
+            const struct edge_total *units = &back->totals[FA_GRAPH_D_UNIT_WEIGHTS - FA_GRAPH_D_QUERY];
             add_up_rows(&back->sums, &rows, hidden, 1);
             add_to_total(units->sum, units->lost, back->sums.run.o, back->sums.run.vecs);
         }
-        if (graph->view[FA_D_QUERY].data)
+        if (graph->view[FA_GRAPH_D_QUERY].data)
             add_up_rows(&back->sums, &rows, hidden, 0);
     }
-    if (graph->view[FA_D_KEY].data || graph->view[FA_D_VALUE].data) {
+    if (graph->view[FA_GRAPH_D_KEY].data || graph->view[FA_GRAPH_D_VALUE].data) {
         real *to = back->numbers + piece->scores.t * back->width;
         for (int e = 0; e < n; e++, to += back->width) {
             copy_lanes(to, s + e * padded, padded);
@@ -698,14 +700,14 @@ static NEVER_INLINE void visit_long_back(struct edges_back *back, int64_t i, int
                 place_rows(sums, &piece.scores);
                 finish_piece(back, &piece, v_load(l) + v_load(l_error), v_load(total) + v_load(total_error),
                              gradient_of_lse(back, i));
-                if (back->graph->view[FA_D_QUERY].data)
+                if (back->graph->view[FA_GRAPH_D_QUERY].data)
                     add_to_total(sums->o_all, sums->o_error, sums->o, sums->vecs);
             }
         }
         most = spread_head_max(most, scores->padded);
     }
     end_joining(sums);
-    if (back->graph->view[FA_D_QUERY].data)
+    if (back->graph->view[FA_GRAPH_D_QUERY].data)
         give_row(&back->sums, i);
 }
 
@@ -733,7 +735,7 @@ static void visit_short_back(struct edges_back *back, struct back_piece *pieces,
             finish_piece(back, piece, sums[r].l, total_terms(back, piece), gradient_of_lse(back, piece->scores.row));
         else
             memset(run->o, 0, (size_t)(run->vecs * LANES) * sizeof(real));
-        if (back->graph->view[FA_D_QUERY].data)
+        if (back->graph->view[FA_GRAPH_D_QUERY].data)
             give_row(&back->sums, piece->scores.row);
     }
 }
@@ -805,7 +807,7 @@ struct columns_ahead {
 static struct columns_ahead look_ahead(const struct edge_columns *columns, const fa_graph *graph, const real *numbers)
 {
     const struct edge_run *run = &columns->value.run;
-    const fa_view *query = &graph->view[FA_QUERY], *gradient = &graph->view[FA_GRAD_OUT];
+    const fa_view *query = &graph->view[FA_QUERY], *gradient = &graph->view[FA_GRAPH_GRAD_OUT];
     const ptrdiff_t row = numbers_width(graph) * run->padded * (ptrdiff_t)sizeof(real);
     struct columns_ahead ahead = {
         .queries = query->data + run->first_head * query->head,
@@ -814,8 +816,8 @@ static struct columns_ahead look_ahead(const struct edge_columns *columns, const
         .query_row = query->row,
         .gradient_row = gradient->row,
         .number_row = row,
-        .query_span = graph->view[FA_D_KEY].data ? span_of(query, run->heads, graph->head_dim) : 0,
-        .gradient_span = graph->view[FA_D_VALUE].data ? span_of(gradient, run->heads, graph->value_dim) : 0,
+        .query_span = graph->view[FA_GRAPH_D_KEY].data ? span_of(query, run->heads, graph->head_dim) : 0,
+        .gradient_span = graph->view[FA_GRAPH_D_VALUE].data ? span_of(gradient, run->heads, graph->value_dim) : 0,
         .number_span = (int)(2 * run->padded * (ptrdiff_t)sizeof(real))};
     ahead.ahead = EDGE_BYTES_AHEAD / (ahead.query_span + ahead.gradient_span + ahead.number_span);
     ahead.ahead = ahead.ahead < FEWEST_AHEAD ? FEWEST_AHEAD : ahead.ahead > MOST_AHEAD ? MOST_AHEAD : ahead.ahead;
@@ -867,8 +869,8 @@ static void visit_column(struct edge_columns *columns, const fa_graph *graph, co
 {
     const int64_t begin = first_edge(graph, j), end = first_edge(graph, j + 1);
     const int made = columns->key.graph.view[FA_EDGE_VALUE].data != NULL, is_long = end - begin > EDGES;
-    struct edge_sums *both[] = {graph->view[FA_D_VALUE].data ? &columns->value : NULL,
-                                graph->view[FA_D_KEY].data ? &columns->key : NULL};
+    struct edge_sums *both[] = {graph->view[FA_GRAPH_D_VALUE].data ? &columns->value : NULL,
+                                graph->view[FA_GRAPH_D_KEY].data ? &columns->key : NULL};
     uint64_t hidden[LANES];
     const fa_view *key = &graph->view[FA_KEY];
     if (both[1] && columns->key.by_slope && !made)
@@ -915,8 +917,8 @@ static void edges_back_columns(const fa_graph *graph, const fa_graph_gradients *
     lay_out_columns(&columns, graph, workspace);
     for (int64_t first = 0; first < graph->heads; first += MOST_HEADS) {
         const real *numbers = numbers_of_group(graph, gradients, first);
-        open_sums(&columns.value, graph, gradients, FA_D_VALUE, first);
-        open_sums(&columns.key, graph, gradients, FA_D_KEY, first);
+        open_sums(&columns.value, graph, gradients, FA_GRAPH_D_VALUE, first);
+        open_sums(&columns.key, graph, gradients, FA_GRAPH_D_KEY, first);
         const struct columns_ahead ahead = look_ahead(&columns, graph, numbers);
         for (int64_t j = begin; j < end; j++)
             visit_column(&columns, graph, numbers, &ahead, *gradients->hidden, j);
