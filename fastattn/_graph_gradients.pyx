@@ -14,11 +14,11 @@ from libc.string cimport memchr, memcpy, memset
 
 from fastattn._checks cimport accumulation, empty, storage_of
 from fastattn._graph cimport Call, graph_of, index_at, place, read_inputs, row_of_share, take_heads
-from fastattn._runtime cimport (FA_GRAPH_D_BIAS, FA_GRAPH_D_EDGE_KEY, FA_GRAPH_D_EDGE_VALUE, FA_GRAPH_D_KEY, FA_GRAPH_D_QUERY,
-                                FA_GRAPH_D_UNIT_WEIGHTS, FA_GRAPH_D_VALUE, FA_F32, FA_F64, FA_GRAPH_GRAD_LSE, FA_GRAPH_GRAD_OUT,
-                                FA_GRAPH_GRADIENTS, Team, Watch, allowed_threads, fa_dtype, fa_graph,
-                                fa_graph_gradients, fa_kernels, gathered, give_workspace, interrupted, join_team,
-                                kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_F32, FA_F64, FA_GRAPH_D_BIAS, FA_GRAPH_D_EDGE_KEY, FA_GRAPH_D_EDGE_VALUE,
+                                FA_GRAPH_D_KEY, FA_GRAPH_D_QUERY, FA_GRAPH_D_UNIT_WEIGHTS, FA_GRAPH_D_VALUE,
+                                FA_GRAPH_GRADIENTS, FA_GRAPH_GRAD_LSE, FA_GRAPH_GRAD_OUT, Team, Watch, allowed_threads,
+                                fa_dtype, fa_graph, fa_graph_gradients, fa_kernels, gathered, give_workspace,
+                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
 cnp.import_array()
@@ -28,8 +28,9 @@ cdef enum:
     SHARE = 2048            # rows and edges of a task
     MOST_PARTS = 8          # of the columns, when the graph is transposed: each part reads all indices
 
-cdef tuple TARGETS = (("query", <int> FA_GRAPH_D_QUERY), ("key", <int> FA_GRAPH_D_KEY), ("value", <int> FA_GRAPH_D_VALUE),
-                      ("w_score", <int> FA_GRAPH_D_UNIT_WEIGHTS), ("edge_bias", <int> FA_GRAPH_D_BIAS),
+cdef tuple TARGETS = (("query", <int> FA_GRAPH_D_QUERY), ("key", <int> FA_GRAPH_D_KEY),
+                      ("value", <int> FA_GRAPH_D_VALUE), ("w_score", <int> FA_GRAPH_D_UNIT_WEIGHTS),
+                      ("edge_bias", <int> FA_GRAPH_D_BIAS),
                       ("edge_key", <int> FA_GRAPH_D_EDGE_KEY), ("edge_value", <int> FA_GRAPH_D_EDGE_VALUE))
 
 

@@ -1838,13 +1838,6 @@ state, enable_gqa, num_threads
     return gradients[0] if isinstance(wrt, str) else gradients
 
 
-def sum_to(gradient, shape):
-    """Broadcasting backwards: the sum over all axes along which an array of this shape was repeated."""
-    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
-    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
-    return gradient.sum(axis=repeated, keepdims=True)
-
-
 def linear_recurrence_vjp(
     grad_out, grad_state, query, key, value, state, offset, log_decay, beta, *, slopes, scale, eps
 ):  # fmt: skip
@@ -2032,12 +2025,6 @@ def graph_attention(
     return (result, *extras) if extras else result
 
 
-def sum_to_shape(x, shape):
-    """Broadcasting backwards: sums over the axes along which an array of this shape is broadcast to x."""
-    x = np.sum(x, axis=tuple(range(x.ndim - len(shape))))
-    return np.sum(x, axis=tuple(a for a in range(x.ndim) if shape[a] == 1 != x.shape[a]), keepdims=True).reshape(shape)
-
-
 def graph_attention_vjp(
     grad_out,
     query,
@@ -2158,7 +2145,7 @@ def graph_attention_vjp(
                      "edge_key": d_edge_key, "edge_value": d_edge_value}  # fmt: skip
         names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
         targets = (out,) * len(names) if isinstance(wrt, str) or out is None else out
-        results = [_into(into, sum_to_shape(gradients[name], arrays[name].shape))
+        results = [_into(into, sum_to(gradients[name], arrays[name].shape))
                    for name, into in zip(names, targets, strict=True)]  # fmt: skip
     return results[0] if isinstance(wrt, str) else tuple(results)
 

@@ -61,7 +61,8 @@ for name in WITH_GRADIENTS:
 TOKENS = ("query", "key", "value", "x")
 # Functions in which query and key have the same width, and nothing projects them.
 UNPROJECTED = ("dot_product_attention", "truncated_attention", "varlen_attention", "linear_attention",
-               "linear_attention_vjp", "dot_product_attention_vjp", "truncated_attention_vjp", "varlen_attention_vjp")  # fmt: skip
+               "linear_attention_vjp", "dot_product_attention_vjp", "truncated_attention_vjp",
+               "varlen_attention_vjp")  # fmt: skip
 
 
 def for_each_function(*names, among=CALLS):

@@ -100,8 +100,8 @@ static fa_graph bare_graph(const fa_graph *graph)
 }
 
 /* Sums of `node`, plus `of_edge`, into `target`. */
-static int64_t lay_out_sums(struct edge_sums *sums, const fa_graph *graph, int node, int of_edge, int target,
-                            char *base)
+static int64_t lay_out_edge_sums(struct edge_sums *sums, const fa_graph *graph, int node, int of_edge, int target,
+                                 char *base)
 {
     const int64_t heads = graph->heads < MOST_HEADS ? graph->heads : MOST_HEADS;
     const int64_t dim = target == FA_GRAPH_D_VALUE ? graph->value_dim : graph->head_dim;
@@ -122,8 +122,8 @@ static int64_t lay_out_sums(struct edge_sums *sums, const fa_graph *graph, int n
     return at - base;
 }
 
-static void open_sums(struct edge_sums *sums, const fa_graph *graph, const fa_graph_gradients *gradients, int target,
-                      int64_t first)
+static void open_edge_sums(struct edge_sums *sums, const fa_graph *graph, const fa_graph_gradients *gradients,
+                           int target, int64_t first)
 {
     struct edge_run *run = &sums->run;
     const fa_view *w = &graph->view[FA_UNIT_WEIGHTS];
@@ -302,7 +302,7 @@ static NEVER_INLINE void give_numbers(const struct edge_run *run, const fa_view 
 }
 
 /* Writes the sums of node i, which are in run->o. */
-static NEVER_INLINE void give_row(struct edge_sums *sums, int64_t i)
+static NEVER_INLINE void give_edge_row(struct edge_sums *sums, int64_t i)
 {
     struct edge_run *run = &sums->run;
     const fa_view *to = &sums->graph.view[FA_OUT];
@@ -323,7 +323,7 @@ static NEVER_INLINE void give_row(struct edge_sums *sums, int64_t i)
 }
 
 /* Lays the workspace of the rows out at `base`; returns its size. */
-static size_t lay_out_back(struct edges_back *back, const fa_graph *graph, char *base)
+static size_t lay_out_edges_back(struct edges_back *back, const fa_graph *graph, char *base)
 {
     const int64_t heads = graph->heads < MOST_HEADS ? graph->heads : MOST_HEADS;
     const int64_t most = graph->head_dim > graph->value_dim ? graph->head_dim : graph->value_dim;
@@ -340,7 +340,7 @@ static size_t lay_out_back(struct edges_back *back, const fa_graph *graph, char 
     back->termed.view[FA_EDGE_KEY] = graph->view[FA_EDGE_VALUE];
     at += lay_out_edges(&back->scores, &back->scored, at);
     at += lay_out_edges(&back->terms, &back->termed, at);
-    at += lay_out_sums(&back->sums, graph, FA_KEY, FA_EDGE_KEY, FA_GRAPH_D_QUERY, at);
+    at += lay_out_edge_sums(&back->sums, graph, FA_KEY, FA_EDGE_KEY, FA_GRAPH_D_QUERY, at);
     back->in_place = back->scores.keys_in_place && back->terms.keys_in_place && back->sums.run.values_in_place;
     if (graph->softcap != 0)
         back->scores.cap_slope = (real *)take(&at, (EDGES + SHORT_ROWS + 5) * LANES);
@@ -363,8 +363,8 @@ static size_t lay_out_columns(struct edge_columns *columns, const fa_graph *grap
     char *at = base;
     /* Where keys belong to edges, too, what leaky ReLU is taken of is made for each edge. */
     const int made = graph->score == FA_ADDITIVE && graph->view[FA_EDGE_KEY].data != NULL;
-    at += lay_out_sums(&columns->value, graph, FA_GRAPH_GRAD_OUT, 0, FA_GRAPH_D_VALUE, at);
-    at += lay_out_sums(&columns->key, graph, made ? FA_KEY : FA_QUERY, made ? FA_EDGE_KEY : 0, FA_GRAPH_D_KEY, at);
+    at += lay_out_edge_sums(&columns->value, graph, FA_GRAPH_GRAD_OUT, 0, FA_GRAPH_D_VALUE, at);
+    at += lay_out_edge_sums(&columns->key, graph, made ? FA_KEY : FA_QUERY, made ? FA_EDGE_KEY : 0, FA_GRAPH_D_KEY, at);
     columns->weights = (real *)take(&at, (EDGES + 1) * LANES);
     columns->slopes = (real *)take(&at, (EDGES + 1) * LANES);
     return (size_t)(at - base);
@@ -374,7 +374,7 @@ static size_t edges_back_workspace(const fa_graph *graph)
 {
     struct edges_back back; /* for their sizes only: the addresses are not used */
     struct edge_columns columns;
-    const size_t rows = lay_out_back(&back, graph, (char *)(uintptr_t)FA_ALIGN);
+    const size_t rows = lay_out_edges_back(&back, graph, (char *)(uintptr_t)FA_ALIGN);
     const size_t more = lay_out_columns(&columns, graph, (char *)(uintptr_t)FA_ALIGN);
     return rows > more ? rows : more;
 }
@@ -386,7 +386,7 @@ static void open_back(struct edges_back *back, const fa_graph_gradients *gradien
     back->gradients = gradients;
     open_heads(&back->scores, first);
     open_heads(&back->terms, first);
-    open_sums(&back->sums, graph, gradients, FA_GRAPH_D_QUERY, first);
+    open_edge_sums(&back->sums, graph, gradients, FA_GRAPH_D_QUERY, first);
     const fa_view *values = &graph->view[FA_VALUE];
     struct edges_ahead *ahead = &back->scores.ahead;
     ahead->values = values->data + first * values->head, ahead->value_row = values->row;
@@ -708,7 +708,7 @@ static NEVER_INLINE void visit_long_back(struct edges_back *back, int64_t i, int
     }
     end_joining(sums);
     if (back->graph->view[FA_GRAPH_D_QUERY].data)
-        give_row(&back->sums, i);
+        give_edge_row(&back->sums, i);
 }
 
 /* Rows of a block, step by step for all of them, as visit_short_rows. */
@@ -736,7 +736,7 @@ static void visit_short_back(struct edges_back *back, struct back_piece *pieces,
         else
             memset(run->o, 0, (size_t)(run->vecs * LANES) * sizeof(real));
         if (back->graph->view[FA_GRAPH_D_QUERY].data)
-            give_row(&back->sums, piece->scores.row);
+            give_edge_row(&back->sums, piece->scores.row);
     }
 }
 
@@ -746,7 +746,7 @@ static void edges_back_rows(const fa_graph *graph, const fa_graph_gradients *gra
 {
     struct edges_back back;
     struct back_piece pieces[SHORT_ROWS];
-    lay_out_back(&back, graph, workspace);
+    lay_out_edges_back(&back, graph, workspace);
     for (int64_t first = 0; first < graph->heads; first += MOST_HEADS) {
         open_back(&back, gradients, first);
         for (int64_t i = begin; i < end;) {
@@ -905,7 +905,7 @@ static void visit_column(struct edge_columns *columns, const fa_graph *graph, co
         if (both[k] && is_long)
             end_joining(&both[k]->run);
         if (both[k])
-            give_row(both[k], j);
+            give_edge_row(both[k], j);
     }
 }
 
@@ -917,8 +917,8 @@ static void edges_back_columns(const fa_graph *graph, const fa_graph_gradients *
     lay_out_columns(&columns, graph, workspace);
     for (int64_t first = 0; first < graph->heads; first += MOST_HEADS) {
         const real *numbers = numbers_of_group(graph, gradients, first);
-        open_sums(&columns.value, graph, gradients, FA_GRAPH_D_VALUE, first);
-        open_sums(&columns.key, graph, gradients, FA_GRAPH_D_KEY, first);
+        open_edge_sums(&columns.value, graph, gradients, FA_GRAPH_D_VALUE, first);
+        open_edge_sums(&columns.key, graph, gradients, FA_GRAPH_D_KEY, first);
         const struct columns_ahead ahead = look_ahead(&columns, graph, numbers);
         for (int64_t j = begin; j < end; j++)
             visit_column(&columns, graph, numbers, &ahead, *gradients->hidden, j);
