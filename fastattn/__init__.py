@@ -68,7 +68,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.graph import graph_attention, graph_attention_vjp
     from fastattn.linear import linear_attention, linear_attention_vjp
     from fastattn.multihead import MultiHeadAttention, self_attention
-    from fastattn.neighborhood import neighborhood_attention
+    from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
     from fastattn.streaming import StreamingAttention
 
 __version__ = "0.1.0"
@@ -98,6 +98,7 @@ __all__ = [
     "merge_attention",
     "merge_attention_vjp",
     "neighborhood_attention",
+    "neighborhood_attention_vjp",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
@@ -126,6 +127,7 @@ _LATER = {
     "linear_attention_vjp": "linear",
     "merge_attention_vjp": "gradients",
     "neighborhood_attention": "neighborhood",
+    "neighborhood_attention_vjp": "neighborhood",
     "self_attention": "multihead",
     "truncated_attention_vjp": "gradients",
     "varlen_attention_vjp": "gradients",

@@ -229,6 +229,20 @@ cdef extern from "kernels/contract.h" nogil:
         int64_t pixels[FA_SPACE]
         int64_t heads
 
+    enum:
+        FA_NOTES
+
+    ctypedef struct fa_image_back:
+        fa_image image
+        fa_pixels grad_out, grad_lse, notes, d_query, d_key, d_value
+        int add_query, add_key, add_value
+        int of_keys, of_scores, of_bias, of_sinks
+        char *tables
+        int64_t half[FA_SPACE]
+        int64_t table_row
+
+    int64_t fa_table_size(const int64_t *half, int64_t table_row, int lanes)
+
     ctypedef struct fa_tuning:
         int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row, lanes
 
@@ -291,6 +305,10 @@ cdef extern from "kernels/contract.h" nogil:
         size_t (*neighborhood_workspace)(const fa_neighborhood *, const int64_t *, const int64_t *) noexcept nogil
         void (*neighborhood)(const fa_neighborhood *, const fa_image *, const int64_t *, const int64_t *,
                              void *) noexcept nogil
+        size_t (*neighborhood_back_workspace)(const fa_neighborhood *, int, const int64_t *,
+                                              const int64_t *) noexcept nogil
+        void (*neighborhood_back)(const fa_neighborhood *, const fa_image_back *, const int64_t *, const int64_t *,
+                                  void *) noexcept nogil
 
     ctypedef struct fa_instruction_set:
         const char *name

@@ -1,4 +1,7 @@
-"""Attention of pixels to the pixels around them. The docstring is the specification; fastattn.reference says it too."""
+"""Attention of pixels to the pixels around them, and the way back. The docstrings are the specification.
+
+fastattn.reference says the same in float64 NumPy.
+"""
 
 from __future__ import annotations
 
@@ -156,6 +159,133 @@ def neighborhood_attention(
         enable_gqa,
         return_weights,
         return_lse,
+        out,
+        num_threads,
+    )
+
+
+@readable
+def neighborhood_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    kernel_size: int | Sequence[int],
+    *,
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    edge: str = "clamp",
+    relative_bias: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    activation: str = "softmax",
+    enable_gqa: bool = False,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | Sequence[NDArray[Any] | None] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of `neighborhood_attention`: from that of a loss for its output to those for its arguments.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., *space, E)
+        Gradient of the loss for the output, whose shape it has. float32, float64, float16 or bfloat16; integers and
+        bools become float64. Any strides: ``numpy.broadcast_to(1.0, out.shape)`` is the gradient of ``out.sum()``.
+    query, key, value, kernel_size, dilation, stride, is_causal, edge, relative_bias
+    scale, softcap, sinks, activation, enable_gqa
+        As in the call of `neighborhood_attention`.
+    wrt : str or tuple of str, default ("query", "key", "value")
+        For which arguments gradients are wanted: 'query', 'key', 'value', and those given of 'relative_bias' and
+        'sinks'. Only these are computed.
+    output, lse : array_like, optional
+        What ``neighborhood_attention(..., return_lse=True)`` returned: both or neither, and only for softmax. They are
+        accepted as in the other functions, but save nothing here: a query's few weights are all made again at once.
+    grad_lse : array_like, shape (..., *space), optional
+        Gradient of the loss for the log-sum-exp, if the loss used it too. Only for softmax.
+    out : ndarray, or tuple of ndarray or None, optional
+        Receives the gradients, in the order of `wrt`. Each of the gradient's shape and of its dtype or the accumulation
+        dtype (float64 for float64, else float32); any strides; must not overlap an input or another of them.
+    num_threads : int, optional
+        Upper limit on threads. Default `get_num_threads`.
+
+    Returns
+    -------
+    ndarray, or tuple of ndarray
+        The gradients in the order of `wrt`; of a single name (a string), the array itself. Each has the shape and dtype
+        of its argument, float64 for integers and bools. Where an argument was broadcast, or shared by the heads of a
+        group, its gradient is the sum.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the result or the workspace.
+
+    See Also
+    --------
+    neighborhood_attention : the function itself.
+
+    Notes
+    -----
+    With ``p`` the weight of a pair, ``dp = grad_out . value`` of its query and value, and m the mean of dp by weight,
+    the gradient of a score is ``p * (dp - m + grad_lse)`` for softmax, ``(dp - m) * (p > 0)`` for sparsemax and
+    ``sqrt(p) * (dp - m)`` for entmax15 [2]_ (m: by the factor before the bracket), ``dp / number of visible keys`` of
+    positive scores for relu (0 has derivative 0), ``p * (1 - p) * dp`` for the sigmoid; times ``1 - tanh(score /
+    softcap) ** 2`` before the softcap. Queries and keys get sums of it, times the scale, values get sums of p *
+    grad_out [1]_.
+
+    A pair that does not take part (hidden, or of a score of -inf) gives exactly 0, whatever is stored there. Kernels,
+    scale and softcap have no gradient. Memory beyond inputs and gradients grows with the pixels. No bit depends on the
+    number of threads, on strides, on `out`, or on the other names in `wrt`; and a row of the gradient of query, key or
+    value on the pixels that it sees, or that see it, alone.
+
+    References
+    ----------
+    .. [1] T. Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", 2022, appendix
+           B.2, for neighbourhoods.
+    .. [2] B. Peters, V. Niculae and A. Martins, "Sparse sequence-to-sequence models", 2019, proposition 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> value = np.arange(5.0)[:, None]
+    >>> query = np.zeros((5, 1))  # equal scores: each weight is a third
+    >>> grad_out = np.ones((5, 1))  # of the sum of the output
+    >>> 3 * fastattn.neighborhood_attention_vjp(grad_out, query, query, value, 3, wrt="value")[:, 0]
+    array([2., 3., 5., 3., 2.])
+    >>> image = np.random.default_rng(0).standard_normal((4, 56, 56, 32), dtype=np.float32)  # 4 heads
+    >>> d_query, d_key, d_value = fastattn.neighborhood_attention_vjp(image, image, image, image, (7, 7))
+    >>> d_key.shape
+    (4, 56, 56, 32)
+    """
+    return _neighborhood.neighborhood_attention_vjp(
+        grad_out,
+        query,
+        key,
+        value,
+        kernel_size,
+        dilation,
+        stride,
+        is_causal,
+        edge,
+        relative_bias,
+        scale,
+        softcap,
+        sinks,
+        activation,
+        enable_gqa,
+        wrt,
+        output,
+        lse,
+        grad_lse,
         out,
         num_threads,
     )

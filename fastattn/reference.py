@@ -44,6 +44,7 @@ __all__ = [
     "merge_attention",
     "merge_attention_vjp",
     "neighborhood_attention",
+    "neighborhood_attention_vjp",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
@@ -1419,6 +1420,19 @@ def neighbors(i, num_pixels, kernel_size, dilation, stride, is_causal, edge):
     return np.where(seen, places, place) * dilation + rest, seen, places - place
 
 
+def neighborhoods(space, kernel_size, dilation, stride, is_causal, edge):
+    """For each pixel, in a row: its number, the numbers of the keys of its kernel, which of them it sees, and where the
+    bias of each stands in a table, for each axis. A neighbourhood is the product over the axes."""
+    axes = len(kernel_size)
+    settings = [np.broadcast_to(x, axes).tolist() for x in (kernel_size, dilation, stride, is_causal)]
+    for i, pixel in enumerate(np.ndindex(*space)):
+        along = [neighbors(at, n, *axis, edge) for at, n, *axis in zip(pixel, space, *settings, strict=True)]
+        index, seen, distance = (np.meshgrid(*x, indexing="ij") for x in zip(*along, strict=True))
+        keys = np.ravel_multi_index([x.ravel() for x in index], space)
+        entries = (np.clip(x.ravel() + k - 1, 0, 2 * k - 2) for x, k in zip(distance, kernel_size, strict=True))
+        yield i, keys, np.all([x.ravel() for x in seen], axis=0), tuple(entries)
+
+
 def neighborhood_attention(
     query,
     key,
@@ -1465,7 +1479,6 @@ def neighborhood_attention(
     """
     kernel_size = np.atleast_1d(kernel_size)
     axes = len(kernel_size)
-    settings = [np.broadcast_to(x, axes).tolist() for x in (kernel_size, dilation, stride, is_causal)]
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     space = query.shape[-axes - 1 : -1]
     # Pixels in a row, as the tokens of a sequence.
@@ -1476,21 +1489,12 @@ def neighborhood_attention(
         key, value = repeat_heads(query, key, value)
     batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     results = []
-    for pixel in np.ndindex(*space):
-        along = [neighbors(i, n, *axis, edge) for i, n, *axis in zip(pixel, space, *settings, strict=True)]
-        # The neighbourhood is the product over the axes.
-        index, seen, distance = (np.meshgrid(*x, indexing="ij") for x in zip(*along, strict=True))
-        keys = np.ravel_multi_index([x.ravel() for x in index], space)
-        visible = np.all([x.ravel() for x in seen], axis=0)
-        i = np.ravel_multi_index(pixel, space)
+    for i, keys, visible, entries in neighborhoods(space, kernel_size, dilation, stride, is_causal, edge):
         with np.errstate(all="ignore"):
             scores = finish_scores(dot_scores(query[..., i, None, :], key[..., keys, :], scale), None, softcap=softcap)
             if relative_bias is not None:
                 table = np.asarray(relative_bias, dtype=np.float64)
                 table = np.broadcast_to(table, (*table.shape[:-axes], *(2 * kernel_size - 1)))
-                entries = tuple(
-                    np.clip(x.ravel() + k - 1, 0, 2 * k - 2) for x, k in zip(distance, kernel_size, strict=True)
-                )
                 bias = table[(..., None, *entries)] if table.ndim > axes else table[entries]
                 scores, visible = scores + bias, visible & (bias != -np.inf)
             scores = np.broadcast_to(scores, (*batch_shape, 1, keys.size))
@@ -1514,6 +1518,148 @@ def neighborhood_attention(
     result = _into(out, outs)
     extras = [weights] * return_weights + lse
     return (result, *extras) if extras else result
+
+
+def neighborhood_attention_vjp(
+    grad_out,
+    query,
+    key,
+    value,
+    kernel_size,
+    *,
+    dilation=1,
+    stride=1,
+    is_causal=False,
+    edge="clamp",
+    relative_bias=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    activation="softmax",
+    enable_gqa=False,
+    wrt=("query", "key", "value"),
+    output=None,
+    lse=None,
+    grad_lse=None,
+    out=None,
+    num_threads=None,
+):
+    """Gradients of `neighborhood_attention` for the arguments named in `wrt`, from that of a loss for its output.
+
+    Pixel by pixel: its weights, the gradients of these (products of grad_out and values), the gradients of its scores,
+    and what they give to each array. A pair that does not take part gives nothing, whatever is stored there.
+
+    Parameters
+    ----------
+    grad_out : array_like (..., *space, E)
+        Gradient of the loss for the output.
+    query, key, value, kernel_size, dilation, stride, is_causal, edge, relative_bias
+    scale, softcap, sinks, activation, enable_gqa
+        As in `neighborhood_attention`.
+    wrt : str or tuple of str
+        Of 'query', 'key', 'value', 'relative_bias', 'sinks'.
+    output, lse, num_threads
+        Accepted and ignored here.
+    grad_lse : array_like (..., *space), optional
+        Gradient of the loss for the log-sum-exp.
+    out : ndarray or tuple, optional
+        Receives the gradients.
+
+    Returns
+    -------
+    ndarray, or a tuple in the order of `wrt`, each of the shape of its argument
+    """
+    given = {"query": query, "key": key, "value": value, "relative_bias": relative_bias, "sinks": sinks}
+    shapes = {name: np.shape(x) for name, x in given.items()}
+    kernel_size = np.atleast_1d(kernel_size)
+    axes = len(kernel_size)
+    query, key, value, grad_out = (np.asarray(x, dtype=np.float64) for x in (query, key, value, grad_out))
+    space = query.shape[-axes - 1 : -1]
+    pixels = int(np.prod(space))
+    query, key, value, grad_out = (
+        x.reshape(*x.shape[: -axes - 1], pixels, x.shape[-1]) for x in (query, key, value, grad_out)
+    )
+    group = 1
+    if enable_gqa and query.ndim > 2:
+        group = query.shape[-3] // max(key.shape[-3], 1)
+        key, value = repeat_heads(query, key, value)
+    batch_shape = grad_out.shape[:-2]
+    query, key, value = (np.broadcast_to(x, (*batch_shape, *x.shape[-2:])) for x in (query, key, value))
+    factor = 1 / np.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    grad_lse = np.zeros((*batch_shape, pixels)) if grad_lse is None else np.asarray(grad_lse, dtype=np.float64)
+    grad_lse = grad_lse.reshape(*batch_shape, pixels)
+    table = np.zeros(1) if relative_bias is None else np.asarray(relative_bias, dtype=np.float64)
+    table = np.broadcast_to(table, (*batch_shape, *(2 * kernel_size - 1)))
+    gradients = {
+        "query": np.zeros(query.shape),
+        "key": np.zeros(key.shape),
+        "value": np.zeros(value.shape),
+        "relative_bias": np.zeros(table.shape),
+        "sinks": np.zeros(batch_shape),
+    }
+    for i, keys, visible, entries in neighborhoods(space, kernel_size, dilation, stride, is_causal, edge):
+        with np.errstate(all="ignore"):
+            q, k, v = query[..., i, :], key[..., keys, :], value[..., keys, :]
+            raw = finish_scores(dot_scores(q[..., None, :], k, scale), None, softcap=softcap)
+            slope = 1.0 if softcap is None else 1 - (raw / softcap) ** 2
+            bias = table[(..., None, *entries)]
+            visible = np.broadcast_to(visible & (bias != -np.inf), (*batch_shape, 1, keys.size))
+            scores = raw + bias
+            _, weights, *row_lse = attend(
+                scores, v, visible, sinks=sinks, activation=activation, return_weights=True,
+                return_lse=activation == "softmax", out=None,
+            )  # fmt: skip
+            scores = np.where(scores == np.inf, np.nan, scores)
+            part = visible & (scores != -np.inf)
+            if activation in SPARSE:
+                part = part & (weights != 0)
+            d_weights = np.where(part, grad_out[..., i, None, :] @ v.swapaxes(-1, -2), 0.0)
+            d_scores, mean = score_gradients(scores, weights, d_weights, visible, activation)
+            mean = mean - grad_lse[..., i, None, None]
+            if activation == "softmax":
+                d_scores = weights * (d_weights - mean)
+            d_scores = np.where(part, d_scores, 0.0)
+            if sinks is not None:
+                share = np.exp(per_row(sinks) - row_lse[0][..., None])
+                gradients["sinks"] += np.where(share == 0, 0.0, -share * mean)[..., 0, 0]
+            d_raw = factor * np.where(part, d_scores * slope, 0.0)[..., 0, :, None]
+            part = part[..., 0, :, None]
+            gradients["query"][..., i, :] = np.sum(np.where(part, d_raw * k, 0.0), axis=-2)
+            to_key = np.where(part, d_raw * q[..., None, :], 0.0)
+            to_value = np.where(part, weights[..., 0, :, None] * grad_out[..., i, None, :], 0.0)
+            for n, j in enumerate(keys):
+                gradients["key"][..., j, :] += to_key[..., n, :]
+                gradients["value"][..., j, :] += to_value[..., n, :]
+                gradients["relative_bias"][(..., *(entry[n] for entry in entries))] += d_scores[..., 0, n]
+    for name in ("query", "key", "value"):
+        x = gradients[name]
+        x = x.reshape(*batch_shape, *space, x.shape[-1])
+        if group > 1 and name != "query":  # each head is shared by a group of query heads
+            x = x.reshape(*batch_shape[:-1], batch_shape[-1] // group, group, *x.shape[len(batch_shape) :])
+            x = np.sum(x, axis=len(batch_shape))
+        gradients[name] = x
+    names = (wrt,) if isinstance(wrt, str) else wrt
+    outs = (out,) if isinstance(wrt, str) or out is None else out
+    outs = outs if len(outs) == len(names) else (None,) * len(names)
+    results = [_into(o, sum_to(gradients[name], shapes[name])) for o, name in zip(outs, names, strict=True)]
+    return results[0] if isinstance(wrt, str) else tuple(results)
+
+
+def score_gradients(scores, weights, d_weights, visible, activation):
+    """From the gradients of a row's weights to those of its scores, and the mean that was subtracted (0 where there is
+    none)."""
+    if activation == "relu":
+        positive = np.where(np.isnan(scores), np.nan, scores > 0)
+        return positive * d_weights / np.maximum(np.sum(visible, axis=-1, keepdims=True), 1), 0.0
+    if activation == "sigmoid":
+        return weights * (1 - weights) * d_weights, 0.0
+    if activation in SPARSE:  # Peters, Niculae and Martins 2019, proposition 2
+        s = np.where(weights == 0, 0.0, weights ** (1 - 1 / SPARSE[activation]))
+        total = np.sum(s, axis=-1, keepdims=True)
+    else:
+        s, total = weights, 1.0
+    mean = np.sum(np.where(s == 0, 0.0, s * d_weights), axis=-1, keepdims=True) / np.where(total == 0, 1.0, total)
+    return s * (d_weights - mean), mean
 
 
 def merge_attention(outs, lses):

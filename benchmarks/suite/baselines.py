@@ -519,6 +519,23 @@ def neighborhood_attention(query, key, value, seen):
     return (scores[:, :, None, :] @ value[:, seen])[:, :, 0]
 
 
+def neighborhood_attention_vjp(grad_out, query, key, value, seen):
+    """The gradients for query, key and value: gathers as above, and adds what each pixel gives to those it sees."""
+    scale = query.dtype.type(query.shape[-1] ** -0.5)
+    keys, values = key[:, seen], value[:, seen]
+    weights = np.einsum("hpc,hpkc->hpk", query * scale, keys, optimize=True)
+    weights -= weights.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    d_scores = np.einsum("hpc,hpkc->hpk", grad_out, values, optimize=True)
+    d_scores = scale * weights * (d_scores - (weights * d_scores).sum(axis=-1, keepdims=True))
+    d_key, d_value = np.zeros_like(key), np.zeros_like(value)
+    for i in range(seen.shape[1]):  # pixels that see another by the same number may repeat it at the edges
+        np.add.at(d_key, (slice(None), seen[:, i]), d_scores[..., i, None] * query)
+        np.add.at(d_value, (slice(None), seen[:, i]), weights[..., i, None] * grad_out)
+    return (d_scores[:, :, None, :] @ keys)[:, :, 0], d_key, d_value
+
+
 def block_attention(query, key, value, pattern, block):
     """A row of blocks at a time, with the keys of its blocks alone."""
     out = np.empty_like(query)

@@ -1,4 +1,4 @@
-"""asv: attention of pixels to the pixels around them, beside its NumPy baseline."""
+"""asv: attention of pixels to the pixels around them and its gradients, beside their NumPy baselines."""
 
 import functools
 
@@ -25,12 +25,32 @@ def _call(name, threads, implementation):
     return functools.partial(fastattn.neighborhood_attention, *case.inputs(), case.kernel_size, num_threads=threads)
 
 
+@functools.cache
+def _call_back(name, threads, implementation):
+    """The gradients for query, key and value; the way forward is not in it."""
+    case = CASES[name]
+    query, key, value = case.inputs() if implementation == "fastattn" else (x[0] for x in case.in_a_row())
+    arrays = (value, query, key, value)
+    if implementation == "numpy":
+        threadpool_limits(threads)
+        return functools.partial(baselines.neighborhood_attention_vjp, *arrays, case.seen())
+    return functools.partial(fastattn.neighborhood_attention_vjp, *arrays, case.kernel_size, num_threads=threads)
+
+
 class NeighborhoodAttention:
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["space", "threads", "implementation"]
 
     def time_attention(self, space, threads, implementation):
         _call(space, threads, implementation)()
+
+
+class NeighborhoodGradients:
+    params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
+    param_names = ["space", "threads", "implementation"]
+
+    def time_gradients(self, space, threads, implementation):
+        _call_back(space, threads, implementation)()
 
 
 class NeighborhoodForms:

@@ -183,6 +183,36 @@ typedef struct {
     int64_t heads; /* query heads over these keys */
 } fa_image;
 
+/* What the way back through neighbourhood attention notes of each query, so that the weights of any key can be computed
+ * again: weight = e^(score - base) * factor, and so on for the other activations (neighborhood_back.inc.h); mean: of
+ * the gradients of its weights, by weight, less that of its log-sum-exp. */
+enum { FA_NOTE_BASE, FA_NOTE_THRESHOLD, FA_NOTE_FACTOR, FA_NOTE_MEAN, FA_NOTES };
+
+/* The way back through an image. Tiles of queries (of_keys 0) give d_query, notes and the sums for bias and sinks; with
+ * the notes of all queries, tiles of keys give d_key and d_value. */
+typedef struct {
+    fa_image image;                    /* its out, weights and lse are not looked at */
+    fa_pixels grad_out, grad_lse;      /* grad_lse: optional */
+    fa_pixels notes;                   /* accumulation dtype; col: from one note to the next */
+    fa_pixels d_query, d_key, d_value; /* optional; those that are added to are of the accumulation dtype */
+    int add_query, add_key, add_value; /* whether these are added to what is there */
+    int of_keys;
+    int of_scores; /* whether gradients of scores are wanted at all, be it for the keys */
+    int of_bias, of_sinks;
+    /* Sums over the queries of a tile, zeros at first, for each head: two tables whose sum is the gradient of the bias,
+     * then LANES numbers, twice, whose sum is that of the sink; accumulation dtype. Entry 0 of a table is for a key
+     * `half` before the query along each axis; it has 2 half + 1 rows of rows of table_row numbers, LANES of them
+     * behind the last entry. */
+    char *tables;
+    int64_t half[FA_SPACE], table_row;
+} fa_image_back;
+
+/* Numbers in `tables` for each head. */
+static inline int64_t fa_table_size(const int64_t *half, int64_t table_row, int lanes)
+{
+    return 2 * ((2 * half[FA_ALONG_Z] + 1) * (2 * half[FA_ALONG_X] + 1) * table_row + lanes);
+}
+
 /* The pixels [*begin, *end) that pixel i sees along an axis of n, of dilation 1; returns where its kernel begins, which
  * may lie outside. */
 static inline int64_t fa_neighbors(const fa_reach *reach, int64_t n, int64_t i, int64_t *begin, int64_t *end)
@@ -422,6 +452,11 @@ typedef struct {
     size_t (*neighborhood_workspace)(const fa_neighborhood *problem, const int64_t *pixels, const int64_t *tile);
     void (*neighborhood)(const fa_neighborhood *problem, const fa_image *image, const int64_t *begin,
                          const int64_t *end, void *workspace);
+    /* The same box on the way back: of queries, or of keys. */
+    size_t (*neighborhood_back_workspace)(const fa_neighborhood *problem, int of_keys, const int64_t *pixels,
+                                          const int64_t *tile);
+    void (*neighborhood_back)(const fa_neighborhood *problem, const fa_image_back *image, const int64_t *begin,
+                              const int64_t *end, void *workspace);
 } fa_kernels;
 
 typedef struct {

@@ -111,6 +111,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "neighborhood.inc.h"
 
+#include "neighborhood_back.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -167,4 +169,6 @@ const fa_kernels FA_TABLE = {
     .edges_back_columns = edges_back_columns,
     .neighborhood_workspace = neighborhood_workspace,
     .neighborhood = neighborhood,
+    .neighborhood_back_workspace = neighborhood_back_workspace,
+    .neighborhood_back = neighborhood_back,
 };

@@ -40,7 +40,7 @@ struct scene {
     real *k, *v;                  /* [z][x][channel][width] */
     int64_t queries, query_row;   /* queries of a row of the tile; columns of their panel */
     real *q;                      /* [2][key_rows][query_row] two rows of them, scaled */
-    vec *after;                   /* [2][queries / LANES] their scores are multiplied by it, twice */
+    real *after;                  /* [2][queries] their scores are multiplied by it, twice */
     struct strip *strips;         /* [queries / LANES] */
     real *s;                      /* [2][slots][LANES] their scores, then weights */
     real *o, *lost;               /* [2][value_rows][LANES] outputs, and what rounding has taken from them */
@@ -73,7 +73,44 @@ static ALWAYS_INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : 
 static ALWAYS_INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static ALWAYS_INLINE int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-static void look_along_strip(const fa_reach *reach, int64_t pixels, int64_t y, int lanes, struct strip *strip)
+/* The pixels [*begin, *end) that see pixel i along an axis of n, perhaps none. Where pixels begin and end to see does
+ * not fall from one to the next, and none sees another that is a whole kernel away. */
+static void seen_by(const fa_reach *reach, int64_t n, int64_t i, int64_t *begin, int64_t *end)
+{
+    const int64_t far = least_of(reach->kernel, n);
+    int64_t from, to, low = most_of(0, i - far), high = least_of(n, i + far);
+    while (low < high) { /* the first that sees a pixel behind i, or i */
+        const int64_t middle = low + (high - low) / 2;
+        fa_neighbors(reach, n, middle, &from, &to);
+        if (to > i)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    *begin = low;
+    high = least_of(n, i + far);
+    while (low < high) { /* the first that sees only what is behind i */
+        const int64_t middle = low + (high - low) / 2;
+        fa_neighbors(reach, n, middle, &from, &to);
+        if (from > i)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    *end = low;
+}
+
+/* The pixels that a query sees, or, of_keys, that see a key; returns where its kernel begins. */
+static int64_t look(const fa_reach *reach, int64_t n, int64_t i, int of_keys, int64_t *begin, int64_t *end)
+{
+    if (!of_keys)
+        return fa_neighbors(reach, n, i, begin, end);
+    seen_by(reach, n, i, begin, end);
+    return *begin;
+}
+
+static void look_along_strip(const fa_reach *reach, int64_t pixels, int64_t y, int lanes, int of_keys,
+                             struct strip *strip)
 {
     const int64_t step = reach->dilation;
     int64_t low = INT64_MAX, high = INT64_MIN;
@@ -81,15 +118,17 @@ static void look_along_strip(const fa_reach *reach, int64_t pixels, int64_t y, i
         const int64_t at = step == 1 ? y + i : (y + i) / step, rest = y + i - at * step;
         const int64_t n = step == 1 ? pixels : (pixels - rest + step - 1) / step;
         int64_t begin, end;
-        strip->own[i] = fa_neighbors(reach, n, at, &begin, &end) - at;
+        strip->own[i] = look(reach, n, at, of_keys, &begin, &end) - at;
         strip->begin[i] = begin - at;
         strip->end[i] = end - at;
-        low = least_of(low, begin - at);
-        high = most_of(high, end - at);
+        if (begin < end) {
+            low = least_of(low, begin - at);
+            high = most_of(high, end - at);
+        }
     }
     strip->lanes = lanes;
-    strip->low = low;
-    strip->offsets = high - low;
+    strip->low = low < high ? low : 0;
+    strip->offsets = low < high ? high - low : 0;
 }
 
 /* The lanes that see an offset. */
@@ -101,33 +140,37 @@ static ALWAYS_INLINE uint32_t lanes_that_see(const struct strip *strip, int64_t 
     return bits & (uint32_t)(((uint64_t)1 << LANES) - 1);
 }
 
-/* Rows of keys that `rows` rows of queries may see along an axis of n. */
-static int64_t rows_seen(const fa_reach *reach, int64_t n, int64_t rows)
+/* Rows of keys that `rows` rows of queries may see along an axis of n, or, of_keys, of queries that may see those of
+ * keys: half a kernel more where kernels do not leave an edge, and all where both edges are near. */
+static int64_t rows_seen(const fa_reach *reach, int64_t n, int64_t rows, int of_keys)
 {
-    if (reach->kernel >= n || reach->stride >= n)
+    const int64_t kernel = reach->kernel, most = rows - 1 + 2 * (reach->stride - 1) + kernel;
+    if (kernel >= n || reach->stride >= n || (of_keys && most + kernel + 2 >= n))
         return n;
-    return least_of(n, rows - 1 + 2 * (reach->stride - 1) + reach->kernel);
+    return least_of(n, of_keys ? most + kernel / 2 + 1 : most);
 }
 
 /* Lays a tile out from `base` on; returns its size. offsets: the most of all its strips together. */
 static size_t lay_scene(struct scene *scene, const fa_neighborhood *problem, const int64_t *pixels, const int64_t *tile,
-                        int64_t offsets, char *base)
+                        int64_t offsets, int of_keys, char *base)
 {
     const fa_reach *z = &problem->reach[FA_ALONG_Z], *x = &problem->reach[FA_ALONG_X];
     const int64_t y_step = problem->reach[FA_ALONG_Y].dilation;
     char *at = base + (sizeof(struct scene) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     const int flat = tile[FA_ALONG_Z] == 1;
-    scene->planes = rows_seen(z, pixels[FA_ALONG_Z], 1);
-    scene->rows = rows_seen(x, pixels[FA_ALONG_X], flat ? 2 : tile[FA_ALONG_X]);
+    scene->planes = rows_seen(z, pixels[FA_ALONG_Z], 1, of_keys);
+    scene->rows = rows_seen(x, pixels[FA_ALONG_X], flat ? 2 : tile[FA_ALONG_X], of_keys);
     scene->queries = whole(tile[FA_ALONG_Y], LANES);
     scene->offsets = offsets;
     const int64_t panels = scene->planes * scene->rows, strips = scene->queries / LANES;
-    scene->slots = rows_seen(z, pixels[FA_ALONG_Z], 1) * rows_seen(x, pixels[FA_ALONG_X], 2) * offsets + SLOTS;
+    scene->slots = scene->planes * rows_seen(x, pixels[FA_ALONG_X], 2, of_keys) * offsets + SLOTS;
     scene->key_rows = whole(most_of(problem->head_dim, 1), LANES);
     scene->value_rows = whole(most_of(problem->value_dim, 1), LANES);
     scene->value_channels = whole(problem->value_dim, 4);
     if (scene->value_rows < scene->value_channels)
         scene->value_rows = scene->value_channels;
+    if (scene->key_rows < whole(problem->head_dim, 4)) /* on the way back keys are summed, too */
+        scene->key_rows = whole(problem->head_dim, 4);
     scene->width = whole(scene->queries + (offsets - 1) * y_step, PANEL_STEP);
     scene->query_row = scene->queries;
     /* Channels would crowd into a few sets of the first cache. */
@@ -138,7 +181,7 @@ static size_t lay_scene(struct scene *scene, const fa_neighborhood *problem, con
     scene->k = (real *)take(&at, panels * scene->key_rows * scene->width);
     scene->v = (real *)take(&at, panels * scene->value_rows * scene->width);
     scene->q = (real *)take(&at, 2 * scene->key_rows * scene->query_row);
-    scene->after = (vec *)take(&at, 2 * scene->queries);
+    scene->after = (real *)take(&at, 2 * scene->queries);
     scene->strips = (struct strip *)take(&at, strips * (int64_t)(sizeof(struct strip) / sizeof(float)));
     scene->plane = (int64_t *)take(&at, scene->planes * (int64_t)(sizeof(int64_t) / sizeof(float)));
     scene->packed = (int64_t *)take(&at, scene->planes * (int64_t)(sizeof(int64_t) / sizeof(float)));
@@ -157,13 +200,19 @@ static size_t lay_scene(struct scene *scene, const fa_neighborhood *problem, con
     return (size_t)(at - base);
 }
 
+/* The most offsets of all strips together. */
+static int64_t most_offsets(const fa_neighborhood *problem, const int64_t *pixels)
+{
+    const fa_reach *y = &problem->reach[FA_ALONG_Y];
+    const int64_t n = (pixels[FA_ALONG_Y] + y->dilation - 1) / y->dilation;
+    return 2 * least_of(y->kernel, n) - 1;
+}
+
 /* Contract: contract.h. */
 static size_t neighborhood_workspace(const fa_neighborhood *problem, const int64_t *pixels, const int64_t *tile)
 {
     struct scene scene; /* for its size only */
-    const fa_reach *y = &problem->reach[FA_ALONG_Y];
-    const int64_t n = (pixels[FA_ALONG_Y] + y->dilation - 1) / y->dilation;
-    return lay_scene(&scene, problem, pixels, tile, 2 * least_of(y->kernel, n) - 1, (char *)(uintptr_t)FA_ALIGN);
+    return lay_scene(&scene, problem, pixels, tile, most_offsets(problem, pixels), 0, (char *)(uintptr_t)FA_ALIGN);
 }
 
 /* The pixels of a row, of n, from pixel `from` on become the columns of a panel; columns where there is no pixel are
@@ -199,6 +248,18 @@ static void pack_pixels(const fa_pixels *image, const char *row, int64_t channel
     }
 }
 
+/* Whether n numbers, a multiple of four vectors, are all finite. */
+static int panel_is_finite(const real *x, int64_t n)
+{
+    vec check[4] = {{0}}; /* one would be a chain of latencies */
+    for (int64_t i = 0; i < n; i += 4 * LANES) {
+        UNROLL(4)
+        for (int j = 0; j < 4; j++)
+            check[j] = v_fma(v_load(x + i + j * LANES), (vec){0}, check[j]);
+    }
+    return !v_true_bits(check[0] + check[1] + check[2] + check[3] != (vec){0});
+}
+
 /* The row x of plane z of the keys and values. */
 static void pack_row(const fa_neighborhood *problem, const fa_image *image, int64_t z, int64_t x, struct scene *scene)
 {
@@ -206,17 +267,11 @@ static void pack_row(const fa_neighborhood *problem, const fa_image *image, int6
     const int64_t panel = z % scene->planes * scene->rows + x % scene->rows, n = image->pixels[FA_ALONG_Y];
     real *k = scene->k + panel * scene->key_rows * scene->width;
     real *v = scene->v + panel * scene->value_rows * scene->width;
-    vec check[4] = {{0}}; /* one would be a chain of latencies; the numbers of a panel are a multiple of four vectors */
     pack_pixels(key, key->data + z * key->space[FA_ALONG_Z] + x * key->space[FA_ALONG_X], problem->head_dim, n,
                 scene->from, scene->width, scene->part, k);
     pack_pixels(value, value->data + z * value->space[FA_ALONG_Z] + x * value->space[FA_ALONG_X], problem->value_dim, n,
                 scene->from, scene->width, scene->part, v);
-    for (int64_t i = 0; i < scene->value_rows * scene->width; i += 4 * LANES) {
-        UNROLL(4)
-        for (int j = 0; j < 4; j++)
-            check[j] = v_fma(v_load(v + i + j * LANES), (vec){0}, check[j]);
-    }
-    scene->values_finite &= !v_true_bits(check[0] + check[1] + check[2] + check[3] != (vec){0});
+    scene->values_finite &= panel_is_finite(v, scene->value_rows * scene->width);
 }
 
 /* All keys and values that a pair sees and that are not packed yet, from row `first` of the tile on. */
@@ -234,23 +289,21 @@ static void pack_for_pair(const fa_neighborhood *problem, const fa_image *image,
     }
 }
 
-/* A row of queries, [channel][pixel], times the scale. Where that might leave the range of real, a lane keeps a power
- * of two for after the product, as pack_wide_queries has it; `after` is its root. */
-static void pack_queries_of_row(const fa_neighborhood *problem, const fa_image *image, const char *row, int64_t y,
-                                struct scene *scene, real *q, vec *after)
+/* Queries of a row, [channel][n], times the scale. Where that might leave the range of real, each of `columns` keeps a
+ * power of two for after the product, as pack_wide_queries has it; `after` is its root. */
+static void scale_queries(const fa_neighborhood *problem, int64_t n, int64_t columns, real *q, real *after)
 {
-    const int64_t channels = problem->head_dim, n = scene->query_row;
-    pack_pixels(&image->query, row, channels, image->pixels[FA_ALONG_Y], y, n, scene->part, q);
-    for (int64_t i = 0; i < scene->queries / LANES; i++)
-        after[i] = v_fill(1);
-    if (problem->scale == 0 || (fabs(problem->scale) <= 1e3 && fabs(problem->scale) >= 1e-6)) {
+    const int64_t channels = problem->head_dim;
+    for (int64_t i = 0; i < columns; i++)
+        after[i] = 1;
+    if (!scale_is_wide(problem->scale)) {
         const vec scale = v_fill((real)problem->scale);
         for (int64_t i = 0; i < channels * n; i += LANES)
             v_store(q + i, v_load(q + i) * scale);
         return;
     }
     const int most = BITS == 32 ? 100 : 900; /* exponent of a query's largest number */
-    for (int64_t i = 0; i < scene->queries; i++) {
+    for (int64_t i = 0; i < columns; i++) {
         double largest = 0;
         int of_query = 0, of_scale = 0, half = 0;
         for (int64_t c = 0; c < channels; c++) {
@@ -266,7 +319,7 @@ static void pack_queries_of_row(const fa_neighborhood *problem, const fa_image *
         else if (largest > 0 && exponent < -most)
             half = -((-most - exponent + 1) / 2);
         const double factor = ldexp(problem->scale, -2 * half);
-        after[i / LANES][i % LANES] = (real)ldexp(1, half);
+        after[i] = (real)ldexp(1, half);
         for (int64_t c = 0; c < channels; c++)
             q[c * n + i] = (real)((double)q[c * n + i] * factor);
     }
@@ -524,11 +577,10 @@ static ALWAYS_INLINE vec weigh_slots(const fa_activation activation, int64_t n, 
     return sum;
 }
 
-/* The same for sparsemax and (square) entmax15, of which the threshold t of each lane must be known first: by Newton's
- * method from below (threshold.inc.h), for all lanes at once. The slots are `runs` runs of n, `apart` slots from one to
- * the next. A slot whose weight is 0 is no longer seen. */
-static NEVER_INLINE vec weigh_slots_sparsely(const int square, int64_t runs, int64_t n, int64_t apart, vec base,
-                                             uint32_t *dead, uint32_t *seen, real *s)
+/* The threshold of sparsemax or (square) entmax15 of each lane: by Newton's method from below (threshold.inc.h), for
+ * all lanes at once. The slots are `runs` runs of n, `apart` slots from one to the next. */
+static NEVER_INLINE vec threshold_of_slots(const int square, int64_t runs, int64_t n, int64_t apart, vec base,
+                                           const real *s)
 {
     vec t = v_fill(-1), sum, other;
     unsigned rises;
@@ -544,7 +596,15 @@ static NEVER_INLINE vec weigh_slots_sparsely(const int square, int64_t runs, int
         rises = v_true_bits(next > t); /* not where t is the root, or there is no number */
         t = v_pick(next > t, next, t);
     } while (rises);
-    sum = (vec){0};
+    return t;
+}
+
+/* Scores become weights above that threshold; returns their sum. A slot whose weight is 0 is no longer seen. */
+static NEVER_INLINE vec weigh_slots_sparsely(const int square, int64_t runs, int64_t n, int64_t apart, vec base,
+                                             uint32_t *dead, uint32_t *seen, real *s)
+{
+    const vec t = threshold_of_slots(square, runs, n, apart, base, s);
+    vec sum = {0};
     for (int64_t run = 0; run < runs; run++)
         for (int64_t i = run * apart; i < run * apart + n; i++) {
             const vec x = v_load(s + i * LANES), p = weight_above(square, below_largest(square, x, base), t, (vec){0});
@@ -724,26 +784,30 @@ static int scale_sums(const fa_neighborhood *problem, int r, const struct strip 
     return !(v_true_bits(check != (vec){0}) & (((uint64_t)1 << strip->lanes) - 1));
 }
 
-/* The outputs of strip r to where they belong. */
-static void write_strip(const fa_neighborhood *problem, const fa_image *image, int64_t head, int r,
-                        const struct strip *strip, const struct pair *pair, const struct scene *scene)
+/* The numbers of a strip, [channel][lane] at o, to its pixels from (z, x, y) on, or added to what is there (of type
+ * real then). all: whole vectors of channels; scratch: LANES times as many, and `all` more to add. */
+static void write_strip(const fa_pixels *out, int64_t head, int64_t z, int64_t x, int64_t y, int lanes,
+                        int64_t channels, int64_t all, int add, const real *o, real *scratch)
 {
-    const fa_pixels *out = &image->out;
-    const int64_t channels = problem->value_dim, all = scene->value_rows;
     const ptrdiff_t step = out->space[FA_ALONG_Y], size = sizeof(real);
-    const char *o = (const char *)(scene->o + r * scene->value_rows * LANES);
-    char *to = out->data + head * out->head + pair->z * out->space[FA_ALONG_Z] +
-               (pair->x + r) * out->space[FA_ALONG_X] + pair->y * step;
-    if (out->dtype == REAL_DTYPE && out->col == size && channels % LANES == 0 && strip->lanes == LANES &&
+    char *to = out->data + head * out->head + z * out->space[FA_ALONG_Z] + x * out->space[FA_ALONG_X] + y * step;
+    if (!add && out->dtype == REAL_DTYPE && out->col == size && channels % LANES == 0 && lanes == LANES &&
         ((uintptr_t)to | (uintptr_t)step) % sizeof(real) == 0) {
         for (int64_t c = 0; c < channels; c += LANES)
-            v_transpose((real *)to + c, step / size, o + c * LANES * size, LANES * size);
+            v_transpose((real *)to + c, step / size, (const char *)(o + c * LANES), LANES * size);
         return;
     }
     for (int64_t c = 0; c < channels; c += LANES)
-        v_transpose(scene->part + c, all, o + c * LANES * size, LANES * size);
-    for (int i = 0; i < strip->lanes; i++)
-        scatter(to + i * step, out->col, scene->part + i * all, channels, out->dtype);
+        v_transpose(scratch + c, all, (const char *)(o + c * LANES), LANES * size);
+    for (int i = 0; i < lanes; i++) {
+        real *pixel = scratch + i * all, *before = scratch + LANES * all;
+        if (add) {
+            gather(before, to + i * step, out->col, channels, out->dtype);
+            for (int64_t c = 0; c < channels; c++)
+                pixel[c] += before[c];
+        }
+        scatter(to + i * step, out->col, pixel, channels, out->dtype);
+    }
 }
 
 /* Where the keys and values of each slot lie; behind the last, room for those that are computed with it. */
@@ -763,20 +827,23 @@ static void list_slots(const fa_neighborhood *problem, const struct strip *strip
                 scene->values[slot] = v + j * step;
             }
         }
-    for (int i = 0; i < SLOTS; i++)
+    for (int i = 0; i < SLOTS && slot; i++) {
         scene->keys[slot + i] = scene->keys[slot - 1];
+        scene->values[slot + i] = scene->values[slot - 1];
+    }
 }
 
-/* The rows of keys that a pair of rows of queries, z and x and perhaps x + 1, sees. */
+/* The rows of keys that a pair of rows of queries, z and x and perhaps x + 1, sees; or, of_keys, of queries that see
+ * them. */
 static void look_at_pair(const fa_neighborhood *problem, const fa_image *image, int64_t z, int64_t x, int strips,
-                         struct pair *pair)
+                         int of_keys, struct pair *pair)
 {
     const fa_reach *reach = problem->reach;
     pair->z = z, pair->x = x;
     pair->strips = strips;
-    fa_neighbors(&reach[FA_ALONG_Z], image->pixels[FA_ALONG_Z], z, &pair->z_begin, &pair->z_end);
+    look(&reach[FA_ALONG_Z], image->pixels[FA_ALONG_Z], z, of_keys, &pair->z_begin, &pair->z_end);
     for (int r = 0; r < strips; r++)
-        fa_neighbors(&reach[FA_ALONG_X], image->pixels[FA_ALONG_X], x + r, &pair->begin[r], &pair->end[r]);
+        look(&reach[FA_ALONG_X], image->pixels[FA_ALONG_X], x + r, of_keys, &pair->begin[r], &pair->end[r]);
     pair->x_begin = least_of(pair->begin[0], pair->begin[strips - 1]);
     pair->x_end = most_of(pair->end[0], pair->end[strips - 1]);
 }
@@ -793,7 +860,7 @@ static void attend_pair(const fa_neighborhood *problem, const fa_image *image, i
     list_slots(problem, strip, pair, scene);
     score_slots(scene, scene->q + number * LANES, problem->head_dim, pair->slots, pair->strips);
     for (int r = 0; r < pair->strips; r++) {
-        pair->after[r] = scene->after[r * (scene->queries / LANES) + number];
+        pair->after[r] = v_load(scene->after + r * scene->queries + number * LANES);
         weigh_strip(problem, image, head, r, strip, pair, scene);
         finish_strip(image, head, r, strip, pair);
         if (image->weights.data)
@@ -809,30 +876,32 @@ static void attend_pair(const fa_neighborhood *problem, const fa_image *image, i
             scale_sums(problem, r, strip, pair, shrunk, scene);
     }
     for (int r = 0; r < pair->strips; r++)
-        write_strip(problem, image, head, r, strip, pair, scene);
+        write_strip(&image->out, head, pair->z, pair->x + r, pair->y, strip->lanes, problem->value_dim,
+                    scene->value_rows, 0, scene->o + r * scene->value_rows * LANES, scene->part);
 }
 
-/* The strips of a tile, and its workspace. */
-static void open_scene(const fa_neighborhood *problem, const fa_image *image, const int64_t *begin, const int64_t *end,
-                       struct scene *scene)
+/* The strips of a tile, and its workspace, of which it returns the size. */
+static size_t open_scene(const fa_neighborhood *problem, const fa_image *image, const int64_t *begin,
+                         const int64_t *end, int of_keys, struct scene *scene)
 {
     const int64_t tile[FA_SPACE] = {end[0] - begin[0], end[1] - begin[1], end[2] - begin[2]};
     const int64_t n = image->pixels[FA_ALONG_Y];
     const fa_reach *reach = &problem->reach[FA_ALONG_Y];
     int64_t low = INT64_MAX, high = INT64_MIN;
+    size_t size;
     struct strip strip;
     for (int64_t y = begin[FA_ALONG_Y]; y < end[FA_ALONG_Y]; y += LANES) {
-        look_along_strip(reach, n, y, (int)least_of(LANES, end[FA_ALONG_Y] - y), &strip);
+        look_along_strip(reach, n, y, (int)least_of(LANES, end[FA_ALONG_Y] - y), of_keys, &strip);
         low = least_of(low, strip.low);
         high = most_of(high, strip.low + strip.offsets);
     }
-    lay_scene(scene, problem, image->pixels, tile, high - low, (char *)scene);
+    size = lay_scene(scene, problem, image->pixels, tile, most_of(high - low, 1), of_keys, (char *)scene);
     scene->from = begin[FA_ALONG_Y] + low * reach->dilation;
     scene->values_finite = 1;
     for (int64_t i = 0; i < scene->queries / LANES; i++) {
         const int64_t y = begin[FA_ALONG_Y] + i * LANES;
         struct strip *here = scene->strips + i;
-        look_along_strip(reach, n, y, (int)least_of(LANES, end[FA_ALONG_Y] - y), here);
+        look_along_strip(reach, n, y, (int)least_of(LANES, end[FA_ALONG_Y] - y), of_keys, here);
         for (int64_t j = 0; j < here->offsets; j++)
             scene->sight[i * scene->offsets + j] = lanes_that_see(here, here->low + j);
     }
@@ -845,6 +914,7 @@ static void open_scene(const fa_neighborhood *problem, const fa_image *image, co
         memset(scene->v, 0, (size_t)(panels * scene->value_rows * scene->width) * sizeof(real));
     }
     memset(scene->q, 0, (size_t)(2 * scene->key_rows * scene->query_row) * sizeof(real));
+    return size;
 }
 
 /* Contract: contract.h. */
@@ -856,19 +926,22 @@ static void neighborhood(const fa_neighborhood *problem, const fa_image *image, 
     const fa_reach *along_x = &problem->reach[FA_ALONG_X];
     int64_t first, unused;
     struct pair pair;
-    open_scene(problem, image, begin, end, scene);
+    open_scene(problem, image, begin, end, 0, scene);
     fa_neighbors(along_x, image->pixels[FA_ALONG_X], begin[FA_ALONG_X], &first, &unused);
     for (int64_t z = begin[FA_ALONG_Z]; z < end[FA_ALONG_Z]; z++)
         for (int64_t x = begin[FA_ALONG_X]; x < end[FA_ALONG_X]; x += 2) {
-            look_at_pair(problem, image, z, x, x + 1 < end[FA_ALONG_X] ? 2 : 1, &pair);
+            look_at_pair(problem, image, z, x, x + 1 < end[FA_ALONG_X] ? 2 : 1, 0, &pair);
             pack_for_pair(problem, image, first, &pair, scene);
             for (int64_t head = 0; head < image->heads; head++) {
-                for (int r = 0; r < pair.strips; r++)
-                    pack_queries_of_row(problem, image,
-                                        query->data + head * query->head + z * query->space[FA_ALONG_Z] +
-                                            (x + r) * query->space[FA_ALONG_X],
-                                        begin[FA_ALONG_Y], scene, scene->q + r * scene->key_rows * scene->query_row,
-                                        scene->after + r * (scene->queries / LANES));
+                for (int r = 0; r < pair.strips; r++) {
+                    real *q = scene->q + r * scene->key_rows * scene->query_row;
+                    pack_pixels(query,
+                                query->data + head * query->head + z * query->space[FA_ALONG_Z] +
+                                    (x + r) * query->space[FA_ALONG_X],
+                                problem->head_dim, image->pixels[FA_ALONG_Y], begin[FA_ALONG_Y], scene->query_row,
+                                scene->part, q);
+                    scale_queries(problem, scene->query_row, scene->queries, q, scene->after + r * scene->queries);
+                }
                 for (int64_t i = 0; i < scene->queries / LANES; i++) {
                     pair.y = begin[FA_ALONG_Y] + i * LANES;
                     attend_pair(problem, image, head, i, &pair, scene);
