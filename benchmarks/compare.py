@@ -129,6 +129,7 @@ TABLES = (
     *cases.TRUNCATED,
     *cases.DECODE,
     *cases.MULTI_HEAD,
+    *cases.MULTI_HEAD_STEPS,
     *cases.ROTARY,
     *cases.LINEAR,
     *cases.LINEAR_STEPS,
@@ -318,7 +319,7 @@ def limit_of(case, plan):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "truncated", "multihead", "linear", "blocks", "neighborhood"):
+    if case.kind in ("attention", "truncated", "multihead", "multiheadstep", "linear", "blocks", "neighborhood"):
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None

@@ -105,7 +105,7 @@ def share(record):
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), goal
     if record["kind"] == "linearstep":
         return measure.ratio(record["seconds"], "copy", "fastattn"), STEP_SHARE if record["threads"] == 1 else None
-    if record["kind"] == "multihead":
+    if record["kind"] in ("multihead", "multiheadstep"):
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), None
     if record["kind"] == "graphback":
         return measure.ratio(record["seconds"], "rows read", "fastattn out="), None
@@ -189,7 +189,7 @@ def _ratios(record):
         return DECODE_RATIOS[record["work"] <= SMALL_CACHE_BYTES]
     if record["kind"] == "multihead":
         return MULTI_HEAD_RATIOS if _is_goal_layer(record) else {}
-    if record["kind"] in ("softmaxback", "rotary"):
+    if record["kind"] in ("softmaxback", "rotary", "multiheadstep"):
         return {}
     if record["kind"] == "linear":
         return LINEAR_DELTA_RATIOS if record["rule"] == "gated delta" else LINEAR_RATIOS[record["head_dim"]]

@@ -98,6 +98,7 @@ def markdown(everything, with_goals=False):
         *_lengths(records_of(records, "lengths")),
         *_decode(records_of(records, "libraries", kind="decode")),
         *_multihead(records_of(records, "libraries", kind="multihead")),
+        *_multihead_steps(records_of(records, "libraries", kind="multiheadstep")),
         *_rotary(records_of(records, "libraries", kind="rotary")),
         *_linear(records_of(records, "libraries", kind="linear")),
         *_linear_steps(records_of(records, "libraries", kind="linearstep")),
@@ -279,6 +280,19 @@ def _multihead(records):
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
         title = f"Multi-head attention with its projections, float32, {threads_in_words(threads)}"
         yield Table(title, [*heads, *names, "outcome"], rows)
+
+
+def _multihead_steps(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        rows = []
+        for record in chosen:
+            samples, (share, _) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, "fastattn")), _percent(share)]
+            rows.append([record["label"], *numbers, *(_beside(samples, name) for name in names)])
+        title = f"Multi-head attention with its projections, there and back, float32, {threads_in_words(threads)}"
+        yield Table(title, [MULTI_HEAD_SHAPE, "fastattn", "of FMA peak", *names], rows)
 
 
 def _sparse(records):

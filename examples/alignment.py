@@ -8,7 +8,7 @@ character that it wrote: as text, and as a heat map in alignment.png when matplo
 
 The model is that of Bahdanau, Cho and Bengio ("Neural machine translation by jointly learning to align and
 translate", 2014) without its recurrent parts, in plain NumPy. One call of `fastattn.additive_attention` aligns a
-batch of sources of unequal lengths with what is written; the gradients are written out by hand.
+batch of sources of unequal lengths with what is written; `fastattn.additive_attention_vjp` is its way back.
 
     query   where in the result we are, and the last two characters written
     key     a character of the source with its neighbours: by the keys the model finds the place
@@ -80,13 +80,12 @@ def main(arguments=None):
         from tqdm import tqdm
 
         import fastattn
-
-        attention = fastattn.additive_attention
     except ModuleNotFoundError as error:
         print(explain_missing(error), file=sys.stderr)
         return 1
 
-    model = Aligner(attention, np.random.default_rng(options.seed))
+    attention = fastattn.additive_attention, fastattn.additive_attention_vjp
+    model = Aligner(*attention, np.random.default_rng(options.seed))
     rng = random.Random(options.seed)
     print(f"Learning from {options.steps * options.batch:,} spellings of dates", flush=True)
     start = time.perf_counter()
@@ -207,16 +206,16 @@ class Aligner:
 
     Parameters
     ----------
-    attention : callable
-        `fastattn.additive_attention`, or a function that is called like it.
+    attention, attention_vjp : callable
+        `fastattn.additive_attention` and `fastattn.additive_attention_vjp`, or functions that are called like them.
     rng : numpy.random.Generator
         Where the first parameters come from.
     dtype : dtype, optional
         float32, or float64 to check the gradients.
     """
 
-    def __init__(self, attention, rng, dtype=np.float32, hidden=32, features=24, mixed=32):
-        self.attention = attention
+    def __init__(self, attention, attention_vjp, rng, dtype=np.float32, hidden=32, features=24, mixed=32):
+        self.attention, self.attention_vjp = attention, attention_vjp
         self.dtype = np.dtype(dtype)
         window, place = (2 * REACH + 1) * NUM_SOURCE, 2 * (NUM_TARGET + 1) + LENGTH
         # Each sum starts with a variance of about one; of a one-hot's numbers a single one counts.
@@ -252,23 +251,18 @@ class Aligner:
         place = np.broadcast_to(np.eye(LENGTH, dtype=self.dtype), (len(written), LENGTH, LENGTH))
         return np.concatenate([before[:, :LENGTH], before[:, 1 : LENGTH + 1], place], axis=-1)
 
-    def forward(self, query, key, value, lengths):
-        """Return the logits of the next characters (B, L, 11), and all that the way back needs."""
+    def arguments(self, query, key, value, lengths):
+        """Return what attention and its way back take: arrays, and keywords."""
         p = self.parameters
-        seen, weights = self.attention(
-            query,
-            key,
-            value,
-            p["w_score"],
-            w_query=p["w_query"],
-            w_key=p["w_key"],
-            b_hidden=p["b_hidden"],
-            key_lengths=lengths,
-            return_weights=True,
-        )
+        names = "w_query", "w_key", "b_hidden"
+        return (query, key, value, p["w_score"]), {name: p[name] for name in names} | {"key_lengths": lengths}
+
+    def read(self, seen, query):
+        """Return the logits of the next characters (B, L, 11), and what the way back needs."""
+        p = self.parameters
         joined = np.concatenate([seen, query], axis=-1)
         mixed = np.tanh(joined @ p["w_mix"] + p["b_mix"])
-        return mixed @ p["w_out"] + p["b_out"], weights, joined, mixed
+        return mixed @ p["w_out"] + p["b_out"], joined, mixed
 
     def loss_and_gradients(self, sources, targets):
         """Return the mean cross-entropy of the characters, and its gradient for each parameter.
@@ -281,7 +275,9 @@ class Aligner:
         query = self.queries(target)
         key, characters, lengths = self.keys(sources)
         value = characters @ p["w_value"]
-        logits, weights, joined, mixed = self.forward(query, key, value, lengths)
+        arrays, keywords = self.arguments(query, key, value, lengths)
+        seen, lse = self.attention(*arrays, **keywords, return_lse=True)
+        logits, joined, mixed = self.read(seen, query)
 
         logits -= logits.max(axis=-1, keepdims=True)
         log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -292,7 +288,11 @@ class Aligner:
         d_logits = (np.exp(log_probability) - wanted) / target.size
         d_mixed = (d_logits @ p["w_out"].T) * (1 - mixed**2)
         d_seen = d_mixed @ p["w_mix"][: value.shape[-1]].T
-        gradients = attention_gradients(d_seen, weights, query, key, value, p)
+        # Queries and keys are not learned here: of them, only their projections are asked for.
+        names = "value", "w_score", "w_query", "w_key", "b_hidden"
+        kept = {"output": seen, "lse": lse}
+        answer = self.attention_vjp(d_seen, *arrays, **keywords, **kept, wrt=names)
+        gradients = dict(zip(names, answer, strict=True))
         gradients["w_value"] = outer_sum(characters, gradients.pop("value"))
         gradients["w_mix"] = outer_sum(joined, d_mixed)
         gradients["b_mix"] = d_mixed.sum((0, 1))
@@ -308,39 +308,12 @@ class Aligner:
         looked = []
         for place in range(LENGTH):
             query = self.queries(written)[:, place : place + 1]
-            logits, weights, *_ = self.forward(query, key, value, lengths)
+            arrays, keywords = self.arguments(query, key, value, lengths)
+            seen, weights = self.attention(*arrays, **keywords, return_weights=True)
+            logits, *_ = self.read(seen, query)
             written[:, place] = logits[:, 0].argmax(axis=-1)
             looked.append(weights)
         return ["".join(TARGET_CHARACTERS[code] for code in row) for row in written], np.concatenate(looked, axis=1)
-
-
-def attention_gradients(d_out, weights, query, key, value, p):
-    """Return the gradients of additive attention, for its value and its parameters.
-
-    The way there is
-
-        hidden = query @ w_query + b_hidden + key @ w_key       for each query with each key
-        score = tanh(hidden) @ w_score
-        weights = softmax(score)                                0 where a key lies past the length
-        out = weights @ value
-    """
-    d_value = weights.swapaxes(-1, -2) @ d_out
-    d_weights = d_out @ value.swapaxes(-1, -2)
-    # Past the lengths the weights are 0, and by that all that follows: no mask is needed on the way back.
-    d_score = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
-    activity = np.tanh((query @ p["w_query"] + p["b_hidden"])[:, :, None] + (key @ p["w_key"])[:, None])
-    slope = 1 - activity**2  # the derivative of tanh, (B, L, S, hidden)
-    # A query takes part in the scores of all keys, and a key in those of all queries.
-    d_query_side = np.einsum("bls,blsh->blh", d_score, slope) * p["w_score"]
-    d_key_side = np.einsum("bls,blsh->bsh", d_score, slope) * p["w_score"]
-    # Queries and keys are not learned here; their gradients would be d_query_side @ w_query.T and so on.
-    return {
-        "value": d_value,
-        "w_score": np.einsum("bls,blsh->h", d_score, activity),
-        "w_query": outer_sum(query, d_query_side),
-        "w_key": outer_sum(key, d_key_side),
-        "b_hidden": d_query_side.sum((0, 1)),
-    }
 
 
 def outer_sum(x, d_y):

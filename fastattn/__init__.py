@@ -67,7 +67,7 @@ if _typing.TYPE_CHECKING:
     )
     from fastattn.graph import graph_attention, graph_attention_vjp
     from fastattn.linear import linear_attention, linear_attention_vjp
-    from fastattn.multihead import MultiHeadAttention, self_attention
+    from fastattn.multihead import MultiHeadAttention, self_attention, self_attention_vjp
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
     from fastattn.streaming import StreamingAttention
 
@@ -102,6 +102,7 @@ __all__ = [
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
+    "self_attention_vjp",
     "set_num_threads",
     "show_config",
     "sinusoidal_encoding",
@@ -129,6 +130,7 @@ _LATER = {
     "neighborhood_attention": "neighborhood",
     "neighborhood_attention_vjp": "neighborhood",
     "self_attention": "multihead",
+    "self_attention_vjp": "multihead",
     "truncated_attention_vjp": "gradients",
     "varlen_attention_vjp": "gradients",
 }

@@ -58,6 +58,10 @@ class Rules(LayerRules, total=False):
     enable_gqa: bool
 
 
+class LayerGradientRules(_QueryRules, total=False):
+    """Of layers on the way back."""
+
+
 class GradientRules(_QueryRules, total=False):
     """Of gradients, which return nothing else."""
 

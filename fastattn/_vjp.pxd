@@ -9,11 +9,12 @@ cdef class Wanted:
     cdef list targets          # where it goes
     cdef bint one              # wrt was a single name
 
-    cdef object target(self, str name)
-    cdef object result(self)
+    cpdef object target(self, str name)
+    cpdef object result(self)
 
 
 cdef object gradient_dtype(cnp.ndarray a)
+cpdef tuple read_names(object wrt, dict given)
 cpdef cnp.ndarray read_gradient(object x, tuple shape, str name=*)
 cpdef Wanted read_wanted(object wrt, dict given, object out, object real, dict others=*)
 cpdef object store(object target, object gradient)

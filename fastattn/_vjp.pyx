@@ -13,11 +13,11 @@ from fastattn._checks cimport as_array, checked_out, empty, floating, shape_of
 cnp.import_array()
 
 cdef class Wanted:
-    cdef object target(self, str name):
+    cpdef object target(self, str name):
         """Where the gradient of this name goes; None: nobody asked for it."""
         return self.targets[self.names.index(name)] if name in self.names else None
 
-    cdef object result(self):
+    cpdef object result(self):
         return self.targets[0] if self.one else tuple(self.targets)
 
 
@@ -34,7 +34,8 @@ cpdef cnp.ndarray read_gradient(object x, tuple shape, str name="grad_out"):
     return a
 
 
-cdef tuple read_names(object wrt, dict given):
+cpdef tuple read_names(object wrt, dict given):
+    """The names in `wrt`; given: as for `read_wanted`."""
     cdef list allowed = [name for name in given if given[name] is not None]
     cdef str choice = ", ".join([repr(name) for name in allowed])
     cdef tuple names = (wrt,) if isinstance(wrt, str) else tuple(wrt) if isinstance(wrt, (tuple, list)) else None
@@ -45,7 +46,7 @@ cdef tuple read_names(object wrt, dict given):
             why = ", which was not given" if name in given else ""
             raise ValueError(f"wrt names {name!r}{why}; those that can be named are {choice}")
     if len(set(names)) != len(names):
-        raise ValueError(f"wrt names {next(n for n in names if names.count(n) > 1)!r} twice: {wrt!r}")
+        raise ValueError(f"wrt names {[n for n in names if names.count(n) > 1][0]!r} twice: {wrt!r}")
     return names
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -20,22 +20,37 @@ from fastattn._checks import (
     real,
 )
 from fastattn._positions import checked_frequencies
-from fastattn._rules import LayerRules, refuse_others, takes
+from fastattn._rules import LayerGradientRules, LayerRules, refuse_others, takes
+from fastattn._vjp import read_gradient, read_names, read_wanted, store
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
-from fastattn.positions import apply_rotary
-from fastattn.projections import FLOAT64, Weights, accumulation_of, project, rounded, rows_of
+from fastattn.gradients import dot_product_attention_vjp
+from fastattn.positions import apply_rotary, rotary_frequencies
+from fastattn.projections import (
+    FLOAT64,
+    Weights,
+    accumulation_of,
+    outer_sum,
+    project,
+    rounded,
+    rows_of,
+    sum_of_rows,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
     from typing import Self, Unpack
 
     from numpy.typing import ArrayLike, NDArray
 
-    from fastattn._rules import Rules
+    from fastattn._rules import GradientRules, Rules
 
     State = Mapping[str, Any] | str | PathLike[str]
+
+# What is added to scores or to their softmax, and has a gradient; for a layer only where it is named.
+ADDED = "bias", "relative_bias", "alibi_slopes", "sinks"
+QUERY_KEY_VALUE = "query", "key", "value"
 
 
 # Checks
@@ -185,21 +200,7 @@ def self_attention(
            [0.505, 0.991]])
     """
     refuse_others(rules, LayerRules, "self_attention")
-    names = "w_query", "w_key", "w_value"
-    tokens = floating(x, "x")
-    if tokens.ndim < 2:
-        raise ValueError(f"x has shape {tokens.shape}; it needs at least two axes, (..., L, d_model)")
-    rows = tokens.shape[-1]
-    matrices = [
-        _matrix(w, name, rows, f": {rows} is x's last axis")
-        for w, name in zip((w_query, w_key, w_value), names, strict=True)
-    ]
-    if matrices[0].shape[1] != matrices[1].shape[1]:
-        raise ValueError(
-            f"w_key has {matrices[1].shape[1]} columns and w_query {matrices[0].shape[1]}: for dot products they must "
-            f"be equal"
-        )
-    dtype = common_dtype([a.dtype for a in (tokens, *matrices)], ("x", *names))
+    tokens, matrices, dtype = _tokens_and_matrices(x, w_query, w_key, w_value)
     accumulation = accumulation_of(dtype)
     out = rules.get("out")
     if out is not None:
@@ -214,17 +215,179 @@ def self_attention(
         rules["query_lengths"] = rules.get("key_lengths")
     if dtype != accumulation:
         rules["out"] = None
-    flat = rows_of(tokens, accumulation)
-    with np.errstate(all="ignore"):
-        query, key, value = (
-            project(flat, w.astype(accumulation, copy=False)).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices
-        )
+    _, _, (query, key, value) = _three(tokens, matrices, accumulation)
     answer = dot_product_attention(query, key, value, **rules)
     if dtype == accumulation:
         return answer
     if isinstance(answer, tuple):
         return (rounded(answer[0], dtype, out), *answer[1:])
     return rounded(answer, dtype, out)
+
+
+def _tokens_and_matrices(
+    x: Any, w_query: Any, w_key: Any, w_value: Any
+) -> tuple[NDArray[Any], list[NDArray[Any]], np.dtype[Any]]:
+    """What self-attention is given, checked, and the dtype to which it promotes."""
+    names = "w_query", "w_key", "w_value"
+    tokens = floating(x, "x")
+    if tokens.ndim < 2:
+        raise ValueError(f"x has shape {tokens.shape}; it needs at least two axes, (..., L, d_model)")
+    rows = tokens.shape[-1]
+    matrices = [
+        _matrix(w, name, rows, f": {rows} is x's last axis")
+        for w, name in zip((w_query, w_key, w_value), names, strict=True)
+    ]
+    if matrices[0].shape[1] != matrices[1].shape[1]:
+        raise ValueError(
+            f"w_key has {matrices[1].shape[1]} columns and w_query {matrices[0].shape[1]}: for dot products they must "
+            f"be equal"
+        )
+    return tokens, matrices, common_dtype([a.dtype for a in (tokens, *matrices)], ("x", *names))
+
+
+def _three(
+    tokens: NDArray[Any], matrices: list[NDArray[Any]], dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], list[NDArray[Any]], list[NDArray[Any]]]:
+    """Tokens as rows, matrices in the dtype of their products, and query, key and value."""
+    with np.errstate(all="ignore"):
+        flat = rows_of(tokens, dtype)
+        matrices = [w.astype(dtype, copy=False) for w in matrices]
+        return flat, matrices, [project(flat, w).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices]
+
+
+@takes(LayerGradientRules, like=dot_product_attention)
+def self_attention_vjp(
+    grad_out: ArrayLike,
+    x: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike,
+    w_value: ArrayLike,
+    *,
+    wrt: str | Sequence[str] = ("x", "w_query", "w_key", "w_value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | Sequence[NDArray[Any] | None] | None = None,
+    **rules: Unpack[LayerGradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    The gradients of a loss through `self_attention`.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, d_v)
+        The gradient of the loss for what `self_attention` returned: float32, float64, float16 or bfloat16; integers and
+        bools become float64.
+    x, w_query, w_key, w_value : array_like
+        As for `self_attention`, and so are all arguments that are not named below.
+    wrt : str or tuple of str, default ("x", "w_query", "w_key", "w_value")
+        Whose gradients are returned: of these, and of "bias", "relative_bias", "alibi_slopes" and "sinks" those that
+        are given. Only they are computed.
+    output, lse : array_like, optional
+        What `self_attention` returned with the same arguments and ``return_lse=True``; both or neither. Attention is
+        done again without them. They change no bit. Only for softmax.
+    grad_lse : array_like, shape (..., L), optional
+        The gradient of the loss for the log-sum-exp, if it was used too. Only for softmax.
+    out : ndarray, or tuple of (ndarray or None), optional
+        Receives the gradients: one array if `wrt` is a name, else a tuple as long as `wrt`. Each of the gradient's
+        shape, and of its dtype or of the accumulation dtype; none may overlap an input or another.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask
+        As for `self_attention`: which keys a query sees.
+    block_size, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, num_threads
+        As for `self_attention`.
+
+    Returns
+    -------
+    ndarray, or tuple of ndarray
+        A gradient for each name in `wrt`, of the shape and dtype of its array (float64 for integers). That of x is the
+        sum of its three uses.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the results, the projected arrays or the workspace.
+
+    See Also
+    --------
+    dot_product_attention_vjp : attention alone, and what is promised of it.
+    MultiHeadAttention.vjp
+
+    Notes
+    -----
+    With Q = x W^Q, and with dQ, dK and dV as `dot_product_attention_vjp` returns them, ``dW^Q = x^T dQ`` (also for K
+    and V) and ``dx = dQ W^Q^T + dK W^K^T + dV W^V^T``. The products are NumPy's; those with x^T are split into blocks
+    of tokens, so that no error grows with their number. Padding takes no part, whatever x is there.
+
+    References
+    ----------
+    .. [1] A. Vaswani et al., "Attention is all you need", 2017, section 3.2.1, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> w_query, w_key = np.array([[4.0], [0.0]]), np.array([[0.0], [1.0]])
+    >>> grad_out = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # the loss is the first number
+    >>> fastattn.self_attention_vjp(grad_out, x, w_query, w_key, np.eye(2), wrt="w_key").round(3)
+    array([[ 1.   ],
+           [-0.018]])
+    """
+    refuse_others(rules, LayerGradientRules, "self_attention_vjp")
+    tokens, matrices, dtype = _tokens_and_matrices(x, w_query, w_key, w_value)
+    real = accumulation_of(dtype)
+    shape = (*tokens.shape[:-1], matrices[2].shape[1])
+    grad = read_gradient(grad_out, shape)
+    given: dict[str, Any] = {"x": x, "w_query": w_query, "w_key": w_key, "w_value": w_value}
+    given |= {name: rules.get(name) for name in ADDED}
+    others: dict[str, Any] = {"grad_out": grad_out, "output": output, "lse": lse, "grad_lse": grad_lse}
+    others |= {name: a for name, a in rules.items() if isinstance(a, np.ndarray) and name not in given}
+    wanted = read_wanted(wrt, given, out, real, others)
+    if rules.get("query_lengths") is None:
+        rules["query_lengths"] = rules.get("key_lengths")
+
+    flat, matrices, attended = _three(tokens, matrices, real)
+    if dtype != real and rules.get("activation", "softmax") == "softmax":
+        # Attention is in float32, but what the forward call returned was rounded.
+        with np.errstate(all="ignore"):
+            if output is None and lse is None:
+                answer: Any = dot_product_attention(*attended, return_lse=True, **rules)
+                output, lse = answer[0].astype(dtype), answer[1]
+            output = None if output is None else floating(output, "output").astype(real)
+    used = [name for name in ("query", "key", "value") if "x" in wanted.names or f"w_{name}" in wanted.names]
+    added = [name for name in ADDED if name in wanted.names]
+    answer = dot_product_attention_vjp(
+        grad,
+        *attended,
+        wrt=(*used, *added),
+        output=output,
+        lse=lse,
+        grad_lse=grad_lse,
+        out=(*[None] * len(used), *map(wanted.target, added)),
+        **rules,
+    )
+    with np.errstate(all="ignore"):
+        d_x = None
+        for name, w, d in zip(("query", "key", "value"), matrices, _by_name(used, answer), strict=True):
+            if d is None:
+                continue
+            d = d.reshape(len(flat), w.shape[1])
+            if f"w_{name}" in wanted.names:
+                store(wanted.target(f"w_{name}"), outer_sum(flat, d))
+            if "x" in wanted.names:
+                part = np.matmul(d, w.T)
+                d_x = part if d_x is None else np.add(d_x, part, out=d_x)
+        if d_x is not None:
+            store(wanted.target("x"), d_x.reshape(tokens.shape))
+    return wanted.result()
+
+
+def _by_name(names: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
+    """Of query, key and value, None where there is none."""
+    found = dict(zip(names, arrays, strict=False))
+    return [found.get(name) for name in ("query", "key", "value")]
 
 
 class _Call(NamedTuple):
@@ -276,7 +439,8 @@ class MultiHeadAttention:
     Attributes
     ----------
     w_query, w_key, w_value, w_out, b_query, b_key, b_value, b_out : ndarray or None
-        The layer's own copies, in the dtype in which they are multiplied; read-only, also after unpickling.
+        The layer's own copies, in the dtype in which they are multiplied; read-only, also after unpickling:
+        `parameters` returns them to be written to.
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
     rotary_base, rotary_frequencies, rotary_dim : as given, or None where nothing is rotated
     dtype : numpy.dtype
@@ -683,17 +847,17 @@ class MultiHeadAttention:
     @property
     def w_query(self) -> NDArray[Any]:
         """Of shape (d_model, num_heads * head_dim)."""
-        return self._weights.query
+        return self._named(self._weights)["w_query"]
 
     @property
     def w_key(self) -> NDArray[Any]:
         """Of shape (d_context, num_kv_heads * head_dim)."""
-        return self._weights.context[:, : self.num_kv_heads * self.head_dim]
+        return self._named(self._weights)["w_key"]
 
     @property
     def w_value(self) -> NDArray[Any]:
         """Of shape (d_context, num_kv_heads * value_dim)."""
-        return self._weights.context[:, self.num_kv_heads * self.head_dim :]
+        return self._named(self._weights)["w_value"]
 
     @property
     def w_out(self) -> NDArray[Any] | None:
@@ -703,29 +867,78 @@ class MultiHeadAttention:
     @property
     def b_query(self) -> NDArray[Any] | None:
         """Of shape (num_heads * head_dim,)."""
-        return self._bias(0)
+        return self._named(self._weights).get("b_query")
 
     @property
     def b_key(self) -> NDArray[Any] | None:
         """Of shape (num_kv_heads * head_dim,)."""
-        return self._bias(1)
+        return self._named(self._weights).get("b_key")
 
     @property
     def b_value(self) -> NDArray[Any] | None:
         """Of shape (num_kv_heads * value_dim,)."""
-        return self._bias(2)
+        return self._named(self._weights).get("b_value")
 
     @property
     def b_out(self) -> NDArray[Any] | None:
         """Of shape (d_out,)."""
         return self._weights.b_out
 
-    def _bias(self, which: int) -> NDArray[Any] | None:
-        if not self._has_bias[which] or self._weights.b_every is None:
-            return None
-        n = self.num_heads * self.head_dim
-        ends = 0, n, n + self.num_kv_heads * self.head_dim, None
-        return self._weights.b_every[ends[which] : ends[which + 1]]
+    def _named(self, weights: Weights) -> dict[str, NDArray[Any]]:
+        """Those that the layer has, by the names of its arguments."""
+        n, of_keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        named = {"w_query": weights.query, "w_key": weights.context[:, :of_keys]}
+        named["w_value"] = weights.context[:, of_keys:]
+        if weights.out is not None:
+            named["w_out"] = weights.out
+        if weights.b_every is not None:
+            parts = weights.b_every[:n], weights.b_every[n : n + of_keys], weights.b_every[n + of_keys :]
+            for name, part, there in zip(("b_query", "b_key", "b_value"), parts, self._has_bias, strict=True):
+                if there:
+                    named[name] = part
+        if weights.b_out is not None:
+            named["b_out"] = weights.b_out
+        return named
+
+    def parameters(self) -> dict[str, NDArray[Any]]:
+        """
+        The layer's own arrays, to be written to: the next call uses what is written.
+
+        Returns
+        -------
+        dict from str to ndarray
+            ``w_query``, ``w_key``, ``w_value``, and ``w_out``, ``b_query``, ``b_key``, ``b_value`` and ``b_out`` where
+            the layer has them: the names and shapes of its arguments, in the dtype in which they are multiplied
+            (float32 for 16-bit weights). Those that multiply the same input are columns of one array in memory.
+
+        Raises
+        ------
+        MemoryError
+            After unpickling the memory of weights may be read-only; it is copied then.
+
+        See Also
+        --------
+        vjp : gradients by the same names.
+
+        Notes
+        -----
+        `copy.copy` of a layer shares its memory, as that of a list shares its items; `copy.deepcopy` does not. No other
+        thread may be in a call of the layer while it is written to.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> layer = fastattn.MultiHeadAttention(np.eye(4), np.eye(4), np.eye(4), num_heads=2, b_value=np.zeros(4))
+        >>> parameters = layer.parameters()
+        >>> {name: array.shape for name, array in parameters.items()}
+        {'w_query': (4, 4), 'w_key': (4, 4), 'w_value': (4, 4), 'b_value': (4,)}
+        >>> parameters["b_value"] += 1
+        >>> layer(np.zeros((1, 4)))
+        array([[1., 1., 1., 1.]])
+        """
+        self._weights, free = self._weights.unlocked(self.num_heads * self.head_dim)
+        return self._named(free)
 
     @takes(LayerRules, like=dot_product_attention)
     def __call__(
@@ -832,6 +1045,207 @@ class MultiHeadAttention:
                 cache._end_step(step, new_key, new_value, came)
         return (result, *rest) if rest else result
 
+    @takes(LayerGradientRules, like=dot_product_attention)
+    def vjp(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        **rules: Unpack[LayerGradientRules],
+    ) -> tuple[NDArray[Any], Callable[..., dict[str, NDArray[Any]]]]:
+        """
+        A call, and the function that takes the gradient of a loss for its output back to all that led there.
+
+        Parameters
+        ----------
+        x, context : array_like
+            As for a call.
+        is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask
+            As for a call.
+        block_size, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, num_threads
+            As for a call; `num_threads` also bounds the threads of the way back.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, d_out)
+            What ``layer(x, context, ...)`` returns, to the bit.
+        backward : callable
+            ``backward(grad_out, wrt=None)`` takes the gradient of the loss for `out`, of its shape, and returns a dict
+            from names to gradients: "x"; "context" if given; "w_query", "w_key", "w_value", "w_out", "b_query",
+            "b_key", "b_value" and "b_out", those that the layer has; and, only if they are named in `wrt`, "bias",
+            "relative_bias", "alibi_slopes" and "sinks", those that were given. wrt: a name or a tuple of names; only
+            their gradients are computed, and no bit of them depends on the others. It may be called more than once.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not as above; the message names it. Also from `backward`.
+        MemoryError
+            If there is no memory for the results, the projected arrays or the workspace.
+
+        See Also
+        --------
+        parameters : the layer's own arrays by the same names, to be written to.
+        dot_product_attention_vjp : attention alone, and what is promised of its gradients.
+
+        Notes
+        -----
+        A gradient has the shape and dtype of its array (float64 for integers); those of weights have that of the
+        layer's own arrays, which is float32 for 16 bits. Without a context the gradient of x is the sum of its uses as
+        query, key and value. Rotated queries and keys are turned back.
+
+        Rows of x past `query_lengths` are padding: what stands there, in x and in `grad_out`, gives nothing to any
+        gradient, not even to that of `b_out`, and their own gradient is 0. A hidden token of x or `context`, which
+        nobody sees, gives nothing either, be it NaN.
+
+        `backward` keeps the projected arrays, a copy of x and `context`, and the output of the heads. It reads the
+        weights, and the arrays of rules such as a mask, when it is called: change them afterwards.
+
+        Matrix products are NumPy's. Those that sum over tokens are split into blocks, so that no error grows with the
+        number of tokens; the promise of same bits for all batches and threads only holds for attention between them.
+
+        Examples
+        --------
+        A step of gradient descent:
+
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> layer = fastattn.MultiHeadAttention(*rng.normal(size=(4, 8, 8)) / 3, num_heads=2, b_out=np.zeros(8))
+        >>> x, target = rng.normal(size=(2, 3, 5, 8))
+        >>> out, backward = layer.vjp(x, is_causal=True)
+        >>> gradients = backward(2 * (out - target))  # of the sum of squares
+        >>> sorted(gradients)
+        ['b_out', 'w_key', 'w_out', 'w_query', 'w_value', 'x']
+        >>> before = np.sum((out - target) ** 2)
+        >>> for name, array in layer.parameters().items():
+        ...     array -= 0.002 * gradients[name]
+        >>> bool(np.sum((layer(x, is_causal=True) - target) ** 2) < before)
+        True
+        """
+        refuse_others(rules, LayerGradientRules, "MultiHeadAttention.vjp")
+        call = self._checked(x, context, None, {**rules})
+        weights = self._weights_in(call.accumulation)
+        dtypes = {"x": call.tokens.dtype, "context": None if call.context is None else call.context.dtype}
+        with np.errstate(all="ignore"):
+            # Copies: a residual connection, x += out, may come before the way back.
+            call = call._replace(
+                tokens=np.array(call.tokens, call.accumulation, order="C"),
+                context=None if call.context is None else np.array(call.context, call.accumulation, order="C"),
+            )
+            query, key, value, both = self._projected(call, weights)
+            if self.rotary_dim is not None:
+                self._rotate(call, None, query, key, both)
+            asked = call
+            if call.rules.get("activation", "softmax") == "softmax":
+                asked = call._replace(rules={**call.rules, "return_lse": True})
+            heads, rest = self._attended(asked, weights, query, key, value, None)
+            out = self._joined(call, weights, heads)
+        lse = rest[0] if rest else None
+
+        def backward(grad_out: ArrayLike, wrt: str | Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+            """The gradients for the arrays named in `wrt`, by name; see `MultiHeadAttention.vjp`."""
+            return self._back(call, weights, (query, key, value), heads, lse, dtypes, grad_out, wrt)
+
+        return (heads.copy() if out is heads else out), backward
+
+    def _back(
+        self,
+        call: _Call,
+        weights: Weights,
+        attended: tuple[NDArray[Any], ...],
+        heads: NDArray[Any],
+        lse: NDArray[Any] | None,
+        dtypes: dict[str, Any],
+        grad_out: Any,
+        wrt: Any,
+    ) -> dict[str, NDArray[Any]]:
+        """The gradients of a call."""
+        own = self._named(self._weights)
+        given: dict[str, Any] = {"x": call.tokens, "context": call.context}
+        given |= {f"{kind}_{name}": own.get(f"{kind}_{name}") for kind in "wb" for name in (*QUERY_KEY_VALUE, "out")}
+        usual = tuple(name for name, a in given.items() if a is not None)
+        given |= {name: call.rules.get(name) for name in ADDED}
+        names = read_names(usual if wrt is None else wrt, given)
+        grad = read_gradient(grad_out, (*call.batch, call.length, self.d_out))
+        gradients: dict[str, NDArray[Any]] = {}
+        with np.errstate(all="ignore"):
+            grad = _without_padding(call, rows_of(grad, call.accumulation))
+            if "w_out" in names:
+                gradients["w_out"] = outer_sum(heads.reshape(len(grad), heads.shape[-1]), grad)
+            if "b_out" in names:
+                gradients["b_out"] = sum_of_rows(grad)
+            if set(names) - gradients.keys():
+                d_heads = grad if weights.out is None else np.matmul(grad, weights.out.T)
+                self._back_from_heads(call, weights, attended, heads, lse, d_heads, names, gradients)
+            return {
+                name: d if name in ADDED else d.astype(dtypes.get(name) or self._accumulation, copy=False)
+                for name, d in ((name, gradients[name]) for name in names)
+            }
+
+    def _back_from_heads(
+        self,
+        call: _Call,
+        weights: Weights,
+        attended: tuple[NDArray[Any], ...],
+        heads: NDArray[Any],
+        lse: NDArray[Any] | None,
+        d_heads: NDArray[Any],
+        names: tuple[str, ...],
+        gradients: dict[str, NDArray[Any]],
+    ) -> None:
+        """Add the gradients of everything before the output projection; d_heads: that of the heads, side by side."""
+        other = "x" if call.context is None else "context"
+        sources = dict(zip(QUERY_KEY_VALUE, ("x", other, other), strict=True))
+        used = [name for name, x in sources.items() if {x, f"w_{name}", f"b_{name}"} & set(names)]
+        added = [name for name in ADDED if name in names]
+
+        # The gradients of query, key and value, side by side where their weights are.
+        tokens = rows_of(call.tokens, call.accumulation)
+        context = tokens if call.context is None else rows_of(call.context, call.accumulation)
+        axes = call.tokens.shape[:-1]
+        other_axes = axes if call.context is None else call.context.shape[:-1]
+        n, of_keys = weights.query.shape[1], self.num_kv_heads * self.head_dim
+        if call.context is None:
+            whole = empty((len(tokens), n + weights.context.shape[1]), call.accumulation)
+            d_query, d_context = whole[:, :n], whole[:, n:]
+        else:
+            d_query = empty((len(tokens), n), call.accumulation)
+            d_context = empty((len(context), weights.context.shape[1]), call.accumulation)
+        targets = dict(zip(QUERY_KEY_VALUE, self._heads(d_query, d_context, axes, other_axes), strict=True))
+
+        shape, rules = (*call.batch, call.length), cast("GradientRules", call.rules)
+        answer = dot_product_attention_vjp(
+            _by_head(d_heads, shape, self.num_heads, self.value_dim),
+            *attended,
+            wrt=(*used, *added),
+            output=None if lse is None else _by_head(heads, shape, self.num_heads, self.value_dim),
+            lse=lse,
+            out=(*(targets[name] for name in used), *[None] * len(added)),
+            **rules,
+        )
+        gradients.update(zip(added, answer[len(used) :], strict=True))
+        if self.rotary_dim is not None:
+            # A layer that rotates has no context.
+            together = self._query_and_key(whole, axes) if {"query", "key"} <= set(used) else None
+            turned = {name: targets[name] for name in used}
+            self._rotate(call, None, turned.get("query"), turned.get("key"), together, back=True)
+
+        flat = dict(zip(QUERY_KEY_VALUE, (d_query, d_context[:, :of_keys], d_context[:, of_keys:]), strict=True))
+        for name in used:
+            if f"w_{name}" in names:
+                gradients[f"w_{name}"] = outer_sum(tokens if name == "query" else context, flat[name])
+            if f"b_{name}" in names:
+                gradients[f"b_{name}"] = sum_of_rows(flat[name])
+        if "x" in names:
+            if call.context is None:
+                assert weights.every is not None
+                d_x = np.matmul(whole, weights.every.T)
+            else:
+                d_x = np.matmul(d_query, weights.query.T)
+            gradients["x"] = d_x.reshape(call.tokens.shape)
+        if call.context is not None and "context" in names:
+            gradients["context"] = np.matmul(d_context, weights.context.T).reshape(call.context.shape)
+
     def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> _Call:
         """Check the arguments."""
         tokens = _tokens(x, "x", "L", "w_query", self.d_model)
@@ -910,42 +1324,57 @@ class MultiHeadAttention:
 
     def _weights_in(self, dtype: np.dtype[Any]) -> Weights:
         """The weights in the dtype of a call's products."""
+        weights = self._weights
         if dtype == self._accumulation:
-            return self._weights
-        return Weights.of(self.w_query, (self.w_key, self.w_value), self.w_out, self._b_every, self._b_out, dtype)
+            return weights
+        b_every, b_out = _digits(self._b_every, weights.b_every), _digits(self._b_out, weights.b_out)
+        return Weights.of(self.w_query, (self.w_key, self.w_value), self.w_out, b_every, b_out, dtype)
 
     def _projected(
         self, call: _Call, weights: Weights
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """From tokens to heads: query, key and value; and, to rotate them together, query and key as one array."""
-
-        def heads(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
-            return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
-
         accumulation = call.accumulation
-        of_query, of_keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        of_query = self.num_heads * self.head_dim
         tokens, axes, both = rows_of(call.tokens, accumulation), call.tokens.shape[:-1], None
         if call.context is None and weights.every is not None:
             whole = project(tokens, weights.every, weights.b_every)
             query, context, other_axes = whole[:, :of_query], whole[:, of_query:], axes
             if self.rotary_dim is not None:
-                both = heads(whole[:, : of_query + of_keys], axes, self.num_heads + self.num_kv_heads, self.head_dim)
+                both = self._query_and_key(whole, axes)
         else:
             assert call.context is not None, "x is its own context where one matrix projects it"
             query = project(tokens, weights.query, weights.b_query)
             context = project(rows_of(call.context, accumulation), weights.context, weights.b_context)
             other_axes = call.context.shape[:-1]
+        return (*self._heads(query, context, axes, other_axes), both)
+
+    def _heads(
+        self, query: NDArray[Any], context: NDArray[Any], axes: tuple[int, ...], other_axes: tuple[int, ...]
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Query, key and value of attention, as views; context: rows of key and value side by side."""
+        of_keys = self.num_kv_heads * self.head_dim
         return (
-            heads(query, axes, self.num_heads, self.head_dim),
-            heads(context[:, :of_keys], other_axes, self.num_kv_heads, self.head_dim),
-            heads(context[:, of_keys:], other_axes, self.num_kv_heads, self.value_dim),
-            both,
+            _by_head(query, axes, self.num_heads, self.head_dim),
+            _by_head(context[:, :of_keys], other_axes, self.num_kv_heads, self.head_dim),
+            _by_head(context[:, of_keys:], other_axes, self.num_kv_heads, self.value_dim),
         )
 
+    def _query_and_key(self, whole: NDArray[Any], axes: tuple[int, ...]) -> NDArray[Any]:
+        heads = self.num_heads + self.num_kv_heads
+        return _by_head(whole[:, : heads * self.head_dim], axes, heads, self.head_dim)
+
     def _rotate(
-        self, call: _Call, cache: KVCache | None, query: NDArray[Any], key: NDArray[Any], both: NDArray[Any] | None
+        self,
+        call: _Call,
+        cache: KVCache | None,
+        query: NDArray[Any] | None,
+        key: NDArray[Any] | None,
+        both: NDArray[Any] | None,
+        back: bool = False,
     ) -> None:
-        """Rotate queries and keys by their positions, in place; together if they have the same positions."""
+        """Rotate queries and keys by their positions, in place; together if they have the same positions. back: rotate
+        gradients, the other way; of those that are there."""
         rules = call.rules
         rows_valid: Any = rules["query_lengths"]
         keys_valid: Any = rules["key_lengths"]
@@ -958,10 +1387,12 @@ class MultiHeadAttention:
             first = call.num_keys if keys_valid is None else keys_valid
             first = first - (call.length if rows_valid is None else rows_valid)
         if both is not None and (cache is not None or (type(first) is int and first == 0)):
-            self._turn(both, first, rules.get("num_threads"))
+            self._turn(both, first, rules.get("num_threads"), back)
         else:
-            self._turn(query, first, rules.get("num_threads"))
-            self._turn(key, 0, rules.get("num_threads"))
+            if query is not None:
+                self._turn(query, first, rules.get("num_threads"), back)
+            if key is not None:
+                self._turn(key, 0, rules.get("num_threads"), back)
 
     def _attended(
         self, call: _Call, weights: Weights, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], step: Any
@@ -971,7 +1402,7 @@ class MultiHeadAttention:
         heads = call.out
         if heads is None or weights.out is not None or query.dtype != call.dtype:
             heads = empty(shape, query.dtype)
-        by_head = heads.reshape(*shape[:-1], self.num_heads, self.value_dim).swapaxes(-2, -3)
+        by_head = _by_head(heads, shape[:-1], self.num_heads, self.value_dim)
         before = None if step is None or call.rules.get("chunk_size") is None else step.dropped
         answer = attend(query, key, value, {**call.rules, "out": by_head}, keys_before=before)
         return heads, answer[1:] if isinstance(answer, tuple) else ()
@@ -990,13 +1421,19 @@ class MultiHeadAttention:
         product = project(flat, weights.out, weights.b_out).reshape(*call.batch, call.length, self.d_out)
         return rounded(product, dtype, out)
 
-    def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None) -> None:
-        """Rotate queries or keys by their positions, in place."""
+    def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None, back: bool) -> None:
+        """Rotate queries or keys by their positions, in place; back: gradients, by the angles' negatives."""
+        base = 10000.0 if self.rotary_base is None else self.rotary_base
         frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
+        if back:
+            if frequencies is None:
+                assert self.rotary_dim is not None
+                frequencies, _ = rotary_frequencies(self.rotary_dim, base=base)
+            base, frequencies = 10000.0, -frequencies
         apply_rotary(
             heads,
             offset=offset,
-            base=10000.0 if self.rotary_base is None else self.rotary_base,
+            base=base,
             frequencies=frequencies,
             attention_factor=attention_factor,
             interleaved=self.rotary_interleaved,
@@ -1020,6 +1457,28 @@ class MultiHeadAttention:
         if isinstance(query_lengths, np.ndarray):
             query_lengths = np.broadcast_to(query_lengths, (*batch, 1))
         return cache._counts(query_lengths, length)
+
+
+def _by_head(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
+    """Rows whose heads are side by side, as (..., heads, rows, channels)."""
+    return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
+
+
+def _without_padding(call: _Call, grad: NDArray[Any]) -> NDArray[Any]:
+    """The gradient of the output, 0 in the rows past the lengths, whatever is stored there."""
+    lengths: Any = call.rules["query_lengths"]
+    if lengths is None:
+        return grad
+    valid = np.broadcast_to(np.arange(call.length) < lengths, (*call.batch, call.length))
+    return grad if valid.all() else np.where(valid.reshape(-1, 1), grad, grad.dtype.type(0))
+
+
+def _digits(given: NDArray[Any] | None, now: NDArray[Any] | None) -> NDArray[Any] | None:
+    """A bias as given, which may have more digits than the layer's own, where no other number was written since."""
+    if given is None or now is None:
+        return now
+    with np.errstate(all="ignore"):
+        return np.where(given.astype(now.dtype) == now, given, now)
 
 
 def _check_reach(window: int, given: Rules) -> None:

@@ -42,6 +42,46 @@ def project(
     return y if b is None else np.add(y, b, out=y)
 
 
+BLOCK = 256  # tokens of one product: BLAS adds them one after the other
+
+
+def outer_sum(x: NDArray[Any], d_y: NDArray[Any]) -> NDArray[Any]:
+    """The gradient for w of y = x @ w, over all tokens. A product with a 0 is 0, also that with NaN: padding, whose
+    gradient is 0, takes no part."""
+    total = _sum_of_blocks(x, d_y)
+    if np.isfinite(total.sum()):  # or their sum overflows, and the long way has the same result
+        return total
+    good_x, good_d = np.isfinite(x), np.isfinite(d_y)
+    bad = ~(good_x.all(axis=1) & good_d.all(axis=1))
+    # How many terms of each sum are not finite, without those that a 0 cancels.
+    terms = (~good_x[bad]).astype(x.dtype).T @ (d_y[bad] != 0).astype(x.dtype)
+    terms += (x[bad] != 0).astype(x.dtype).T @ (~good_d[bad]).astype(x.dtype)
+    return np.where(terms != 0, total, _sum_of_blocks(np.where(good_x, x, 0), np.where(good_d, d_y, 0)))
+
+
+def _sum_of_blocks(x: NDArray[Any], d_y: NDArray[Any]) -> NDArray[Any]:
+    """x^T @ d_y as a balanced tree of sums, so that no error grows with the number of tokens."""
+    count, half = len(x), BLOCK
+    if count <= BLOCK:
+        return np.matmul(x.T, d_y)
+    while 2 * half < count:
+        half *= 2
+    total = _sum_of_blocks(x[:half], d_y[:half])
+    return np.add(total, _sum_of_blocks(x[half:], d_y[half:]), out=total)
+
+
+def sum_of_rows(d_y: NDArray[Any], block: int = 16) -> NDArray[Any]:
+    """The gradient for b of y = x @ w + b. In blocks of blocks: NumPy adds rows one after the other, and its errors
+    grow with their number."""
+    if not len(d_y):
+        return np.zeros(d_y.shape[1], d_y.dtype)
+    while len(d_y) > 1:
+        whole = len(d_y) // block * block
+        sums = d_y[:whole].reshape(-1, block, d_y.shape[1]).sum(axis=1)
+        d_y = sums if whole == len(d_y) else np.concatenate([sums, d_y[whole:].sum(axis=0, keepdims=True)])
+    return d_y[0].copy()
+
+
 class Weights(NamedTuple):
     """
     The weights in one dtype, in C order, side by side if they multiply the same input.
@@ -88,13 +128,25 @@ class Weights(NamedTuple):
         b_every: NDArray[Any] | None,
         b_out: NDArray[Any] | None,
     ) -> Weights:
-        """
-        Views of these arrays, which become read-only; n: columns of the query's. inputs: all projections side by side,
-        or those of query and of context.
-        """
+        """As `views`, of these arrays themselves, which become read-only."""
         for a in (*inputs, out, b_every, b_out):
             if a is not None:
                 a.flags.writeable = False
+        return cls.views(n, inputs, out, b_every, b_out)
+
+    @classmethod
+    def views(
+        cls,
+        n: int,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+        b_every: NDArray[Any] | None,
+        b_out: NDArray[Any] | None,
+    ) -> Weights:
+        """
+        Views of these arrays; n: columns of the query's. inputs: all projections side by side, or those of query and of
+        context.
+        """
         every = inputs[0] if len(inputs) == 1 else None
         own, other = inputs if every is None else (every[:, :n], every[:, n:])
         b_own, b_other = (None, None) if b_every is None else (b_every[:n], b_every[n:])
@@ -104,6 +156,33 @@ class Weights(NamedTuple):
         """The arguments of `sharing` after n: each array in memory once."""
         inputs = (self.query, self.context) if self.every is None else (self.every,)
         return inputs, self.out, self.b_every, self.b_out
+
+    def unlocked(self, n: int) -> tuple[Weights, Weights]:
+        """
+        These weights, and the same memory to write to. Where memory is read-only itself, as that of a pickle is, it is
+        copied for both.
+        """
+        inputs, *others = self.arrays()
+        inputs, others = tuple(map(_own, inputs)), [None if a is None else _own(a) for a in others]
+        free = [None if a is None else _writeable(a) for a in others]
+        return Weights.sharing(n, inputs, *others), Weights.views(n, tuple(map(_writeable, inputs)), *free)
+
+
+def _own(a: NDArray[Any]) -> NDArray[Any]:
+    """The array, or a copy if its memory is read-only."""
+    try:
+        _writeable(a)
+    except ValueError:
+        return a.copy()
+    return a
+
+
+def _writeable(a: NDArray[Any]) -> NDArray[Any]:
+    """A view through which an array can be written that itself stays read-only."""
+    a.flags.writeable = True
+    view = a.view()
+    a.flags.writeable = False
+    return view
 
 
 def rounded(x: NDArray[Any], dtype: np.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:

@@ -48,6 +48,7 @@ __all__ = [
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
+    "self_attention_vjp",
     "sinusoidal_encoding",
     "softmax",
     "softmax_vjp",
@@ -2567,6 +2568,89 @@ def self_attention(
     )
 
 
+@functools.partial(shows_rules, without=("enable_gqa", "return_weights", "return_lse"))
+def self_attention_vjp(
+    grad_out,
+    x,
+    w_query,
+    w_key,
+    w_value,
+    *,
+    wrt=("x", "w_query", "w_key", "w_value"),
+    output=None,
+    lse=None,
+    grad_lse=None,
+    key_lengths=None,
+    query_lengths=None,
+    scale=None,
+    out=None,
+    **rules,
+):
+    """The gradients of a loss through `self_attention`, for the arrays named in `wrt`.
+
+    With ``Q = x @ w_query``, and dQ the gradient for Q, ``w_query`` has ``x.T @ dQ`` and x has ``dQ @ w_query.T``, and
+    so for the other two; x has the sum of all three.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, d_v)
+        The gradient for what `self_attention` returned.
+    x, w_query, w_key, w_value : array_like
+        As for `self_attention`.
+    wrt : str or tuple of str
+        Of "x", "w_query", "w_key", "w_value", "bias", "relative_bias", "alibi_slopes" and "sinks".
+    output, lse : array_like, optional
+        Accepted and ignored here.
+    grad_lse : array_like, shape (..., L), optional
+        The gradient for the log-sum-exp.
+    out : ndarray or tuple of them, optional
+        Receives the gradients, which are returned.
+    **rules
+        As for `self_attention`.
+
+    Returns
+    -------
+    ndarray, or a tuple as long as `wrt`
+    """
+    x = np.asarray(x, dtype=np.float64)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    matrices = {"query": w_query, "key": w_key, "value": w_value}
+    added = tuple(name for name in ADDED if name in names)
+    with np.errstate(all="ignore"):
+        answer = dot_product_attention_vjp(
+            grad_out,
+            *(project(x, w) for w in matrices.values()),
+            wrt=(*matrices, *added),
+            grad_lse=grad_lse,
+            key_lengths=key_lengths,
+            query_lengths=key_lengths if query_lengths is None else query_lengths,
+            scale=scale,
+            **rules,
+        )
+        gradients = dict(zip((*matrices, *added), answer, strict=True))
+        gradients["x"] = sum(gradients[name] @ np.asarray(w, dtype=np.float64).T for name, w in matrices.items())
+        gradients |= {f"w_{name}": outer_sum(x, gradients[name]) for name in matrices}
+    outs = (None,) * len(names) if out is None else (out,) if isinstance(wrt, str) else out
+    results = tuple(_into(into, gradients[name]) for name, into in zip(names, outs, strict=True))
+    return results[0] if isinstance(wrt, str) else results
+
+
+# What is added to scores or to their softmax and has a gradient.
+ADDED = ("bias", "relative_bias", "alibi_slopes", "sinks")
+
+
+def outer_sum(x, d_y):
+    """The gradient for w of ``y = x @ w``: ``x.T @ d_y`` over all tokens. A product with a 0 is 0, even NaN's: where a
+    token takes no part, its gradient is 0, whatever the token is."""
+    x, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    good_x, good_d = np.isfinite(x), np.isfinite(d_y)
+    total = np.where(good_x, x, 0.0).T @ np.where(good_d, d_y, 0.0)
+    for t in np.flatnonzero(~(good_x.all(axis=1) & good_d.all(axis=1))):
+        takes_part = (x[t, :, None] != 0) & (d_y[t] != 0) & ~(good_x[t, :, None] & good_d[t])
+        total = total + np.where(takes_part, x[t, :, None] * d_y[t], 0.0)
+    return total
+
+
 class MultiHeadAttention:
     """Several heads with projections before and after them (Vaswani et al. 2017, section 3.2.2).
 
@@ -2609,8 +2693,10 @@ class MultiHeadAttention:
         rotary_interleaved=False,
         rotary_dim=None,
     ):
-        self.w_query, self.w_key, self.w_value, self.w_out = w_query, w_key, w_value, w_out
-        self.b_query, self.b_key, self.b_value, self.b_out = b_query, b_key, b_value, b_out
+        arrays = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_out": w_out}
+        arrays |= {"b_query": b_query, "b_key": b_key, "b_value": b_value, "b_out": b_out}
+        for name, array in arrays.items():
+            setattr(self, name, None if array is None else np.array(array, dtype=np.float64))
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.rotary_base = rotary_base
@@ -2658,30 +2744,14 @@ class MultiHeadAttention:
         if context is None and cache is None and query_lengths is None:
             query_lengths = key_lengths
         context = x if context is None else np.asarray(context, dtype=np.float64)
-        query_offset, key_lengths, query_lengths = (
-            n if n is None or np.ndim(n) == 0 else np.asarray(n)[..., None]
-            for n in (query_offset, key_lengths, query_lengths)
-        )
-        with np.errstate(all="ignore"):
-            query = split_heads(project(x, self.w_query, self.b_query), self.num_heads)
-            key = split_heads(project(context, self.w_key, self.b_key), self.num_kv_heads)
-            value = split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads)
-
-        if self.rotary_base is not None or self.rotary_frequencies is not None:
-            if cache is None:
-                key_offset = 0
-                query_offset_now = query_positions(
-                    query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths
-                )[..., 0, 0]
-            else:
-                key_offset = query_offset_now = cache.dropped + cache.lengths
-            how = {"interleaved": self.rotary_interleaved, "rotary_dim": self.rotary_dim}
-            if self.rotary_frequencies is None:
-                how["base"] = self.rotary_base
-            else:
-                how["frequencies"], how["attention_factor"] = self.rotary_frequencies
-            query = apply_rotary(query, offset=query_offset_now, **how)
-            key = apply_rotary(key, offset=key_offset, **how)
+        query_offset, key_lengths, query_lengths = map(per_head, (query_offset, key_lengths, query_lengths))
+        query, key, value = self.projected(x, context)
+        if cache is None:
+            position = query_positions(query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths)
+            position, key_position = position[..., 0], np.arange(key.shape[-2])
+        else:
+            position = key_position = (cache.dropped + cache.lengths)[..., None] + np.arange(x.shape[-2])
+        query, key = self.rotated(query, position), self.rotated(key, key_position)
         if cache is not None:
             counts = np.broadcast_to(x.shape[-2] if query_lengths is None else query_lengths, cache.lengths.shape)
             there, before = cache.lengths, cache.dropped
@@ -2716,6 +2786,116 @@ class MultiHeadAttention:
         with np.errstate(all="ignore"):
             result = _into(out, project(join_heads(heads), self.w_out, self.b_out))
         return (result, *rest) if rest else result
+
+    def projected(self, x, context):
+        """Query, key and value, ``(..., heads, tokens, channels)``."""
+        with np.errstate(all="ignore"):
+            return (
+                split_heads(project(x, self.w_query, self.b_query), self.num_heads),
+                split_heads(project(context, self.w_key, self.b_key), self.num_kv_heads),
+                split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads),
+            )
+
+    def rotated(self, heads, positions, sign=1):
+        """Queries or keys, rotated by their positions if the layer rotates at all; sign -1: turned back."""
+        if self.rotary_base is None and self.rotary_frequencies is None:
+            return heads
+        dim = heads.shape[-1] if self.rotary_dim is None else self.rotary_dim
+        frequencies, factor = self.rotary_frequencies or rotary_frequencies(dim, base=self.rotary_base)
+        return apply_rotary(
+            heads,
+            positions=positions,
+            frequencies=sign * np.asarray(frequencies),
+            attention_factor=factor,
+            interleaved=self.rotary_interleaved,
+            rotary_dim=dim,
+        )
+
+    def parameters(self):
+        """The layer's own arrays by the names of its arguments; the next call uses what is written there."""
+        arrays = {f"{kind}_{name}": getattr(self, f"{kind}_{name}") for kind in "wb" for name in (*PARTS, "out")}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @functools.partial(shows_rules, without=("enable_gqa", "return_weights", "return_lse", "out"))
+    def vjp(
+        self,
+        x,
+        context=None,
+        *,
+        query_offset=None,
+        key_lengths=None,
+        query_lengths=None,
+        scale=None,
+        **rules,
+    ):
+        """A call, and the function that takes the gradient of a loss for its output back to all that led there.
+
+        A projection ``y = x @ w + b`` gives ``x.T @ dy`` to w, the sum of dy over all tokens to b, and ``dy @ w.T`` to
+        x. The way back has the steps of a call, last to first: output projection, attention, rotation, projections.
+        Rows past `query_lengths` are padding and take no part.
+
+        Parameters
+        ----------
+        As for a call.
+
+        Returns
+        -------
+        out : ndarray, shape (..., L, d_out)
+        backward : callable
+            ``backward(grad_out, wrt=None)`` returns a dict from names to gradients: x, context if given, the names of
+            `parameters`, and bias, relative_bias, alibi_slopes and sinks if they are named in `wrt`.
+        """
+        x = np.asarray(x, dtype=np.float64)
+        itself = context is None
+        if itself and query_lengths is None:
+            query_lengths = key_lengths
+        context = x if itself else np.asarray(context, dtype=np.float64)
+        query_offset, key_lengths, query_lengths = map(per_head, (query_offset, key_lengths, query_lengths))
+        query, key, value = self.projected(x, context)
+        position = query_positions(query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths)[..., 0]
+        key_position = np.arange(key.shape[-2])
+        query, key = self.rotated(query, position), self.rotated(key, key_position)
+        rules |= {"query_offset": query_offset, "key_lengths": key_lengths, "query_lengths": query_lengths}
+        rules |= {"scale": scale, "enable_gqa": True}
+        heads = join_heads(dot_product_attention(query, key, value, **rules))
+        with np.errstate(all="ignore"):
+            out = project(heads, self.w_out, self.b_out)
+
+        def backward(grad_out, wrt=None):
+            given = {"x": x} | ({} if itself else {"context": context}) | self.parameters()
+            names = tuple(given) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+            added = tuple(name for name in ADDED if name in names)
+            valid = np.ones(out.shape[:-1], dtype=bool)
+            if query_lengths is not None:
+                valid = np.broadcast_to(np.arange(out.shape[-2]) < query_lengths, valid.shape)
+            d_out = np.where(valid[..., None], np.asarray(grad_out, dtype=np.float64), 0.0)
+            with np.errstate(all="ignore"):
+                d_heads = d_out if self.w_out is None else d_out @ self.w_out.T
+                d_query, d_key, d_value, *others = dot_product_attention_vjp(
+                    split_heads(d_heads, self.num_heads), query, key, value, wrt=(*PARTS, *added), **rules
+                )
+                d_query = join_heads(self.rotated(d_query, position, -1))
+                d_key = join_heads(self.rotated(d_key, key_position, -1))
+                d_value = join_heads(d_value)
+                d_x = d_query @ self.w_query.T
+                d_context = d_key @ self.w_key.T + d_value @ self.w_value.T
+                gradients = {"x": d_x + d_context} if itself else {"x": d_x, "context": d_context}
+                gradients |= dict(zip(added, others, strict=True))
+                uses = ((x, d_query), (context, d_key), (context, d_value), (heads, d_out))
+                for name, (tokens, d_y) in zip((*PARTS, "out"), uses, strict=True):
+                    gradients[f"w_{name}"] = outer_sum(tokens, d_y)
+                    gradients[f"b_{name}"] = d_y.sum(axis=tuple(range(d_y.ndim - 1)))
+            return {name: gradients[name] for name in names}
+
+        return out, backward
+
+
+PARTS = ("query", "key", "value")
+
+
+def per_head(per_sequence):
+    """A length or offset for each sequence, with an axis more for the heads; a number as it is."""
+    return per_sequence if np.ndim(per_sequence) == 0 else np.asarray(per_sequence)[..., None]
 
 
 def behind(old, new, old_lengths, new_lengths):

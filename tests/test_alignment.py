@@ -23,6 +23,8 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 needs_tqdm = pytest.mark.skipif(importlib.util.find_spec("tqdm") is None, reason="the examples need tqdm")
 
+ATTENTION = fastattn.additive_attention, fastattn.additive_attention_vjp
+
 # From one character to more than twenty.
 SOURCES = ["7", "3 May 1979", "05/03/79", "the 20th of July, 1969"]
 TARGETS = ["2007-07-07", "1979-05-03", "1979-05-03", "1969-07-20"]
@@ -40,7 +42,7 @@ def alignment():
 @pytest.fixture(scope="module")
 def trained(alignment):
     """A model after a quarter of the script's training, and the losses on the way."""
-    model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(0))
+    model = alignment.Aligner(*ATTENTION, np.random.default_rng(0))
     return model, list(alignment.train(model, random.Random(0), steps=400, batch=48))
 
 
@@ -93,7 +95,7 @@ def test_held_out_days_are_in_no_training_set(alignment):
 def test_gradients_match_finite_differences(alignment, name):
     """Along random directions, which involve every entry of a parameter."""
     rng = np.random.default_rng(3)
-    model = alignment.Aligner(fastattn.additive_attention, rng, np.float64, hidden=7, features=5, mixed=6)
+    model = alignment.Aligner(*ATTENTION, rng, np.float64, hidden=7, features=5, mixed=6)
     for parameter in model.parameters.values():
         parameter += 0.1 * rng.standard_normal(parameter.shape)  # biases away from zero
     _, gradients = model.loss_and_gradients(SOURCES, TARGETS)
@@ -115,7 +117,7 @@ def test_gradients_match_finite_differences(alignment, name):
 
 
 def test_weights_are_shares_of_what_is_there(alignment):
-    model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(4))
+    model = alignment.Aligner(*ATTENTION, np.random.default_rng(4))
     written, weights = model.translate(SOURCES)
     longest = max(map(len, SOURCES))
     assert [len(text) for text in written] == [10] * len(SOURCES)
@@ -136,7 +138,7 @@ def test_company_changes_no_translation(alignment, trained):
 
 
 def test_a_few_steps_lower_the_loss(alignment):
-    model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(5))
+    model = alignment.Aligner(*ATTENTION, np.random.default_rng(5))
     losses = list(alignment.train(model, random.Random(5), steps=30, batch=16))
     assert len(losses) == 30
     assert losses[0] > 2  # about log(11): untrained
@@ -146,7 +148,7 @@ def test_a_few_steps_lower_the_loss(alignment):
 def test_training_is_reproducible(alignment):
     runs = []
     for _ in range(2):
-        model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(6))
+        model = alignment.Aligner(*ATTENTION, np.random.default_rng(6))
         runs.append(list(alignment.train(model, random.Random(6), steps=5, batch=8)))
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-6)
 
@@ -177,7 +179,7 @@ def test_years_look_at_years_and_months_at_months(alignment, trained):
 
 
 def test_unknown_characters_are_spaces(alignment):
-    model = alignment.Aligner(fastattn.additive_attention, np.random.default_rng(8))
+    model = alignment.Aligner(*ATTENTION, np.random.default_rng(8))
     for a, b in zip(model.keys(["3\u00a0MAY 日"]), model.keys(["3 may  "]), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -45,6 +45,14 @@ CALLS = {
         zip(("query", "key", "value"), qkv(np.random.default_rng(0), (2, 3), 7, 7, 8, 6), strict=True), kernel_size=3
     ),
     "self_attention": {"x": arrays()[0], "w_query": ones(8, 4), "w_key": ones(8, 4), "w_value": ones(8, 6)},
+    "self_attention_vjp": {
+        "grad_out": qkv(np.random.default_rng(1), (2, 3), 5, 5, 8, 6)[2],
+        "x": arrays()[0],
+        "w_query": ones(8, 4),
+        "w_key": ones(8, 4),
+        "w_value": ones(8, 6),
+        "wrt": "x",
+    },
 }
 
 

@@ -107,6 +107,10 @@ def expected_answer(case):
         return baselines.expected_attention(*case.as_rows.inputs())
     if case.kind == "multihead":
         return baselines.expected_multi_head_attention(case.inputs()[0], *case.packed(), heads=case.heads)
+    if case.kind == "multiheadstep":
+        return baselines.expected_multi_head_attention_step(
+            case.inputs()[0], *case.packed(), heads=case.heads, grad_out=case.grad_out()
+        )
     if case.kind == "rotary":
         return baselines.expected_rotary(*case.inputs())
     if case.kind == "linear" and case.is_delta:

@@ -35,6 +35,12 @@ def multihead(case, threads):
     yield Variant("", functools.partial(attend, x))
 
 
+def multihead_step(case, threads):
+    x, *weights = case.inputs()
+    layer = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
+    yield Variant("", lambda: layer.vjp(x)[1](case.grad_out()), lambda gradients: gradients["x"])
+
+
 def products_and_attention(case, threads):
     """The minimum work of a layer, into preallocated arrays and without biases."""
     x, *weights, w_out = case.inputs()
@@ -188,6 +194,7 @@ LIBRARIES = {
             "truncated": truncated,
             "decode": decode,
             "multihead": multihead,
+            "multiheadstep": multihead_step,
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,

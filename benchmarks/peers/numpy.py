@@ -33,6 +33,11 @@ def multihead(case, threads):
     yield Variant("", functools.partial(baselines.multi_head_attention, x, *case.packed(), case.heads))
 
 
+def multihead_step(case, threads):
+    step = functools.partial(baselines.multi_head_attention_step, case.inputs()[0], *case.packed(), case.heads)
+    yield Variant("", functools.partial(step, case.grad_out()), lambda gradients: gradients[0])
+
+
 def rotary(case, threads):
     (x,) = case.inputs()
     yield Variant("", functools.partial(baselines.apply_rotary, x, *baselines.rotary_tables(*x.shape[-2:], x.dtype)))
@@ -150,6 +155,7 @@ LIBRARIES = {
             "sparse": sparse,
             "decode": decode,
             "multihead": multihead,
+            "multiheadstep": multihead_step,
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,

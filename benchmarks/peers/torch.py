@@ -157,6 +157,24 @@ def decode(case, threads):
     yield Variant("matrix products", lambda: torch.softmax((rows * scale) @ key.mT, -1) @ value)
 
 
+def multihead_step(case, threads):
+    torch = _torch(threads)
+    functional = torch.nn.functional
+    w_qkv, b_qkv, w_out, b_out = map(torch.from_numpy, case.packed())
+    arrays = torch.from_numpy(case.inputs()[0]), w_qkv.T.contiguous(), b_qkv, w_out.T.contiguous(), b_out
+    arrays = x, w_qkv, b_qkv, w_out, b_out = [array.clone().requires_grad_() for array in arrays]
+    grad_out = torch.from_numpy(case.grad_out())
+
+    def step():
+        projected = functional.linear(x, w_qkv, b_qkv).unflatten(-1, (3, case.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        out = functional.linear(attended.transpose(1, 2).flatten(2), w_out, b_out)
+        return torch.autograd.grad(out, arrays, grad_out)
+
+    yield Variant("linear, scaled_dot_product_attention", step, lambda gradients: gradients[0].numpy())
+
+
 def multihead(case, threads):
     torch = _torch(threads)
     functional = torch.nn.functional
@@ -453,6 +471,7 @@ LIBRARIES = {
             "additive": eager_additive,
             "decode": decode,
             "multihead": multihead,
+            "multiheadstep": multihead_step,
             "rotary": rotary,
             "linear": linear,
             "linearstep": linear_step,

@@ -278,6 +278,32 @@ def multi_head_attention(x, w_qkv, b_qkv, w_out, b_out, heads):
     return output.reshape(x.shape)
 
 
+def multi_head_attention_step(x, w_qkv, b_qkv, w_out, b_out, heads, grad_out):
+    """The same and its way back, with the weights kept: the gradients of x, w_qkv, b_qkv, w_out and b_out."""
+    batch, seqlen, d_model = x.shape
+    tokens, grad = x.reshape(-1, d_model), grad_out.reshape(-1, d_model)
+    projected = tokens @ w_qkv
+    projected += b_qkv
+    query, key, value = projected.reshape(batch, seqlen, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    scale = query.dtype.type(query.shape[-1] ** -0.5)
+    weights = softmax((query * scale) @ key.swapaxes(-1, -2))
+    rows = (weights @ value).swapaxes(1, 2).reshape(-1, d_model)
+    _ = rows @ w_out + b_out
+
+    d_rows = (grad @ w_out.T).reshape(batch, seqlen, heads, -1).swapaxes(1, 2)
+    d_projected = np.empty_like(projected)
+    d_query, d_key, d_value = d_projected.reshape(batch, seqlen, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    np.matmul(weights.swapaxes(-1, -2), d_rows, out=d_value)
+    d_scores = d_rows @ value.swapaxes(-1, -2)
+    d_scores -= (d_scores * weights).sum(axis=-1, keepdims=True)
+    d_scores *= weights
+    d_scores *= scale
+    np.matmul(d_scores, key, out=d_query)
+    np.matmul(d_scores.swapaxes(-1, -2), query, out=d_key)
+    d_x = (d_projected @ w_qkv.T).reshape(x.shape)
+    return d_x, tokens.T @ d_projected, d_projected.sum(axis=0), rows.T @ grad, grad.sum(axis=0)
+
+
 def rotary_tables(seqlen, head_dim, dtype, base=10000.0):
     """Cosines and sines of the angles, (seqlen, head_dim / 2)."""
     angles = np.arange(seqlen)[:, None] * base ** (-2 * np.arange(head_dim // 2) / head_dim)
@@ -508,6 +534,12 @@ def expected_attention(query, key, value, is_causal=False):
 def expected_multi_head_attention(*arrays, heads):
     """The same formula in float64."""
     return multi_head_attention(*(array.astype(np.float64) for array in arrays), heads)
+
+
+def expected_multi_head_attention_step(*arrays, heads, grad_out):
+    """The gradient of x, by the same formula in float64."""
+    arrays = (array.astype(np.float64) for array in arrays)
+    return multi_head_attention_step(*arrays, heads, grad_out.astype(np.float64))[0]
 
 
 def neighborhood_attention(query, key, value, seen):

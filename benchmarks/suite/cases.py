@@ -313,6 +313,21 @@ class MultiHead(Case):
 
 
 @dataclass(frozen=True)
+class MultiHeadStep(MultiHead):
+    """The same and its way back: the gradients of x, weights and biases."""
+
+    kind = "multiheadstep"
+
+    @property
+    def flops(self):
+        """Each product with weights has two on the way back, the two of attention have five."""
+        return self.batch * self.seqlen * self.d_model * (24 * self.d_model + 14 * self.seqlen)
+
+    def grad_out(self):
+        return _normal((self.batch, self.seqlen, self.d_model), self.dtype)
+
+
+@dataclass(frozen=True)
 class Rotary(Case):
     """Rotary encoding of (batch, heads, seqlen, head_dim), channel i paired with i + head_dim / 2."""
 
@@ -782,6 +797,7 @@ DECODE = tuple(
 # A sentence and a page in an encoder, a batch for a small one, one token.
 MULTI_HEAD_SHAPES = ((1, 128, 768, 12), (1, 512, 768, 12), (8, 64, 384, 12), (1, 1, 768, 12))
 MULTI_HEAD = tuple(MultiHead(*shape) for shape in MULTI_HEAD_SHAPES)
+MULTI_HEAD_STEPS = tuple(MultiHeadStep(*shape) for shape in MULTI_HEAD_SHAPES[:3])
 
 # The queries of a page, of one token in a large model, of a batch.
 ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))

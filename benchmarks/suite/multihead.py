@@ -1,4 +1,4 @@
-"""asv: a layer of multi-head attention by shapes, dtypes and threads, beside its NumPy baseline."""
+"""asv: a layer of multi-head attention by shapes, dtypes and threads, and a step of its training, beside NumPy's."""
 
 import functools
 
@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 import fastattn
 
 from . import baselines
-from .cases import MULTI_HEAD_SHAPES, MultiHead
+from .cases import MULTI_HEAD_SHAPES, MultiHead, MultiHeadStep
 
 
 # Cached rather than an asv `setup` hook: see attention.py.
@@ -29,3 +29,24 @@ class MultiHeadAttention:
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, threads, implementation)()
+
+
+@functools.cache
+def _step(shape, threads, implementation):
+    case = MultiHeadStep(*shape)
+    x, *weights = case.inputs()
+    threadpool_limits(threads)
+    if implementation == "numpy":
+        return functools.partial(
+            baselines.multi_head_attention_step, x, *case.packed(), case.heads, grad_out=case.grad_out()
+        )
+    layer = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
+    return lambda: layer.vjp(x, num_threads=threads)[1](case.grad_out())
+
+
+class MultiHeadAttentionStep:
+    params = [list(MULTI_HEAD_SHAPES[:3]), [1, 2], ["fastattn", "numpy"]]
+    param_names = ["shape", "threads", "implementation"]
+
+    def time_step(self, shape, threads, implementation):
+        _step(shape, threads, implementation)()
