@@ -3,6 +3,7 @@
 The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
+    integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
     gradients                       of the attention functions

@@ -1,0 +1,8 @@
+"""Attention and its gradients in other people's frameworks. Nothing is imported here: name the module that you want.
+
+    fastattn.integrations.torch       PyTorch tensors on the CPU, with torch.autograd
+    fastattn.integrations.jax         JAX arrays, under jit, grad and vmap
+    fastattn.integrations.autograd    HIPS autograd: arrays of autograd.numpy
+
+Each has the functions of fastattn that have gradients, by the same names and with the same arguments (but `out`).
+"""
