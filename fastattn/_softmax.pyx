@@ -87,7 +87,7 @@ cdef Rows read_rows(fa_row_function function, object x, object axis, object mask
     shape = row_shape = shape_of(a)
     dtype, same_allowed = a.dtype, not back
     if function == FA_ROW_LOGSUMEXP or function == FA_ROW_LOGSUMEXP_BACK:
-        row_shape = tuple([1 if i in axes else n for i, n in enumerate(shape) if keep or i not in axes])
+        row_shape = tuple([1 if i in axes else shape[i] for i in range(ndim) if keep or i not in axes])
     inputs, names = [a], [name]
     if mask is not None:
         m = as_array(mask, "mask")

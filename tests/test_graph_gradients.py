@@ -125,7 +125,7 @@ def assert_gradients(arrays, graph, options, function=graph_attention_vjp, **mor
         assert got.dtype == (np.float64 if x.dtype.kind in "biu" else x.dtype)
         storage, step = (unit / 2 for unit in storage_steps(got.dtype))
         # Weights and their gradients may be rounded to 16 bits; what falls below the smallest number counts as 0.
-        limit = reference.sum_to_shape(limits[name], x.shape)
+        limit = reference.sum_to(limits[name], x.shape)
         limit = limit + storage * np.abs(np.nan_to_num(right)) + step + 64 * float(finfo.smallest_normal)
         assert_within(got, right, limit, name)
     return results

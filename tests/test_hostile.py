@@ -473,6 +473,19 @@ def call_merge(dtype):
     return fastattn.merge_attention([out, out], [lse, extreme(3)])
 
 
+def call_merge_vjp(dtype):
+    out, lse = extreme(3, 4, dtype=dtype), extreme(3, dtype=np.float32)
+    d_outs, d_lses = fastattn.merge_attention_vjp(out, [out, out], [lse, extreme(3)], grad_lse=lse)
+    return *d_outs, *d_lses
+
+
+def call_vjp(name, dtype, **more):
+    """All gradients of a function of query, key and value, all of one length."""
+    x = extreme(2, 7, 16, dtype=dtype)
+    wrt = ("query", "key", "value", *(n for n in more if n in ("relative_bias", "sinks")))
+    return getattr(fastattn, f"{name}_vjp")(x, x, x, x, wrt=wrt, **more)
+
+
 def call_from(name, dtype):
     w, b = extreme(8, 8, dtype=dtype), extreme(8, dtype=dtype)
     make = fastattn.MultiHeadAttention
@@ -561,6 +574,10 @@ CALLS = {
     "additive_attention": lambda t: call_projected("additive_attention", t),
     "bilinear_attention": lambda t: call_projected("bilinear_attention", t),
     "merge_attention": call_merge,
+    "merge_attention_vjp": call_merge_vjp,
+    "dot_product_attention_vjp": lambda t: call_vjp("dot_product_attention", t, softcap=1e-300, sinks=extreme(2)),
+    "truncated_attention_vjp": lambda t: call_vjp("truncated_attention", t, left=2, relative_bias=extreme(3)),
+    "varlen_attention_vjp": lambda t: call_vjp("varlen_attention", t, cu_seqlens_q=[0, 2, 7]),
     "self_attention": lambda t: fastattn.self_attention(extreme(5, 8, dtype=t), *3 * [extreme(8, 8, dtype=t)]),
     "MultiHeadAttention": call_layer,
     "MultiHeadAttention, context": lambda t: call_layer(t, context=True),

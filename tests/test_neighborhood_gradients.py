@@ -28,7 +28,7 @@ def names_of(arguments):
 
 
 def summed(x, shape):
-    return reference.summed_to(x, shape)
+    return reference.sum_to(x, shape)
 
 
 def gradient_bounds(grad_out, query, key, value, kernel_size, *, grad_lse=None, **arguments):
