@@ -22,6 +22,7 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
+#define HAS_RECIPROCAL (BITS == 32) /* a step doubles the digits of an estimate of 12 bits */
 #define HAS_MAX
 #define HAS_MIN
 #define HAS_TRUE_BITS
@@ -39,6 +40,11 @@ static ALWAYS_INLINE __m256 v_load_fours(const float *p)
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4), 1);
 }
 static ALWAYS_INLINE __m256 v_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static ALWAYS_INLINE __m256 v_reciprocal(__m256 x)
+{
+    const __m256 r = _mm256_rcp_ps(x);
+    return _mm256_fmadd_ps(r, _mm256_fnmadd_ps(x, r, _mm256_set1_ps(1)), r);
+}
 static ALWAYS_INLINE __m256 v_max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static ALWAYS_INLINE __m256 v_min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 static ALWAYS_INLINE unsigned v_true_bits(__m256i where) { return (unsigned)_mm256_movemask_ps((__m256)where); }

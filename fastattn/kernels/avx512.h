@@ -23,6 +23,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
+#define HAS_RECIPROCAL 1 /* each step doubles the digits of an estimate of 14 bits */
 #define HAS_MAX
 #define HAS_MIN
 #define HAS_PICK_BITS
@@ -60,6 +61,11 @@ static ALWAYS_INLINE __m512 v_load_fours(const float *p)
     return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 static ALWAYS_INLINE __m512 v_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+static ALWAYS_INLINE __m512 v_reciprocal(__m512 x)
+{
+    const __m512 r = _mm512_rcp14_ps(x);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(1)), r);
+}
 static ALWAYS_INLINE __m512 v_max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static ALWAYS_INLINE __m512 v_min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 static ALWAYS_INLINE __m512 v_pick_bits(unsigned m, __m512 a, __m512 b)
@@ -126,6 +132,12 @@ static ALWAYS_INLINE __m512d v_load_fours(const double *p)
     return _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(p)), _mm256_loadu_pd(p + 4), 1);
 }
 static ALWAYS_INLINE __m512d v_fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+static ALWAYS_INLINE __m512d v_reciprocal(__m512d x)
+{
+    __m512d r = _mm512_rcp14_pd(x);
+    r = _mm512_fmadd_pd(r, _mm512_fnmadd_pd(x, r, _mm512_set1_pd(1)), r);
+    return _mm512_fmadd_pd(r, _mm512_fnmadd_pd(x, r, _mm512_set1_pd(1)), r);
+}
 static ALWAYS_INLINE __m512d v_max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 static ALWAYS_INLINE __m512d v_min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 static ALWAYS_INLINE __m512d v_pick_bits(unsigned m, __m512d a, __m512d b)

@@ -79,6 +79,11 @@ static ALWAYS_INLINE vec v_sqrt(vec x)
     return x;
 }
 
+/* 1 / x for x from 1 to 2**126 (2**1022 in double), to within 2 eps; NaN stays NaN. */
+#if !HAS_RECIPROCAL
+static ALWAYS_INLINE vec v_reciprocal(vec x) { return 1 / x; }
+#endif
+
 /* The larger number; if either is NaN, the second. */
 #ifndef HAS_MAX
 static ALWAYS_INLINE vec v_max(vec a, vec b) { return v_pick(a > b, a, b); }
