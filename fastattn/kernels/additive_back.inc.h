@@ -20,7 +20,7 @@ struct additive_back {
     const real *q, *q_raw; /* e^2a and a of the group: [strip of channels][row][STRIP] */
     const real *k;         /* e^2b of the block: [vector][channel][LANES] */
     const real *k_raw;     /* b: [panel][channel][PANEL] */
-    const real *w;         /* [channels] 4 w, times the scale if ds are of what comes after it; zero-padded */
+    const real *w;         /* [channels] 4 w, zero-padded */
     key_bits far_keys;
     char row_is_far[ROWS];
     real *scratch; /* BACK_SCRATCH numbers */
@@ -31,15 +31,15 @@ enum {
     BACK_SCRATCH = BACK_VECTORS * LANES + STRIP * LANES + ROWS * STRIP /* then a vector of keys and queries, both clean */
 };
 
-/* Whether one of a row's arguments is beyond the limit, or NaN. q_raw: of the row, ROWS * STRIP from strip to strip. */
+/* Whether one of a row's arguments is beyond the limit, or NaN. q_raw: of the row, ROWS * STRIP from strip to strip, and
+ * zeros behind, up to whole vectors. */
 static int row_is_far(const real *q_raw, int64_t channels)
 {
-    int far = 0;
-    for (int64_t h = 0; h < channels; h++) {
-        const real a = q_raw[h / STRIP * (ROWS * STRIP) + h % STRIP];
-        far |= !(a <= BACK_LIMIT && a >= -BACK_LIMIT);
-    }
-    return far;
+    ivec far = {0};
+    for (int64_t c = 0; c < channels; c += STRIP, q_raw += ROWS * STRIP)
+        for (int64_t h = 0; h < STRIP && c + h < channels; h += LANES)
+            far |= ~(v_abs(v_load(q_raw + h)) <= BACK_LIMIT);
+    return v_true_bits(far != 0) != 0;
 }
 
 /* The same for the keys of the vectors [v_first, v_last) of a block. */
@@ -136,7 +136,7 @@ static NEVER_INLINE void additive_back_direct(const struct additive_back *back, 
  * d_q: row r at d_q + r * d_q_row, channels numbers.
  * d_k: [vector][channel][LANES], a sum that lacks 4 w; back_keys multiplies by it. One chain over groups: start anew
  * after a tile.
- * d_w: [channels] of weights, lacks the scale if w has it. */
+ * d_w: [channels]. */
 static void additive_back(const struct additive_back *back, int rows, int lo, int hi, const key_bits *seen,
                           const real *ds, int64_t ds_row, real *d_q, int64_t d_q_row, real *d_k, double *d_w)
 {
@@ -219,21 +219,27 @@ static void additive_back(const struct additive_back *back, int rows, int lo, in
     }
 }
 
-/* Adds 4 w d_k to the gradients of keys [begin, end) of a block, n channels: key j at to + j * to_row. */
-static void back_keys(const real *d_k, const real *w, int64_t channels, int begin, int end, int64_t n, real *to,
+/* Adds 4 w d_k to the gradients of the keys in the vectors [v_first, v_last), in rows of whole vectors: key j at
+ * to + j * to_row. */
+static void back_keys(const real *d_k, const real *w, int64_t channels, int v_first, int v_last, real *to,
                       int64_t to_row)
 {
-    for (int j = begin / LANES * LANES; j < end; j += LANES)
-        for (int64_t h = 0; h < n; h += LANES) {
-            real square[LANES * LANES], turned[LANES * LANES];
-            const int some = n - h < LANES ? (int)(n - h) : LANES;
+    for (int v = v_first; v < v_last; v++)
+        for (int64_t h = 0; h < channels; h += LANES) {
+            real square[LANES * LANES];
             for (int i = 0; i < LANES; i++) {
-                const vec x = i < some ? v_load(d_k + (j * channels + (h + i) * LANES)) : (vec){0};
-                v_store(square + i * LANES, v_pick(x == 0, (vec){0}, x * v_fill(i < some ? w[h + i] : 0)));
+                vec x = {0};
+                if (h + i < channels) {
+                    x = v_load(d_k + (v * channels + h + i) * LANES);
+                    x = v_pick(x == 0, x, x * v_fill(w[h + i])); /* a weight may be infinite */
+                }
+                v_store(square + i * LANES, x);
             }
+            real turned[LANES * LANES];
             v_transpose(turned, LANES, (const char *)square, sizeof(real) * LANES);
-            for (int i = begin > j ? begin - j : 0; i < LANES && j + i < end; i++)
-                for (int t = 0; t < some; t++)
-                    to[(j + i) * to_row + h + t] += turned[i * LANES + t];
+            for (int i = 0; i < LANES; i++) {
+                real *to_j = to + (v * LANES + i) * to_row + h;
+                v_store(to_j, v_load(to_j) + v_load(turned + i * LANES));
+            }
         }
 }

@@ -53,6 +53,12 @@ struct back {
     key_bits *seen;          /* [FA_BACK_ROWS] what has a part in sums, where something is not finite */
     struct visible *visible; /* [BACK_GROUPS] */
     struct key_sums d_key, d_value;
+    struct additive_back additive; /* of FA_ADDITIVE: what its groups have in common */
+    char row_is_far[FA_BACK_ROWS];
+    int some_far;            /* of rows or keys */
+    real *w;                 /* [tile.channels] what additive.w points to */
+    real *d_k;               /* [vector][channel][LANES] what a tile gives the keys of the block */
+    double *d_w;             /* [tile.channels] what it gives the score's weights */
     const char *key, *value; /* what is packed: keys [begin, end) of the block */
     int begin, end, k_finite;
     int64_t block, keys; /* keys: of the block in whole vectors, and a group behind them */
@@ -111,6 +117,15 @@ static size_t lay_out_back(struct back *back, const fa_problem *problem, int64_t
     plain.activation = FA_SOFTMAX; /* scores are not kept */
     plain.decode = 0;
     at += lay_out(&back->tile, &plain, FA_BACK_ROWS, keys < FA_BLOCK ? keys : FA_BLOCK, at);
+    if (problem->score == FA_ADDITIVE) {
+        struct additive_back *additive = &back->additive;
+        const int64_t units = back->tile.channels;
+        additive->channels = units;
+        additive->w = back->w = (real *)take(&at, units);
+        additive->scratch = (real *)take(&at, BACK_SCRATCH);
+        back->d_k = (real *)take(&at, FA_BLOCK * units);
+        back->d_w = (double *)take(&at, units * (int64_t)(sizeof(double) / sizeof(real)));
+    }
     return (size_t)(at - base);
 }
 
@@ -275,6 +290,9 @@ static void open_queries(const fa_problem *problem, const fa_head *head, const f
         for (int64_t r = 0; scale_after_product(problem) && r < rows; r++)
             tile->after[r] = problem->scale;
         additive_queries(problem, head, row, rows, factor, tile);
+        for (int r = 0; r < rows; r++)
+            back->row_is_far[r] = (char)row_is_far(
+                tile->additive.q_raw + r / ROWS * group_size(tile->channels) + r % ROWS * STRIP, tile->channels);
     } else if (scale_after_product(problem)) {
         const int64_t channels = tile->channels;
         back->q_finite =
@@ -311,9 +329,12 @@ static void open_keys(const fa_problem *problem, const fa_head *head, int64_t ro
     begin = begin / LANES * LANES;
     if (back->key != key->data || begin < back->begin || end > back->end) {
         const char *keys = key->data + back->block * key->row;
-        if (problem->score == FA_ADDITIVE)
+        if (problem->score == FA_ADDITIVE) {
             additive_keys(problem, keys, key, begin, end, &back->tile);
-        else {
+            back->additive.far_keys =
+                find_far_keys(back->tile.additive.k_raw, back->tile.channels, begin / LANES, (end + LANES - 1) / LANES);
+            back->k_finite = 1; /* additive_back looks after what is not */
+        } else {
             pack_keys(problem->head_dim, keys, key, begin, end, back->channels, back->k);
             back->k_finite =
                 copy_rows(key, back->block, begin, end, problem->head_dim, back->channels, back->k_rows, back->k_row);
@@ -672,6 +693,45 @@ static NEVER_INLINE void sum_seen_queries(int rows, const struct back *back)
     }
 }
 
+/* Whether additive_back needs to know what each row of a tile sees. */
+static int some_far(int rows, const struct back *back)
+{
+    int far = bits_any(&back->additive.far_keys);
+    for (int r = 0; r < rows; r++)
+        far |= back->row_is_far[r];
+    return far;
+}
+
+/* What a tile gives queries (part), keys and weights of additive scores. */
+static NEVER_INLINE void sum_additive(const fa_problem *problem, const fa_gradients *to, int rows, struct back *back)
+{
+    const fa_view *weights = &to->view[FA_D_SCORE_WEIGHTS];
+    struct additive_back additive = back->additive;
+    const struct tile *tile = &back->tile;
+    const int64_t units = tile->channels;
+    additive.k = tile->k, additive.k_raw = tile->additive.k_raw;
+    memset(back->d_k + back->first * LANES * units, 0, (size_t)((back->last - back->first) * LANES * units) * sizeof(real));
+    memset(back->d_w, 0, (size_t)units * sizeof(double));
+    memset(back->part, 0, (size_t)(FA_BACK_ROWS * back->channels) * sizeof(real));
+    for (int first = 0; first < rows; first += ROWS) {
+        const struct visible *visible = back->visible + first / ROWS;
+        const int64_t group = first / ROWS * group_size(units);
+        if (visible->lo >= visible->hi)
+            continue;
+        additive.q = tile->q + group, additive.q_raw = tile->additive.q_raw + group;
+        memcpy(additive.row_is_far, back->row_is_far + first, ROWS);
+        additive_back(&additive, rows - first < ROWS ? rows - first : ROWS, visible->lo, visible->hi,
+                      back->some_far ? back->seen + first : NULL, back->dp + first * GRADIENT_ROW, GRADIENT_ROW,
+                      back->part + first * back->channels, back->channels, back->d_k, back->d_w);
+    }
+    if (to->view[FA_D_KEY].data) {
+        begin_part(back, &back->d_key);
+        back_keys(back->d_k, additive.w, units, back->first, back->last, back->d_key.part, back->d_key.row);
+    }
+    for (int64_t h = 0; weights->data && h < problem->head_dim; h++)
+        *(double *)(weights->data + back->block / FA_BLOCK * weights->row + h * weights->col) += back->d_w[h];
+}
+
 /* Adds a block's share to the gradients of a tile's queries. */
 static void add_queries(const struct back *back, const fa_gradients *to, int64_t row, int rows, double scale)
 {
@@ -940,6 +1000,8 @@ static void back_open(const fa_problem *problem, int64_t keys, int64_t block, vo
 {
     struct back *back = workspace;
     lay_out_back(back, problem, keys, workspace);
+    for (int64_t h = 0; problem->score == FA_ADDITIVE && h < back->tile.channels; h++)
+        back->w[h] = (real)(h < problem->head_dim ? 4 * problem->score_weights[h] : 0);
     back->block = block;
     back->keys = (keys - block < FA_BLOCK ? keys - block : FA_BLOCK) + LANES + ROWS;
     back->keys = back->keys < FA_BLOCK + ROWS ? back->keys : FA_BLOCK + ROWS;
@@ -1000,7 +1062,8 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
             memset(back->column, 0, GRADIENT_ROW * sizeof(real));
         if (view[FA_D_DIAGONALS].data)
             memset(back->diagonal, 0, (FA_BLOCK + FA_BACK_ROWS) * sizeof(real));
-        weigh_tile(problem, head, to, i, rows, !finite, back);
+        back->some_far = problem->score == FA_ADDITIVE && some_far(rows, back);
+        weigh_tile(problem, head, to, i, rows, !finite || back->some_far, back);
         if (has_rules(to))
             close_rules(problem, head, to, i, back);
         if (of_values) {
@@ -1009,7 +1072,10 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
             else
                 add_seen_columns(back, rows, back->s, back->d_out, &back->d_value);
         }
-        if (of_keys) {
+        if (problem->score == FA_ADDITIVE) {
+            if (of_scores)
+                sum_additive(problem, to, rows, back);
+        } else if (of_keys) {
             const real *q = scale_after_product(problem) ? back->q_raw : back->q;
             if (finite)
                 add_columns(back, rows, back->dp, q, &back->d_key);
@@ -1017,9 +1083,9 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
                 add_seen_columns(back, rows, back->dp, q, &back->d_key);
         }
         if (of_queries) {
-            if (finite)
+            if (problem->score == FA_DOT && finite)
                 sum_queries(groups, back);
-            else
+            else if (problem->score == FA_DOT)
                 sum_seen_queries(rows, back);
             add_queries(back, to, i, rows, problem->scale);
         }
@@ -1033,7 +1099,8 @@ static void back_close(const fa_problem *problem, const fa_head *head, const fa_
 {
     struct back *back = workspace;
     const int64_t keys = head->keys - back->block < FA_BLOCK ? head->keys - back->block : FA_BLOCK;
-    const double scale = scale_after_product(problem)    ? problem->scale
+    const int all_later = scale_after_product(problem) || problem->score == FA_ADDITIVE;
+    const double scale = all_later                       ? problem->scale
                          : scores_in_nats(problem, head) ? 1
                                                          : 0.69314718055994530942;
     if (to->view[FA_D_KEY].data)

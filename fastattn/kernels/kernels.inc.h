@@ -67,6 +67,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "additive.inc.h"
 
+#include "additive_back.inc.h"
+
 #include "threshold.inc.h"
 
 #include "weights.inc.h"
