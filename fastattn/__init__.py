@@ -61,6 +61,8 @@ from fastattn.softmax import (
 if _typing.TYPE_CHECKING:
     from fastattn.cache import KVCache
     from fastattn.gradients import (
+        additive_attention_vjp,
+        bilinear_attention_vjp,
         dot_product_attention_vjp,
         merge_attention_vjp,
         truncated_attention_vjp,
@@ -79,9 +81,11 @@ __all__ = [
     "MultiHeadAttention",
     "StreamingAttention",
     "additive_attention",
+    "additive_attention_vjp",
     "alibi_slopes",
     "apply_rotary",
     "bilinear_attention",
+    "bilinear_attention_vjp",
     "cpu_info",
     "dot_product_attention",
     "dot_product_attention_vjp",
@@ -122,6 +126,8 @@ _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
+    "additive_attention_vjp": "gradients",
+    "bilinear_attention_vjp": "gradients",
     "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
     "graph_attention_vjp": "graph",

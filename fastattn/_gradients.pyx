@@ -26,6 +26,7 @@ from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA
                                 FA_SPAN, FA_STATE, Team, Watch, allowed_threads, fa_gradients, fa_head, fa_kernels,
                                 fa_visible_keys, gathered, give_workspace, interrupted, join_team, kernels_for,
                                 raise_pending, take_workspace)
+from fastattn._scores cimport projected_back, read_additive, read_bilinear
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
 cnp.import_array()
@@ -587,6 +588,40 @@ cdef object vjp(Problem p, Given g, dict differentiable, dict others):
     return w.result()
 
 
+cdef object projected_vjp(Problem p, Given g, dict differentiable, dict others, tuple sides, Py_ssize_t hidden,
+                          object scale):
+    """The same for scores with weights of their own. sides: of query and key, the names of the array, its matrix and
+    its bias (None: it has none); a name that both have gets the sum. scale: of scores, as given."""
+    read_given(p, g)
+    others = {"grad_out": g.grad_out, "output": g.output, "lse": g.lse, "grad_lse": g.grad_lse, **others}
+    cdef object real = accumulation(p.call.problem.dtype)
+    cdef Wanted w = read_wanted(g.wrt, differentiable, g.out, real, others)
+    cdef dict own = {}, found = {}, targets = {
+        name: w.target(name) for name in w.names if name == "value" or name in RULES}
+    for side in sides:
+        name, matrix, bias = side
+        if name in w.names and matrix is None and bias not in w.names:
+            targets[name] = w.target(name)
+        elif name in w.names or matrix in w.names or bias in w.names:
+            own[side] = targets[name] = empty((*np.shape(differentiable[name])[:-1], hidden), real, "a gradient")
+    if "w_score" in w.names:
+        targets["w_score"] = empty((hidden,), np.float64, "a gradient")
+    back(p, g, targets)
+    with np.errstate(all="ignore"):
+        for (name, matrix, bias), d in own.items():
+            x, weights = floating(differentiable[name], name), differentiable.get(matrix)
+            d_w, d_b = projected_back(d, x, None if weights is None else floating(weights, matrix),
+                                      p.call.problem.dtype, w.target(name), matrix in w.names, bias in w.names)
+            for n, gradient in ((matrix, d_w), (bias, d_b)):
+                if gradient is not None:
+                    found[n] = found[n] + gradient if n in found else gradient
+        if "w_score" in w.names:
+            found["w_score"] = targets["w_score"] * (1.0 if scale is None else float(scale))
+    for n, gradient in found.items():
+        store(w.target(n), gradient)
+    return w.result()
+
+
 # What `out` must not overlap besides what has a gradient.
 cdef tuple CONSTANTS = ("key_lengths", "query_lengths", "query_offset", "mask", "block_mask")
 
@@ -614,6 +649,31 @@ def dot_product_attention_vjp(grad_out, query, key, value, output, lse, grad_lse
 def truncated_attention_vjp(grad_out, query, key, value, left, right, output, lse, grad_lse, wrt, out, dict some):
     return dot_product_attention_vjp(grad_out, query, key, value, output, lse, grad_lse, wrt, out,
                                      {**some, "window_size": checked_sides(left, right)})
+
+
+def additive_attention_vjp(grad_out, query, key, value, w_score, w_query, w_key, b_hidden, output, lse, grad_lse, wrt,
+                           out, dict some):
+    cdef dict rules = with_lse(some)
+    cdef Problem p = read_additive(query, key, value, w_score, w_query, w_key, b_hidden, rules_of(rules))
+    cdef tuple sides = (("query", None if w_query is None else "w_query", None if b_hidden is None else "b_hidden"),
+                        ("key", None if w_key is None else "w_key", None))
+    return projected_vjp(p, given_of(grad_out, output, lse, grad_lse, wrt, out),
+                         {"query": query, "key": key, "value": value, **chosen(some, RULES), "w_score": w_score,
+                          "w_query": w_query, "w_key": w_key, "b_hidden": b_hidden},
+                         chosen(some, CONSTANTS), sides, np.shape(w_score)[0], some.get("scale"))
+
+
+def bilinear_attention_vjp(grad_out, query, key, value, w_query, w_key, b_query, b_key, output, lse, grad_lse, wrt, out,
+                           dict some):
+    cdef dict rules = with_lse(some)
+    cdef Problem p = read_bilinear(query, key, value, w_query, w_key, b_query, b_key, rules_of(rules))
+    cdef str of_query = None if b_query is None else "b_query"
+    cdef str of_key = "b_key" if b_key is not None else of_query if w_key is None else None
+    cdef tuple sides = (("query", "w_query", of_query), ("key", "w_query" if w_key is None else "w_key", of_key))
+    return projected_vjp(p, given_of(grad_out, output, lse, grad_lse, wrt, out),
+                         {"query": query, "key": key, "value": value, **chosen(some, RULES), "w_query": w_query,
+                          "w_key": w_key, "b_query": b_query, "b_key": b_key},
+                         chosen(some, CONSTANTS), sides, np.shape(w_query)[1], None)
 
 
 def varlen_attention_vjp(grad_out, query, key, value, cu_seqlens_q, cu_seqlens_k, output, lse, grad_lse, wrt, out,

@@ -1,8 +1,11 @@
 # cython: wraparound=True
-"""Scores with weights of their own, additive and bilinear: checks the weights and projects query and key.
+"""Scores with weights of their own, additive and bilinear: checks the weights, projects query and key, and takes
+gradients of what was projected back to query, key and weights.
 
 The projections are NumPy matrix products; the call then proceeds with their results.
 """
+import math
+
 import numpy as np
 
 cimport numpy as cnp
@@ -68,6 +71,78 @@ cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype
             return np.add(x, b, out=y)
         np.matmul(x, converted(w, real), out=y)
         return y if b is None else np.add(y, b, out=y)
+
+
+cdef enum:
+    ROWS_AT_ONCE = 128          # of products on the way back
+
+cdef int add_up(cnp.ndarray total, cnp.ndarray lost, object part) except -1:
+    """total += part; lost, unless None: += what rounding takes from it."""
+    if lost is None:
+        np.add(total, part, out=total)
+        return 0
+    cdef object t = total + part, back = t - total
+    lost += (total - (t - back)) + (part - back)
+    total[...] = t
+    return 0
+
+
+cdef tuple projected_back(cnp.ndarray d, cnp.ndarray x, cnp.ndarray w, fa_dtype dtype, object d_x, bint of_w,
+                          bint of_b):
+    """From d, the gradient of `projected`, to those of w and b in float64; None where not wanted. That of x goes into
+    d_x, unless it is None.
+
+    Rows are taken by position, all batches of one before the next, in products of ROWS_AT_ONCE rows, filled up with
+    zeros: so no product's shape depends on their number, rows behind the others change nothing, and no error grows. A
+    row of zeros in d takes no part, whatever x and w hold.
+    """
+    cdef Py_ssize_t channels = shape_of(x)[-1], hidden = shape_of(d)[-1], length = shape_of(d)[-2]
+    cdef Py_ssize_t batch = math.prod(shape_of(d)[:-2]), step, i, at, n
+    cdef object real = accumulation(dtype), exact = accumulation(FA_F64)
+    cdef cnp.ndarray d_w = None, w_lost = None, d_b = None, b_lost = None
+    if of_w:
+        d_w = empty((channels, hidden), exact, "a gradient", True)
+        w_lost = empty((channels, hidden), exact, "a gradient", True) if dtype == FA_F64 else None
+    if of_b:
+        d_b = empty((hidden,), exact, "a gradient", True)
+        b_lost = empty((hidden,), exact, "a gradient", True) if dtype == FA_F64 else None
+    if w is None and d_x is not None:
+        np.copyto(d_x, d, casting="unsafe")
+        d_x = None
+    cdef object turned = None if w is None or d_x is None else np.ascontiguousarray(converted(w, real).T)
+    cdef object some_x = empty((<int> ROWS_AT_ONCE, channels), real)
+    cdef object some_d = empty((<int> ROWS_AT_ONCE, hidden), real)
+    # Positions whose rows are whole products.
+    step = <int> ROWS_AT_ONCE // math.gcd(max(batch, 1), <int> ROWS_AT_ONCE)
+    step *= max(1, 8 * <int> ROWS_AT_ONCE // (step * max(batch, 1)))
+    for i in range(0, length if batch and (of_w or of_b or d_x is not None) else 0, step):
+        rows_d = np.moveaxis(d[..., i:i + step, :], -2, 0)
+        shape = rows_d.shape[:-1]
+        rows_d = rows_d.reshape(-1, hidden)
+        rows_x = np.moveaxis(x[..., i:i + step, :], -2, 0).reshape(-1, channels) if of_w else None
+        rows_d_x = None if d_x is None else empty((len(rows_d), channels), real, "a gradient")
+        for at in range(0, len(rows_d), <int> ROWS_AT_ONCE):
+            n = min(<Py_ssize_t> ROWS_AT_ONCE, len(rows_d) - at)
+            some_d[:n] = rows_d[at:at + n]
+            some_d[n:] = 0
+            idle = ~some_d.any(axis=1)
+            if of_w:
+                some_x[:n] = rows_x[at:at + n]
+                some_x[idle] = 0
+                add_up(d_w, w_lost, np.matmul(some_x.T, some_d))
+            if of_b:
+                add_up(d_b, b_lost, np.add.reduce(some_d, axis=0, dtype=np.float64))
+            if d_x is not None:
+                product = np.matmul(some_d, turned)
+                product[idle] = 0
+                rows_d_x[at:at + n] = product[:n]
+        if d_x is not None:
+            np.copyto(np.moveaxis(d_x[..., i:i + step, :], -2, 0), rows_d_x.reshape(*shape, channels),
+                      casting="unsafe")
+    for total, lost in ((d_w, w_lost), (d_b, b_lost)):
+        if lost is not None:
+            total += lost
+    return d_w, d_b
 
 
 cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fastattn import _gradients
 from fastattn._merge import merge_attention_vjp as _merge_attention_vjp
 from fastattn._rules import GradientRules, TruncatedGradientRules, VarlenGradientRules, refuse_others, takes
-from fastattn.attention import dot_product_attention, truncated_attention, varlen_attention
+from fastattn.attention import (
+    additive_attention,
+    bilinear_attention,
+    dot_product_attention,
+    truncated_attention,
+    varlen_attention,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,6 +128,159 @@ def dot_product_attention_vjp(
     refuse_others(rules, GradientRules, "dot_product_attention_vjp")
     return _gradients.dot_product_attention_vjp(
         grad_out, query, key, value, output, lse, grad_lse, wrt, out, dict(rules)
+    )
+
+
+@takes(GradientRules, like=additive_attention)
+def additive_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    w_score: ArrayLike,
+    *,
+    w_query: ArrayLike | None = None,
+    w_key: ArrayLike | None = None,
+    b_hidden: ArrayLike | None = None,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    **rules: Unpack[GradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the arrays given to `additive_attention`, from its gradient for the output.
+
+    It never allocates an array of shape (L, S, hidden), nor (L, S).
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        The gradient of the loss for the output.
+    query, key, value, w_score, w_query, w_key, b_hidden
+        As given to `additive_attention`.
+    wrt : str or tuple of str, default ('query', 'key', 'value')
+        Also 'w_score', and 'w_query', 'w_key', 'b_hidden', 'bias', 'relative_bias', 'alibi_slopes' and 'sinks', if
+        given.
+    output, lse, grad_lse, out
+        As for `dot_product_attention_vjp`.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, num_threads
+        As given to `additive_attention`.
+
+    Returns
+    -------
+    gradients : tuple of ndarray, or ndarray
+        As from `dot_product_attention_vjp`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the gradients, the projected arrays or the workspace.
+
+    Notes
+    -----
+    With ``dS`` the gradient of a scaled score and ``t = tanh(q + k)`` of projected queries and keys, those of w_score,
+    q and k are ``scale * sum(dS * t)``, over all queries and keys, and ``scale * sum(dS * w_score * (1 - t**2))``, over
+    keys and over queries. As on the way there, no tanh costs an exponential.
+
+    Those of w_query, b_hidden and query are ``query.T @ dq``, ``sum(dq)`` and ``dq @ w_query.T``: products of NumPy,
+    always of 128 rows, blocks of which are added in float64. Nothing of a row without effect, be it NaN, reaches them.
+    The promise that bits do not depend on threads and padding holds from the results of the projections on, which are
+    NumPy's, and for these products as far as its BLAS keeps the order of their sums.
+
+    The gradient of `scale` is ``np.vdot(w_score, d_w_score) / scale``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query = np.array([[0.5, -1.0]])
+    >>> key = np.array([[3.0, 1.0], [-3.0, 1.0]])
+    >>> value = np.array([[10.0], [20.0]])
+    >>> d_query, d_w_score = fastattn.additive_attention_vjp(
+    ...     [[1.0]], query, key, value, [2.0, 1.0], wrt=("query", "w_score")
+    ... )
+    >>> d_query.round(4)
+    array([[0.0096, 0.    ]])
+    >>> d_w_score.round(3)
+    array([-0.372,  0.   ])
+    """
+    refuse_others(rules, GradientRules, "additive_attention_vjp")
+    return _gradients.additive_attention_vjp(
+        grad_out, query, key, value, w_score, w_query, w_key, b_hidden, output, lse, grad_lse, wrt, out, dict(rules)
+    )
+
+
+@takes(GradientRules, like=bilinear_attention)
+def bilinear_attention_vjp(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    w_query: ArrayLike,
+    w_key: ArrayLike | None = None,
+    *,
+    b_query: ArrayLike | None = None,
+    b_key: ArrayLike | None = None,
+    wrt: str | tuple[str, ...] = ("query", "key", "value"),
+    output: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    out: NDArray[Any] | tuple[NDArray[Any] | None, ...] | None = None,
+    **rules: Unpack[GradientRules],
+) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+    """
+    Gradients of a loss for the arrays given to `bilinear_attention`, from its gradient for the output.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., L, E)
+        The gradient of the loss for the output.
+    query, key, value, w_query, w_key, b_query, b_key
+        As given to `bilinear_attention`. Without `w_key` the gradient of the shared matrix is the sum of both uses, and
+        so is that of a shared `b_query`.
+    wrt : str or tuple of str, default ('query', 'key', 'value')
+        Also 'w_query', and 'w_key', 'b_query', 'b_key', 'bias', 'relative_bias', 'alibi_slopes' and 'sinks', if given.
+    output, lse, grad_lse, out
+        As for `dot_product_attention_vjp`.
+    is_causal, window_size, chunk_size, left_chunks, query_offset, key_lengths, query_lengths, mask, block_mask,
+    block_size, bias, relative_bias, alibi_slopes, scale, softcap, sinks, activation, enable_gqa, num_threads
+        As given to `bilinear_attention`.
+
+    Returns
+    -------
+    gradients : tuple of ndarray, or ndarray
+        As from `dot_product_attention_vjp`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it, and `out` is untouched.
+    MemoryError
+        If there is no memory for the gradients, the projected arrays or the workspace.
+
+    Notes
+    -----
+    The gradients of the projected arrays are those of dot products; for the way back through the projections, and what
+    is promised of it, see `additive_attention_vjp`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x, value = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0], [2.0]])
+    >>> d_w_query = fastattn.bilinear_attention_vjp(np.ones((2, 1)), x, x, value, np.eye(2), wrt="w_query")
+    >>> d_w_query.round(3)
+    array([[-0.393,  0.197],
+           [-0.197,  0.393]])
+    """
+    refuse_others(rules, GradientRules, "bilinear_attention_vjp")
+    return _gradients.bilinear_attention_vjp(
+        grad_out, query, key, value, w_query, w_key, b_query, b_key, output, lse, grad_lse, wrt, out, dict(rules)
     )
 
 

@@ -1073,7 +1073,7 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
                 add_seen_columns(back, rows, back->s, back->d_out, &back->d_value);
         }
         if (problem->score == FA_ADDITIVE) {
-            if (of_scores)
+            if (of_keys || of_queries || view[FA_D_SCORE_WEIGHTS].data)
                 sum_additive(problem, to, rows, back);
         } else if (of_keys) {
             const real *q = scale_after_product(problem) ? back->q_raw : back->q;
