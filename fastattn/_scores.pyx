@@ -118,8 +118,8 @@ cdef tuple projected_back(cnp.ndarray d, cnp.ndarray x, cnp.ndarray w, fa_dtype 
     for i in range(0, length if batch and (of_w or of_b or d_x is not None) else 0, step):
         rows_d = np.moveaxis(d[..., i:i + step, :], -2, 0)
         shape = rows_d.shape[:-1]
-        rows_d = rows_d.reshape(-1, hidden)
-        rows_x = np.moveaxis(x[..., i:i + step, :], -2, 0).reshape(-1, channels) if of_w else None
+        rows_d = rows_d.reshape(math.prod(shape), hidden)
+        rows_x = np.moveaxis(x[..., i:i + step, :], -2, 0).reshape(len(rows_d), channels) if of_w else None
         rows_d_x = None if d_x is None else empty((len(rows_d), channels), real, "a gradient")
         for at in range(0, len(rows_d), <int> ROWS_AT_ONCE):
             n = min(<Py_ssize_t> ROWS_AT_ONCE, len(rows_d) - at)

@@ -1010,6 +1010,19 @@ static void back_open(const fa_problem *problem, int64_t keys, int64_t block, vo
     open_sums(&back->d_value);
 }
 
+/* Whether no row of a tile has a score, or a log-sum-exp, that is NaN: its P of hidden keys would be NaN too. */
+static int rows_are_numbers(const fa_gradients *to, int64_t row, int rows)
+{
+    const fa_view *states = &to->view[FA_ROW_STATE];
+    int numbers = 1;
+    for (int64_t i = row; i < row + rows; i++) {
+        real shift;
+        memcpy(&shift, states->data + i * states->row + STATE_SHIFT * (ptrdiff_t)sizeof(real), sizeof shift);
+        numbers &= shift == shift;
+    }
+    return numbers;
+}
+
 /* What a tile has collected for rules. */
 static void close_rules(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
                         const struct back *back)
@@ -1054,7 +1067,7 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
         open_queries(problem, head, to, i, rows, back);
         const int out_finite =
             pack_rows(head, to, &view[FA_GRAD_OUT], i, rows, problem->value_dim, back->columns, 1, back->d_out);
-        const int finite = back->q_finite && out_finite && back->k_finite;
+        const int finite = back->q_finite && out_finite && back->k_finite && rows_are_numbers(to, i, rows);
         score_tile(problem, rows, back);
         if (of_scores)
             tile_scores(back, groups, back->d_out, back->v, problem->value_dim, back->columns, back->dp);
