@@ -58,6 +58,13 @@ cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object
     return 0
 
 
+cdef bint in_rows(cnp.ndarray x) except -1:
+    """Whether NumPy gives BLAS the last two axes as they are, as rows: another layout is another order of sums."""
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(x), columns = shape_of(x)[-1], row = (<object> x).strides[-2]
+    return ((<object> x).flags.aligned and (<object> x).strides[-1] == size and row % size == 0 and
+            row >= columns * size)
+
+
 cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):
     """x @ w + b in the accumulation dtype; without w and b, x itself. The product is NumPy's."""
     if w is None and b is None:
@@ -69,7 +76,12 @@ cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype
     with np.errstate(all="ignore"):
         if w is None:
             return np.add(x, b, out=y)
-        np.matmul(x, converted(w, real), out=y)
+        matrix = np.ascontiguousarray(converted(w, real))
+        if in_rows(x):
+            np.matmul(x, matrix, out=y)
+        else:
+            for index in np.ndindex(shape[:-2]):
+                np.matmul(np.ascontiguousarray((<object> x)[index]), matrix, out=(<object> y)[index])
         return y if b is None else np.add(y, b, out=y)
 
 
