@@ -205,9 +205,9 @@ def additive_attention_vjp(
     ...     [[1.0]], query, key, value, [2.0, 1.0], wrt=("query", "w_score")
     ... )
     >>> d_query.round(4)
-    array([[0.0096, 0.    ]])
+    array([[0.0083, 0.    ]])
     >>> d_w_score.round(3)
-    array([-0.372,  0.   ])
+    array([-0.361,  0.   ])
     """
     refuse_others(rules, GradientRules, "additive_attention_vjp")
     return _gradients.additive_attention_vjp(
@@ -273,10 +273,10 @@ def bilinear_attention_vjp(
     >>> import numpy as np
     >>> import fastattn
     >>> x, value = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0], [2.0]])
-    >>> d_w_query = fastattn.bilinear_attention_vjp(np.ones((2, 1)), x, x, value, np.eye(2), wrt="w_query")
-    >>> d_w_query.round(3)
-    array([[-0.393,  0.197],
-           [-0.197,  0.393]])
+    >>> w_query = np.array([[1.0], [0.5]])
+    >>> fastattn.bilinear_attention_vjp(np.ones((2, 1)), x, x, value, w_query, wrt="w_query").round(3)
+    array([[-0.476],
+           [ 0.235]])
     """
     refuse_others(rules, GradientRules, "bilinear_attention_vjp")
     return _gradients.bilinear_attention_vjp(

@@ -28,11 +28,12 @@ struct additive_back {
 
 enum {
     BACK_VECTORS = STRIP * (ROWS + 1), /* sums of queries, [channel][row], then those of weights */
-    BACK_SCRATCH = BACK_VECTORS * LANES + STRIP * LANES + ROWS * STRIP /* then a vector of keys and queries, both clean */
+    BACK_SCRATCH =
+        BACK_VECTORS * LANES + STRIP * LANES + ROWS * STRIP /* then a vector of keys and queries, both clean */
 };
 
-/* Whether one of a row's arguments is beyond the limit, or NaN. q_raw: of the row, ROWS * STRIP from strip to strip, and
- * zeros behind, up to whole vectors. */
+/* Whether one of a row's arguments is beyond the limit, or NaN. q_raw: of the row, ROWS * STRIP from strip to strip,
+ * and zeros behind, up to whole vectors. */
 static int row_is_far(const real *q_raw, int64_t channels)
 {
     ivec far = {0};
@@ -85,7 +86,7 @@ static ALWAYS_INLINE void back_sums(const real *restrict q, const real *restrict
     }
 }
 
-#define BACK_SUMS(rows)                                                                                               \
+#define BACK_SUMS(rows)                                                                                            \
     static NEVER_INLINE void back_sums_##rows(const real *q, const real *k, int n, const real *ds, int64_t ds_row, \
                                               real *d_k, real *sums, real *sums_w)                                 \
     {                                                                                                              \
@@ -127,6 +128,13 @@ static NEVER_INLINE void additive_back_direct(const struct additive_back *back, 
         d_q[h] += total == 0 ? 0 : total * back->w[h];
         d_w[h] -= 2 * (double)v_total(of_w);
     }
+}
+
+/* The totals of n vectors, `step` numbers from one to the next. */
+static ALWAYS_INLINE void channel_totals(const real *sums, int step, int n, real *total)
+{
+    for (int h = 0; h < n; h += 4, sums += 4 * step)
+        v_four_totals(total + h, v_load(sums), v_load(sums + step), v_load(sums + 2 * step), v_load(sums + 3 * step));
 }
 
 /* Adds to the gradients what a group of rows gives that sees keys [lo, hi) of a block.
@@ -190,18 +198,15 @@ static void additive_back(const struct additive_back *back, int rows, int lo, in
             else
                 back_sums_all(q, k, n, ds_v, distance, d_k_v, sums, sums_w);
         }
+        real total[STRIP];
         for (int r = 0; r < rows; r++) {
-            real total[STRIP];
-            for (int h = 0; h < n; h += 4) {
-                const real *sum = sums + (h * ROWS + r) * LANES;
-                v_four_totals(total + h, v_load(sum), v_load(sum + ROWS * LANES), v_load(sum + 2 * ROWS * LANES),
-                              v_load(sum + 3 * ROWS * LANES));
-            }
+            channel_totals(sums + r * LANES, ROWS * LANES, n, total);
             for (int h = 0; h < n; h++) /* a weight may be infinite */
                 d_q[r * d_q_row + c + h] += total[h] == 0 ? 0 : total[h] * back->w[c + h];
         }
+        channel_totals(sums_w, LANES, n, total);
         for (int h = 0; h < n; h++)
-            d_w[c + h] -= 2 * (double)v_total(v_load(sums_w + h * LANES));
+            d_w[c + h] -= 2 * (double)total[h];
     }
     for (int v = v_first; v < v_last; v++)
         some_far |= bits_at(&back->far_keys, v * LANES, LANES) != 0;

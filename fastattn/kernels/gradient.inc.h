@@ -710,9 +710,10 @@ static NEVER_INLINE void sum_additive(const fa_problem *problem, const fa_gradie
     const struct tile *tile = &back->tile;
     const int64_t units = tile->channels;
     additive.k = tile->k, additive.k_raw = tile->additive.k_raw;
-    memset(back->d_k + back->first * LANES * units, 0, (size_t)((back->last - back->first) * LANES * units) * sizeof(real));
+    const int64_t keys = (back->last - back->first) * LANES;
+    memset(back->d_k + back->first * LANES * units, 0, (size_t)(keys * units) * sizeof(real));
     memset(back->d_w, 0, (size_t)units * sizeof(double));
-    memset(back->part, 0, (size_t)(FA_BACK_ROWS * back->channels) * sizeof(real));
+    memset(back->part, 0, (size_t)(rows * back->channels) * sizeof(real));
     for (int first = 0; first < rows; first += ROWS) {
         const struct visible *visible = back->visible + first / ROWS;
         const int64_t group = first / ROWS * group_size(units);
