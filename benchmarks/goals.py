@@ -24,6 +24,7 @@ SHARE_OF_COPY = 0.3
 # among several terms can exceed it.
 ADDITIVE_CASE = "additive-1x8x512x512x64"
 ADDITIVE_SHARE = 0.8
+ADDITIVE_BACK_CASE = "additiveback-1x8x512x512x64"
 
 # Windows: of the FMA peak, counting useful operations, at the widest; and the most that a row at the longest length may
 # cost relative to the shortest.
@@ -60,6 +61,7 @@ SMALL_CALLS = {
 SOFTMAX_RATIOS = {"SciPy": 4.0, "PyTorch": 1.5}
 SPARSE_RATIOS = {"entmax": 6.0}
 ADDITIVE_RATIOS = {"NumPy, best": 8.0, "PyTorch": 80.0, BEST_COMPILED: 1.6}
+ADDITIVE_BACK_RATIOS = {"PyTorch": 30.0, BEST_COMPILED: 3.0}  # output and gradients
 
 MULTI_HEAD_RATIOS = {"PyTorch": 1.0}
 
@@ -123,6 +125,8 @@ def share(record):
         if record["threads"] == 1 and record["case"].endswith(ADDITIVE_CASE):
             goal = ADDITIVE_SHARE - (OTHER_KIND if record.get("isa") else 0)
         return measure.ratio(record["seconds"], "five instructions", "fastattn"), goal
+    if record["kind"] == "additiveback":
+        return measure.ratio(record["seconds"], "five instructions", "fastattn"), None
     if record["kind"] == "blocks":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), _of_long_blocks(record, BLOCKS_SHARE)
     if record["kind"] == "neighborhood":
@@ -205,6 +209,8 @@ def _ratios(record):
         return _of_neighborhood(record, NEIGHBORHOOD_RATIOS) or {}
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
+    if record["kind"] == "additiveback":
+        return ADDITIVE_BACK_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_BACK_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)
 
 

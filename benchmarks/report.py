@@ -38,6 +38,8 @@ MEANINGS = {
     "their limit.",
     "Additive attention": "Additive scores need a tanh for every triple of query, key and channel; the limit is the "
     "speed of the shortest known sequence of instructions for it, and dividing several triples at once can pass that.",
+    "Additive attention, there and back": "The output, then the gradients for query, key, value and the weights of the "
+    "score; beside the limit of the way there alone.",
     "Attention in a window": "A query pays for the keys in its window and not for the length of the sequence; a mask "
     "on full attention pays for all of them.",
     "Nanoseconds a row in a window": "If the cost of a row depended on the window alone, a line would show one number; "
@@ -93,7 +95,8 @@ def markdown(everything, with_goals=False):
         *_softmax(records_of(records, "libraries", kind="softmax")),
         *_beside_a_copy(records_of(records, "libraries", kind="softmaxback"), "shape", "Gradients of softmax"),
         *_sparse(records_of(records, "libraries", kind="sparse")),
-        *_additive(records_of(records, "libraries", kind="additive")),
+        *_additive(records_of(records, "libraries", kind="additive"), "Additive attention"),
+        *_additive(records_of(records, "libraries", kind="additiveback"), "Additive attention, there and back"),
         *_truncated(records_of(records, "libraries", kind="truncated")),
         *_lengths(records_of(records, "lengths")),
         *_decode(records_of(records, "libraries", kind="decode")),
@@ -194,7 +197,7 @@ def _softmax(records):
         yield Table(f"Softmax, {threads_in_words(threads)}", heads, rows)
 
 
-def _additive(records):
+def _additive(records, title):
     for threads in sorted({record["threads"] for record in records}):
         chosen = [record for record in records if record["threads"] == threads]
         names = _columns(chosen, ADDITIVE_PEERS)
@@ -203,7 +206,7 @@ def _additive(records):
         for record in chosen:
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *_additive_numbers(record), *others, _outcome(goals.missed(record))])
-        yield Table(f"Additive attention, {threads_in_words(threads)}", heads, rows)
+        yield Table(f"{title}, {threads_in_words(threads)}", heads, rows)
 
 
 def _additive_numbers(record):

@@ -307,6 +307,20 @@ BUGS = (
         "test_linear_gradients.py -k rules",
     ),
     Bug(
+        "additive gradients forget that a key is far",
+        "additive_back.inc.h",
+        "if (far || !rows_are_clean) {",
+        "if (!rows_are_clean) {",
+        "test_additive_gradients.py -k far",
+    ),
+    Bug(
+        "additive gradients add what a far row does not see",
+        "additive_back.inc.h",
+        "const key_bits bits = seen ? seen[r] : bits_of_range(lo, hi);",
+        "const key_bits bits = bits_of_range(lo, hi);",
+        "test_additive_gradients.py -k hidden",
+    ),
+    Bug(
         "gradients: a log-sum-exp near -1e9 is taken for exact",
         "gradient.inc.h",
         "again[r] = !(fabs((double)lse) <= 1e3) && lse == lse;",

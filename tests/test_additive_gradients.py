@@ -129,8 +129,8 @@ def projected(rng, num_queries=300, num_keys=70, batch=(3,), dtype=np.float32):
     """Small whole numbers: projections are exact, so that only the way back can differ."""
     whole = lambda *shape: rng.integers(-2, 3, shape).astype(dtype)  # noqa: E731
     return {"query": whole(*batch, num_queries, 6), "key": whole(*batch, num_keys, 5),
-            "value": whole(*batch, num_keys, 4), "w_score": whole(8) / 8, "w_query": whole(6, 8) / 8, "w_key": whole(5, 8) / 8,
-            "b_hidden": whole(8) / 8}  # fmt: skip
+            "value": whole(*batch, num_keys, 4), "w_score": whole(8) / 8, "w_query": whole(6, 8) / 8,
+            "w_key": whole(5, 8) / 8, "b_hidden": whole(8) / 8}  # fmt: skip
 
 
 PROJECTED = ("query", "key", "w_query", "w_key", "b_hidden")
@@ -150,7 +150,7 @@ def test_padding_changes_no_bit_of_matrices(rng, bad, dtype):
     for name, x, y in zip(PROJECTED, actual, expected, strict=True):
         if name in ("query", "key"):
             assert (x[:, y.shape[1] :] == 0).all(), name
-            x = x[:, : y.shape[1]]  # noqa: PLW2901
+            x = x[:, : y.shape[1]]
         assert bits(x) == bits(y), name
 
 

@@ -16,7 +16,7 @@ from suite import baselines
 
 from . import entmax, fastattn, jax, numpy, onnx, openvino, torch
 from .fastattn import PRODUCTS_AND_ATTENTION
-from .variant import Variant
+from .variant import Variant, of_tokens
 
 __all__ = ["PRODUCTS_AND_ATTENTION", "Variant"]
 
@@ -101,6 +101,8 @@ def expected_answer(case):
         return baselines.expected_attention(*case.inputs(), case.is_causal)
     if case.kind == "additive":
         return baselines.expected_additive_attention(*case.inputs(), **case.projections())
+    if case.kind == "additiveback":
+        return of_tokens(baselines.expected_additive_gradients(case.grad_out(), *case.inputs()))
     if case.kind == "truncated":
         return baselines.expected_truncated_attention(*case.inputs(), *case.window)
     if case.kind == "decode":

@@ -8,7 +8,7 @@ import encoder
 import fastattn
 from suite import baselines
 
-from .variant import Variant
+from .variant import Variant, of_tokens
 
 # Not a library, but what fastattn's layer is measured against.
 PRODUCTS_AND_ATTENTION = "products and attention"
@@ -105,6 +105,17 @@ def additive(case, threads):
     yield Variant("", functools.partial(fastattn.additive_attention, *case.inputs(), **case.projections()))
 
 
+def additive_back(case, threads):
+    """Output and gradients."""
+    names, inputs, grad_out = ("query", "key", "value", "w_score"), case.inputs(), case.grad_out()
+
+    def step():
+        output, lse = fastattn.additive_attention(*inputs, return_lse=True)
+        return fastattn.additive_attention_vjp(grad_out, *inputs, output=output, lse=lse, wrt=names)
+
+    yield Variant("", step, of_tokens)
+
+
 def graph(case, threads):
     yield Variant(
         "", functools.partial(fastattn.graph_attention, *case.inputs(), case.structure, w_score=case.w_score())
@@ -191,6 +202,7 @@ LIBRARIES = {
             "softmaxback": softmax_back,
             "sparse": sparse,
             "additive": additive,
+            "additiveback": additive_back,
             "truncated": truncated,
             "decode": decode,
             "multihead": multihead,

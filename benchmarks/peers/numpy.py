@@ -7,7 +7,7 @@ import numpy as np
 import encoder
 from suite import baselines
 
-from .variant import Variant, refuse_large
+from .variant import Variant, of_tokens, refuse_large
 
 
 def attention(case, threads):
@@ -81,6 +81,11 @@ def best_additive(case, threads):
         "exponentials, channels in pairs": baselines.paired_scores,
     }
     return _additive(case, threads, ways)
+
+
+def additive_back(case, threads):
+    refuse_large(case, case.triples // (case.batch * case.heads))  # one head at a time
+    yield Variant("", functools.partial(baselines.additive_gradients, case.grad_out(), *case.inputs()), of_tokens)
 
 
 def softmax(case, threads):
@@ -166,7 +171,7 @@ LIBRARIES = {
             "graphback": graph_back,
         },
     ),
-    "NumPy, textbook": ("numpy", {"additive": textbook_additive}),
+    "NumPy, textbook": ("numpy", {"additive": textbook_additive, "additiveback": additive_back}),
     "NumPy, best": ("numpy", {"additive": best_additive}),
     "NumPy, best band": ("numpy", {"truncated": truncated}),
     "SciPy": ("scipy", {"softmax": scipy_softmax, "graph": scipy_graph}),

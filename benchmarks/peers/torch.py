@@ -8,7 +8,7 @@ import numpy as np
 import encoder
 from suite import baselines
 
-from .variant import Variant, refuse_large
+from .variant import Variant, of_tokens, refuse_large
 
 # Keeps the context manager alive: PyTorch leaves inference mode when it is collected.
 _for_good = contextlib.ExitStack()
@@ -448,6 +448,39 @@ def geometric_graph_back(case, threads):
     yield Variant("", step, lambda gradients: np.concatenate(gradients, axis=-1).swapaxes(0, 1))
 
 
+def _additive_back(case, threads, ways, is_compiled=False):
+    """Output, and gradients by autograd, which needs tensors made outside inference mode."""
+    refuse_large(case, case.triples)
+    torch = _torch(threads)
+    with torch.inference_mode(False):
+        arrays = [torch.from_numpy(x).requires_grad_() for x in case.inputs()]
+        grad_out = torch.from_numpy(case.grad_out())
+    if is_compiled:
+        torch._dynamo.config.recompile_limit = 256
+    for name, make_scores in ways.items():
+
+        def attend(query, key, value, w_score, make_scores=make_scores):
+            return torch.softmax(make_scores(torch, query, key, w_score), -1) @ value
+
+        if is_compiled:
+            attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+        def step(attend=attend):
+            with torch.inference_mode(False):
+                return torch.autograd.grad(attend(*arrays), arrays, grad_out)
+
+        yield Variant(name, step, of_tokens)
+
+
+def eager_additive_back(case, threads):
+    return _additive_back(case, threads, {"": _tanh_matmul})
+
+
+def compiled_additive_back(case, threads):
+    ways = {"matrix product": _tanh_matmul, "sum": _tanh_sum}
+    return _additive_back(case, threads, ways, is_compiled=True)
+
+
 def softmax(case, threads):
     x = _torch(threads).from_numpy(case.inputs()[0])
     yield Variant("", lambda: x.softmax(case.axis))
@@ -469,6 +502,7 @@ LIBRARIES = {
             "softmax": softmax,
             "softmaxback": softmax_back,
             "additive": eager_additive,
+            "additiveback": eager_additive_back,
             "decode": decode,
             "multihead": multihead,
             "multiheadstep": multihead_step,
@@ -485,7 +519,7 @@ LIBRARIES = {
     "PyTorch, flex": ("torch", {"truncated": flex_truncated, "neighborhood": flex_neighborhood, "blocks": flex_blocks}),
     "PyTorch, gather": ("torch", {"neighborhood": gathered_neighborhood}),
     "PyTorch, Keras form": ("torch", {"additive": keras_additive}),
-    "PyTorch compiled": ("torch", {"additive": compiled_additive}),
+    "PyTorch compiled": ("torch", {"additive": compiled_additive, "additiveback": compiled_additive_back}),
     "PyTorch, sparse": ("torch", {"graph": sparse_graph}),
     "PyTorch Geometric": ("torch_geometric", {"graph": geometric_graph, "graphback": geometric_graph_back}),
     "PyTorch compiled, exp": ("torch", {"additive": compiled_exp_additive}),

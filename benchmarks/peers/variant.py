@@ -22,6 +22,11 @@ class Variant:
     expected: object = None
 
 
+def of_tokens(gradients):
+    """Those of query, key and value in one array; w_score's is a sum over all of them, and has errors of its size."""
+    return np.concatenate([np.asarray(x).ravel() for x in gradients[:3]])
+
+
 def refuse_large(case, count):
     nbytes = count * np.dtype(case.dtype).itemsize
     if nbytes > LARGEST_ARRAY:

@@ -1,4 +1,4 @@
-"""asv: additive and bilinear attention over shapes, dtypes and threads, beside their NumPy baselines."""
+"""asv: additive and bilinear attention and their gradients, by shapes, dtypes and threads, beside NumPy baselines."""
 
 import functools
 
@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 import fastattn
 
 from . import baselines
-from .cases import ADDITIVE_SHAPES, BILINEAR_SHAPES, Additive, Bilinear
+from .cases import ADDITIVE_BACK, ADDITIVE_SHAPES, BILINEAR_SHAPES, Additive, Bilinear
 
 
 # Cached rather than an asv `setup` hook: see attention.py.
@@ -38,6 +38,27 @@ class ProjectedAdditiveAttention:
 
     def time_attention(self, shape, dtype, implementation):
         _additive(shape, dtype, True, implementation)()
+
+
+@functools.cache
+def _way_back(name, implementation):
+    case = next(case for case in ADDITIVE_BACK if case.name == name)
+    library, _, threads = implementation.partition(", ")
+    if library == "numpy":
+        threadpool_limits(1)
+        return functools.partial(baselines.additive_gradients, case.grad_out(), *case.inputs())
+    vjp = functools.partial(fastattn.additive_attention_vjp, wrt=("query", "key", "value", "w_score"))
+    return functools.partial(vjp, case.grad_out(), *case.inputs(), num_threads=int(threads[0]))
+
+
+class AdditiveGradients:
+    """With the forward pass, as its output is not given."""
+
+    params = [[case.name for case in ADDITIVE_BACK], AdditiveAttention.params[2]]
+    param_names = ["case", "implementation"]
+
+    def time_gradients(self, case, implementation):
+        _way_back(case, implementation)()
 
 
 @functools.cache

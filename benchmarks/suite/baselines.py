@@ -420,6 +420,35 @@ def additive_attention(query, key, value, w_score, w_query=None, w_key=None, sco
     return output
 
 
+def additive_gradients(grad_out, query, key, value, w_score):
+    """Gradients for query, key, value and w_score, a head at a time, each with an array of (L, S, hidden)."""
+    gradients = [np.empty_like(x) for x in (query, key, value)]
+    d_w_score = np.zeros_like(w_score)
+    for head in np.ndindex(query.shape[:-2]):
+        g, v = grad_out[head], value[head]
+        tanh = np.tanh(query[head][:, None, :] + key[head])
+        weights = tanh @ w_score
+        weights -= weights.max(-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(-1, keepdims=True)
+        of_scores = g @ v.T
+        of_scores -= (of_scores * weights).sum(-1, keepdims=True)
+        of_scores *= weights
+        gradients[2][head] = weights.T @ g
+        d_w_score += of_scores.ravel() @ tanh.reshape(-1, len(w_score))
+        np.multiply(tanh, tanh, out=tanh)
+        np.subtract(1, tanh, out=tanh)
+        tanh *= of_scores[..., None]
+        gradients[0][head] = tanh.sum(1) * w_score
+        gradients[1][head] = tanh.sum(0) * w_score
+    return *gradients, d_w_score
+
+
+def expected_additive_gradients(*arrays):
+    """The same in float64."""
+    return additive_gradients(*(array.astype(np.float64) for array in arrays))
+
+
 # Tokens of a chunk of linear attention: the best of 32 to 256.
 CHUNK = 64
 

@@ -182,6 +182,16 @@ class Additive(Case):
 
 
 @dataclass(frozen=True)
+class AdditiveBack(Additive):
+    """The same there and back: the output, then gradients for query, key, value and w_score from one for the output."""
+
+    kind = "additiveback"
+
+    def grad_out(self):
+        return _output_gradient((*self.shape[:3], HEAD_DIM), self.dtype)
+
+
+@dataclass(frozen=True)
 class Bilinear(Case):
     """Bilinear attention: each head's queries and keys, of head_dim channels, are multiplied by a square matrix."""
 
@@ -620,6 +630,11 @@ def _additive_inputs(shape, dtype, is_projected):
 
 
 @functools.lru_cache(maxsize=2)
+def _output_gradient(shape, dtype):
+    return np.random.default_rng(8).standard_normal(shape, dtype=np.float32).astype(dtype)
+
+
+@functools.lru_cache(maxsize=2)
 def _node_inputs(nodes, heads, width, channels, dtype):
     generator = np.random.default_rng(7)
     shapes = ((nodes, heads, last) for last in (width, width, channels))
@@ -755,6 +770,13 @@ GRAPH = (
 )
 
 GRAPH_BACK = tuple(GraphBack(c.graph, c.nodes, c.edges, c.heads, c.channels, c.score) for c in GRAPH)
+
+ADDITIVE_BACK = (
+    AdditiveBack(1, 8, 512, 512, 64),
+    AdditiveBack(1, 8, 128, 128, 64),
+    AdditiveBack(32, 1, 50, 50, 64),
+    AdditiveBack(1, 8, 128, 128, 64, "float64"),
+)
 
 BILINEAR_SHAPES = ((1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64))
 

@@ -1113,10 +1113,9 @@ static void back_close(const fa_problem *problem, const fa_head *head, const fa_
 {
     struct back *back = workspace;
     const int64_t keys = head->keys - back->block < FA_BLOCK ? head->keys - back->block : FA_BLOCK;
-    const int all_later = scale_after_product(problem) || problem->score == FA_ADDITIVE;
-    const double scale = all_later                       ? problem->scale
-                         : scores_in_nats(problem, head) ? 1
-                                                         : 0.69314718055994530942;
+    double scale = scores_in_nats(problem, head) ? 1 : 0.69314718055994530942;
+    if (scale_after_product(problem) || problem->score == FA_ADDITIVE)
+        scale = problem->scale;
     if (to->view[FA_D_KEY].data)
         close_sums(&back->d_key, &to->view[FA_D_KEY], back->block, keys, problem->head_dim, scale, back->d_key.part);
     if (to->view[FA_D_VALUE].data)
