@@ -26,9 +26,11 @@ import numpy as np
 __all__ = [
     "MultiHeadAttention",
     "additive_attention",
+    "additive_attention_vjp",
     "alibi_slopes",
     "apply_rotary",
     "bilinear_attention",
+    "bilinear_attention_vjp",
     "dot_product_attention",
     "dot_product_attention_vjp",
     "entmax15",
