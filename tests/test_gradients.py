@@ -429,30 +429,44 @@ def test_output_and_lse_change_nothing(rng, dtype, shape, kind, name):
     assert_same_bits(all_gradients(call, name, output=out, lse=lse), expected, "output and lse given")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ["dot_product_attention", "truncated_attention", "additive_attention"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, sixteen_bits()[0]])
 @pytest.mark.parametrize("shape", [(35, 70), (1, 70), (17, 5)])
 def test_strides(rng, shape, dtype, name):
-    call = example(rng, name, (2, 4), *shape, dtype=dtype)
-    call |= {"bias": rng.standard_normal((2, 4, *shape)).astype(dtype), "is_causal": True}
+    call = example(rng, name, (2, 4), *shape, dtype=dtype, hidden=16)
+    call |= {
+        "bias": rng.standard_normal((2, 4, *shape)).astype(dtype),
+        "is_causal": True,
+        "w_query": None,
+        "w_key": None,
+    }
+    call = {n: x for n, x in call.items() if x is not None}
     grad_out, grad_lse = random_gradients(name, call)
     out, lse = getattr(fastattn, name)(**call, return_lse=True)
     expected = all_gradients(call, name, grad_out, grad_lse)
-    arrays = {**{n: x for n, x in call.items() if isinstance(x, np.ndarray) and x.ndim >= 2}, "grad_out": grad_out,
-              "output": out}  # fmt: skip
-    variants = {n: dict(layouts(x)) for n, x in arrays.items()}
+    arrays = {n: x for n, x in call.items() if isinstance(x, np.ndarray) and x.ndim >= 2}
+    variants = {n: dict(layouts(x)) for n, x in {**arrays, "grad_out": grad_out, "output": out}.items()}
     for layout in variants["query"]:
-        changed = {n: of.get(layout, arrays[n]) for n, of in variants.items()}
+        changed = {n: of[layout] for n, of in variants.items()}
         grad, output = changed.pop("grad_out"), changed.pop("output")
         actual = all_gradients({**call, **changed}, name, grad, grad_lse)
         assert_same_bits(actual, expected, f"all inputs {layout}")
         actual = all_gradients({**call, **changed}, name, grad, grad_lse, output=output, lse=spaced(lse))
         assert_same_bits(actual, expected, f"all inputs {layout}, output too")
-    for n, of in variants.items():
-        if n in ("grad_out", "output"):
-            continue
+    for n in arrays:
         for layout in ("transposed", "misaligned", "negative strides"):
-            assert_same_bits(all_gradients({**call, n: of[layout]}, name, grad_out, grad_lse), expected, (n, layout))
+            actual = all_gradients({**call, n: variants[n][layout]}, name, grad_out, grad_lse)
+            assert_same_bits(actual, expected, f"{n} {layout}")
+
+
+@pytest.mark.parametrize("name", ["additive_attention", "bilinear_attention"])
+def test_strides_of_projections(rng, name):
+    """Not the same bits, as on the way there, but the same numbers."""
+    call = example(rng, name)
+    arrays = {n: x for n, x in call.items() if x.ndim >= 2}
+    variants = {n: dict(layouts(x)) for n, x in arrays.items()}
+    for layout in variants["w_query"]:
+        assert_gradients(name, {**call, **{n: of[layout] for n, of in variants.items()}})
 
 
 def test_strides_of_small_arguments(rng):
