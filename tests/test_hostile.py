@@ -479,10 +479,17 @@ def call_merge_vjp(dtype):
     return *d_outs, *d_lses
 
 
+def call_rows_vjp(name, dtype):
+    x = extreme(3, 16, dtype=dtype)
+    given = x if name == "logsumexp" else getattr(fastattn, name)(x)
+    return getattr(fastattn, f"{name}_vjp")(extreme(*np.shape(getattr(fastattn, name)(x)), dtype=dtype), given)
+
+
 def call_vjp(name, dtype, **more):
     """All gradients of a function of query, key and value, all of one length."""
     x = extreme(2, 7, 16, dtype=dtype)
-    wrt = ("query", "key", "value", *(n for n in more if n in ("relative_bias", "sinks")))
+    learned = ("relative_bias", "sinks", "w_score", "b_hidden", "w_query", "b_query", "log_decay")
+    wrt = ("query", "key", "value", *(n for n in more if n in learned))
     return getattr(fastattn, f"{name}_vjp")(x, x, x, x, wrt=wrt, **more)
 
 
@@ -575,10 +582,21 @@ CALLS = {
     "bilinear_attention": lambda t: call_projected("bilinear_attention", t),
     "merge_attention": call_merge,
     "merge_attention_vjp": call_merge_vjp,
+    **{
+        f"{name}_vjp": functools.partial(call_rows_vjp, name)
+        for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
+    },
+    "additive_attention_vjp": lambda t: call_vjp("additive_attention", t, w_score=extreme(16), b_hidden=extreme(16)),
+    "bilinear_attention_vjp": lambda t: call_vjp("bilinear_attention", t, w_query=extreme(16, 4), b_query=extreme(4)),
+    "linear_attention_vjp": lambda t: call_vjp("linear_attention", t, is_causal=True, log_decay=-abs(extreme(2, 7, 1))),
+    "neighborhood_attention_vjp": lambda t: call_vjp("neighborhood_attention", t, kernel_size=3, sinks=extreme(2)),
     "dot_product_attention_vjp": lambda t: call_vjp("dot_product_attention", t, softcap=1e-300, sinks=extreme(2)),
     "truncated_attention_vjp": lambda t: call_vjp("truncated_attention", t, left=2, relative_bias=extreme(3)),
     "varlen_attention_vjp": lambda t: call_vjp("varlen_attention", t, cu_seqlens_q=[0, 2, 7]),
     "self_attention": lambda t: fastattn.self_attention(extreme(5, 8, dtype=t), *3 * [extreme(8, 8, dtype=t)]),
+    "self_attention_vjp": lambda t: fastattn.self_attention_vjp(
+        *2 * [extreme(5, 8, dtype=t)], *3 * [extreme(8, 8, dtype=t)]
+    ),
     "MultiHeadAttention": call_layer,
     "MultiHeadAttention, context": lambda t: call_layer(t, context=True),
     "MultiHeadAttention, rotary": lambda t: call_layer(t, rotary_base=1e4),
