@@ -102,6 +102,7 @@ QUICK = {
     "attention-1x8x16x16x64",
     "attention-1x12x128x128x64",
     "attention-1x8x512x512x64",
+    "attentionback-1x8x512x64",
     "softmax-1024x1024",
     "softmax-100000x64",
     "sparse-512x4096-sparsemax",
@@ -123,6 +124,7 @@ QUICK = {
 # What all libraries are compared on.
 TABLES = (
     *cases.ATTENTION,
+    *cases.ATTENTION_BACK,
     *cases.SOFTMAX,
     *cases.SOFTMAX_BACK,
     *cases.SPARSE,
@@ -321,7 +323,8 @@ def limit_of(case, plan):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "truncated", "multihead", "multiheadstep", "linear", "blocks", "neighborhood"):
+    if case.kind in ("attention", "attentionback", "truncated", "multihead", "multiheadstep", "linear", "blocks",
+                     "neighborhood"):  # fmt: skip
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None

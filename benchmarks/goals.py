@@ -17,6 +17,28 @@ SHARES = {
     "1x8x2048x2048x128-causal": 0.88,
 }
 OTHER_KIND = 0.05
+# Of the way back alone, and of both ways relative to PyTorch, by threads; what a rule may cost.
+BACK_SHARES = {
+    "1x12x128x64": 0.64,
+    "1x8x512x64": 0.74,
+    "1x8x2048x64": 0.78,
+    "1x8x2048x128": 0.78,
+    "1x8x2048x64-causal": 0.72,
+    "1x8x2048x128-causal": 0.72,
+    "1x8x2048x64-64x64": 0.45,
+    "1x8x2048x64-256x256": 0.60,
+}
+BACK_RATIOS = {
+    "1x12x128x64": {1: 1.5, 2: 1.5},
+    "1x8x512x64": {1: 1.7, 2: 1.7},
+    "1x8x2048x64": {1: 1.8, 2: 1.8},
+    "1x8x2048x128": {1: 1.7, 2: 1.7},
+    "1x1x2048x64": {1: 1.7, 2: 2.2},
+    "1x8x2048x64-causal": {1: 2.2, 2: 2.2},
+    "1x8x2048x64-64x64": {1: 10.0, 2: 10.0},
+    "1x8x2048x64-256x256": {1: 4.0, 2: 4.0},
+}
+PLAIN_TIMES = {"bias": 1.35, "grouped": 1 / 0.95}
 # Softmax reads and writes each element once, as a copy does, and computes an exponential in between.
 SHARE_OF_COPY = 0.3
 
@@ -127,6 +149,9 @@ def share(record):
         return measure.ratio(record["seconds"], "five instructions", "fastattn"), goal
     if record["kind"] == "additiveback":
         return measure.ratio(record["seconds"], "five instructions", "fastattn"), None
+    if record["kind"] == "attentionback":
+        goal = BACK_SHARES.get(record["case"].partition("-")[2]) if record["threads"] == 1 else None
+        return measure.ratio(record["seconds"], "FMA peak", "fastattn, back"), goal
     if record["kind"] == "blocks":
         return measure.ratio(record["seconds"], "FMA peak", "fastattn"), _of_long_blocks(record, BLOCKS_SHARE)
     if record["kind"] == "neighborhood":
@@ -144,6 +169,15 @@ def overhead(record):
     """The time of a layer relative to its products and attention alone, and the goal, or None."""
     goal = OVERHEAD if _is_goal_layer(record) else None
     return measure.ratio(record["seconds"], "fastattn", PRODUCTS_AND_ATTENTION), goal
+
+
+def times_of_plain(record):
+    """The time of the way back relative to that without a rule that should cost little, and the goal, or None."""
+    if record["kind"] != "attentionback":
+        return None, None
+    return measure.ratio(record["seconds"], "fastattn, back", "fastattn, plain"), PLAIN_TIMES.get(
+        record["case"].rpartition("-")[2]
+    )
 
 
 def _is_goal_layer(record):
@@ -170,6 +204,11 @@ def missed(record):
         checked = True
         if times > most:
             words["overhead"] = f"{times:.2f}x > {most:g}x of {PRODUCTS_AND_ATTENTION}"
+    times, most = times_of_plain(record)
+    if times and most:
+        checked = True
+        if times > most:
+            words["plain"] = f"{times:.2f}x > {most:.2f}x of the plain way back"
     for name, least in _ratios(record).items():
         if name in (BEST_PEER, BEST_COMPILED):
             ratio, name = best_peer(samples, COMPILED if name == BEST_COMPILED else PEERS) or (None, name)
@@ -209,6 +248,9 @@ def _ratios(record):
         return _of_neighborhood(record, NEIGHBORHOOD_RATIOS) or {}
     if record["kind"] == "additive":
         return ADDITIVE_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_CASE else {}
+    if record["kind"] == "attentionback":
+        least = BACK_RATIOS.get(record["case"].partition("-")[2], {}).get(record["threads"])
+        return {"PyTorch": least} if least else {}
     if record["kind"] == "additiveback":
         return ADDITIVE_BACK_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_BACK_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)

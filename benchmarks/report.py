@@ -16,6 +16,7 @@ from peers import (
 
 COLUMNS = ("NumPy", "SciPy", "entmax", *PEERS)
 SHAPE = "B, H, L, S, D"
+BACK_SHAPE = "B, H, L, D"
 ADDITIVE_SHAPE = "B, H, L, S, hidden"
 WINDOW_SHAPE = "B, H, L, D (left, right)"
 DECODE_SHAPE = "B, H, key heads, L, S, D"
@@ -40,6 +41,9 @@ MEANINGS = {
     "speed of the shortest known sequence of instructions for it, and dividing several triples at once can pass that.",
     "Additive attention, there and back": "The output, then the gradients for query, key, value and the weights of the "
     "score; beside the limit of the way there alone.",
+    "Attention there and back": "The output, then the gradients for query, key and value; PyTorch's by autograd. The "
+    "way back alone is five matrix products for two on the way there. A bias of heads and keys with its gradient, and "
+    "keys that four heads share, are beside the same without: plain.",
     "Attention in a window": "A query pays for the keys in its window and not for the length of the sequence; a mask "
     "on full attention pays for all of them.",
     "Nanoseconds a row in a window": "If the cost of a row depended on the window alone, a line would show one number; "
@@ -92,6 +96,7 @@ def markdown(everything, with_goals=False):
     parts = [
         _how(everything),
         *_attention(records_of(records, "libraries", kind="attention")),
+        *_attention_back(records_of(records, "libraries", kind="attentionback")),
         *_softmax(records_of(records, "libraries", kind="softmax")),
         *_beside_a_copy(records_of(records, "libraries", kind="softmaxback"), "shape", "Gradients of softmax"),
         *_sparse(records_of(records, "libraries", kind="sparse")),
@@ -179,6 +184,22 @@ def _attention(records):
                 others = [_beside(samples, name) for name in names]
                 rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
             yield Table(f"Attention, {dtype}, {threads_in_words(threads)}", heads, rows)
+
+
+def _attention_back(records):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [BACK_SHAPE, "fastattn", "the way back", "of FMA peak", "goal", "to plain", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            samples, (share, goal), (times, _) = record["seconds"], goals.share(record), goals.times_of_plain(record)
+            numbers = [_time(measure.median(samples, name)) for name in ("fastattn", "fastattn, back")]
+            others = [_beside(samples, name) for name in names]
+            plain = f"{times:.2f}x" if times else "-"
+            outcome = _outcome(goals.missed(record))
+            rows.append([record["label"], *numbers, _percent(share), _percent(goal), plain, *others, outcome])
+        yield Table(f"Attention there and back, {threads_in_words(threads)}", heads, rows)
 
 
 def _softmax(records):

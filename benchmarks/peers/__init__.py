@@ -99,6 +99,9 @@ def candidates(case, threads, names, notes):
 def expected_answer(case):
     if case.kind == "attention":
         return baselines.expected_attention(*case.inputs(), case.is_causal)
+    if case.kind == "attentionback":
+        arguments = case.grad_out(), *case.inputs(), case.visible(), case.rules.get("bias")
+        return of_tokens(baselines.expected_attention_gradients(*arguments))
     if case.kind == "additive":
         return baselines.expected_additive_attention(*case.inputs(), **case.projections())
     if case.kind == "additiveback":

@@ -20,6 +20,50 @@ def attention(case, threads):
     yield Variant("", functools.partial(call, is_causal=True) if case.is_causal else call)
 
 
+def _way_back(case, rules, inputs):
+    """Output and gradients."""
+    names = ("query", "key", "value", *(name for name in rules if name == "bias"))
+    grad_out = case.grad_out()
+
+    def step():
+        output, lse = fastattn.dot_product_attention(*inputs, return_lse=True, **rules)
+        return fastattn.dot_product_attention_vjp(grad_out, *inputs, output=output, lse=lse, wrt=names, **rules)
+
+    return step
+
+
+def attention_back(case, threads):
+    yield Variant("", _way_back(case, case.rules, case.inputs()), of_tokens)
+
+
+def attention_back_alone(case, threads):
+    """The gradients alone, from the output and its log-sum-exp, into given arrays."""
+    inputs, rules = case.inputs(), case.rules
+    output, lse = fastattn.dot_product_attention(*inputs, return_lse=True, **rules)
+    names = ("query", "key", "value", *(name for name in rules if name == "bias"))
+    out = tuple(np.empty_like(x) for x in (*inputs, *(rules[name] for name in names[3:])))
+    vjp = functools.partial(fastattn.dot_product_attention_vjp, case.grad_out(), *inputs, wrt=names, **rules)
+    yield Variant("", functools.partial(vjp, output=output, lse=lse, out=out), of_tokens)
+
+
+def attention_back_plain(case, threads):
+    """What a rule is measured against: a bias that has no gradient, and as many heads of keys as of queries."""
+    if case.rule not in ("bias", "grouped"):
+        raise NotImplementedError("only for rules that should cost little")
+    if case.rule == "bias":
+        vjp = functools.partial(fastattn.dot_product_attention_vjp, case.grad_out(), *case.inputs(), **case.rules)
+        output, lse = fastattn.dot_product_attention(*case.inputs(), return_lse=True, **case.rules)
+        out = tuple(np.empty_like(x) for x in case.inputs())
+        yield Variant("", functools.partial(vjp, output=output, lse=lse, out=out), of_tokens)
+    else:
+        inputs = [x.repeat(4, 1) if i else x for i, x in enumerate(case.inputs())]
+        output, lse = fastattn.dot_product_attention(*inputs, return_lse=True)
+        out = tuple(np.empty_like(x) for x in inputs)
+        vjp = functools.partial(fastattn.dot_product_attention_vjp, case.grad_out(), *inputs)
+        expected = of_tokens(baselines.expected_attention_gradients(case.grad_out(), *inputs, True, None))
+        yield Variant("", functools.partial(vjp, output=output, lse=lse, out=out), of_tokens, expected)
+
+
 def truncated(case, threads):
     yield Variant("", functools.partial(fastattn.truncated_attention, *case.inputs(), *case.window))
 
@@ -203,6 +247,7 @@ LIBRARIES = {
             "sparse": sparse,
             "additive": additive,
             "additiveback": additive_back,
+            "attentionback": attention_back,
             "truncated": truncated,
             "decode": decode,
             "multihead": multihead,
@@ -229,5 +274,7 @@ LIBRARIES = {
         },
     ),
     "fastattn, dense": ("fastattn", {"blocks": dense}),
+    "fastattn, back": ("fastattn", {"attentionback": attention_back_alone}),
+    "fastattn, plain": ("fastattn", {"attentionback": attention_back_plain}),
     PRODUCTS_AND_ATTENTION: ("fastattn", {"multihead": products_and_attention}),
 }

@@ -14,6 +14,11 @@ def attention(case, threads):
     yield Variant("", functools.partial(baselines.dot_product_attention, *case.inputs(), case.is_causal))
 
 
+def attention_back(case, threads):
+    arguments = case.grad_out(), *case.inputs(), case.visible(), case.rules.get("bias")
+    yield Variant("", functools.partial(baselines.attention_gradients, *arguments), of_tokens)
+
+
 def truncated(case, threads):
     arguments = *case.inputs(), *case.window
     for rows in (8, 16, 32, 64, 128, 256):
@@ -155,6 +160,7 @@ LIBRARIES = {
         "numpy",
         {
             "attention": attention,
+            "attentionback": attention_back,
             "softmax": softmax,
             "softmaxback": softmax_back,
             "sparse": sparse,

@@ -31,6 +31,28 @@ def attention(case, threads):
     yield Variant("", lambda: attend(query, key, value, is_causal=case.is_causal))
 
 
+def attention_back(case, threads):
+    """Output, and gradients by autograd, which needs tensors made outside inference mode."""
+    torch = _torch(threads)
+    rules = {"is_causal": case.rule == "causal", "enable_gqa": case.rule == "grouped"}
+    with torch.inference_mode(False):
+        arrays = [torch.from_numpy(x).requires_grad_() for x in case.inputs()]
+        grad_out = torch.from_numpy(case.grad_out())
+        if case.window:
+            rules["attn_mask"] = torch.from_numpy(case.visible())
+        if case.rule == "bias":
+            bias = torch.from_numpy(case.rules["bias"]).requires_grad_()
+            rules["attn_mask"] = bias.expand(-1, case.seqlen, -1)
+            arrays.append(bias)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def step():
+        with torch.inference_mode(False):
+            return torch.autograd.grad(attend(*arrays[:3], **rules), arrays, grad_out)
+
+    yield Variant("", step, of_tokens)
+
+
 def masked_truncated(case, threads):
     refuse_large(case, case.seqlen**2)
     torch = _torch(threads)
@@ -503,6 +525,7 @@ LIBRARIES = {
             "softmaxback": softmax_back,
             "additive": eager_additive,
             "additiveback": eager_additive_back,
+            "attentionback": attention_back,
             "decode": decode,
             "multihead": multihead,
             "multiheadstep": multihead_step,

@@ -420,6 +420,38 @@ def additive_attention(query, key, value, w_score, w_query=None, w_key=None, sco
     return output
 
 
+def attention_gradients(grad_out, query, key, value, visible=True, bias=None):
+    """Gradients for query, key and value, a head at a time, each with arrays of (L, S). bias: of heads and keys."""
+    gradients = [np.empty_like(query), np.zeros_like(key), np.zeros_like(value)]
+    scale = query.dtype.type(query.shape[-1] ** -0.5)
+    for batch, head in np.ndindex(query.shape[:2]):
+        shared = batch, head * key.shape[1] // query.shape[1]
+        q, k, v, g = query[batch, head], key[shared], value[shared], grad_out[batch, head]
+        weights = q @ k.T
+        weights *= scale
+        if bias is not None:
+            weights += bias[head]
+        if visible is not True:
+            weights[~visible] = -np.inf
+        weights -= weights.max(-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(-1, keepdims=True)
+        of_scores = g @ v.T
+        of_scores -= np.einsum("ij,ij->i", of_scores, weights)[:, None]
+        of_scores *= weights
+        of_scores *= scale
+        gradients[0][batch, head] = of_scores @ k
+        gradients[1][shared] += of_scores.T @ q
+        gradients[2][shared] += weights.T @ g
+    return gradients
+
+
+def expected_attention_gradients(grad_out, query, key, value, visible, bias):
+    """The same in float64."""
+    arrays = (array.astype(np.float64) for array in (grad_out, query, key, value))
+    return attention_gradients(*arrays, visible, bias)
+
+
 def additive_gradients(grad_out, query, key, value, w_score):
     """Gradients for query, key, value and w_score, a head at a time, each with an array of (L, S, hidden)."""
     gradients = [np.empty_like(x) for x in (query, key, value)]

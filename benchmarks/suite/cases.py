@@ -82,6 +82,72 @@ class Attention(Case):
 
 
 @dataclass(frozen=True)
+class AttentionBack(Case):
+    """Dot-product attention there and back: the output, then the gradients for query, key and value.
+
+    rule: 'causal', a window 'left x right', 'bias' (one a head and key, with its gradient) or 'grouped' (4 heads of
+    queries share one of keys).
+    """
+
+    batch: int
+    heads: int
+    seqlen: int
+    head_dim: int
+    rule: str = ""
+    dtype: str = "float32"
+    kind = "attentionback"
+    fields = ("batch", "heads", "seqlen", "head_dim")
+
+    @property
+    def words(self):
+        return (self.rule,) if self.rule else ()
+
+    @property
+    def window(self):
+        """(left, right), or None."""
+        sides = self.rule.split("x")
+        return tuple(map(int, sides)) if len(sides) == 2 else None
+
+    @property
+    def rules(self):
+        """Keywords of fastattn's function."""
+        if self.rule == "causal":
+            return {"is_causal": True}
+        if self.rule == "bias":
+            return {"bias": _bias_of_keys(self.heads, self.seqlen, self.dtype)}
+        if self.rule == "grouped":
+            return {"enable_gqa": True}
+        return {"window_size": self.window} if self.window else {}
+
+    @property
+    def flops(self):
+        """Operations of the five matrix products of the way back that affect the result."""
+        pairs = self.seqlen**2
+        if self.rule == "causal" or self.window:
+            sides = (min(side, self.seqlen - 1) for side in self.window or (self.seqlen, 0))
+            pairs = self.seqlen + sum(side * self.seqlen - side * (side + 1) // 2 for side in sides)
+        return 10 * self.batch * self.heads * pairs * self.head_dim
+
+    def inputs(self):
+        query, key, value = _attention_inputs(
+            (self.batch, self.heads, self.seqlen, self.seqlen, self.head_dim), self.dtype
+        )
+        return (query, key[:, ::4], value[:, ::4]) if self.rule == "grouped" else (query, key, value)
+
+    def grad_out(self):
+        return _output_gradient((*self.shape[:3], self.head_dim), self.dtype)
+
+    def visible(self):
+        """(L, S), or True."""
+        if self.rule == "causal":
+            return np.tri(self.seqlen, dtype=bool)
+        if not self.window:
+            return True
+        left, right = self.window
+        return np.tri(self.seqlen, k=right, dtype=bool) & ~np.tri(self.seqlen, k=-left - 1, dtype=bool)
+
+
+@dataclass(frozen=True)
 class Softmax(Case):
     """Softmax over an axis."""
 
@@ -630,6 +696,11 @@ def _additive_inputs(shape, dtype, is_projected):
 
 
 @functools.lru_cache(maxsize=2)
+def _bias_of_keys(heads, seqlen, dtype):
+    return np.random.default_rng(9).standard_normal((heads, 1, seqlen), dtype=np.float32).astype(dtype)
+
+
+@functools.lru_cache(maxsize=2)
 def _output_gradient(shape, dtype):
     return np.random.default_rng(8).standard_normal(shape, dtype=np.float32).astype(dtype)
 
@@ -770,6 +841,24 @@ GRAPH = (
 )
 
 GRAPH_BACK = tuple(GraphBack(c.graph, c.nodes, c.edges, c.heads, c.channels, c.score) for c in GRAPH)
+
+ATTENTION_BACK_SHAPES = (
+    (1, 12, 128, 64),
+    (1, 8, 512, 64),
+    (1, 8, 2048, 64),
+    (1, 8, 2048, 128),
+    (1, 1, 2048, 64),
+)
+ATTENTION_BACK = (
+    *(AttentionBack(*shape) for shape in ATTENTION_BACK_SHAPES),
+    AttentionBack(1, 8, 2048, 64, "causal"),
+    AttentionBack(1, 8, 2048, 128, "causal"),
+    AttentionBack(1, 8, 2048, 64, "64x64"),
+    AttentionBack(1, 8, 2048, 64, "256x256"),
+    AttentionBack(1, 8, 2048, 64, "bias"),
+    AttentionBack(1, 32, 512, 64, "grouped"),
+    AttentionBack(1, 8, 512, 64, dtype="float64"),
+)
 
 ADDITIVE_BACK = (
     AdditiveBack(1, 8, 512, 512, 64),
