@@ -139,7 +139,7 @@ enum {
     FA_BACK_OPERANDS
 };
 enum {
-    FA_STATE = 5,
+    FA_STATE = 7,
     FA_BACK_ROWS = 48,                /* rows of a tile; tiles begin at multiples of it */
     FA_BACK_SPAN = 42 * FA_BACK_ROWS, /* rows summed into one partial gradient of a key */
 };

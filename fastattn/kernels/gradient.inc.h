@@ -27,8 +27,17 @@ enum {
     STATE_SHIFT,  /* what is subtracted from scores; of sparse weights: their threshold.base */
     STATE_FACTOR, /* what the weights are multiplied by; of sparse weights: threshold.t */
     STATE_DELTA,
-    STATE_REST,  /* threshold.rest */
-    STATE_ACTIVE /* 0: the row sees nothing, and nothing of it is looked at */
+    STATE_REST,   /* threshold.rest */
+    STATE_ACTIVE, /* 0: the row sees nothing, and nothing of it is looked at */
+    STATE_QUERY,  /* 1: its query, or gradient of the output, is finite and can be read where it is */
+    STATE_GRADIENT
+};
+
+/* Rows of a tile: number c of row i is at[i * row + c / STRIP * strip + c % STRIP]. */
+struct rows {
+    const real *at;
+    ptrdiff_t row, strip;
+    int finite;
 };
 
 /* A sum over rows for each key of a block, in two levels: [key][row]. */
@@ -40,10 +49,11 @@ struct key_sums {
 
 /* The workspace. */
 struct back {
-    struct tile tile;          /* of FA_ADDITIVE: packed queries and keys; extra, after */
-    int64_t channels, columns; /* head_dim and value_dim in whole vectors */
-    real *q, *q_raw, *d_out; /* a tile's rows: [strip][FA_BACK_ROWS][STRIP]; q times the scale, q_raw if need be not */
-    real *k, *v, *k_rows;    /* a block: packed, packed, and in rows of k_row numbers */
+    struct tile tile;                             /* of FA_ADDITIVE: packed queries and keys; extra, after */
+    int64_t channels, columns;                    /* head_dim and value_dim in whole vectors */
+    struct rows q, q_raw, d_out;                  /* a tile's rows; q is for scores, and q_raw but for wide scales */
+    real *q_packed, *q_raw_packed, *d_out_packed; /* [strip][FA_BACK_ROWS][STRIP]: those that cannot be read in place */
+    real *k, *v, *k_rows;                         /* a block: packed, packed, and in rows of k_row numbers */
     int64_t k_row;
     real *s, *dp;            /* [FA_BACK_ROWS][GRADIENT_ROW] scores, then P; dP, then dS */
     real *steep;             /* [ROWS][GRADIENT_ROW] derivatives of the softcap */
@@ -62,12 +72,11 @@ struct back {
     const char *key, *value; /* what is packed: keys [begin, end) of the block */
     int begin, end, k_finite;
     int64_t block, keys; /* keys: of the block in whole vectors, and a group behind them */
-    int q_finite, out_finite;
-    int first, last;  /* vectors of the block that a tile sees */
-    int rows_at_once; /* of back_prepare */
-    int64_t room;     /* of sparse weights: vectors in a row of `scores` */
-    real *scores;     /* [rows_at_once][room][LANES] */
-    uint32_t *places; /* [room], which nobody reads */
+    int first, last;     /* vectors of the block that a tile sees */
+    int rows_at_once;    /* of back_prepare */
+    int64_t room;        /* of sparse weights: vectors in a row of `scores` */
+    real *scores;        /* [rows_at_once][room][LANES] */
+    uint32_t *places;    /* [room], which nobody reads */
 };
 
 /* Channels or columns in whole vectors, one at least. */
@@ -89,9 +98,9 @@ static size_t lay_out_back(struct back *back, const fa_problem *problem, int64_t
     char *at = base + (sizeof(struct back) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     back->channels = channels, back->columns = columns;
     back->k_row = channels * (int64_t)sizeof(real) % 1024 ? channels : channels + LANES;
-    back->q = (real *)take(&at, (channels + STRIP - 1) / STRIP * strip);
-    back->q_raw = (real *)take(&at, scale_after_product(problem) ? (channels + STRIP - 1) / STRIP * strip : 0);
-    back->d_out = (real *)take(&at, (columns + STRIP - 1) / STRIP * strip);
+    back->q_packed = (real *)take(&at, (channels + STRIP - 1) / STRIP * strip);
+    back->q_raw_packed = (real *)take(&at, scale_after_product(problem) ? (channels + STRIP - 1) / STRIP * strip : 0);
+    back->d_out_packed = (real *)take(&at, (columns + STRIP - 1) / STRIP * strip);
     back->k = (real *)take(&at, FA_BLOCK * channels);
     back->v = (real *)take(&at, FA_BLOCK * columns);
     back->k_rows = (real *)take(&at, FA_BLOCK * back->k_row);
@@ -131,10 +140,10 @@ static size_t lay_out_back(struct back *back, const fa_problem *problem, int64_t
 
 /* Products: out[r][:] (+)= sum over t < n of a(r, t) * b[t][:] for ROWS rows r. */
 
-typedef void (*chain_function)(const real *a, const char *b, ptrdiff_t b_row, int n, real *out, ptrdiff_t out_row,
-                               int add);
+typedef void (*chain_function)(const real *a, ptrdiff_t a_row, const char *b, ptrdiff_t b_row, int n, real *out,
+                               ptrdiff_t out_row, int add);
 
-static ALWAYS_INLINE void chain(const real *restrict a, const int a_row, const int a_step, const char *restrict b,
+static ALWAYS_INLINE void chain(const real *restrict a, ptrdiff_t a_row, const int a_step, const char *restrict b,
                                 ptrdiff_t b_row, int n, real *restrict out, ptrdiff_t out_row, int add, const int vecs)
 {
     vec sum[ROWS][VECS];
@@ -167,14 +176,15 @@ static ALWAYS_INLINE void chain(const real *restrict a, const int a_row, const i
     }
 }
 
-#define CHAIN(vecs, kind, a_row, a_step)                                                                    \
-    static NEVER_INLINE void kind##_##vecs(const real *a, const char *b, ptrdiff_t b_row, int n, real *out, \
-                                           ptrdiff_t out_row, int add)                                      \
-    {                                                                                                       \
-        chain(a, a_row, a_step, b, b_row, n, out, out_row, add, vecs);                                      \
+#define CHAIN(vecs, kind, row, a_step)                                                                            \
+    static NEVER_INLINE void kind##_##vecs(const real *a, ptrdiff_t a_row, const char *b, ptrdiff_t b_row, int n, \
+                                           real *out, ptrdiff_t out_row, int add)                                 \
+    {                                                                                                             \
+        (void)a_row;                                                                                              \
+        chain(a, row, a_step, b, b_row, n, out, out_row, add, vecs);                                              \
     }
 #define CHAIN_NAME(vecs, kind) kind##_##vecs,
-FOR_VECS(CHAIN, score_chain, STRIP, 1)        /* a: packed rows */
+FOR_VECS(CHAIN, score_chain, a_row, 1)        /* a: rows of a tile */
 FOR_VECS(CHAIN, query_chain, GRADIENT_ROW, 1) /* a: dS */
 FOR_VECS(CHAIN, key_chain, 1, GRADIENT_ROW)   /* a: columns of P or dS */
 static const chain_function score_chains[VECS] = {FOR_VECS(CHAIN_NAME, score_chain)};
@@ -184,7 +194,7 @@ static const chain_function key_chains[VECS] = {FOR_VECS(CHAIN_NAME, key_chain)}
 #undef CHAIN_NAME
 
 /* Rows of a tile against a packed block, [panel][channel][key]: into s what each group sees. */
-static void tile_scores(const struct back *back, int groups, const real *rows, const real *packed, int64_t dims,
+static void tile_scores(const struct back *back, int groups, const struct rows *rows, const real *packed, int64_t dims,
                         int64_t padded, real *s)
 {
     int64_t c = 0;
@@ -199,7 +209,7 @@ static void tile_scores(const struct back *back, int groups, const real *rows, c
                 to = to < (p + 1) * VECS ? to : (p + 1) * VECS;
                 if (visible->lo >= visible->hi || from >= to)
                     continue;
-                score_chains[to - from - 1](rows + c * FA_BACK_ROWS + g * ROWS * STRIP,
+                score_chains[to - from - 1](rows->at + c / STRIP * rows->strip + g * ROWS * rows->row, rows->row,
                                             (const char *)(panel + (from - p * VECS) * LANES), PANEL * sizeof(real), n,
                                             s + g * ROWS * GRADIENT_ROW + from * LANES, GRADIENT_ROW, c > 0);
             }
@@ -208,10 +218,9 @@ static void tile_scores(const struct back *back, int groups, const real *rows, c
     } while (c < dims);
 }
 
-/* `some` numbers of a matrix times `factor`, and zeros up to `all`, whole vectors; adds 0 to *sum if they are finite,
- * else NaN. */
+/* `some` numbers of a matrix, and zeros up to `all`, whole vectors; adds 0 to *sum if they are finite, else NaN. */
 static ALWAYS_INLINE void copy_row(const char *at, const fa_view *matrix, int in_place, int64_t some, int64_t all,
-                                   real factor, real *to, vec *sum)
+                                   real *to, vec *sum)
 {
     const real *from = in_place ? (const real *)at : to;
     int64_t k = 0;
@@ -220,39 +229,64 @@ static ALWAYS_INLINE void copy_row(const char *at, const fa_view *matrix, int in
     for (; k + LANES <= some; k += LANES) {
         const vec x = v_load(from + k);
         *sum = v_fma(x, (vec){0}, *sum);
-        v_store(to + k, x * factor);
+        v_store(to + k, x);
     }
     for (; k < all; k += LANES) {
         vec x = {0};
         if (k < some)
             x = v_load_some(from + k, (int)(some - k));
         *sum = v_fma(x, (vec){0}, *sum);
-        v_store(to + k, x * factor);
+        v_store(to + k, x);
     }
 }
 
-/* Rows [row, row + rows) of a matrix times `factor`, as [strip][FA_BACK_ROWS][STRIP], in whole groups and vectors: of
- * rows that are not active, and padding, zeros. Returns whether all are finite. */
-static int pack_rows(const fa_head *head, const fa_gradients *to, const fa_view *matrix, int64_t row, int rows,
-                     int64_t dims, int64_t padded, real factor, real *packed)
+static ALWAYS_INLINE real *state_of(const fa_gradients *to, int64_t i)
 {
-    const fa_view *states = &to->view[FA_ROW_STATE];
-    const int in_place = readable(matrix);
+    return (real *)(to->view[FA_ROW_STATE].data + i * to->view[FA_ROW_STATE].row);
+}
+
+/* Whether rows of a matrix can be read where they are: whole vectors, and not all in a few sets of the cache. */
+static ALWAYS_INLINE int rows_in_place(const fa_view *matrix, int64_t dims)
+{
+    return readable(matrix) && dims > 0 && dims % LANES == 0 && matrix->row % 1024 != 0;
+}
+
+/* Whether a row of such a matrix is finite. */
+static ALWAYS_INLINE int row_is_finite(const fa_view *matrix, int64_t i, int64_t dims)
+{
+    const real *x = (const real *)(matrix->data + i * matrix->row);
     vec sum = {0};
+    for (int64_t c = 0; c < dims; c += LANES)
+        sum = v_fma(v_load(x + c), (vec){0}, sum);
+    return !v_true_bits(sum != (vec){0});
+}
+
+/* Rows [row, row + rows) of a matrix: in place, or packed in whole groups and vectors, with zeros for padding and rows
+ * that are not active. which: STATE_QUERY or STATE_GRADIENT. */
+static struct rows take_rows(const fa_head *head, const fa_gradients *to, const fa_view *matrix, int which, int64_t row,
+                             int rows, int64_t dims, int64_t padded, real *packed)
+{
+    const int readable_rows = readable(matrix);
+    int plain = rows % ROWS == 0 && row + rows <= head->query_length && rows_in_place(matrix, dims);
+    vec sum = {0};
+    for (int i = 0; plain && i < rows; i++)
+        plain = state_of(to, row + i)[which] != 0;
+    if (plain)
+        return (struct rows){(const real *)(matrix->data + row * matrix->row), matrix->row / (ptrdiff_t)sizeof(real),
+                             STRIP, 1};
     for (int i = 0; i < (rows + ROWS - 1) / ROWS * ROWS; i++) {
-        const int live = i < rows && row + i < head->query_length &&
-                         ((const real *)(states->data + (row + i) * states->row))[STATE_ACTIVE] != 0;
+        const int live = i < rows && row + i < head->query_length && state_of(to, row + i)[STATE_ACTIVE] != 0;
         for (int64_t c = 0; c < padded; c += STRIP) {
             real *x = packed + c * FA_BACK_ROWS + i * STRIP;
             const int64_t all = padded - c < STRIP ? padded - c : STRIP, some = dims - c < all ? dims - c : all;
             if (live)
-                copy_row(matrix->data + (row + i) * matrix->row + c * matrix->col, matrix, in_place, some, all, factor,
-                         x, &sum);
+                copy_row(matrix->data + (row + i) * matrix->row + c * matrix->col, matrix, readable_rows, some, all, x,
+                         &sum);
             else
                 memset(x, 0, (size_t)all * sizeof(real));
         }
     }
-    return !v_true_bits(sum != (vec){0});
+    return (struct rows){packed, STRIP, STRIP * FA_BACK_ROWS, !v_true_bits(sum != (vec){0})};
 }
 
 /* From a tile's packed queries of the forward pass, [group][strip][row][STRIP], to those of this one. */
@@ -264,8 +298,8 @@ static void pack_as_strips(const real *from, int groups, int64_t channels, real 
                    ROWS * STRIP * sizeof(real));
 }
 
-/* The factor of packed queries. */
-static ALWAYS_INLINE double query_factor(const fa_problem *problem, const fa_head *head)
+/* The factor of packed keys. */
+static ALWAYS_INLINE double key_factor(const fa_problem *problem, const fa_head *head)
 {
     return scale_after_product(problem) ? 1
                                         : problem->scale * (scores_in_nats(problem, head) ? 1 : 1.44269504088896340736);
@@ -282,27 +316,32 @@ static ALWAYS_INLINE vec scaled(vec x, double scale)
 static void open_queries(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row, int rows,
                          struct back *back)
 {
-    const double factor = query_factor(problem, head);
     struct tile *tile = &back->tile;
     tile->row = row;
-    back->q_finite = 1;
     if (problem->score == FA_ADDITIVE) {
         for (int64_t r = 0; scale_after_product(problem) && r < rows; r++)
             tile->after[r] = problem->scale;
-        additive_queries(problem, head, row, rows, factor, tile);
+        additive_queries(problem, head, row, rows, key_factor(problem, head), tile);
         for (int r = 0; r < rows; r++)
             back->row_is_far[r] = (char)row_is_far(
                 tile->additive.q_raw + r / ROWS * group_size(tile->channels) + r % ROWS * STRIP, tile->channels);
-    } else if (scale_after_product(problem)) {
-        const int64_t channels = tile->channels;
-        back->q_finite =
-            pack_rows(head, to, &head->view[FA_QUERY], row, rows, problem->head_dim, back->channels, 1, back->q_raw);
-        memset(tile->q, 0, (size_t)(BACK_GROUPS * group_size(channels)) * sizeof(real));
-        pack_wide_queries(problem, head, row, rows, ROWS, channels, tile->q, tile->after);
-        pack_as_strips(tile->q, (rows + ROWS - 1) / ROWS, channels, back->q);
-    } else {
-        back->q_finite = pack_rows(head, to, &head->view[FA_QUERY], row, rows, problem->head_dim, back->channels,
-                                   (real)factor, back->q);
+        back->q.finite = back->q_raw.finite = 1; /* additive_back looks after what is not */
+        return;
+    }
+    back->q = take_rows(head, to, &head->view[FA_QUERY], STATE_QUERY, row, rows, problem->head_dim, back->channels,
+                        back->q_packed);
+    back->q_raw = back->q;
+    if (scale_after_product(problem)) {
+        const int groups = (rows + ROWS - 1) / ROWS;
+        if (back->q.at == back->q_packed) {
+            memcpy(back->q_raw_packed, back->q_packed,
+                   (size_t)((back->channels + STRIP - 1) / STRIP * STRIP * FA_BACK_ROWS) * sizeof(real));
+            back->q_raw.at = back->q_raw_packed;
+        }
+        memset(tile->q, 0, (size_t)(BACK_GROUPS * group_size(tile->channels)) * sizeof(real));
+        pack_wide_queries(problem, head, row, rows, ROWS, tile->channels, tile->q, tile->after);
+        pack_as_strips(tile->q, groups, tile->channels, back->q_packed);
+        back->q = (struct rows){back->q_packed, STRIP, STRIP * FA_BACK_ROWS, back->q_raw.finite};
     }
 }
 
@@ -313,8 +352,18 @@ static int copy_rows(const fa_view *matrix, int64_t block, int begin, int end, i
     const int in_place = readable(matrix);
     vec sum = {0};
     for (int j = begin; j < end; j++)
-        copy_row(matrix->data + (block + j) * matrix->row, matrix, in_place, dims, padded, 1, to + j * to_row, &sum);
+        copy_row(matrix->data + (block + j) * matrix->row, matrix, in_place, dims, padded, to + j * to_row, &sum);
     return !v_true_bits(sum != (vec){0});
+}
+
+/* Multiplies packed keys by the scale: queries can then be read in place. */
+static void scale_keys(const struct back *back, int first, int last, real factor)
+{
+    for (int v = first; factor != 1 && v < last; v++) {
+        real *k = back->k + v / VECS * PANEL * back->channels + v % VECS * LANES;
+        for (int64_t c = 0; c < back->channels; c++)
+            v_store(k + c * PANEL, v_load(k + c * PANEL) * factor);
+    }
 }
 
 /* Packs the keys and values of the block that the rows [row, row_end) may see, unless they are there. */
@@ -336,6 +385,7 @@ static void open_keys(const fa_problem *problem, const fa_head *head, int64_t ro
             back->k_finite = 1; /* additive_back looks after what is not */
         } else {
             pack_keys(problem->head_dim, keys, key, begin, end, back->channels, back->k);
+            scale_keys(back, begin / LANES, (end + LANES - 1) / LANES, (real)key_factor(problem, head));
             back->k_finite =
                 copy_rows(key, back->block, begin, end, problem->head_dim, back->channels, back->k_rows, back->k_row);
         }
@@ -374,7 +424,7 @@ static void score_tile(const fa_problem *problem, int rows, struct back *back)
 {
     const int groups = (rows + ROWS - 1) / ROWS;
     if (problem->score == FA_DOT) {
-        tile_scores(back, groups, back->q, back->k, problem->head_dim, back->channels, back->s);
+        tile_scores(back, groups, &back->q, back->k, problem->head_dim, back->channels, back->s);
         return;
     }
     for (int g = 0; g < groups; g++) {
@@ -583,32 +633,32 @@ static ALWAYS_INLINE void begin_part(const struct back *back, struct key_sums *s
     sums->has_part = 1;
 }
 
-/* part[key][:] += sum over the rows of a tile of a[row][key] * b[row][:]. b: packed rows. */
-static void add_columns(const struct back *back, int rows, const real *a, const real *b, struct key_sums *sums)
+/* part[key][:] += sum over the rows of a tile of a[row][key] * b[row][:]. */
+static void add_columns(const struct back *back, int rows, const real *a, const struct rows *b, struct key_sums *sums)
 {
     const int first = back->first * LANES, last = back->last * LANES;
     begin_part(back, sums);
     for (int j = first; j < last; j += ROWS)
         for (int64_t c = 0; c < sums->row; c += PANEL) {
             const int vecs = sums->row - c < PANEL ? (int)(sums->row - c) / LANES : VECS;
-            key_chains[vecs - 1](a + j, (const char *)(b + c / STRIP * STRIP * FA_BACK_ROWS + c % STRIP),
-                                 STRIP * sizeof(real), rows, sums->part + j * sums->row + c, sums->row, 1);
+            key_chains[vecs - 1](a + j, 0, (const char *)(b->at + c / STRIP * b->strip + c % STRIP),
+                                 b->row * (ptrdiff_t)sizeof(real), rows, sums->part + j * sums->row + c, sums->row, 1);
         }
 }
 
 /* The same, in the same order, without what has no part. */
-static NEVER_INLINE void add_seen_columns(const struct back *back, int rows, const real *a, const real *b,
+static NEVER_INLINE void add_seen_columns(const struct back *back, int rows, const real *a, const struct rows *b,
                                           struct key_sums *sums)
 {
     begin_part(back, sums);
     for (int j = back->first * LANES; j < back->last * LANES; j++)
         for (int64_t c = 0; c < sums->row; c += LANES) {
-            const real *b_c = b + c / STRIP * STRIP * FA_BACK_ROWS + c % STRIP;
+            const real *b_c = b->at + c / STRIP * b->strip + c % STRIP;
             real *to = sums->part + j * sums->row + c;
             vec sum = {0};
             for (int r = 0; r < rows; r++)
                 if (back->seen[r].word[j / 64] >> j % 64 & 1)
-                    sum = v_fma(v_fill(a[r * GRADIENT_ROW + j]), v_load(b_c + r * STRIP), sum);
+                    sum = v_fma(v_fill(a[r * GRADIENT_ROW + j]), v_load(b_c + r * b->row), sum);
             v_store(to, v_load(to) + sum);
         }
 }
@@ -665,7 +715,7 @@ static void sum_queries(int groups, const struct back *back)
                 continue;
             for (int64_t c = 0; c < back->channels; c += PANEL) {
                 const int vecs = back->channels - c < PANEL ? (int)(back->channels - c) / LANES : VECS;
-                query_chains[vecs - 1](back->dp + g * ROWS * GRADIENT_ROW + from,
+                query_chains[vecs - 1](back->dp + g * ROWS * GRADIENT_ROW + from, 0,
                                        (const char *)(back->k_rows + from * back->k_row + c),
                                        back->k_row * (ptrdiff_t)sizeof(real), to - from,
                                        back->part + g * ROWS * back->channels + c, back->channels, begun[g]);
@@ -767,7 +817,7 @@ static int scores_of_block(const fa_problem *problem, const fa_head *head, int64
     open_keys(problem, head, row, row + rows, with_weights, back);
     score_tile(problem, rows, back);
     if (with_weights)
-        tile_scores(back, groups, back->d_out, back->v, problem->value_dim, back->columns, back->dp);
+        tile_scores(back, groups, &back->d_out, back->v, problem->value_dim, back->columns, back->dp);
     for (int g = 0; g < groups; g++)
         if (back->visible[g].lo < back->visible[g].hi)
             rule_group(problem, head, row, rows, g, back);
@@ -780,11 +830,6 @@ static ALWAYS_INLINE void vectors_of(const struct back *back, int r, int *first,
     const struct visible *visible = back->visible + r / ROWS;
     *first = visible->lo < visible->hi ? visible->lo / LANES : 0;
     *last = visible->lo < visible->hi ? (visible->hi + LANES - 1) / LANES : 0;
-}
-
-static ALWAYS_INLINE real *state_of(const fa_gradients *to, int64_t i)
-{
-    return (real *)(to->view[FA_ROW_STATE].data + i * to->view[FA_ROW_STATE].row);
 }
 
 /* The largest score and the sum of exponentials, apart: a log-sum-exp near -1e9 cannot hold both. Of ReLU, the number
@@ -838,7 +883,7 @@ static NEVER_INLINE void normalise_again(const fa_problem *problem, const fa_hea
         state[STATE_SHIFT] = problem->activation == FA_RELU ? 0 : most[r];
         state[STATE_FACTOR] = total[r] == 0 ? 0 : (real)(1 / total[r]);
         if (problem->activation == FA_SOFTMAX && most[r] == -(real)INFINITY)
-            state[STATE_SHIFT] = state[STATE_ACTIVE] = 0;
+            memset(state, 0, FA_STATE * sizeof(real));
     }
 }
 
@@ -855,7 +900,8 @@ static NEVER_INLINE void find_thresholds(const fa_problem *problem, const fa_hea
         most[r] = -(real)INFINITY;
     fa_visible_keys(problem, head, row, rows, &begin, &end);
     open_queries(problem, head, to, row, rows, back);
-    pack_rows(head, to, &to->view[FA_GRAD_OUT], row, rows, problem->value_dim, back->columns, 1, back->d_out);
+    back->d_out = take_rows(head, to, &to->view[FA_GRAD_OUT], STATE_GRADIENT, row, rows, problem->value_dim,
+                            back->columns, back->d_out_packed);
     for (int64_t block = begin / FA_BLOCK * FA_BLOCK; block < end; block += FA_BLOCK) {
         if (!scores_of_block(problem, head, row, rows, block, 0, back))
             continue;
@@ -921,12 +967,12 @@ static real delta_of(const fa_problem *problem, const fa_head *head, const fa_gr
         const real *x = (const real *)(o + c * out->col), *y = (const real *)(d + c * d_out->col);
         vec sum = {0};
         if (!out_in_place || n % LANES) {
-            copy_row((const char *)x, out, out_in_place, n, in_vectors(n), 1, back->d_out, &unused);
-            x = back->d_out;
+            copy_row((const char *)x, out, out_in_place, n, in_vectors(n), back->d_out_packed, &unused);
+            x = back->d_out_packed;
         }
         if (!d_out_in_place || n % LANES) {
-            copy_row(d + c * d_out->col, d_out, d_out_in_place, n, in_vectors(n), 1, back->d_out + STRIP, &unused);
-            y = back->d_out + STRIP;
+            copy_row(d + c * d_out->col, d_out, d_out_in_place, n, in_vectors(n), back->d_out_packed + STRIP, &unused);
+            y = back->d_out_packed + STRIP;
         }
         for (int64_t k = 0; k < n; k += LANES) {
             sum = v_fma(v_load(x + k), v_load(y + k), sum);
@@ -945,6 +991,8 @@ static void back_prepare(const fa_problem *problem, const fa_head *head, const f
     struct back *back = workspace;
     const fa_view *lses = &head->view[FA_LSE], *d_lse = &to->view[FA_GRAD_LSE];
     const double unit = scores_in_nats(problem, head) ? 1 : 1.44269504088896340736;
+    const int query_in_place = problem->score == FA_DOT && rows_in_place(&head->view[FA_QUERY], problem->head_dim);
+    const int d_out_in_place = rows_in_place(&to->view[FA_GRAD_OUT], problem->value_dim);
     lay_out_back(back, problem, head->keys, workspace);
     for (int64_t first = row; first < row + rows; first += back->rows_at_once) {
         const int n = row + rows - first < back->rows_at_once ? (int)(row + rows - first) : back->rows_at_once;
@@ -964,6 +1012,9 @@ static void back_prepare(const fa_problem *problem, const fa_head *head, const f
                 continue;
             }
             state[STATE_ACTIVE] = state[STATE_FACTOR] = 1;
+            state[STATE_QUERY] = (real)(query_in_place && row_is_finite(&head->view[FA_QUERY], i, problem->head_dim));
+            state[STATE_GRADIENT] =
+                (real)(d_out_in_place && row_is_finite(&to->view[FA_GRAD_OUT], i, problem->value_dim));
             again[r] = problem->activation != FA_SOFTMAX;
             if (problem->activation == FA_SOFTMAX) {
                 real lse;
@@ -973,7 +1024,7 @@ static void back_prepare(const fa_problem *problem, const fa_head *head, const f
                 if (d_sink) /* an output of zeros may be that of a row that sees nothing */
                     *d_sink = exp(sink - (double)lse) * (grad_lse - (zero ? 0 : (double)delta));
                 if (lse == -(real)INFINITY) {
-                    state[STATE_ACTIVE] = state[STATE_FACTOR] = 0;
+                    memset(state, 0, FA_STATE * sizeof(real));
                     continue;
                 }
                 state[STATE_DELTA] = (real)((double)delta - grad_lse);
@@ -1066,12 +1117,12 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
             continue;
         open_keys(problem, head, i, last > i + FA_BACK_ROWS ? last : i + rows, of_scores, back);
         open_queries(problem, head, to, i, rows, back);
-        const int out_finite =
-            pack_rows(head, to, &view[FA_GRAD_OUT], i, rows, problem->value_dim, back->columns, 1, back->d_out);
-        const int finite = back->q_finite && out_finite && back->k_finite && rows_are_numbers(to, i, rows);
+        back->d_out = take_rows(head, to, &view[FA_GRAD_OUT], STATE_GRADIENT, i, rows, problem->value_dim,
+                                back->columns, back->d_out_packed);
+        const int finite = back->q_raw.finite && back->d_out.finite && back->k_finite && rows_are_numbers(to, i, rows);
         score_tile(problem, rows, back);
         if (of_scores)
-            tile_scores(back, groups, back->d_out, back->v, problem->value_dim, back->columns, back->dp);
+            tile_scores(back, groups, &back->d_out, back->v, problem->value_dim, back->columns, back->dp);
         if (view[FA_D_COLUMNS].data)
             memset(back->column, 0, GRADIENT_ROW * sizeof(real));
         if (view[FA_D_DIAGONALS].data)
@@ -1082,19 +1133,18 @@ static void back_visit(const fa_problem *problem, const fa_head *head, const fa_
             close_rules(problem, head, to, i, back);
         if (of_values) {
             if (finite)
-                add_columns(back, rows, back->s, back->d_out, &back->d_value);
+                add_columns(back, rows, back->s, &back->d_out, &back->d_value);
             else
-                add_seen_columns(back, rows, back->s, back->d_out, &back->d_value);
+                add_seen_columns(back, rows, back->s, &back->d_out, &back->d_value);
         }
         if (problem->score == FA_ADDITIVE) {
             if (of_keys || of_queries || view[FA_D_SCORE_WEIGHTS].data)
                 sum_additive(problem, to, rows, back);
         } else if (of_keys) {
-            const real *q = scale_after_product(problem) ? back->q_raw : back->q;
             if (finite)
-                add_columns(back, rows, back->dp, q, &back->d_key);
+                add_columns(back, rows, back->dp, &back->q_raw, &back->d_key);
             else
-                add_seen_columns(back, rows, back->dp, q, &back->d_key);
+                add_seen_columns(back, rows, back->dp, &back->q_raw, &back->d_key);
         }
         if (of_queries) {
             if (problem->score == FA_DOT && finite)
@@ -1113,11 +1163,9 @@ static void back_close(const fa_problem *problem, const fa_head *head, const fa_
 {
     struct back *back = workspace;
     const int64_t keys = head->keys - back->block < FA_BLOCK ? head->keys - back->block : FA_BLOCK;
-    double scale = scores_in_nats(problem, head) ? 1 : 0.69314718055994530942;
-    if (scale_after_product(problem) || problem->score == FA_ADDITIVE)
-        scale = problem->scale;
     if (to->view[FA_D_KEY].data)
-        close_sums(&back->d_key, &to->view[FA_D_KEY], back->block, keys, problem->head_dim, scale, back->d_key.part);
+        close_sums(&back->d_key, &to->view[FA_D_KEY], back->block, keys, problem->head_dim, problem->scale,
+                   back->d_key.part);
     if (to->view[FA_D_VALUE].data)
         close_sums(&back->d_value, &to->view[FA_D_VALUE], back->block, keys, problem->value_dim, 1, back->d_value.part);
 }
