@@ -889,6 +889,17 @@ def test_biases_of_minus_infinity(rng, activation):
     assert (gradients["bias"][call["bias"] == -np.inf] == 0).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_biases_behind_block_masks(rng, activation):
+    """Where blocks hide what positions show, a bias has gradient 0; every shape of a bias adds up its own way."""
+    call = {**example(rng, batch=(3,), num_queries=110, num_keys=300), "activation": activation}
+    call |= {"block_mask": rng.random((3, 16, 19)) < 0.3, "block_size": (7, 16), "window_size": (250, 90)}
+    for rows in (110, 1):
+        biases = {"bias": rng.standard_normal((3, rows, 300)).astype(np.float32),
+                  "relative_bias": rng.standard_normal((3, rows, 341)).astype(np.float32)}  # fmt: skip
+        assert_gradients("dot_product_attention", {**call, **biases})
+
+
 def test_scores_of_minus_infinity(rng):
     """Their key gets nothing from that row, and the row nothing from the key."""
     call = example(rng, batch=(2,))

@@ -526,6 +526,8 @@ static NEVER_INLINE void add_rules(const fa_problem *problem, const fa_head *hea
         const int64_t i = row + r, position = head->offset + fa_query_of(head, i);
         int from, end;
         rows_range(problem, head, i, 1, back->block, &from, &end);
+        from = from > visible->lo ? from : visible->lo; /* blocks may hide more: there is nothing in ds */
+        end = end < visible->hi ? end : visible->hi;
         if (view[FA_D_COLUMNS].data)
             for (int v = first * LANES; v < last * LANES; v += LANES)
                 v_store(back->column + v, v_load(back->column + v) + v_load(ds + v));
@@ -542,7 +544,7 @@ static NEVER_INLINE void add_rules(const fa_problem *problem, const fa_head *hea
                 sum = v_fma(v_abs(v_lane_numbers() + (distance + (real)(v * LANES))), v_load(ds + v * LANES), sum);
             *(double *)(view[FA_D_SLOPES].data + i * view[FA_D_SLOPES].row) -= (double)v_total(sum);
         }
-        if (view[FA_D_BIAS].data) {
+        if (view[FA_D_BIAS].data && from < end) {
             char *d = view[FA_D_BIAS].data + i * view[FA_D_BIAS].row + (back->block + from) * view[FA_D_BIAS].col;
             for (int j = from; j < end; j++, d += view[FA_D_BIAS].col)
                 *(real *)d += ds[j];
