@@ -900,6 +900,18 @@ def test_biases_behind_block_masks(rng, activation):
         assert_gradients("dot_product_attention", {**call, **biases})
 
 
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_infinite_scores(rng, activation):
+    """The output of a row that sees a score of +inf is NaN, and so is what such a score feeds on the way back."""
+    call = {**example(rng, batch=(2,)), "activation": activation, "bias": np.zeros((2, 20, 70), np.float32)}
+    call["bias"][1, 4, 33] = np.inf
+    where = {"query": (1, 4), "key": (1, 33), "value": (1, 33), "bias": (1, 4, 33)}
+    for n, x in all_gradients(call).items():
+        expected = np.zeros(x.shape, bool)
+        expected[where[n]] = True
+        assert (np.isnan(x) == expected).all(), n
+
+
 def test_scores_of_minus_infinity(rng):
     """Their key gets nothing from that row, and the row nothing from the key."""
     call = example(rng, batch=(2,))

@@ -479,9 +479,9 @@ static void other_back(const fa_problem *problem, int first, int last, const rea
     const vec none = v_fill(-(real)INFINITY), infinite = -none, zero = {0};
     const vec factor = v_fill(state[STATE_FACTOR]), delta = v_fill(state[STATE_DELTA]);
     for (int v = first; v < last; v++) {
-        const vec x = v_load(s + v * LANES);
-        vec p, slope, d = v_load(dp + v * LANES);
+        vec x = v_load(s + v * LANES), p, slope, d = v_load(dp + v * LANES);
         ivec out = x == none;
+        x = v_pick(x == infinite, x - x, x); /* a visible +inf gives NaN */
         if (problem->activation == FA_RELU) {
             p = v_max(zero, x) * factor;
             slope = v_pick(x <= zero, zero, v_pick(x > zero, factor, x)); /* NaN stays */
@@ -494,8 +494,6 @@ static void other_back(const fa_problem *problem, int first, int last, const rea
             d -= delta;
             out |= slope == zero;
         }
-        if (problem->activation == FA_RELU || problem->activation == FA_SIGMOID)
-            p = v_pick(x == infinite, x - x, p); /* a visible +inf gives NaN */
         v_store(s + v * LANES, v_pick(out, zero, p));
         v_store(dp + v * LANES, v_pick(out, zero, slope * d));
     }
