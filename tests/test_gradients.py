@@ -978,6 +978,20 @@ def test_sinks_far_from_the_scores(rng, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [-1e4, -1e9, 3e7, 1e9])
+def test_sinks_and_scores_at_one_level(rng, level, dtype):
+    """A sink has its share of the weight where a log-sum-exp cannot hold the number of keys, too."""
+    call = example(rng, batch=(2,), dtype=dtype)
+    call["query"] = 0 * call["query"]
+    grad_out, grad_lse = random_gradients("dot_product_attention", call)
+    bias = np.zeros((20, 70), dtype)
+    at_zero, there = ({**call, "bias": bias + dtype(x), "sinks": np.full(2, x, dtype)} for x in (0, level))
+    expected = all_gradients(at_zero, grad_out=grad_out, grad_lse=grad_lse)
+    for n, x in all_gradients(there, grad_out=grad_out, grad_lse=grad_lse).items():
+        np.testing.assert_allclose(x, expected[n], rtol=1e-5, atol=1e-5, err_msg=n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", [-87.5, -110.0, -200.0, 90.0, 200.0, -1000.0, 1000.0, -3000.0])
 def test_sums_far_from_one(rng, level, dtype):
     """exp(level) is no ordinary number. Hidden keys and padding must not be exponentiated relative to it."""

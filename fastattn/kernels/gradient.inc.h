@@ -833,7 +833,7 @@ static ALWAYS_INLINE void vectors_of(const struct back *back, int r, int *first,
 }
 
 /* The largest score and the sum of exponentials, apart: a log-sum-exp near -1e9 cannot hold both. Of ReLU, the number
- * of visible keys. Only rows in `which` are set. */
+ * of visible keys. The gradient of a sink gets its weight as a factor. Only rows in `which` are set. */
 static NEVER_INLINE void normalise_again(const fa_problem *problem, const fa_head *head, const fa_gradients *to,
                                          int64_t row, int rows, const char *which, struct back *back)
 {
@@ -873,12 +873,16 @@ static NEVER_INLINE void normalise_again(const fa_problem *problem, const fa_hea
         if (problem->has_sink && problem->activation == FA_SOFTMAX) {
             const double unit = natural_log ? 1 : 0.69314718055994530942;
             const double sink = per_row(head, &head->view[FA_SINKS], row + r), shift = (double)most[r] * unit;
+            double weight = 1;
             if (sink > shift) { /* relative to the sink then, which may be far above all scores */
                 total[r] = total[r] * exp(shift - sink) + 1;
                 most[r] = (real)(sink / unit);
             } else if (sink != -INFINITY) {
-                total[r] += exp(sink - shift);
+                weight = exp(sink - shift);
+                total[r] += weight;
             }
+            if (to->view[FA_D_SINKS].data && sink != -INFINITY)
+                *(double *)(to->view[FA_D_SINKS].data + (row + r) * to->view[FA_D_SINKS].row) *= weight / total[r];
         }
         state[STATE_SHIFT] = problem->activation == FA_RELU ? 0 : most[r];
         state[STATE_FACTOR] = total[r] == 0 ? 0 : (real)(1 / total[r]);
@@ -1021,15 +1025,16 @@ static void back_prepare(const fa_problem *problem, const fa_head *head, const f
                 int zero;
                 const real delta = delta_of(problem, head, to, i, &zero, back);
                 memcpy(&lse, lses->data + i * lses->row, sizeof lse);
-                if (d_sink) /* an output of zeros may be that of a row that sees nothing */
-                    *d_sink = exp(sink - (double)lse) * (grad_lse - (zero ? 0 : (double)delta));
+                const int far = !(fabs((double)lse) <= 1e3) && lse == lse;
+                if (d_sink) /* an output of zeros may be that of a row that sees nothing; if far, times 1 so far */
+                    *d_sink = (far ? 1 : exp(sink - (double)lse)) * (grad_lse - (zero ? 0 : (double)delta));
                 if (lse == -(real)INFINITY) {
                     memset(state, 0, FA_STATE * sizeof(real));
                     continue;
                 }
                 state[STATE_DELTA] = (real)((double)delta - grad_lse);
                 state[STATE_SHIFT] = lse == (real)INFINITY ? lse - lse : (real)((double)lse * unit);
-                again[r] = !(fabs((double)lse) <= 1e3) && lse == lse;
+                again[r] = (char)far;
             }
             some |= again[r];
         }
