@@ -19,8 +19,10 @@ typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef REAL uvec __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 #if BITS == 32
 typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t wrapping_ivec __attribute__((vector_size(VECTOR_BYTES)));
 #else
 typedef int64_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t wrapping_ivec __attribute__((vector_size(VECTOR_BYTES)));
 #endif
 
 static ALWAYS_INLINE vec v_load(const void *p) { return *(const uvec *)p; }
@@ -150,7 +152,7 @@ static ALWAYS_INLINE vec v_power_of_two(vec n)
 {
     const int mantissa_bits = BITS == 32 ? 23 : 52;
     const vec magic = v_fill(BITS == 32 ? (real)12582912.0 : (real)6755399441055744.0);
-    return (vec)((ivec)v_fill(1) + ((ivec)(n + magic) << mantissa_bits));
+    return (vec)((wrapping_ivec)v_fill(1) + ((wrapping_ivec)(n + magic) << mantissa_bits));
 }
 
 /* x - floor(x); arbitrary for infinities. */
