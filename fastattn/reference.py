@@ -361,10 +361,21 @@ def sum_to(gradient, shape):
     return np.sum(gradient, axis=axes, keepdims=True).reshape(shape)
 
 
-def sum_heads(gradient, heads):
+def sum_heads(gradient, heads, axis=-3):
     """The way back from `repeat_heads`: sum over the query heads that share a key head."""
-    group = gradient.shape[-3] // max(heads, 1)
-    return gradient.reshape(*gradient.shape[:-3], heads, group, *gradient.shape[-2:]).sum(axis=-3)
+    axis %= gradient.ndim
+    before, count, after = gradient.shape[:axis], gradient.shape[axis], gradient.shape[axis + 1 :]
+    return gradient.reshape(*before, heads, count // max(heads, 1), *after).sum(axis=axis + 1)
+
+
+def as_named(gradients, given, wrt, out):
+    """What a `f_vjp` returns: of these gradients those that `wrt` names, each of the shape of the array given, and
+    written to `out` if there is one."""
+    names, outs = ((wrt,), (out,)) if isinstance(wrt, str) else (wrt, out or [None] * len(wrt))
+    results = [
+        _into(one, sum_to(gradients[name], np.shape(given[name]))) for name, one in zip(names, outs, strict=True)
+    ]
+    return results[0] if isinstance(wrt, str) else tuple(results)
 
 
 def dot_scores_vjp(d_scores, part, query, key, scale=None):
@@ -434,15 +445,21 @@ def weights_vjp(d_weights, part, weights, logits, visible, activation, grad_lse=
         # A weight that is not 0 changes by this slope times its own score's change less that of the threshold, which
         # is such that all weights still sum to 1. (For sparsemax the slope is 1, but in a row of NaN it is NaN.)
         slope = np.where(part, weights / weights ** (1 / SPARSE[activation]), 0.0)
-        total = np.sum(slope, axis=-1, keepdims=True)
-        mean = np.sum(slope * d_weights, axis=-1, keepdims=True) / np.where(total == 0, 1.0, total)
-        d_logits = slope * (d_weights - mean)
+        d_logits = around_mean(d_weights, slope, -1)
     elif activation == "relu":
         count = np.sum(visible, axis=-1, keepdims=True)
         d_logits = d_weights * np.where(np.isnan(logits), np.nan, logits > 0) / np.maximum(count, 1)
     else:  # sigmoid; 1 - weight would cancel
         d_logits = d_weights * weights / (1 + np.exp(logits))
     return np.where(part, d_logits, 0.0)
+
+
+def sinks_vjp(d_weights, weights, logits, visible, sinks, grad_lse):
+    """What each row gives to its sink, which is one more key, without a value: the gradient of its score."""
+    sink = np.broadcast_to(per_row(sinks), (*logits.shape[:-1], 1))
+    logits_and_sink = np.concatenate([np.where(visible, logits, -np.inf), sink], axis=-1)
+    weight = normalise(logits_and_sink, True)[0][..., -1]
+    return np.where(sink[..., 0] == -np.inf, 0.0, weight * (grad_lse - np.sum(weights * d_weights, axis=-1)))
 
 
 def attend_vjp(
@@ -512,12 +529,8 @@ def attend_vjp(
         d_lse = np.zeros(logits.shape[:-1]) if grad_lse is None else np.asarray(grad_lse, dtype=np.float64)
         d_logits = weights_vjp(d_weights, part, weights, logits, visible, activation, d_lse[..., None])
         if sinks is not None:
-            # One more key, which has no value.
-            sink = np.broadcast_to(per_row(sinks), (*logits.shape[:-1], 1))
-            logits_and_sink = np.concatenate([np.where(visible, logits, -np.inf), sink], axis=-1)
-            weight = normalise(logits_and_sink, True)[0][..., -1]
-            d_sink = np.where(sink[..., 0] == -np.inf, 0.0, weight * (d_lse - np.sum(weights * d_weights, axis=-1)))
-            gradients["sinks"] = np.sum(d_sink, axis=-1)
+            d_sinks = sinks_vjp(d_weights, weights, logits, visible, sinks, d_lse)
+            gradients["sinks"] = np.sum(d_sinks, axis=-1)
 
         # logits = scores - slopes * distance + bias
         gradients["bias"] = d_logits
@@ -536,11 +549,7 @@ def attend_vjp(
             for name in ("key", "value"):
                 gradients[name] = sum_heads(gradients[name], np.shape(given[name])[-3])
 
-    names, outs = ((wrt,), (out,)) if isinstance(wrt, str) else (wrt, out or [None] * len(wrt))
-    results = [
-        _into(one, sum_to(gradients[name], np.shape(given[name]))) for name, one in zip(names, outs, strict=True)
-    ]
-    return results[0] if isinstance(wrt, str) else tuple(results)
+    return as_named(gradients, given, wrt, out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1573,7 +1582,6 @@ def neighborhood_attention_vjp(
     ndarray, or a tuple in the order of `wrt`, each of the shape of its argument
     """
     given = {"query": query, "key": key, "value": value, "relative_bias": relative_bias, "sinks": sinks}
-    shapes = {name: np.shape(x) for name, x in given.items()}
     kernel_size = np.atleast_1d(kernel_size)
     axes = len(kernel_size)
     query, key, value, grad_out = (np.asarray(x, dtype=np.float64) for x in (query, key, value, grad_out))
@@ -1582,9 +1590,8 @@ def neighborhood_attention_vjp(
     query, key, value, grad_out = (
         x.reshape(*x.shape[: -axes - 1], pixels, x.shape[-1]) for x in (query, key, value, grad_out)
     )
-    group = 1
-    if enable_gqa and query.ndim > 2:
-        group = query.shape[-3] // max(key.shape[-3], 1)
+    key_heads = key.shape[-3] if enable_gqa and query.ndim > 2 else None
+    if key_heads is not None:
         key, value = repeat_heads(query, key, value)
     batch_shape = grad_out.shape[:-2]
     query, key, value = (np.broadcast_to(x, (*batch_shape, *x.shape[-2:])) for x in (query, key, value))
@@ -1608,23 +1615,18 @@ def neighborhood_attention_vjp(
             bias = table[(..., None, *entries)]
             visible = np.broadcast_to(visible & (bias != -np.inf), (*batch_shape, 1, keys.size))
             scores = raw + bias
-            _, weights, *row_lse = attend(
-                scores, v, visible, sinks=sinks, activation=activation, return_weights=True,
-                return_lse=activation == "softmax", out=None,
-            )  # fmt: skip
+            _, weights = attend(
+                scores, v, visible, sinks=sinks, activation=activation, return_weights=True, return_lse=False, out=None
+            )
             scores = np.where(scores == np.inf, np.nan, scores)
             part = visible & (scores != -np.inf)
             if activation in SPARSE:
                 part = part & (weights != 0)
             d_weights = np.where(part, grad_out[..., i, None, :] @ v.swapaxes(-1, -2), 0.0)
-            d_scores, mean = score_gradients(scores, weights, d_weights, visible, activation)
-            mean = mean - grad_lse[..., i, None, None]
-            if activation == "softmax":
-                d_scores = weights * (d_weights - mean)
-            d_scores = np.where(part, d_scores, 0.0)
+            d_lse = grad_lse[..., i, None]
+            d_scores = weights_vjp(d_weights, part, weights, scores, visible, activation, d_lse[..., None])
             if sinks is not None:
-                share = np.exp(per_row(sinks) - row_lse[0][..., None])
-                gradients["sinks"] += np.where(share == 0, 0.0, -share * mean)[..., 0, 0]
+                gradients["sinks"] += sinks_vjp(d_weights, weights, scores, visible, sinks, d_lse)[..., 0]
             d_raw = factor * np.where(part, d_scores * slope, 0.0)[..., 0, :, None]
             part = part[..., 0, :, None]
             gradients["query"][..., i, :] = np.sum(np.where(part, d_raw * k, 0.0), axis=-2)
@@ -1636,33 +1638,10 @@ def neighborhood_attention_vjp(
                 gradients["relative_bias"][(..., *(entry[n] for entry in entries))] += d_scores[..., 0, n]
     for name in ("query", "key", "value"):
         x = gradients[name]
-        x = x.reshape(*batch_shape, *space, x.shape[-1])
-        if group > 1 and name != "query":  # each head is shared by a group of query heads
-            x = x.reshape(*batch_shape[:-1], batch_shape[-1] // group, group, *x.shape[len(batch_shape) :])
-            x = np.sum(x, axis=len(batch_shape))
-        gradients[name] = x
-    names = (wrt,) if isinstance(wrt, str) else wrt
-    outs = (out,) if isinstance(wrt, str) or out is None else out
-    outs = outs if len(outs) == len(names) else (None,) * len(names)
-    results = [_into(o, sum_to(gradients[name], shapes[name])) for o, name in zip(outs, names, strict=True)]
-    return results[0] if isinstance(wrt, str) else tuple(results)
-
-
-def score_gradients(scores, weights, d_weights, visible, activation):
-    """From the gradients of a row's weights to those of its scores, and the mean that was subtracted (0 where there is
-    none)."""
-    if activation == "relu":
-        positive = np.where(np.isnan(scores), np.nan, scores > 0)
-        return positive * d_weights / np.maximum(np.sum(visible, axis=-1, keepdims=True), 1), 0.0
-    if activation == "sigmoid":
-        return weights * (1 - weights) * d_weights, 0.0
-    if activation in SPARSE:  # Peters, Niculae and Martins 2019, proposition 2
-        s = np.where(weights == 0, 0.0, weights ** (1 - 1 / SPARSE[activation]))
-        total = np.sum(s, axis=-1, keepdims=True)
-    else:
-        s, total = weights, 1.0
-    mean = np.sum(np.where(s == 0, 0.0, s * d_weights), axis=-1, keepdims=True) / np.where(total == 0, 1.0, total)
-    return s * (d_weights - mean), mean
+        if key_heads is not None and name != "query":
+            x = sum_heads(x, key_heads)
+        gradients[name] = x.reshape(*x.shape[:-2], *space, x.shape[-1])
+    return as_named(gradients, given, wrt, out)
 
 
 def merge_attention(outs, lses):
@@ -1973,18 +1952,11 @@ state, enable_gqa, num_threads
             if name in whole:
                 whole[name][head][rows if name == "query" else slice(None) if name == "state" else keys] = part
 
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    gradients = []
-    for name in names:
-        gradient = whole[name]
-        if heads.group > 1 and name != "query":
-            axis = len(heads.batch) - 1
-            shape = gradient.shape
-            gradient = gradient.reshape(*shape[:axis], -1, heads.group, *shape[axis + 1 :]).sum(axis + 1)
-        gradients.append(sum_to(gradient, np.shape(given[name])))
-    outs = out if isinstance(out, tuple | list) else (out,) * len(names)
-    gradients = tuple(_into(to, gradient) for to, gradient in zip(outs, gradients, strict=True))
-    return gradients[0] if isinstance(wrt, str) else gradients
+    if heads.group > 1:
+        axis = len(heads.batch) - 1
+        num_heads = heads.batch[-1] // heads.group
+        whole = {name: x if name == "query" else sum_heads(x, num_heads, axis) for name, x in whole.items()}
+    return as_named(whole, given, wrt, out)
 
 
 def linear_recurrence_vjp(
@@ -2271,8 +2243,7 @@ def graph_attention_vjp(
             seen = scores != -np.inf
             weights = np.where(seen, normalise(scores, visible)[0], 0.0)
             terms = np.where(seen, np.sum(g * values, axis=-1), 0.0)
-            mean = np.sum(weights * terms, axis=-1, keepdims=True)
-            of_score = np.where(seen, weights * (terms - mean + grad_lse[..., i, None]), 0.0)
+            of_score = weights_vjp(terms, seen, weights, scores, visible, "softmax", grad_lse[..., i, None])
             d_bias[..., row] = of_score
             if softcap is not None:
                 of_score = np.where(seen, of_score * (1 - np.tanh(raw / float(softcap)) ** 2), 0.0)
@@ -2292,11 +2263,7 @@ def graph_attention_vjp(
             d_value[..., j, :] += d_edge_value[..., e, :]
         gradients = {"query": d_query, "key": d_key, "value": d_value, "w_score": d_w, "edge_bias": d_bias,
                      "edge_key": d_edge_key, "edge_value": d_edge_value}  # fmt: skip
-        names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        targets = (out,) * len(names) if isinstance(wrt, str) or out is None else out
-        results = [_into(into, sum_to(gradients[name], arrays[name].shape))
-                   for name, into in zip(names, targets, strict=True)]  # fmt: skip
-    return results[0] if isinstance(wrt, str) else tuple(results)
+        return as_named(gradients, arrays, wrt, out)
 
 
 def rotation_angles(length, dim, base, offset):
@@ -2632,9 +2599,8 @@ def self_attention_vjp(
         gradients = dict(zip((*matrices, *added), answer, strict=True))
         gradients["x"] = sum(gradients[name] @ np.asarray(w, dtype=np.float64).T for name, w in matrices.items())
         gradients |= {f"w_{name}": outer_sum(x, gradients[name]) for name in matrices}
-    outs = (None,) * len(names) if out is None else (out,) if isinstance(wrt, str) else out
-    results = tuple(_into(into, gradients[name]) for name, into in zip(names, outs, strict=True))
-    return results[0] if isinstance(wrt, str) else results
+    given = {"x": x, **{f"w_{name}": w for name, w in matrices.items()}, **{name: rules[name] for name in added}}
+    return as_named(gradients, given, wrt, out)
 
 
 # What is added to scores or to their softmax and has a gradient.
@@ -2798,8 +2764,8 @@ class MultiHeadAttention:
                 split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads),
             )
 
-    def rotated(self, heads, positions, sign=1):
-        """Queries or keys, rotated by their positions if the layer rotates at all; sign -1: turned back."""
+    def rotated(self, heads, positions, inverse=False):
+        """Queries or keys, rotated by their positions if the layer rotates at all; inverse: gradients, turned back."""
         if self.rotary_base is None and self.rotary_frequencies is None:
             return heads
         dim = heads.shape[-1] if self.rotary_dim is None else self.rotary_dim
@@ -2807,10 +2773,11 @@ class MultiHeadAttention:
         return apply_rotary(
             heads,
             positions=positions,
-            frequencies=sign * np.asarray(frequencies),
+            frequencies=frequencies,
             attention_factor=factor,
             interleaved=self.rotary_interleaved,
             rotary_dim=dim,
+            inverse=inverse,
         )
 
     def parameters(self):
@@ -2876,8 +2843,8 @@ class MultiHeadAttention:
                 d_query, d_key, d_value, *others = dot_product_attention_vjp(
                     split_heads(d_heads, self.num_heads), query, key, value, wrt=(*PARTS, *added), **rules
                 )
-                d_query = join_heads(self.rotated(d_query, position, -1))
-                d_key = join_heads(self.rotated(d_key, key_position, -1))
+                d_query = join_heads(self.rotated(d_query, position, inverse=True))
+                d_key = join_heads(self.rotated(d_key, key_position, inverse=True))
                 d_value = join_heads(d_value)
                 d_x = d_query @ self.w_query.T
                 d_context = d_key @ self.w_key.T + d_value @ self.w_value.T
