@@ -25,7 +25,7 @@ from fastattn._vjp import read_gradient, read_names, read_wanted, store
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.gradients import dot_product_attention_vjp
-from fastattn.positions import apply_rotary, rotary_frequencies
+from fastattn.positions import apply_rotary
 from fastattn.projections import (
     FLOAT64,
     Weights,
@@ -1422,14 +1422,9 @@ class MultiHeadAttention:
         return rounded(product, dtype, out)
 
     def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None, back: bool) -> None:
-        """Rotate queries or keys by their positions, in place; back: gradients, by the angles' negatives."""
+        """Rotate queries or keys by their positions, in place; back: gradients, the other way."""
         base = 10000.0 if self.rotary_base is None else self.rotary_base
         frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
-        if back:
-            if frequencies is None:
-                assert self.rotary_dim is not None
-                frequencies, _ = rotary_frequencies(self.rotary_dim, base=base)
-            base, frequencies = 10000.0, -frequencies
         apply_rotary(
             heads,
             offset=offset,
@@ -1438,6 +1433,7 @@ class MultiHeadAttention:
             attention_factor=attention_factor,
             interleaved=self.rotary_interleaved,
             rotary_dim=self.rotary_dim,
+            inverse=back,
             out=heads,
             num_threads=num_threads,
         )
