@@ -259,7 +259,7 @@ cdef extern from "kernels/contract.h" nogil:
         void (*close_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         size_t (*back_workspace)(const fa_problem *, int64_t) noexcept nogil
         void (*back_prepare)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
-                          void *) noexcept nogil
+                             void *) noexcept nogil
         void (*back_open)(const fa_problem *, int64_t, int64_t, void *) noexcept nogil
         void (*back_visit)(const fa_problem *, const fa_head *, const fa_gradients *, int64_t, int64_t,
                            void *) noexcept nogil
