@@ -86,7 +86,8 @@ cpdef Wanted read_wanted(object wrt, dict given, object out, object real, dict o
         called = "out" if w.one else f"out[{i}]"
         if isinstance(into, np.ndarray) and into.dtype == real:
             dtype = real
-        names, arrays = tuple(inputs), list(inputs.values())
+        names = tuple(inputs)
+        arrays = [a if a is None else as_array(a, name) for name, a in inputs.items()]  # tensors too: they share memory
         checked_out(into, shape_of(w.arrays[i]), dtype, arrays + [a for _, a in earlier],
                     names + tuple([name for name, _ in earlier]), False, called, f"that of {w.names[i]}")
         earlier.append((called, into))

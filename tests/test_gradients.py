@@ -1243,6 +1243,10 @@ def test_out_overlaps():
         for out in (place(i), place(i).T, place(i)[::-1]):
             with pytest.raises(ValueError, match=rf"(?s)out.*\b{n}\b"):
                 fastattn.dot_product_attention_vjp(**inputs, wrt=("query", "key"), out=(free, out))
+            with pytest.raises(ValueError, match=rf"(?s)out.*\b{n}\b"):  # as a tensor has its memory
+                fastattn.dot_product_attention_vjp(
+                    **{**inputs, n: memoryview(inputs[n])}, wrt=("query", "key"), out=(free, out)
+                )
     outs = place(8), buffer[64 * 8 + 32 : 64 * 8 + 96].reshape(8, 8)
     with pytest.raises(ValueError, match=r"(?s)out\[1\].*out\[0\]"):
         fastattn.dot_product_attention_vjp(**inputs, wrt=("query", "key"), out=outs)
