@@ -19,13 +19,13 @@ from fastattn._call cimport (Problem, checked_sides, fa_call, fa_layout, fa_loca
                              fa_queries_of, lay_out, read_dot_product, read_varlen)
 from fastattn._checks cimport accumulation, converted, empty, floating, shape_of
 from fastattn._rules cimport rules_of
-from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA_BLOCK, FA_D_BIAS,
-                                FA_D_COLUMNS, FA_D_DIAGONALS, FA_D_KEY, FA_D_QUERY, FA_D_QUERY_LOST,
-                                FA_D_RELATIVE_BIAS, FA_D_ROWS, FA_D_SCORE_WEIGHTS, FA_D_SINKS, FA_D_SLOPES, FA_D_VALUE,
-                                FA_GRAD_LSE, FA_GRAD_OUT, FA_LSE, FA_OUT, FA_ROW_AXES, FA_ROW_STATE, FA_SOFTMAX,
-                                FA_SPAN, FA_STATE, Team, Watch, allowed_threads, fa_gradients, fa_head, fa_kernels,
-                                fa_visible_keys, gathered, give_workspace, interrupted, join_team, kernels_for,
-                                raise_pending, take_workspace)
+from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA_BLOCK, FA_D_BIAS, FA_D_BIAS_LOST,
+                                FA_D_COLUMNS, FA_D_DIAGONALS, FA_D_KEY, FA_D_QUERY, FA_D_QUERY_LOST, FA_D_RELATIVE_BIAS,
+                                FA_D_RELATIVE_BIAS_LOST, FA_D_ROWS, FA_D_SCORE_WEIGHTS, FA_D_SINKS, FA_D_SLOPES,
+                                FA_D_VALUE, FA_GRAD_LSE, FA_GRAD_OUT, FA_LSE, FA_OUT, FA_ROW_AXES, FA_ROW_STATE,
+                                FA_SOFTMAX, FA_SPAN, FA_STATE, Team, Watch, allowed_threads, fa_gradients, fa_head,
+                                fa_kernels, fa_visible_keys, gathered, give_workspace, interrupted, join_team,
+                                kernels_for, raise_pending, take_workspace)
 from fastattn._scores cimport projected_back, read_additive, read_bilinear
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
@@ -36,6 +36,7 @@ cdef enum:
     OF_KEYS                     # a block of their keys, or
     OF_ROWS                     # some of their rows
     ROWS_A_TASK = 4 * FA_BACK_ROWS
+    FEW_HEADS = 16              # whose biases add up without a second level
     OWNERS = 2                  # of gradients, for each thread, with which one sweep suffices
     ROWS_AT_ONCE = 4 * FA_BACK_SPAN  # between two looks for Ctrl-C
 
@@ -130,7 +131,7 @@ cdef int place_query(Back b, object target, object real, int lanes) except -1:
         a = empty((*target.shape[:-1], max((channels + lanes - 1) // lanes, 1) * lanes), real, "a gradient", True)
     place(b, FA_D_QUERY, a, 2)
     lost = None
-    if b.call.longest_key > FA_SPAN:
+    if b.call.longest_key > FA_SPAN or sharers_of(b.call, &b.layouts[<int> FA_D_QUERY]) > 1:
         lost = empty(shape_of(a), real, "the rounding errors of a gradient", True)
         place(b, FA_D_QUERY_LOST, lost, 2)
     b.after.append((target, a, FA_D_QUERY, lost))
@@ -154,8 +155,12 @@ cdef int place_matrix(Back b, int operand, object target, object real, Py_ssize_
             (<object> a)[...] = 0
         else:
             a = empty(target.shape, real, "a gradient", True)
-        b.after.append((target, a, operand, None))
         place(b, operand, at_least(a, 2), 2)
+        lost = None
+        if sharers_of(b.call, &b.layouts[operand]) > FEW_HEADS:
+            lost = empty(shape_of(a), real, "the rounding errors of a gradient", True)
+            place(b, FA_D_BIAS_LOST if operand == FA_D_BIAS else FA_D_RELATIVE_BIAS_LOST, at_least(lost, 2), 2)
+        b.after.append((target, a, operand, lost))
     return 0
 
 
@@ -168,10 +173,10 @@ cdef object reduced(object a, tuple shape):
 
 cdef int finish(object target, object a, int operand, object lost) except -1:
     """From what the sweeps have added up to the gradient."""
+    if lost is not None:
+        with np.errstate(all="ignore"):
+            np.add(a, lost, out=a)
     if operand == FA_D_QUERY:
-        if lost is not None:
-            with np.errstate(all="ignore"):
-                np.add(a, lost, out=a)
         if a is not target:
             store(target, a[..., :target.shape[target.ndim - 1]])
     elif operand == FA_D_COLUMNS:
@@ -189,6 +194,16 @@ cdef int finish(object target, object a, int operand, object lost) except -1:
 
 cdef bint is_shared(const fa_call *call, const fa_layout *layout, int axis) noexcept nogil:
     return call.shape[axis] > 1 and layout.batch[axis] == 0
+
+
+cdef int64_t sharers_of(const fa_call *call, const fa_layout *layout) noexcept nogil:
+    """Heads whose gradients add up."""
+    cdef int64_t n = 1
+    cdef int i
+    for i in range(call.axes):
+        if is_shared(call, layout, i):
+            n *= call.shape[i]
+    return n
 
 
 cdef Sweep *sweep_for(Back b, int kind, int operand) except NULL:
@@ -239,6 +254,10 @@ cdef int plan_sweeps(Back b, int threads) except -1:
             continue
         sweep = sweep_for(b, OF_KEYS if n < 4 else WHOLE if operand == FA_D_DIAGONALS else OF_ROWS, operand)
         sweep.wanted[operand] = True
+        lost = {FA_D_QUERY: FA_D_QUERY_LOST, FA_D_BIAS: FA_D_BIAS_LOST,
+                FA_D_RELATIVE_BIAS: FA_D_RELATIVE_BIAS_LOST}.get(operand)
+        if lost is not None:
+            sweep.wanted[<int> lost] = True
     if b.sweep_count == 0:
         return 0
     # One sweep for all, where its tasks are enough.
@@ -300,7 +319,7 @@ cdef void locate(const fa_call *call, const fa_layout *layouts, const Sweep *swe
     fa_locate(call, head, sequence, h)
     fa_locate_gradients(call, layouts, head, sequence, to)
     for operand in range(<int> FA_D_QUERY, <int> FA_BACK_OPERANDS):
-        if not sweep.wanted[operand] and not (operand == FA_D_QUERY_LOST and sweep.wanted[<int> FA_D_QUERY]):
+        if not sweep.wanted[operand]:
             to.view[operand].data = NULL
 
 

@@ -142,6 +142,8 @@ cdef extern from "kernels/contract.h" nogil:
         FA_D_VALUE
         FA_D_BIAS
         FA_D_RELATIVE_BIAS
+        FA_D_BIAS_LOST
+        FA_D_RELATIVE_BIAS_LOST
         FA_D_ROWS
         FA_D_COLUMNS
         FA_D_DIAGONALS

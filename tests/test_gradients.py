@@ -1095,6 +1095,22 @@ def test_a_broadcast_bias_of_many_rows():
         assert_gradients("dot_product_attention", {**call, "bias": np.zeros(shape, np.float32)}, wrt=("bias",))
 
 
+@pytest.mark.parametrize("batch", [(3000,), (50, 60)])
+def test_sums_over_many_heads(batch):
+    """What heads share is a sum that does not drift with their number either. Every rounding goes the same way here."""
+    heads = np.ones((*batch, 1, 1), np.float32)
+    call = {"query": np.ones((2, 1), np.float32), "key": heads * np.full((4, 1), 0.1, np.float32),
+            "value": heads * np.arange(4, dtype=np.float32)[:, None]}  # fmt: skip
+    call |= {"window_size": 3, "bias": np.zeros((2, 4), np.float32), "relative_bias": np.zeros((2, 7), np.float32)}
+    grad_out, grad_lse = np.ones((*batch, 2, 1), np.float32), np.full((*batch, 2), 0.3, np.float32)
+    names = ("query", "bias", "relative_bias")
+    actual = fastattn.dot_product_attention_vjp(grad_out, **call, grad_lse=grad_lse, wrt=names)
+    expected = reference.dot_product_attention_vjp(grad_out, **call, grad_lse=grad_lse, wrt=names)
+    bounds = gradient_bounds("dot_product_attention", grad_out, **call, grad_lse=grad_lse, dtype=np.dtype(np.float32))
+    for n, x, y in zip(names, actual, expected, strict=True):
+        assert_within(x, y, bounds[n] + np.finfo(np.float32).eps * size_of(y), f"gradient of {n}")
+
+
 # ------------------------------------------------------------------------------------ sizes of zero
 
 

@@ -90,6 +90,9 @@ static inline void fa_locate_gradients(const fa_call *call, const fa_layout *lay
         index[i] = head % call->shape[i];
         head /= call->shape[i];
     }
+    to->query_is_shared = 0;
+    for (int i = 0; i < call->axes; i++)
+        to->query_is_shared |= call->shape[i] > 1 && layouts[FA_D_QUERY].batch[i] == 0;
     for (int operand = 0; operand < FA_BACK_OPERANDS; operand++) {
         const fa_layout *layout = &layouts[operand];
         fa_view *view = &to->view[operand];

@@ -125,11 +125,13 @@ enum {
     FA_GRAD_LSE,        /* (queries, 1), optional */
     FA_ROW_STATE,       /* (queries, FA_STATE), accumulation dtype: what back_prepare finds and back_visit needs */
     FA_D_QUERY,         /* (queries, head_dim in whole vectors), accumulation dtype, contiguous rows: added to */
-    FA_D_QUERY_LOST,    /* the same: what rounding has taken from it; needed with more than FA_SPAN keys */
+    FA_D_QUERY_LOST,    /* the same: what rounding has taken from it; needed with many keys (FA_SPAN) or heads */
     FA_D_KEY,           /* (keys, head_dim): overwritten, as are values */
     FA_D_VALUE,         /* (keys, value_dim) */
     FA_D_BIAS,          /* (queries, keys), accumulation dtype: added to, as are all that follow */
     FA_D_RELATIVE_BIAS, /* (queries, left + right + 1), accumulation dtype */
+    FA_D_BIAS_LOST,     /* the same: what rounding has taken from them; optional, for sums over many heads */
+    FA_D_RELATIVE_BIAS_LOST,
     FA_D_ROWS,          /* (queries, 1) doubles, as in all that follow: sums of the scores' gradients over keys */
     FA_D_COLUMNS,       /* (keys, 1): their sums over queries */
     FA_D_DIAGONALS,     /* (1, left + right + 1): over queries, by place in the window */
@@ -237,6 +239,7 @@ static inline int64_t fa_neighbors(const fa_reach *reach, int64_t n, int64_t i, 
 /* Gradients of one head of one sequence. Those without data are not wanted. */
 typedef struct {
     fa_view view[FA_BACK_OPERANDS];
+    int query_is_shared; /* FA_D_QUERY is a sum over heads */
 } fa_gradients;
 
 /* Attention along the edges of a graph. Its matrices besides FA_QUERY, FA_KEY, FA_VALUE and FA_OUT, which have a row a

@@ -514,6 +514,29 @@ static key_bits keys_with_part(const fa_problem *problem, int first, int last, c
     return bits;
 }
 
+/* Adds numbers to some of a row, in order from `at` on. lost: what rounding has taken from them (add_exactly), or no
+ * data: few numbers are added to each. */
+static ALWAYS_INLINE void add_numbers(const fa_view *to, const fa_view *lost, int64_t row, int64_t at, const real *from,
+                                      int count)
+{
+    char *d = to->data, *e = lost->data;
+    if (count <= 0)
+        return;
+    d += row * to->row + at * to->col;
+    if (!e) {
+        for (int j = 0; j < count; j++, d += to->col)
+            *(real *)d += from[j];
+        return;
+    }
+    e += row * lost->row + at * lost->col;
+    for (int j = 0; j < count; j++, d += to->col, e += lost->col) {
+        const real before = *(real *)d, x = from[j], now = before + x, part = now - before;
+        const real error = (before - (now - part)) + (x - part);
+        *(real *)e += now - now == 0 ? error : 0;
+        *(real *)d = now;
+    }
+}
+
 /* The rules' shares of a group's score gradients. */
 static NEVER_INLINE void add_rules(const fa_problem *problem, const fa_head *head, const fa_gradients *to, int64_t row,
                                    int group, const struct visible *visible, const real *ds, struct back *back)
@@ -542,18 +565,11 @@ static NEVER_INLINE void add_rules(const fa_problem *problem, const fa_head *hea
                 sum = v_fma(v_abs(v_lane_numbers() + (distance + (real)(v * LANES))), v_load(ds + v * LANES), sum);
             *(double *)(view[FA_D_SLOPES].data + i * view[FA_D_SLOPES].row) -= (double)v_total(sum);
         }
-        if (view[FA_D_BIAS].data && from < end) {
-            char *d = view[FA_D_BIAS].data + i * view[FA_D_BIAS].row + (back->block + from) * view[FA_D_BIAS].col;
-            for (int j = from; j < end; j++, d += view[FA_D_BIAS].col)
-                *(real *)d += ds[j];
-        }
-        if (view[FA_D_RELATIVE_BIAS].data && from < end) {
-            const int64_t place = back->block + from - position + problem->left;
-            char *d =
-                view[FA_D_RELATIVE_BIAS].data + i * view[FA_D_RELATIVE_BIAS].row + place * view[FA_D_RELATIVE_BIAS].col;
-            for (int j = from; j < end; j++, d += view[FA_D_RELATIVE_BIAS].col)
-                *(real *)d += ds[j];
-        }
+        if (view[FA_D_BIAS].data)
+            add_numbers(view + FA_D_BIAS, view + FA_D_BIAS_LOST, i, back->block + from, ds + from, end - from);
+        if (view[FA_D_RELATIVE_BIAS].data)
+            add_numbers(view + FA_D_RELATIVE_BIAS, view + FA_D_RELATIVE_BIAS_LOST, i,
+                        back->block + from - position + problem->left, ds + from, end - from);
         if (view[FA_D_DIAGONALS].data) {
             /* Key j of row t of the tile is FA_BACK_ROWS - 1 - t + j, so that a diagonal is a number. */
             real *d = back->diagonal + (FA_BACK_ROWS - 1 - (i - back->tile.row));
@@ -792,7 +808,7 @@ static void add_queries(const struct back *back, const fa_gradients *to, int64_t
             continue;
         real *d = (real *)(total->data + (row + r) * total->row);
         const real *part = back->part + r * back->channels;
-        if (back->block < FA_SPAN) {
+        if (back->block < FA_SPAN && !to->query_is_shared) {
             for (int64_t c = 0; c < back->channels; c += LANES)
                 v_store(d + c, v_load(d + c) + scaled(v_load(part + c), scale));
         } else {
