@@ -417,6 +417,19 @@ def test_torch_state_of_linear_attention(torch):
     assert torch.autograd.gradcheck(call, [tensors[name] for name in names])
 
 
+def test_torch_compile(torch):
+    """Calls of fastattn are left out of the graph, and the rest is traced."""
+    function = torch_function("dot_product_attention")
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return function(2 * torch.sin(x), x, x, is_causal=True).square().sum()
+
+    plain = torch.autograd.grad(loss(x), x)[0]
+    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(x), x)[0]
+    torch.testing.assert_close(compiled, plain)
+
+
 def test_torch_func_grad(torch):
     """The functional form, whose tensors are wrapped."""
     query, key, value = torch.randn(3, 4, 3)

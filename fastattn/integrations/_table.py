@@ -60,7 +60,7 @@ class Row:
         mine = [p for p in own.parameters.values() if p.name not in ("out", "state_out")]
         self.signature = own.replace(parameters=mine)
         parameters = self.signature.parameters
-        self.names = parameters.keys()
+        self.names = frozenset(parameters)  # not the keys of a dict, which torch.compile cannot compare
         self.positional = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         self.required = {name for name, p in parameters.items() if p.default is p.empty}
         self.differentiable = tuple(name for name in parameters if name in DIFFERENTIABLE)
