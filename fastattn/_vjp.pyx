@@ -40,7 +40,9 @@ cpdef tuple read_names(object wrt, dict given):
     cdef str choice = ", ".join([repr(name) for name in allowed])
     cdef tuple names = (wrt,) if isinstance(wrt, str) else tuple(wrt) if isinstance(wrt, (tuple, list)) else None
     if names is None or not all([isinstance(name, str) for name in names]):
-        raise TypeError(f"wrt must be a name or a tuple of names, of {choice}, not {wrt!r}")
+        # By its type: a dict of gradients would fill the screen.
+        got = " with ".join([type(x).__name__ for x in (wrt, *[n for n in names or () if not isinstance(n, str)][:1])])
+        raise TypeError(f"wrt must be a name or a tuple of names, of {choice}, not {got}")
     for name in names:
         if name not in allowed:
             why = ", which was not given" if name in given else ""

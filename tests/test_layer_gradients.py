@@ -340,8 +340,11 @@ def test_names(rng):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             backward(grad, wrt)
-    with pytest.raises(TypeError, match="wrt must be"):
-        backward(grad, 3)
+    for wrt, got in ((3, "int"), (layer.parameters(), "dict"), (("x", x), "tuple with ndarray")):
+        with pytest.raises(TypeError, match=f"wrt must be a name or a tuple of names, of 'x', .*, not {got}$"):
+            backward(grad, wrt)
+    with pytest.raises(TypeError, match="takes no wrt: the function that it returns does"):
+        layer.vjp(x, wrt="x")
     with pytest.raises(ValueError, match=r"grad_out has shape \(2, 9, 9\); it must have that of the result"):
         backward(grad[..., 1:])
     with pytest.raises(TypeError, match="grad_out has dtype complex64"):
