@@ -137,6 +137,11 @@ def dot_product_attention(
     MemoryError
         If there is no memory for the result or the workspace.
 
+    See Also
+    --------
+    dot_product_attention_vjp : its gradients.
+    MultiHeadAttention : with projections, as a layer.
+
     Notes
     -----
     A 0-d array is accepted wherever a number is.
@@ -278,6 +283,10 @@ def additive_attention(
         If an argument is not as above; the message names it, and `out` is untouched.
     MemoryError
         If there is no memory for the result, the projected arrays or the workspace.
+
+    See Also
+    --------
+    additive_attention_vjp : its gradients.
 
     Notes
     -----
@@ -429,6 +438,10 @@ def bilinear_attention(
     MemoryError
         If there is no memory for the result, the projected arrays or the workspace.
 
+    See Also
+    --------
+    bilinear_attention_vjp : its gradients.
+
     Notes
     -----
     The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
@@ -550,6 +563,10 @@ def truncated_attention(
     ValueError, TypeError
         If an argument is not as above; the message names it, and `out` is untouched.
 
+    See Also
+    --------
+    truncated_attention_vjp : its gradients.
+
     References
     ----------
     .. [1] D. Povey et al., "A time-restricted self-attention layer for ASR", 2018.
@@ -649,6 +666,10 @@ def varlen_attention(
     ValueError, TypeError
         If an argument is not as above; the message names it, and `out` is untouched.
 
+    See Also
+    --------
+    varlen_attention_vjp : its gradients.
+
     Examples
     --------
     >>> import numpy as np
@@ -720,6 +741,10 @@ def merge_attention(
     ------
     ValueError, TypeError
         If the parts do not fit together.
+
+    See Also
+    --------
+    merge_attention_vjp : its gradients.
 
     Notes
     -----

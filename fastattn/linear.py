@@ -113,6 +113,7 @@ def linear_attention(
 
     See Also
     --------
+    linear_attention_vjp : its gradients.
     dot_product_attention : with the softmax; it has windows, masks and biases, of which there is no linear form.
 
     Notes
@@ -214,8 +215,7 @@ def linear_attention_vjp(
     grad_out : array_like, shape (..., L, E)
         Gradient of the loss for the output, of exactly its shape.
     query, key, value : array_like
-        As in the call of `linear_attention`, and so are `is_causal`, `query_offset`, `key_lengths`, `query_lengths`,
-        `log_decay`, `beta`, `normalize`, `scale`, `eps`, `state` and `enable_gqa`.
+        As in `linear_attention`.
     wrt : str or tuple of str, default ('query', 'key', 'value')
         The arguments whose gradients are wanted: 'query', 'key', 'value', and 'log_decay', 'beta' and 'state' if given.
         Nothing else is computed.

@@ -169,6 +169,7 @@ def self_attention(
     See Also
     --------
     MultiHeadAttention : with heads, biases and an output projection, and for weights that are reused.
+    self_attention_vjp : its gradients.
 
     Notes
     -----
@@ -455,6 +456,7 @@ class MultiHeadAttention:
 
     See Also
     --------
+    MultiHeadAttention.vjp, MultiHeadAttention.parameters : to train the layer.
     self_attention : one head, the textbook form.
     dot_product_attention : attention alone, and the meaning of every rule.
     KVCache
@@ -922,6 +924,9 @@ class MultiHeadAttention:
 
         Notes
         -----
+        Write into the arrays, as in ``parameters["w_query"] -= step`` or ``parameters["w_query"][...] = new``. The dict
+        is a new one at each call: an array put into it in place of another never reaches the layer.
+
         `copy.copy` of a layer shares its memory, as that of a list shares its items; `copy.deepcopy` does not. No other
         thread may be in a call of the layer while it is written to.
 
@@ -1073,7 +1078,8 @@ class MultiHeadAttention:
             from names to gradients: "x"; "context" if given; "w_query", "w_key", "w_value", "w_out", "b_query",
             "b_key", "b_value" and "b_out", those that the layer has; and, only if they are named in `wrt`, "bias",
             "relative_bias", "alibi_slopes" and "sinks", those that were given. wrt: a name or a tuple of names; only
-            their gradients are computed, and no bit of them depends on the others. It may be called more than once.
+            their gradients are computed, and no bit of them depends on the others; ``tuple(layer.parameters())`` leaves
+            out those of x and `context`. It may be called more than once.
 
         Raises
         ------
@@ -1122,6 +1128,8 @@ class MultiHeadAttention:
         >>> bool(np.sum((layer(x, is_causal=True) - target) ** 2) < before)
         True
         """
+        if "wrt" in rules:
+            raise TypeError("MultiHeadAttention.vjp() takes no wrt: the function that it returns does, after grad_out")
         refuse_others(rules, LayerGradientRules, "MultiHeadAttention.vjp")
         call = self._checked(x, context, None, {**rules})
         weights = self._weights_in(call.accumulation)

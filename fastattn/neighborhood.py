@@ -114,6 +114,7 @@ def neighborhood_attention(
 
     See Also
     --------
+    neighborhood_attention_vjp : its gradients.
     truncated_attention : what this is in one dimension, for windows of any size; merge_attention : to add other keys.
 
     Notes
