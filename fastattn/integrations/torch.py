@@ -11,7 +11,8 @@ lines up the last query with the last key). Nothing is copied: tensors are read 
 and results are tensors over the arrays that fastattn returns. Arguments that are no tensors are passed on as they are.
 
 Gradients are computed for what requires one, be it a bias, a slope, a sink or a matrix, and `lse` may be part of the
-loss. Second derivatives are an error. `torch.compile` breaks its graph at a call, and compiles the rest. bfloat16 needs the package ml_dtypes.
+loss. Second derivatives are an error. `torch.compile` breaks its graph at a call, and compiles the rest. bfloat16 needs
+the package ml_dtypes.
 """
 
 from __future__ import annotations
