@@ -323,7 +323,7 @@ BUGS = (
     Bug(
         "gradients: a log-sum-exp near -1e9 is taken for exact",
         "gradient.inc.h",
-        "again[r] = !(fabs((double)lse) <= 1e3) && lse == lse;",
+        "again[r] = (char)far;",
         "again[r] = 0;",
         "test_gradients.py -k 'sum_to_one or one_level'",
     ),
