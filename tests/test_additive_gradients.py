@@ -137,6 +137,22 @@ PROJECTED = ("query", "key", "w_query", "w_key", "b_hidden")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("hidden", range(1, 10))
+def test_nan_stays_in_its_row(rng, hidden, dtype):
+    """Channels that fill up a four, where a vector is shorter, belong to no other row."""
+    query, key = (rng.standard_normal((n, hidden)).astype(dtype) for n in (7, 40))
+    value, grad_out = (rng.standard_normal((n, 3)).astype(dtype) for n in (40, 7))
+    grad_out[5] = np.nan
+    mask = np.ones((7, 40), bool)
+    mask[5] = np.arange(40) == 3
+    d_query, d_key = fastattn.additive_attention_vjp(
+        grad_out, query, key, value, np.ones(hidden, dtype), mask=mask, wrt=("query", "key")
+    )
+    assert np.isnan(d_query[5]).all() and np.isnan(d_key[3]).all()
+    assert np.isfinite(np.delete(d_query, 5, 0)).all() and np.isfinite(np.delete(d_key, 3, 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 def test_padding_changes_no_bit_of_matrices(rng, bad, dtype):
     call = projected(rng, dtype=dtype)

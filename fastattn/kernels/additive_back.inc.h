@@ -104,7 +104,8 @@ static NEVER_INLINE void back_sums_all(const real *q, const real *k, int n, cons
 /* Adds what row r of the group and the keys of some lanes of the vectors [v_first, v_last) give, for arguments of any
  * size. e = e^-2|x|: 1 / (1 + e) and e / (1 + e) are r and 1 - r, or the other way round. */
 static NEVER_INLINE void additive_back_direct(const struct additive_back *back, int r, int v_first, int v_last,
-                                              const unsigned *lanes, const real *ds, real *d_q, real *d_k, double *d_w)
+                                              const unsigned *lanes, const real *ds, real *d_q, int64_t d_q_row,
+                                              real *d_k, double *d_w)
 {
     const int64_t channels = back->channels;
     for (int64_t h = 0; h < channels; h++) {
@@ -125,7 +126,8 @@ static NEVER_INLINE void additive_back_direct(const struct additive_back *back, 
             v_store(d_k_h, v_load(d_k_h) + y);
         }
         const real total = v_total(of_query);
-        d_q[h] += total == 0 ? 0 : total * back->w[h];
+        if (h < d_q_row)
+            d_q[h] += total == 0 ? 0 : total * back->w[h];
         d_w[h] -= 2 * (double)v_total(of_w);
     }
 }
@@ -141,7 +143,7 @@ static ALWAYS_INLINE void channel_totals(const real *sums, int step, int n, real
  *
  * ds: row r at ds + r * ds_row, finite and 0 for hidden keys in all vectors that overlap [lo, hi); or not finite, where
  * something that takes part is not. seen: a row's keys; NULL: all of [lo, hi).
- * d_q: row r at d_q + r * d_q_row, channels numbers.
+ * d_q: row r at d_q + r * d_q_row, whole vectors, of which four channels may be more than one.
  * d_k: [vector][channel][LANES], a sum that lacks 4 w; back_keys multiplies by it. One chain over groups: start anew
  * after a tile.
  * d_w: [channels]. */
@@ -201,7 +203,7 @@ static void additive_back(const struct additive_back *back, int rows, int lo, in
         real total[STRIP];
         for (int r = 0; r < rows; r++) {
             channel_totals(sums + r * LANES, ROWS * LANES, n, total);
-            for (int h = 0; h < n; h++) /* a weight may be infinite */
+            for (int h = 0; h < n && c + h < d_q_row; h++) /* a weight may be infinite */
                 d_q[r * d_q_row + c + h] += total[h] == 0 ? 0 : total[h] * back->w[c + h];
         }
         channel_totals(sums_w, LANES, n, total);
@@ -220,7 +222,8 @@ static void additive_back(const struct additive_back *back, int rows, int lo, in
             any |= lanes[v];
         }
         if (any)
-            additive_back_direct(back, r, v_first, v_last, lanes, ds + r * ds_row, d_q + r * d_q_row, d_k, d_w);
+            additive_back_direct(back, r, v_first, v_last, lanes, ds + r * ds_row, d_q + r * d_q_row, d_q_row, d_k,
+                                 d_w);
     }
 }
 
@@ -230,7 +233,7 @@ static void back_keys(const real *d_k, const real *w, int64_t channels, int v_fi
                       int64_t to_row)
 {
     for (int v = v_first; v < v_last; v++)
-        for (int64_t h = 0; h < channels; h += LANES) {
+        for (int64_t h = 0; h < channels && h < to_row; h += LANES) {
             real square[LANES * LANES];
             for (int i = 0; i < LANES; i++) {
                 vec x = {0};
