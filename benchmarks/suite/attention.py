@@ -1,4 +1,4 @@
-"""asv: dot-product attention over shapes, dtypes, causal or not and threads, beside its NumPy baseline."""
+"""asv: dot-product attention and its gradients over shapes, dtypes, rules and threads, beside NumPy baselines."""
 
 import functools
 
@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 import fastattn
 
 from . import baselines
-from .cases import ATTENTION_SHAPES, Attention
+from .cases import ATTENTION_BACK, ATTENTION_SHAPES, Attention
 
 
 # No asv `setup` hook: with one, asv times a single call per sample, which is noise at microseconds. Here the first call
@@ -36,3 +36,26 @@ class CausalAttention:
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, True, threads, implementation)()
+
+
+@functools.cache
+def _way_back(name, threads, implementation):
+    case = next(case for case in ATTENTION_BACK if case.name == name)
+    if implementation == "numpy":
+        threadpool_limits(threads)
+        arguments = case.grad_out(), *case.inputs(), case.visible(), case.rules.get("bias")
+        return functools.partial(baselines.attention_gradients, *arguments)
+    output, lse = fastattn.dot_product_attention(*case.inputs(), return_lse=True, **case.rules)
+    names = ("query", "key", "value", *(name for name in case.rules if name == "bias"))
+    vjp = functools.partial(fastattn.dot_product_attention_vjp, wrt=names, num_threads=threads, **case.rules)
+    return functools.partial(vjp, case.grad_out(), *case.inputs(), output=output, lse=lse)
+
+
+class AttentionGradients:
+    """The way back alone; NumPy's includes the weights."""
+
+    params = [[case.name for case in ATTENTION_BACK], [1, 2], ["fastattn", "numpy"]]
+    param_names = ["case", "threads", "implementation"]
+
+    def time_gradients(self, case, threads, implementation):
+        _way_back(case, threads, implementation)()
