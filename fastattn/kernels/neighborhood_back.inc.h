@@ -468,12 +468,12 @@ static void clear_others(const struct strip *strip, const struct pair *pair, int
 static void write_sums(const fa_pixels *to, int64_t head, const struct strip *strip, const struct pair *pair,
                        int64_t channels, double scale, int add, const struct scene *scene)
 {
-    const int wide = scale_is_wide(scale);
+    const int in_double = scale_is_wide(scale);
     for (int r = 0; r < pair->strips; r++) {
         real *o = scene->o + r * scene->value_rows * LANES;
         for (int64_t i = 0; i < channels * LANES; i += LANES) {
             vec x = v_load(o + i);
-            if (wide)
+            if (in_double)
                 for (int j = 0; j < LANES; j++)
                     x[j] = (real)((double)x[j] * scale);
             else
