@@ -22,7 +22,8 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
-CONTRACT = [f"{KERNELS}/contract.h", f"{KERNELS}/call.h"]  # the only kernel headers that drivers include
+# The only kernel headers that others than kernels include.
+CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "threads")]
 
 # Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals
 # in the whole process and break infinities.
@@ -96,7 +97,8 @@ class BuildInParallel(build_ext):
 
 
 def is_kernel(source):
-    return os.path.basename(os.path.dirname(source)) == "kernels"
+    """Whether this is an instruction set for a dtype: short files that include all the long ones."""
+    return source.endswith(("_f32.c", "_f64.c"))
 
 
 def flags_of(source):
@@ -116,7 +118,7 @@ def newer(target, sources):
 
 
 def cost(source):
-    """Roughly how long a C file takes to compile: kernels are short files that include long ones."""
+    """Roughly how long a C file takes to compile."""
     return 3_000_000 if is_kernel(source) else os.path.getsize(source)
 
 
@@ -124,7 +126,7 @@ def extension(name, extra_sources=(), suffix="pyx"):
     return Extension(
         f"fastattn.{name}",
         [f"fastattn/{name}.{suffix}", *extra_sources],
-        include_dirs=[KERNELS, numpy.get_include()],
+        include_dirs=[KERNELS, "fastattn/include", numpy.get_include()],
         depends=glob(f"{KERNELS}/*.h"),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
@@ -151,6 +153,7 @@ setup(
             extension("_scores"),
             extension("_vjp"),
             extension("_attention"),
+            extension("cython_attention"),
             extension("_softmax"),
             extension("_merge"),
             extension("_neighborhood"),

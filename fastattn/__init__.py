@@ -12,14 +12,19 @@ The layers, from the top; each imports only what is below it:
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
     _gradients                      the driver of the way back, which begins with the one of attention
-    _attention, _linear, _graph, _neighborhood, _softmax,
+    _attention, _softmax            from a call that is checked to its result; their drivers are written in C
+    _linear, _graph, _neighborhood,
         _merge, _positions, _linear_gradients,
         _graph_gradients            the drivers: tiles and rows, threads, scratch memory
     _vjp                            which gradients are wanted, and where they go
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
-    _load, _runtime                 the selected kernels, number of threads, Ctrl-C, fork
-    kernels/*.c, *.h                the mathematics, written once; instruction set and dtype enter as definitions
+    _load, _runtime                 the selected kernels, number of threads, scratch memory, Ctrl-C
+    kernels/drive*.c, threads.c     the drivers of attention and of rows; threads and fork
+    kernels/*.inc.h, *_f32.c ...    the mathematics, written once; instruction set and dtype enter as definitions
+
+Beside all this stand the doors for compiled code: include/fastattn.h and cython_attention.pxd say what C and Cython can
+call, kernels/embed.c checks it and calls the drivers.
 
 `fastattn.reference` has the same functions in plain float64 NumPy. It defines what every function means, and nothing
 here imports it.
@@ -37,7 +42,7 @@ from fastattn.attention import (
     truncated_attention,
     varlen_attention,
 )
-from fastattn.config import cpu_info, get_num_threads, set_num_threads, show_config
+from fastattn.config import cpu_info, get_include, get_num_threads, set_num_threads, show_config
 from fastattn.positions import (
     alibi_slopes,
     apply_rotary,
@@ -91,6 +96,7 @@ __all__ = [
     "dot_product_attention_vjp",
     "entmax15",
     "entmax15_vjp",
+    "get_include",
     "get_num_threads",
     "graph_attention",
     "graph_attention_vjp",
@@ -126,6 +132,7 @@ _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
+    "_C_API": "cython_attention",
     "additive_attention_vjp": "gradients",
     "bilinear_attention_vjp": "gradients",
     "dot_product_attention_vjp": "gradients",

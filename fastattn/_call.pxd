@@ -3,42 +3,7 @@ cimport numpy as cnp
 from libc.stdint cimport int64_t
 
 from fastattn._rules cimport Rules
-from fastattn._runtime cimport FA_OPERANDS, FA_ROW_AXES, fa_dtype, fa_gradients, fa_head, fa_problem
-
-cdef extern from "kernels/call.h" nogil:
-    enum:
-        FA_KEY_LENGTHS
-        FA_QUERY_LENGTHS
-        FA_OFFSETS
-        FA_KEYS_BEFORE
-        FA_CALL_OPERANDS
-
-    ctypedef struct fa_layout:
-        char *data
-        fa_dtype dtype
-        Py_ssize_t row, col
-        Py_ssize_t batch[FA_ROW_AXES]
-
-    ctypedef struct fa_call:
-        fa_problem problem
-        fa_head sizes
-        int axes
-        int64_t shape[FA_ROW_AXES]
-        int64_t heads, group
-        fa_layout layouts[<int> FA_CALL_OPERANDS]
-        int operands[<int> FA_CALL_OPERANDS]
-        int operand_count
-        int64_t longest_query, longest_key
-        int offset_is_default
-        const int64_t *query_starts
-        const int64_t *key_starts
-        int64_t sequences
-
-    int64_t fa_queries_of(const fa_call *call, int64_t sequence)
-    void fa_locate(const fa_call *call, int64_t head, int64_t sequence, fa_head *to)
-    void fa_locate_gradients(const fa_call *call, const fa_layout *layouts, int64_t head, int64_t sequence,
-                             fa_gradients *to)
-
+from fastattn._runtime cimport fa_call, fa_dtype, fa_layout
 
 cdef struct Shape:
     int axes

@@ -15,17 +15,17 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from fastattn._attention cimport attend
-from fastattn._call cimport (Problem, checked_sides, fa_call, fa_layout, fa_locate, fa_locate_gradients,
-                             fa_queries_of, lay_out, read_dot_product, read_varlen)
+from fastattn._call cimport Problem, checked_sides, lay_out, read_dot_product, read_varlen
 from fastattn._checks cimport accumulation, converted, empty, floating, shape_of
 from fastattn._rules cimport rules_of
 from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA_BLOCK, FA_D_BIAS, FA_D_BIAS_LOST,
                                 FA_D_COLUMNS, FA_D_DIAGONALS, FA_D_KEY, FA_D_QUERY, FA_D_QUERY_LOST, FA_D_RELATIVE_BIAS,
                                 FA_D_RELATIVE_BIAS_LOST, FA_D_ROWS, FA_D_SCORE_WEIGHTS, FA_D_SINKS, FA_D_SLOPES,
                                 FA_D_VALUE, FA_GRAD_LSE, FA_GRAD_OUT, FA_LSE, FA_OUT, FA_ROW_AXES, FA_ROW_STATE,
-                                FA_SOFTMAX, FA_SPAN, FA_STATE, Team, Watch, allowed_threads, fa_gradients, fa_head,
-                                fa_kernels, fa_visible_keys, gathered, give_workspace, interrupted, join_team,
-                                kernels_for, raise_pending, take_workspace)
+                                FA_SOFTMAX, FA_SPAN, FA_STATE, Team, Watch, allowed_threads, fa_call, fa_gradients,
+                                fa_head, fa_kernels, fa_layout, fa_locate, fa_locate_gradients, fa_queries_of,
+                                fa_visible_keys, gathered, give_workspace, interrupted, join_team, kernels_for,
+                                raise_pending, take_workspace)
 from fastattn._scores cimport projected_back, read_additive, read_bilinear
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 

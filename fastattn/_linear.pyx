@@ -12,16 +12,15 @@ from libc.math cimport sqrt
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from fastattn._call cimport (FA_KEY_LENGTHS, FA_OFFSETS, FA_QUERY_LENGTHS, Problem, Shape, batch_shape, fa_layout,
-                             lay_out, new_problem, read_integers, read_shapes)
+from fastattn._call cimport Problem, Shape, batch_shape, lay_out, new_problem, read_integers, read_shapes
 from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, converted, flag, floating,
                                promoted, real, refuse_overlap, shape_of, storage_of)
-from fastattn._runtime cimport (FA_ELU_PLUS_1, FA_LINEAR_BETA, FA_LINEAR_KEY, FA_LINEAR_LOG_DECAY,
+from fastattn._runtime cimport (FA_ELU_PLUS_1, FA_KEY_LENGTHS, FA_LINEAR_BETA, FA_LINEAR_KEY, FA_LINEAR_LOG_DECAY,
                                 FA_LINEAR_NEW_STATE, FA_LINEAR_OPERANDS, FA_LINEAR_OUT, FA_LINEAR_QUERY,
-                                FA_LINEAR_STATE, FA_LINEAR_VALUE, FA_NO_MAP, FA_RELU_MAP, FA_ROW_AXES, Team, Watch,
-                                allowed_threads,
-                                fa_kernels, fa_linear, fa_linear_head, fa_view, gathered, give_workspace,
-                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
+                                FA_LINEAR_STATE, FA_LINEAR_VALUE, FA_NO_MAP, FA_OFFSETS, FA_QUERY_LENGTHS, FA_RELU_MAP,
+                                FA_ROW_AXES, Team, Watch, allowed_threads, fa_kernels, fa_layout, fa_linear,
+                                fa_linear_head, fa_view, gathered, give_workspace, interrupted, join_team, kernels_for,
+                                raise_pending, take_workspace)
 
 cnp.import_array()
 

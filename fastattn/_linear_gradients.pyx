@@ -25,15 +25,14 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from fastattn._call cimport Problem, batch_shape, fa_layout, lay_out
+from fastattn._call cimport Problem, batch_shape, lay_out
 from fastattn._checks cimport accumulation, empty
 from fastattn._linear cimport BLOCK, Recurrence, find_head, locate, placed, read_call, walk
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_LINEAR_BETA, FA_LINEAR_KEY, FA_LINEAR_LOG_DECAY, FA_LINEAR_MISSED,
-                                FA_LINEAR_NEW_STATE, FA_LINEAR_OUT, FA_LINEAR_QUERY,
-                                FA_LINEAR_STATE, FA_LINEAR_VALUE, FA_NO_MAP, FA_ROW_AXES, Team, Watch,
-                                allowed_threads, fa_dtype, fa_kernels, fa_linear, fa_linear_back, fa_linear_head,
-                                fa_view, gathered, give_workspace, interrupted, join_team, kernels_for, raise_pending,
-                                take_workspace)
+                                FA_LINEAR_NEW_STATE, FA_LINEAR_OUT, FA_LINEAR_QUERY, FA_LINEAR_STATE, FA_LINEAR_VALUE,
+                                FA_NO_MAP, FA_ROW_AXES, Team, Watch, allowed_threads, fa_dtype, fa_kernels, fa_layout,
+                                fa_linear, fa_linear_back, fa_linear_head, fa_view, gathered, give_workspace,
+                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
 cnp.import_array()

@@ -12,9 +12,8 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memset
 
 from fastattn._checks cimport accumulation, common_dtype, empty, floating, storage_of, too_few_axes
-from fastattn._rows cimport real_size, size_of
-from fastattn._runtime cimport (Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered, give_workspace,
-                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
+from fastattn._runtime cimport (Team, Watch, allowed_threads, fa_dtype, fa_kernels, fa_real_size, fa_size_of, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 from fastattn._vjp cimport read_gradient
 
 cnp.import_array()
@@ -90,7 +89,7 @@ cdef void empty_part(char *lse, const char *row, Py_ssize_t value_dim, bint is_d
 cdef void read_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, const void **pointers, char *lses,
                    char *rows) noexcept nogil:
     """A row of all parts, in the accumulation dtype."""
-    cdef Py_ssize_t size = real_size(p.dtype), part, index, rest
+    cdef Py_ssize_t size = fa_real_size(p.dtype), part, index, rest
     cdef const char *out_part
     cdef const char *lse_part
     cdef int axis
@@ -113,7 +112,7 @@ cdef void read_row(Parts p, const fa_kernels *kernels, Py_ssize_t row, const voi
 cdef void merge_rows(Parts p, const fa_kernels *kernels, char *out, char *lse, char *scratch, size_t scratch_size,
                      int threads, Watch *watch) noexcept nogil:
     """scratch of a thread: a pointer, a number and a row for each part, and a row more."""
-    cdef Py_ssize_t row, real = real_size(p.dtype)
+    cdef Py_ssize_t row, real = fa_real_size(p.dtype)
     cdef char *mine
     cdef char *lses
     cdef char *merged
@@ -128,13 +127,14 @@ cdef void merge_rows(Parts p, const fa_kernels *kernels, char *out, char *lse, c
             merged = lses + p.parts * (real + p.value_dim * real)
             read_row(p, kernels, row, <const void **> mine, lses, lses + p.parts * real)
             kernels.merge(merged, lse + row * real, <const void **> mine, lses, p.parts, p.value_dim)
-            kernels.scatter(out + row * p.value_dim * size_of(p.dtype), size_of(p.dtype), merged, p.value_dim, p.dtype)
+            kernels.scatter(out + row * p.value_dim * fa_size_of(p.dtype), fa_size_of(p.dtype), merged, p.value_dim,
+                            p.dtype)
 
 
 def merge_attention(outs, lses):
     cdef Parts p = read_parts(outs, lses)
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
-    cdef Py_ssize_t real = real_size(p.dtype)
+    cdef Py_ssize_t real = fa_real_size(p.dtype)
     cdef double numbers = <double> p.rows * p.parts * p.value_dim
     cdef int threads = 1 if numbers < SMALL else allowed_threads(None)
     cdef size_t size = (p.parts * (sizeof(void *) + real) + (p.parts + 1) * p.value_dim * real + 63) // 64 * 64
@@ -166,7 +166,7 @@ cdef class Back:
 
 cdef void back_row(Parts p, Back b, const fa_kernels *kernels, Py_ssize_t row, char *scratch) noexcept nogil:
     """scratch: two pointers, two numbers and two rows for each part, and a row and a number more."""
-    cdef Py_ssize_t real = real_size(p.dtype), part, index, rest = row, out_at = 0, lse_at = 0
+    cdef Py_ssize_t real = fa_real_size(p.dtype), part, index, rest = row, out_at = 0, lse_at = 0
     cdef const void **outs = <const void **> scratch
     cdef void **grad_outs = <void **> (scratch + p.parts * sizeof(void *))
     cdef char *lses = scratch + 2 * p.parts * sizeof(void *)
@@ -192,10 +192,10 @@ cdef void back_row(Parts p, Back b, const fa_kernels *kernels, Py_ssize_t row, c
     kernels.merge_back(grad_outs, grad_lses, grad_out, grad_lse, outs, lses, p.parts, p.value_dim)
     for part in range(p.parts):
         dtype = <fa_dtype> p.out_dtype[part]
-        kernels.scatter(<char *> <uintptr_t> b.outs_at[part] + row * p.value_dim * size_of(dtype), size_of(dtype),
+        kernels.scatter(<char *> <uintptr_t> b.outs_at[part] + row * p.value_dim * fa_size_of(dtype), fa_size_of(dtype),
                         grad_outs[part], p.value_dim, dtype)
         dtype = <fa_dtype> p.lse_dtype[part]
-        kernels.scatter(<char *> <uintptr_t> b.lses_at[part] + row * size_of(dtype), size_of(dtype),
+        kernels.scatter(<char *> <uintptr_t> b.lses_at[part] + row * fa_size_of(dtype), fa_size_of(dtype),
                         grad_lses + part * real, 1, dtype)
 
 
@@ -214,7 +214,7 @@ def merge_attention_vjp(grad_out, outs, lses, grad_lse):
     cdef Parts p = read_parts(outs, lses)
     cdef Back b = Back.__new__(Back)
     cdef const fa_kernels *kernels = kernels_for(p.dtype)
-    cdef Py_ssize_t real = real_size(p.dtype)
+    cdef Py_ssize_t real = fa_real_size(p.dtype)
     cdef double numbers = <double> p.rows * p.parts * p.value_dim
     cdef int threads = 1 if numbers < SMALL else allowed_threads(None)
     cdef size_t size = (2 * p.parts * (sizeof(void *) + real) + (2 * p.parts + 1) * p.value_dim * real + real)

@@ -17,11 +17,11 @@ from libc.stdint cimport int64_t
 from fastattn._call cimport Problem, new_problem, read_activation
 from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked_threads, converted, empty, flag,
                                floating, integer, promoted, real, refuse_overlap, shape_of, storage_of)
-from fastattn._rows cimport MOST_AXES, real_size
+from fastattn._rows cimport MOST_AXES
 from fastattn._runtime cimport (FA_ALONG_X, FA_ALONG_Y, FA_ALONG_Z, FA_BF16, FA_F16, FA_F32, FA_F64, FA_NOTES,
                                 FA_SOFTMAX, FA_SPACE, Team, Watch, allowed_threads, fa_dtype, fa_image, fa_image_back,
-                                fa_kernels, fa_neighborhood, fa_pixels, fa_table_size, gathered, give_workspace,
-                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
+                                fa_kernels, fa_neighborhood, fa_pixels, fa_real_size, fa_table_size, gathered,
+                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
 cnp.import_array()
@@ -438,7 +438,7 @@ cdef double bytes_of_panels(Call p, int lanes) noexcept:
     """Kernels keep the planes that are still seen and, where there is one plane of queries, the rows."""
     cdef int64_t rows = 2 if p.tile[<int> FA_ALONG_Z] == 1 else p.tile[<int> FA_ALONG_X]
     return rows_seen(p, FA_ALONG_Z, 1) * rows_seen(p, FA_ALONG_X, rows) * width_of_panel(p, lanes) * \
-        (<double> p.shared.head_dim + p.shared.value_dim + 32) * real_size(p.dtype)
+        (<double> p.shared.head_dim + p.shared.value_dim + 32) * fa_real_size(p.dtype)
 
 
 cdef void choose_tile(Call p, double wanted, int lanes) noexcept:
@@ -755,7 +755,7 @@ cdef object place_gradient(Call p, int operand, object target):
 
 cdef int lay_notes(Call p) except -1:
     """Numbers of each query, for the axes as they are chosen."""
-    cdef Py_ssize_t step = real_size(p.dtype)
+    cdef Py_ssize_t step = fa_real_size(p.dtype)
     cdef int axis
     cdef Layout *layout = &p.layouts[<int> NOTES]
     cdef cnp.ndarray notes = empty((p.images * p.heads * <int> FA_NOTES, *[p.extent[i] for i in range(<int> FA_SPACE)]),

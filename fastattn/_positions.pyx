@@ -21,9 +21,10 @@ from libc.string cimport memcmp, memcpy
 
 from fastattn._checks cimport (as_array, checked_out, checked_threads, flag, floating, integer, integer_array,
                                integers, real, refuse_overlap, shape_of, storage_of, too_few_axes)
-from fastattn._rows cimport MOST_AXES, ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X, Axes, join_axes, real_size
-from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_threads, fa_dtype, fa_kernels, gathered,
-                                give_workspace, interrupted, join_team, kernels_for, raise_pending, take_workspace)
+from fastattn._rows cimport MOST_AXES, ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X
+from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_threads, fa_axes, fa_dtype, fa_join_axes,
+                                fa_kernels, fa_real_size, gathered, give_workspace, interrupted, join_team, kernels_for,
+                                raise_pending, take_workspace)
 
 cnp.import_array()
 
@@ -46,7 +47,7 @@ cdef enum:
 # Rows of pairs to rotate by position. The batch axes are split into those along which positions differ and the others,
 # adjacent ones merged; the strides of the unused mask and gradient are 0.
 cdef class Rotation:
-    cdef Axes cells, members                        # positions differ along `cells`, not along `members`
+    cdef fa_axes cells, members                        # positions differ along `cells`, not along `members`
     cdef Py_ssize_t cell_count, member_count
     cdef Py_ssize_t length, channels, pairs
     cdef Py_ssize_t row[<int> ROW_OPERANDS]         # byte strides of the last two axes
@@ -64,7 +65,7 @@ cdef class Rotation:
     cdef readonly object answer
 
 
-cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t out_stride) noexcept:
+cdef void add_axis(fa_axes *axes, Py_ssize_t size, Py_ssize_t x_stride, Py_ssize_t out_stride) noexcept:
     axes.shape[axes.count] = size
     axes.strides[<int> ROW_X][axes.count] = x_stride
     axes.strides[<int> ROW_OUT][axes.count] = out_stride
@@ -257,8 +258,8 @@ cdef Rotation read_rotation(object x, object offset, object positions, object ba
         else:
             add_axis(&p.members, n, cnp.PyArray_STRIDE(a, i), cnp.PyArray_STRIDE(o, i))
             p.member_count *= n
-    join_axes(&p.cells)
-    join_axes(&p.members)
+    fa_join_axes(&p.cells)
+    fa_join_axes(&p.members)
     p.kept = [a, o, own]
     if places is not None:
         p.kept += read_positions(p, places, ndim)
@@ -307,7 +308,7 @@ cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint den
     # Each part starts at a cache line.
     cdef Py_ssize_t positions_size = 0 if dense else (rows * 8 + 63) // 64 * 64
     cdef Py_ssize_t speed_size = (p.pairs * 8 + 63) // 64 * 64
-    cdef Py_ssize_t turns_size = rows * p.pairs * (2 * real_size(accumulated))
+    cdef Py_ssize_t turns_size = rows * p.pairs * (2 * fa_real_size(accumulated))
     table.size = positions_size + speed_size + turns_size
     table.memory = PyMem_RawMalloc(table.size + 64)
     if table.memory == NULL:
@@ -333,7 +334,7 @@ cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint den
 
 
 cdef void make_row(Table table, const fa_kernels *kernels, Py_ssize_t row) noexcept nogil:
-    kernels.turns(table.turns + row * 2 * table.pairs * (real_size(table.real)), table.speed, table.pairs,
+    kernels.turns(table.turns + row * 2 * table.pairs * (fa_real_size(table.real)), table.speed, table.pairs,
                   table.first + row if table.positions == NULL else table.positions[row], table.factor)
 
 
@@ -401,7 +402,7 @@ cdef struct Cut:
 
 cdef Cut cut_of(Rotation p, Table table) noexcept:
     cdef Cut cut
-    cdef Py_ssize_t size = real_size(p.dtype)
+    cdef Py_ssize_t size = fa_real_size(p.dtype)
     cut.real = size
     cut.in_place = (p.dtype == FA_F64 or p.dtype == FA_F32) and p.col[<int> ROW_X] == size == p.col[<int> ROW_OUT]
     cut.rows = min(p.length, max(1, TABLE_CHUNK // max(p.pairs, 1)))
@@ -418,7 +419,7 @@ cdef Cut cut_of(Rotation p, Table table) noexcept:
     return cut
 
 
-cdef void locate(const Axes *axes, Py_ssize_t number, Py_ssize_t *x, Py_ssize_t *out) noexcept nogil:
+cdef void locate(const fa_axes *axes, Py_ssize_t number, Py_ssize_t *x, Py_ssize_t *out) noexcept nogil:
     """Adds the byte offsets of element `number` of some axes to x and out."""
     cdef int axis
     cdef Py_ssize_t index

@@ -317,18 +317,112 @@ cdef extern from "kernels/contract.h" nogil:
         const fa_kernels *kernels[<int> FA_DTYPES]
 
     int fa_runnable(fa_instruction_set *sets, int room)
-    int fa_prefetching_helps()
+    int fa_choose(const char *name)
+    const char *fa_chosen()
+    const fa_kernels *fa_kernels_for(fa_dtype dtype)
     void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *begin,
                          int64_t *end)
     int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *cursor,
                       int64_t *begin, int64_t *end)
 
 
+cdef extern from "kernels/call.h" nogil:
+    enum:
+        FA_KEY_LENGTHS
+        FA_QUERY_LENGTHS
+        FA_OFFSETS
+        FA_KEYS_BEFORE
+        FA_CALL_OPERANDS
+
+    ctypedef struct fa_layout:
+        char *data
+        fa_dtype dtype
+        Py_ssize_t row, col
+        Py_ssize_t batch[FA_ROW_AXES]
+
+    ctypedef struct fa_call:
+        fa_problem problem
+        fa_head sizes
+        int axes
+        int64_t shape[FA_ROW_AXES]
+        int64_t heads, group
+        fa_layout layouts[<int> FA_CALL_OPERANDS]
+        int operands[<int> FA_CALL_OPERANDS]
+        int operand_count
+        int64_t longest_query, longest_key
+        int offset_is_default
+        const int64_t *query_starts
+        const int64_t *key_starts
+        int64_t sequences
+
+    int64_t fa_queries_of(const fa_call *call, int64_t sequence)
+    void fa_locate(const fa_call *call, int64_t head, int64_t sequence, fa_head *to)
+    void fa_locate_gradients(const fa_call *call, const fa_layout *layouts, int64_t head, int64_t sequence,
+                             fa_gradients *to)
+
+
+cdef extern from "kernels/threads.h" nogil:
+    int fa_openmp_version()
+    int fa_openmp_threads()
+    int fa_affinity()
+    double fa_seconds()
+
+    ctypedef struct fa_thread_settings:
+        int chosen, environment, openmp_environment, openmp_untouched, quota
+
+    fa_thread_settings fa_threads
+    int fa_default_threads()
+    int fa_allowed_threads(int wanted)
+    int fa_prepare_threads(const char *lock_path)
+    int fa_gather(int threads, void **team, int *growing)
+    void fa_join_team(void *team, int growing)
+
+
+cdef extern from "kernels/drive.h" nogil:
+    ctypedef struct fa_plan:
+        size_t size
+        double estimate
+
+    ctypedef struct fa_watch:
+        int (*interrupted)(void *of, int is_caller) noexcept nogil
+        void *of
+
+    void fa_choose_loops(fa_call *call, const fa_kernels *kernels, int decode)
+    int fa_has_work(const fa_call *call)
+    int fa_keeps_too_many(const fa_call *call)
+    int fa_is_small(const fa_call *call, const fa_kernels *kernels)
+    void fa_make_plan(const fa_call *call, const fa_kernels *kernels, int threads, fa_plan *plan)
+    void fa_lay_out(const fa_call *call, fa_plan *plan, void *memory)
+    int fa_attend(const fa_call *call, const fa_kernels *kernels, const fa_plan *plan, const fa_watch *watch)
+
+
+cdef extern from "kernels/drive_rows.h" nogil:
+    ctypedef struct fa_rows:
+        fa_row_function function
+        fa_axes row, batch
+        int64_t length, rows
+        char *data[<int> FA_ROW_OPERANDS]
+        fa_dtype dtypes[<int> FA_ROW_OPERANDS]
+        fa_dtype real
+        int single, aligned
+
+    ctypedef struct fa_rows_plan:
+        size_t size
+
+    int fa_rows_are_few(const fa_rows *rows)
+    void fa_plan_rows(const fa_rows *rows, const fa_kernels *kernels, int threads, fa_rows_plan *plan)
+    int fa_run_rows(const fa_rows *rows, const fa_kernels *kernels, const fa_rows_plan *plan, void *memory,
+                    const fa_watch *watch)
+    Py_ssize_t fa_size_of(fa_dtype dtype)
+    Py_ssize_t fa_real_size(fa_dtype dtype)
+    void fa_join_axes(fa_axes *axes)
+
+
+# The table of include/fastattn.h, a fastattn_api.
+cdef const void *c_interface
+
 # The selected kernels for a storage dtype: those of its accumulation dtype.
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil
-
-# fa_problem.prefetch on this CPU.
-cdef int prefetching_helps
 
 # How many threads a call with this (checked) num_threads argument may use, whatever the size of its work.
 cdef int allowed_threads(object num_threads) except -1
@@ -357,3 +451,9 @@ cdef struct Watch:
 # check for signals; if one has raised an exception, the others see it here too, and the call ends with raise_pending.
 cdef bint interrupted(Watch *watch, bint caller) noexcept nogil
 cdef int raise_pending() except -1
+
+# Carries a checked call out, with the driver that is written in C. decode: as fa_choose_loops has it.
+cdef int carry_out(fa_call *call, bint decode, object num_threads) except -1
+
+# The same for softmax and its relatives.
+cdef int run_rows(const fa_rows *rows, object num_threads) except -1

@@ -1,9 +1,9 @@
-"""What all drivers share: the selected kernels, the threads of a region, scratch memory, Ctrl-C and fork.
+"""What all drivers share: the selected kernels, the threads of a region, scratch memory, Ctrl-C; and what the drivers
+that are written in C need of Python.
 
-The C kernels of every instruction set are linked into this module; the choice is made once, at import.
+All of kernels/*.c is linked into this module; the choice of the instruction set is made once, at import.
 """
 import os
-import re
 import warnings
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -11,280 +11,8 @@ from libc.stdint cimport uintptr_t
 
 cdef extern from *:
     """
-    #include <errno.h>
-    #include <stdlib.h>
-    #include <time.h>
-    #if defined(__linux__)
-    #include <sched.h>
-    #include <sys/syscall.h>
-    #endif
-    #if !defined(_WIN32)
-    #include <fcntl.h>
-    #include <pthread.h>
-    #include <string.h>
-    #include <sys/file.h>
-    #include <unistd.h>
-    #endif
-    #if defined(_OPENMP)
-    #include <omp.h>
-    #endif
-
-    static int fa_openmp_version(void)
-    {
-    #if defined(_OPENMP)
-        return _OPENMP;
-    #else
-        return 0;
-    #endif
-    }
-
-    static double fa_seconds(void)
-    {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-    }
-
-    /* What OpenMP would use in this thread: OMP_NUM_THREADS, or what was set since, for this thread alone. */
-    static int fa_openmp_threads(void)
-    {
-    #if defined(_OPENMP)
-        return omp_get_max_threads();
-    #else
-        return 0;
-    #endif
-    }
-
-    /* The threads of a region. OpenMP aborts the process if the system refuses it a thread (RLIMIT_NPROC, a container's
-     * limit on pids, no memory for a stack). For each calling thread it keeps the workers of that thread's last region
-     * and creates the missing ones when a region begins. So before a region that needs more, as many trial threads are
-     * created, kept until all exist, and ended again, and the region gets no more than could be created. Other programs
-     * may still take some in the microseconds until the region begins; so a few are left over for them, and processes
-     * that use this library take turns.
-     */
-    enum { FA_LEFT_OVER = 2 };
-
-    #if defined(_OPENMP) && !defined(_WIN32)
-    /* One per calling thread; shared with its workers, and freed by the last of them. */
-    typedef struct {
-        int members;     /* those of these threads that are alive: the destructor of fa_pool_key removes them */
-        int last;        /* threads of the last region */
-        double refused;  /* when the system last gave fewer threads than wanted */
-    } fa_pool;
-
-    static pthread_key_t fa_pool_key;
-    static __thread fa_pool *fa_own_pool;
-    static size_t fa_stack_size;  /* of OpenMP's threads; 0: the system's default */
-
-    /* Both locks are held from the trial until OpenMP has its threads, so that no two callers count on the same ones:
-     * the mutex among the threads of this process, and a lock on this module's file, which always exists, among
-     * processes. */
-    static pthread_mutex_t fa_growing = PTHREAD_MUTEX_INITIALIZER;
-    static char *fa_lock_path;
-    static int fa_lock = -1;
-
-    static void fa_end_growing(void)
-    {
-        if (fa_lock >= 0)
-            close(fa_lock);
-        fa_lock = -1;
-        pthread_mutex_unlock(&fa_growing);
-    }
-
-    /* Waits for this thread's turn; false if that takes too long. */
-    static int fa_begin_growing(void)
-    {
-        double begin;
-        pthread_mutex_lock(&fa_growing);
-        begin = fa_seconds();
-        fa_lock = fa_lock_path != NULL ? open(fa_lock_path, O_RDONLY | O_CLOEXEC) : -1;
-        while (fa_lock >= 0 && flock(fa_lock, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
-            if (fa_seconds() - begin > 0.05) {
-                fa_end_growing();
-                return 0;
-            }
-            usleep(50);
-        }
-        return 1;
-    }
-
-    static void fa_leave_pool(void *pool)
-    {
-        if (__atomic_sub_fetch(&((fa_pool *)pool)->members, 1, __ATOMIC_ACQ_REL) == 0)
-            free(pool);
-    }
-
-    static void fa_enter_pool(fa_pool *pool)
-    {
-        fa_pool *left = fa_own_pool;
-        if (pthread_setspecific(fa_pool_key, pool) != 0)
-            return;
-        __atomic_add_fetch(&pool->members, 1, __ATOMIC_ACQ_REL);
-        fa_own_pool = pool;
-        if (left != NULL)
-            fa_leave_pool(left);
-    }
-
-    typedef struct {
-        pthread_mutex_t *gate;
-        pthread_t thread;
-        long id;
-    } fa_trial;
-
-    static void *fa_wait_at_gate(void *data)
-    {
-        fa_trial *trial = (fa_trial *)data;
-    #if defined(__linux__)
-        trial->id = syscall(SYS_gettid);
-    #endif
-        pthread_mutex_lock(trial->gate);
-        pthread_mutex_unlock(trial->gate);
-        return NULL;
-    }
-
-    /* How many of the wanted threads the system allows at the same time. */
-    static int fa_try_threads(int wanted)
-    {
-        fa_trial *trial = (fa_trial *)malloc((size_t)wanted * sizeof *trial);
-        pthread_mutex_t gate;
-        pthread_attr_t attributes;
-        int made = 0, gone = 0;
-        double begin;
-        if (trial == NULL || pthread_attr_init(&attributes) != 0) {
-            free(trial);
-            return 0;
-        }
-        if (fa_stack_size != 0)
-            pthread_attr_setstacksize(&attributes, fa_stack_size);  /* a size refused here is refused by OpenMP too */
-        pthread_mutex_init(&gate, NULL);
-        pthread_mutex_lock(&gate);
-        while (made < wanted) {
-            trial[made].gate = &gate;
-            if (pthread_create(&trial[made].thread, &attributes, fa_wait_at_gate, &trial[made]) != 0)
-                break;
-            ++made;
-        }
-        pthread_mutex_unlock(&gate);
-        for (int i = 0; i < made; ++i)
-            pthread_join(trial[i].thread, NULL);
-        /* The system still counts a thread for a moment after it has ended. */
-        begin = fa_seconds();
-        for (int i = 0; i < made; ++i) {
-    #if defined(__linux__)
-            while (syscall(SYS_tgkill, (long)getpid(), trial[i].id, 0L) == 0 && fa_seconds() - begin < 0.1)
-                sched_yield();
-            gone += syscall(SYS_tgkill, (long)getpid(), trial[i].id, 0L) != 0;
-    #else
-            ++gone;
-    #endif
-        }
-        (void)begin;
-        pthread_mutex_destroy(&gate);
-        pthread_attr_destroy(&attributes);
-        free(trial);
-        return gone;
-    }
-
-    /* Right before a region: how many threads it may have, at most `threads`. growing: it is this thread's turn until
-     * they exist. */
-    static int fa_gather(int threads, void **team, int *growing)
-    {
-        fa_pool *pool = fa_own_pool;
-        int have, missing, more;
-        *team = NULL;
-        *growing = 0;
-        if (threads <= 1)
-            return 1;
-        if (pool == NULL) {
-            pool = (fa_pool *)calloc(1, sizeof *pool);
-            if (pool == NULL)
-                return 1;
-            fa_enter_pool(pool);
-            if (fa_own_pool != pool) {
-                free(pool);
-                return 1;
-            }
-        }
-        /* The caller and its workers; workers that the last region did not need are about to end. */
-        have = __atomic_load_n(&pool->members, __ATOMIC_ACQUIRE);
-        have = have > pool->last ? pool->last : have;
-        have = have < 1 ? 1 : have;
-        if (threads > have && pool->refused != 0 && fa_seconds() - pool->refused < 1.0) {
-            threads = have;
-        } else if (threads > have) {
-            missing = threads - have;
-            *growing = fa_begin_growing();
-            more = *growing ? fa_try_threads(missing + FA_LEFT_OVER) - FA_LEFT_OVER : 0;
-            more = more < 0 ? 0 : more;
-            pool->refused = more < missing ? fa_seconds() : 0;
-            threads = have + more;
-            if (*growing && more == 0) {
-                *growing = 0;
-                fa_end_growing();
-            }
-        }
-        if (threads > 1)
-            pool->last = threads;
-        *team = pool;
-        return threads;
-    }
-
-    /* To be called first by every thread of a region. */
-    static void fa_join_team(void *team, int growing)
-    {
-        if (growing && omp_get_thread_num() == 0)
-            fa_end_growing();
-        if (team != NULL && fa_own_pool != team)
-            fa_enter_pool((fa_pool *)team);
-    }
-
-    /* A child of fork() inherits the record of its parent's OpenMP threads but not the threads, and would wait for them
-     * forever. The parent must release them before the fork; in the child it is too late. */
-    static void fa_before_fork(void)
-    {
-        pthread_mutex_lock(&fa_growing);
-    #if _OPENMP >= 201811 || (__GNUC__ >= 9 && !defined(__clang__))
-        omp_pause_resource_all(omp_pause_soft);
-    #endif
-    }
-
-    static void fa_after_fork(void) { pthread_mutex_unlock(&fa_growing); }
-
-    static void fa_in_child(void)
-    {
-        if (fa_own_pool != NULL)
-            fa_own_pool->last = 0;
-        pthread_mutex_unlock(&fa_growing);
-    }
-
-    static int fa_prepare_threads(size_t stack_size, const char *lock_path)
-    {
-        fa_stack_size = stack_size;
-        fa_lock_path = strdup(lock_path);
-        if (pthread_key_create(&fa_pool_key, fa_leave_pool) != 0)
-            return -1;
-        return pthread_atfork(fa_before_fork, fa_after_fork, fa_in_child);
-    }
-    #else
-    static int fa_gather(int threads, void **team, int *growing) { return *team = NULL, *growing = 0, 1; }
-    static void fa_join_team(void *team, int growing) {}
-    static int fa_prepare_threads(size_t stack_size, const char *lock_path) { return 0; }
-    #endif
-
-    /* CPUs that this process may be scheduled on. */
-    static int fa_affinity(void)
-    {
-    #if defined(__linux__)
-        cpu_set_t set;
-        if (sched_getaffinity(0, sizeof set, &set) == 0)
-            return CPU_COUNT(&set);
-    #endif
-    #if !defined(_WIN32)
-        return (int)sysconf(_SC_NPROCESSORS_ONLN);
-    #else
-        return 1;
-    #endif
-    }
+    #define FASTATTN_NO_CAPSULE /* this module is where the functions are */
+    #include "include/fastattn.h"
 
     static int fa_check_signals(void)
     {
@@ -300,13 +28,7 @@ cdef extern from *:
     static int fa_load(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static void fa_store(int *p, int x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
     """
-    int fa_openmp_version() noexcept nogil
-    int fa_openmp_threads() noexcept nogil
-    int fa_prepare_threads(size_t stack_size, const char *lock_path) noexcept
-    int fa_gather(int threads, void **team, int *growing) noexcept nogil
-    void fa_join_team(void *team, int growing) noexcept nogil
-    double fa_seconds() noexcept nogil
-    int fa_affinity() noexcept nogil
+    const void *fastattn_get_api() noexcept nogil
     int fa_check_signals() noexcept nogil
     int fa_raise_pending() except -1
     int fa_load(const int *) noexcept nogil
@@ -317,43 +39,29 @@ cdef extern from *:
 
 cdef fa_instruction_set sets[8]
 cdef int set_count = fa_runnable(sets, 8)
-cdef fa_instruction_set *selected_set = &sets[0]
 
 runnable = [sets[i].name.decode() for i in range(set_count)]
 
 _forced = os.environ.get("FASTATTN_ISA", "")
-if _forced:
-    if _forced not in runnable:
-        raise ImportError(f"FASTATTN_ISA={_forced!r}: this CPU and build can run {', '.join(runnable)}")
-    selected_set = &sets[<int> runnable.index(_forced)]
+if not fa_choose((_forced or runnable[0]).encode()):
+    raise ImportError(f"FASTATTN_ISA={_forced!r}: this CPU and build can run {', '.join(runnable)}")
 
-selected = selected_set.name.decode()
+selected = fa_chosen().decode()
 kernel_names = {
-    "float32": selected_set.kernels[<int> FA_F32].name.decode(),
-    "float64": selected_set.kernels[<int> FA_F64].name.decode(),
-    "float16": selected_set.kernels[<int> FA_F16].name.decode(),
-    "bfloat16": selected_set.kernels[<int> FA_BF16].name.decode(),
+    "float32": fa_kernels_for(FA_F32).name.decode(),
+    "float64": fa_kernels_for(FA_F64).name.decode(),
+    "float16": fa_kernels_for(FA_F16).name.decode(),
+    "bfloat16": fa_kernels_for(FA_BF16).name.decode(),
 }
 openmp_version = fa_openmp_version()
-cdef int prefetching_helps = fa_prefetching_helps()
+c_interface = fastattn_get_api()
 
 
 cdef const fa_kernels *kernels_for(fa_dtype dtype) noexcept nogil:
-    return selected_set.kernels[<int> dtype]
+    return fa_kernels_for(dtype)
 
 
 # Threads
-
-cdef int chosen_threads = 0       # by set_num_threads; 0: not set
-cdef int environment_threads = 0  # FASTATTN_NUM_THREADS; 0: not set
-cdef int openmp_environment = 0   # OMP_NUM_THREADS; 0: not set
-cdef int openmp_untouched = 0     # what OpenMP would use if nobody has set it otherwise since the import
-cdef int quota_threads = 0
-
-# More threads than this, or than there are CPUs, never help.
-cdef enum:
-    MOST_THREADS = 16
-
 
 def _threads_from_environment(name):
     """The value of the variable (of OMP_NUM_THREADS, a list, the first); 0 if unset or unusable."""
@@ -399,25 +107,17 @@ def _threads_from_quota():
     return least
 
 
-environment_threads = _threads_from_environment("FASTATTN_NUM_THREADS")
-if not environment_threads:
-    openmp_environment = _threads_from_environment("OMP_NUM_THREADS")
-openmp_untouched = fa_openmp_threads()
-if openmp_untouched < fa_affinity() and not openmp_environment:
+fa_threads.environment = _threads_from_environment("FASTATTN_NUM_THREADS")
+if not fa_threads.environment:
+    fa_threads.openmp_environment = _threads_from_environment("OMP_NUM_THREADS")
+fa_threads.openmp_untouched = fa_openmp_threads()
+if fa_threads.openmp_untouched < fa_affinity() and not fa_threads.openmp_environment:
     # It was set before this import, perhaps only for a while.
-    openmp_untouched = fa_affinity()
+    fa_threads.openmp_untouched = fa_affinity()
+fa_threads.quota = _threads_from_quota()
 
 
-def _stack_size():
-    """The stack size of OpenMP's threads in bytes, parsed as its library does; 0: the system's default."""
-    for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
-        match = re.fullmatch(r"\s*(\d{1,12})\s*([bkmg]?)\s*", os.environ.get(name, "").lower())
-        if match:
-            return int(match[1]) << {"b": 0, "k": 10, "m": 20, "g": 30}[match[2] or "k"]
-    return 0
-
-
-if fa_prepare_threads(_stack_size(), os.fsencode(__file__)):
+if fa_prepare_threads(os.fsencode(__file__)):  # a file that always exists
     raise ImportError("the system has no room for the records of threads (pthread_key_create, pthread_atfork)")
 
 
@@ -431,37 +131,16 @@ cdef void join_team(const Team *team) noexcept nogil:
     fa_join_team(team.pool, team.growing)
 
 
-cdef int default_threads() except -1:
-    global quota_threads
-    cdef int openmp
-    if chosen_threads:
-        return chosen_threads
-    if environment_threads:
-        return environment_threads
-    openmp = fa_openmp_threads()
-    if openmp != openmp_untouched:
-        return openmp
-    if openmp_environment:
-        return openmp_environment
-    if not quota_threads:
-        quota_threads = _threads_from_quota()
-    return max(1, min(fa_affinity(), quota_threads))
-
-
 def get_threads():
-    return default_threads()
+    return fa_default_threads()
 
 
 def set_threads(num_threads):
-    global chosen_threads
-    chosen_threads = min(num_threads, 1 << 30)
+    fa_store(&fa_threads.chosen, min(num_threads, 1 << 30))
 
 
 cdef int allowed_threads(object num_threads) except -1:
-    cdef int count = default_threads() if num_threads is None else num_threads
-    if not openmp_version:
-        return 1
-    return min(count, max(MOST_THREADS, fa_affinity()))
+    return fa_allowed_threads(0 if num_threads is None else num_threads)
 
 
 # Scratch memory
@@ -532,3 +211,65 @@ cdef bint interrupted(Watch *watch, bint caller) noexcept nogil:
 
 cdef int raise_pending() except -1:
     return fa_raise_pending()
+
+
+# Drivers in C
+
+cdef int asks(void *watch, int is_caller) noexcept nogil:
+    return interrupted(<Watch *> watch, is_caller)
+
+
+cdef int carry_out(fa_call *call, bint decode, object num_threads) except -1:
+    cdef const fa_kernels *kernels = fa_kernels_for(call.problem.dtype)
+    cdef fa_plan plan
+    cdef Watch watch = Watch(0, 0)
+    cdef fa_watch asked
+    cdef void *scratch
+    cdef bint small
+    fa_choose_loops(call, kernels, decode)
+    if not fa_has_work(call):
+        return 0
+    if fa_keeps_too_many(call):
+        raise MemoryError(f"no memory for the scores of {call.longest_key} keys that activation='sparsemax' and "
+                          f"'entmax15' keep for each row of a tile")
+    small = fa_is_small(call, kernels)
+    fa_make_plan(call, kernels, 1 if small else allowed_threads(num_threads), &plan)
+    scratch = take_workspace(plan.size, plan.estimate)
+    try:
+        fa_lay_out(call, &plan, scratch)
+        if small:
+            fa_attend(call, kernels, &plan, NULL)
+        else:
+            asked.interrupted, asked.of = &asks, &watch
+            with nogil:
+                fa_attend(call, kernels, &plan, &asked)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    return 0
+
+
+cdef int run_rows(const fa_rows *rows, object num_threads) except -1:
+    cdef const fa_kernels *kernels = fa_kernels_for(rows.dtypes[<int> FA_ROW_X])
+    cdef fa_rows_plan plan
+    cdef Watch watch = Watch(0, 0)
+    cdef fa_watch asked
+    cdef void *scratch
+    cdef bint small = fa_rows_are_few(rows)
+    fa_plan_rows(rows, kernels, 1 if small else allowed_threads(num_threads), &plan)
+    if plan.size == 0:
+        return 0
+    scratch = take_workspace(plan.size, <double> plan.size)
+    try:
+        if small:
+            fa_run_rows(rows, kernels, &plan, scratch, NULL)
+        else:
+            asked.interrupted, asked.of = &asks, &watch
+            with nogil:
+                fa_run_rows(rows, kernels, &plan, scratch, &asked)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    return 0

@@ -1,7 +1,8 @@
-"""Threads, and what this build runs on."""
+"""Threads, what this build runs on, and where its C header is."""
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from typing import Any, TextIO
@@ -86,6 +87,27 @@ def cpu_info() -> dict[str, Any]:
         "kernels": dict(_runtime.kernel_names),
         "machine": platform.machine(),
     }
+
+
+def get_include() -> str:
+    """
+    Folder of ``fastattn.h``, for the compiler's ``-I`` or an extension's ``include_dirs``.
+
+    C and C++ extensions include that header after ``Python.h``; Cython modules ``cimport`` from
+    ``fastattn.cython_attention``. README.md shows both.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> import os
+    >>> import fastattn
+    >>> os.listdir(fastattn.get_include())
+    ['fastattn.h']
+    """
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")
 
 
 def show_config(file: TextIO | None = None) -> None:

@@ -470,6 +470,16 @@ typedef struct {
 /* The instruction sets of this build that this CPU can run, best first; returns their number. */
 int fa_runnable(fa_instruction_set *sets, int room);
 
+/* Makes this the instruction set in use; 0: this build or CPU does not have it. */
+int fa_choose(const char *name);
+
+/* Its name. */
+const char *fa_chosen(void);
+
+/* The kernels in use for a storage dtype: those of its accumulation dtype. Nobody has chosen: what FASTATTN_ISA names,
+ * or the best. */
+const fa_kernels *fa_kernels_for(fa_dtype dtype);
+
 /* Whether this CPU reads contiguous keys faster with software prefetches. */
 int fa_prefetching_helps(void);
 

@@ -1,5 +1,7 @@
 /* Which kernels this CPU and operating system can run, and which suit it. Compiled for the plain target. */
 #include "contract.h"
+#include <stdlib.h>
+#include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -48,6 +50,57 @@ static const fa_kernels *find_kernels(int row, fa_dtype dtype)
         if (instruction_sets[i].runs() && instruction_sets[i].kernels[dtype])
             return instruction_sets[i].kernels[dtype];
     return find_kernels(row, FA_F32);
+}
+
+/* The choice, by dtype; NULL until somebody asks or chooses. */
+static const fa_kernels *chosen[FA_DTYPES];
+static const char *chosen_name;
+
+static void choose(int row)
+{
+    __atomic_store_n(&chosen_name, instruction_sets[row].name, __ATOMIC_RELEASE);
+    for (int dtype = 0; dtype < FA_DTYPES; dtype++)
+        __atomic_store_n(&chosen[dtype], find_kernels(row, (fa_dtype)dtype), __ATOMIC_RELEASE);
+}
+
+int fa_choose(const char *name)
+{
+    for (int i = 0; i < ROWS_OF_TABLE; i++) {
+        if (strcmp(name, instruction_sets[i].name) == 0 && instruction_sets[i].runs()) {
+            choose(i);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Any thread makes the same choice. */
+static void choose_for_oneself(void)
+{
+    const char *name = getenv("FASTATTN_ISA");
+    int row = 0;
+    if (name && fa_choose(name))
+        return;
+    while (!instruction_sets[row].runs())
+        row++;
+    choose(row);
+}
+
+const fa_kernels *fa_kernels_for(fa_dtype dtype)
+{
+    const fa_kernels *kernels = __atomic_load_n(&chosen[dtype], __ATOMIC_ACQUIRE);
+    if (!kernels) {
+        choose_for_oneself();
+        kernels = __atomic_load_n(&chosen[dtype], __ATOMIC_ACQUIRE);
+    }
+    return kernels;
+}
+
+const char *fa_chosen(void)
+{
+    if (!__atomic_load_n(&chosen_name, __ATOMIC_ACQUIRE))
+        choose_for_oneself();
+    return __atomic_load_n(&chosen_name, __ATOMIC_ACQUIRE);
 }
 
 int fa_runnable(fa_instruction_set *sets, int room)
