@@ -132,7 +132,6 @@ _LATER = {
     "KVCache": "cache",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
-    "_C_API": "cython_attention",
     "additive_attention_vjp": "gradients",
     "bilinear_attention_vjp": "gradients",
     "dot_product_attention_vjp": "gradients",
@@ -155,6 +154,8 @@ if not _typing.TYPE_CHECKING:
         if name in _LATER:
             globals()[name] = value = getattr(_importlib.import_module(f"fastattn.{_LATER[name]}"), name)
             return value
+        if name == "_C_API":  # asked for by import_fastattn() of fastattn.h
+            return _importlib.import_module("fastattn.cython_attention")._C_API
         if name in _LATER.values():
             return _importlib.import_module(f"fastattn.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -355,7 +355,8 @@ int fa_default_threads(void)
         return openmp > 0 ? openmp : 1;
     if (fa_threads.openmp_environment)
         return fa_threads.openmp_environment;
-    const int cpus = fa_affinity() < fa_threads.quota ? fa_affinity() : fa_threads.quota;
+    int cpus = fa_affinity();
+    cpus = cpus < fa_threads.quota ? cpus : fa_threads.quota;
     return cpus > 1 ? cpus : 1;
 }
 
