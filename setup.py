@@ -106,7 +106,7 @@ def flags_of(source):
     -O3 for kernels: with -O2 narrow windows, short calls and caches take 3 to 6 % longer. Cython's C gains nothing from
     it, and takes longer to compile; nor is it worthwhile for kernels that only old CPUs run.
     """
-    is_for_old = "baseline" in source and platform.machine() in ("x86_64", "AMD64")
+    is_for_old = "baseline" in source and platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
     return ["-O3"] if is_kernel(source) and not is_for_old and not DEBUG else []
 
 

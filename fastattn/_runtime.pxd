@@ -320,6 +320,7 @@ cdef extern from "kernels/contract.h" nogil:
     int fa_choose(const char *name)
     const char *fa_chosen()
     const fa_kernels *fa_kernels_for(fa_dtype dtype)
+    int fa_cpu_features(const char **names, int room)
     void fa_visible_keys(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *begin,
                          int64_t *end)
     int fa_next_range(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t *cursor,

@@ -1,6 +1,7 @@
 # What config.py reads and sets.
 selected: str
 runnable: list[str]
+cpu_features: list[str]
 kernel_names: dict[str, str]
 openmp_version: int
 

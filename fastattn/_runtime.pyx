@@ -42,6 +42,9 @@ cdef int set_count = fa_runnable(sets, 8)
 
 runnable = [sets[i].name.decode() for i in range(set_count)]
 
+cdef const char *_features[8]
+cpu_features = [_features[i].decode() for i in range(fa_cpu_features(_features, 8))]
+
 _forced = os.environ.get("FASTATTN_ISA", "")
 if not fa_choose((_forced or runnable[0]).encode()):
     raise ImportError(f"FASTATTN_ISA={_forced!r}: this CPU and build can run {', '.join(runnable)}")

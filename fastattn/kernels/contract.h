@@ -480,6 +480,9 @@ const char *fa_chosen(void);
  * or the best. */
 const fa_kernels *fa_kernels_for(fa_dtype dtype);
 
+/* The names of this CPU's instructions for 16-bit numbers; returns how many. */
+int fa_cpu_features(const char **names, int room);
+
 /* Whether this CPU reads contiguous keys faster with software prefetches. */
 int fa_prefetching_helps(void);
 

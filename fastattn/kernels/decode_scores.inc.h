@@ -25,8 +25,11 @@ static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
-        for (int i = 0; i < count; i++)
+        for (int i = 0; i < count; i++) {
             sum[r][i] = v_fma(v_load(q_c + r * STRIP), k_c[i], sum[r][i]);
+            if (rows > 4)
+                LOAD_AFTER(sum[r][i], q_c);
+        }
     }
 }
 

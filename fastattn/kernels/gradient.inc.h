@@ -160,10 +160,12 @@ static ALWAYS_INLINE void chain(const real *restrict a, ptrdiff_t a_row, const i
             b_v[v] = v_load(b + v * VECTOR_BYTES);
         UNROLL(8)
         for (int r = 0; r < ROWS; r++) {
-            const vec a_r = v_fill(a[r * a_row]);
+            const multiplier a_r = v_multiplier(a + r * a_row);
             UNROLL(8)
-            for (int v = 0; v < vecs; v++)
-                sum[r][v] = v_fma(a_r, b_v[v], sum[r][v]);
+            for (int v = 0; v < vecs; v++) {
+                sum[r][v] = v_fma_multiplier(a_r, b_v[v], sum[r][v]);
+                LOAD_AFTER(sum[r][v], a);
+            }
         }
     }
     UNROLL(8)

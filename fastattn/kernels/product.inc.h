@@ -81,10 +81,12 @@ static ALWAYS_INLINE void product_tile(const real *restrict a, const int a_row, 
                 b_v[v] = v_load(b_t + v * VECTOR_BYTES);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
-                const vec a_rt = v_fill(a_t[r * a_row]);
+                const multiplier a_rt = v_multiplier(a_t + r * a_row);
                 UNROLL(8)
-                for (int v = 0; v < vecs; v++)
-                    sum[r][v] = v_fma(a_rt, b_v[v], sum[r][v]);
+                for (int v = 0; v < vecs; v++) {
+                    sum[r][v] = v_fma_multiplier(a_rt, b_v[v], sum[r][v]);
+                    LOAD_AFTER(sum[r][v], a_t);
+                }
             }
 #endif
         }

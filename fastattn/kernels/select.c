@@ -4,6 +4,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 extern const fa_kernels fa_baseline_f32, fa_baseline_f64;
@@ -25,6 +27,31 @@ static int runs_avx2(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
            __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C); /* clang's builtin does not know f16c */
 }
+
+static int has_avx512_bf16(void)
+{
+    unsigned a, b, c, d;
+    return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+static int has_avx512_fp16(void)
+{
+    unsigned a, b, c, d;
+    return runs_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+}
+#elif defined(__aarch64__)
+extern const fa_kernels fa_neon_f32, fa_neon_f64;
+
+#if defined(__linux__)
+/* Whether the kernel lists a feature: bits of AT_HWCAP and AT_HWCAP2, by number, because old headers do not name all. */
+static int lists(unsigned long list, int bit) { return (int)(getauxval(list) >> bit & 1); }
+static int runs_neon(void) { return lists(AT_HWCAP, 1); }
+static int has_fp16(void) { return lists(AT_HWCAP, 10); }
+static int has_fhm(void) { return lists(AT_HWCAP, 23); }
+static int has_bf16(void) { return lists(AT_HWCAP2, 14); }
+#else
+static int runs_neon(void) { return 1; } /* the architecture has it */
+#endif
 #endif
 
 static int runs_always(void) { return 1; }
@@ -39,6 +66,8 @@ static const struct {
 #if defined(__x86_64__)
     {"avx512", runs_avx512, {[FA_F32] = &fa_avx512_f32, [FA_F64] = &fa_avx512_f64}},
     {"avx2", runs_avx2, {[FA_F32] = &fa_avx2_f32, [FA_F64] = &fa_avx2_f64}},
+#elif defined(__aarch64__)
+    {"neon", runs_neon, {[FA_F32] = &fa_neon_f32, [FA_F64] = &fa_neon_f64}},
 #endif
     {"baseline", runs_always, {[FA_F32] = &fa_baseline_f32, [FA_F64] = &fa_baseline_f64}},
 };
@@ -114,6 +143,32 @@ int fa_runnable(fa_instruction_set *sets, int room)
             sets[n].kernels[dtype] = find_kernels(i, (fa_dtype)dtype);
         n++;
     }
+    return n;
+}
+
+/* Instructions that multiply 16-bit numbers. No kernels use them yet: those that do are a row above, with the slot of
+ * their dtype, which runs where these do. */
+static const struct {
+    const char *name;
+    int (*has)(void);
+} features[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", has_avx512_bf16},
+    {"avx512_fp16", has_avx512_fp16},
+#elif defined(__aarch64__) && defined(__linux__)
+    {"fp16", has_fp16},
+    {"fhm", has_fhm},
+    {"bf16", has_bf16},
+#endif
+    {NULL, NULL},
+};
+
+int fa_cpu_features(const char **names, int room)
+{
+    int n = 0;
+    for (int i = 0; features[i].name && n < room; i++)
+        if (features[i].has())
+            names[n++] = features[i].name;
     return n;
 }
 

@@ -45,6 +45,13 @@ static ALWAYS_INLINE vec v_load_some(const void *p, int n)
 #ifndef HAS_FMA
 static ALWAYS_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 #endif
+/* A number that multiplies several vectors. */
+#ifndef HAS_MULTIPLIER
+typedef vec multiplier;
+static ALWAYS_INLINE multiplier v_multiplier(const real *p) { return v_fill(*p); }
+static ALWAYS_INLINE vec v_fma_multiplier(multiplier a, vec b, vec c) { return v_fma(a, b, c); }
+#define LOAD_AFTER(vector, pointer) (void)0 /* whether the compiler may load them all at once */
+#endif
 static ALWAYS_INLINE vec v_pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
 
 static ALWAYS_INLINE vec v_lane_numbers(void)
@@ -74,12 +81,14 @@ static ALWAYS_INLINE vec v_widen_f16(const void *p)
 #endif
 #endif
 
+#ifndef HAS_SQRT
 static ALWAYS_INLINE vec v_sqrt(vec x)
 {
     for (int i = 0; i < LANES; i++)
         x[i] = BITS == 32 ? (real)__builtin_sqrtf((float)x[i]) : (real)__builtin_sqrt((double)x[i]);
     return x;
 }
+#endif
 
 /* 1 / x for x from 1 to 2**126 (2**1022 in double), to within 2 eps; NaN stays NaN. */
 #if !HAS_RECIPROCAL
