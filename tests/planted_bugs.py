@@ -23,7 +23,11 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = ("fastattn", "tests", "setup.py", "pyproject.toml", "README.md")
 # Settings of the copy's build: only the kernels of baseline_*.c, so that it is quick.
-SETTINGS = (("setup.py", '"-O2"', '"-O1"'), ("fastattn/kernels/select.c", "defined(__x86_64__)", "0"))
+SETTINGS = (
+    ("setup.py", '"-O2"', '"-O1"'),
+    ("fastattn/kernels/select.c", "defined(__x86_64__)", "0"),
+    ("fastattn/kernels/select.c", "defined(__aarch64__)", "0"),
+)
 KERNELS = os.listdir(f"{ROOT}/fastattn/kernels")
 OTHER_KERNELS = [name for name in KERNELS if re.fullmatch(r"(?!baseline).*_f..\.c", name)]
 

@@ -21,6 +21,7 @@
 #define HAS_FMA
 #define HAS_MULTIPLIER /* multiplies by one lane: broadcasting would take a place among the multiplications */
 #define HAS_WIDEN_F16
+#define HAS_WIDEN_BF16
 #define HAS_TRUE_BITS
 #define HAS_TAKE_LANES
 #define HAS_FLOOR
@@ -43,11 +44,12 @@ static ALWAYS_INLINE float32x4_t v_load_some(const void *p, int n)
     return v;
 }
 static ALWAYS_INLINE float32x4_t v_fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
-static ALWAYS_INLINE float32x4_t v_fma_multiplier(float a, float32x4_t b, float32x4_t c) { return vfmaq_n_f32(c, b, a); }
-static ALWAYS_INLINE float32x4_t v_widen_f16(const void *p)
+static ALWAYS_INLINE float32x4_t v_fma_multiplier(float a, float32x4_t b, float32x4_t c)
 {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+    return vfmaq_n_f32(c, b, a);
 }
+static ALWAYS_INLINE float32x4_t v_widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static ALWAYS_INLINE float32x4_t v_widen_bf16(const void *p) { return (float32x4_t)vshll_n_u16(vld1_u16(p), 16); }
 static ALWAYS_INLINE unsigned v_true_bits(int32x4_t where)
 {
     static const uint32_t lane_bit[] = {1, 2, 4, 8};
@@ -72,7 +74,10 @@ static ALWAYS_INLINE float64x2_t v_load_some(const void *p, int n)
     return n ? vcombine_f64(vld1_f64(p), vdup_n_f64(0)) : vdupq_n_f64(0);
 }
 static ALWAYS_INLINE float64x2_t v_fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
-static ALWAYS_INLINE float64x2_t v_fma_multiplier(double a, float64x2_t b, float64x2_t c) { return vfmaq_n_f64(c, b, a); }
+static ALWAYS_INLINE float64x2_t v_fma_multiplier(double a, float64x2_t b, float64x2_t c)
+{
+    return vfmaq_n_f64(c, b, a);
+}
 static ALWAYS_INLINE unsigned v_true_bits(int64x2_t where)
 {
     const uint64x2_t bits = vandq_u64((uint64x2_t)where, (uint64x2_t){1, 2});

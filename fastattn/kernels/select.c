@@ -43,7 +43,8 @@ static int has_avx512_fp16(void)
 extern const fa_kernels fa_neon_f32, fa_neon_f64;
 
 #if defined(__linux__)
-/* Whether the kernel lists a feature: bits of AT_HWCAP and AT_HWCAP2, by number, because old headers do not name all. */
+/* Whether the kernel lists a feature: bits of AT_HWCAP and AT_HWCAP2, by number, because old headers do not name all.
+ */
 static int lists(unsigned long list, int bit) { return (int)(getauxval(list) >> bit & 1); }
 static int runs_neon(void) { return lists(AT_HWCAP, 1); }
 static int has_fp16(void) { return lists(AT_HWCAP, 10); }

@@ -68,7 +68,9 @@ typedef uint16_t hvec __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t uhvec __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
 static ALWAYS_INLINE ivec v_halves(const void *p) { return __builtin_convertvector((hvec) * (const uhvec *)p, ivec); }
 
+#ifndef HAS_WIDEN_BF16
 static ALWAYS_INLINE vec v_widen_bf16(const void *p) { return (vec)(v_halves(p) << 16); }
+#endif
 
 /* Shifts exponent and mantissa into place; multiplying by 2**112 corrects the bias and normalises denormals. */
 #ifndef HAS_WIDEN_F16
