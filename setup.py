@@ -176,6 +176,8 @@ setup(
             "cdivision": True,
             "embedsignature": False,
             "annotation_typing": False,
+            # Reviewed: CONTRIBUTING.md, "Without the GIL". Otherwise an import would switch the GIL on again.
+            "freethreading_compatible": True,
         },
         nthreads=0,
     ),

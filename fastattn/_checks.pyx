@@ -234,6 +234,7 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
         scalar[0] = clipped(n)
         return None
     a = integer_array(x, name, allowed)
+    a = np.array(a)  # of our own: nobody can change it after the check
     shape = shape_of(a)
     if len(shape) != len(batch) or any([have != want and have != 1
                                         for have, want in zip(shape, batch, strict=True)]):
@@ -252,7 +253,7 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
             a = np.asarray(np.minimum(a, np.uint64(FAR)).astype(np.int64))
         else:
             a = np.asarray(np.clip(a.astype(np.int64), -FAR, FAR))
-    return a.astype(np.int64, order="C")
+    return np.ascontiguousarray(a, np.int64)
 
 
 # Memory
@@ -330,18 +331,23 @@ cdef extern from *:
     #define FA_VECTORCALL(f) (*(vectorcallfunc *)((char *)(f) + Py_TYPE(f)->tp_vectorcall_offset))
     static vectorcallfunc fa_call_of(PyObject *f) { return FA_VECTORCALL(f); }
     static void fa_set_call(PyObject *f, vectorcallfunc call) { FA_VECTORCALL(f) = call; }
+
+    /* Cython's call of any function: the same, whichever import finds it first. */
+    static vectorcallfunc fa_plain;
+    static vectorcallfunc fa_plain_call(void) { return __atomic_load_n(&fa_plain, __ATOMIC_RELAXED); }
+    static void fa_set_plain_call(vectorcallfunc call) { __atomic_store_n(&fa_plain, call, __ATOMIC_RELAXED); }
     """
     ctypedef PyObject *(*vectorcallfunc)(PyObject *, PyObject *const *, size_t, PyObject *) noexcept
     vectorcallfunc fa_call_of(object f)
     void fa_set_call(object f, vectorcallfunc call)
+    vectorcallfunc fa_plain_call() noexcept
+    void fa_set_plain_call(vectorcallfunc call) noexcept
     Py_ssize_t PyVectorcall_NARGS(size_t count)
-
-cdef vectorcallfunc plain_call = NULL
 
 
 cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count, PyObject *names) noexcept:
     """The plain call; missing arguments are looked for only if it fails."""
-    cdef PyObject *result = plain_call(f, arguments, count, names)
+    cdef PyObject *result = fa_plain_call()(f, arguments, count, names)
     if result == NULL and PyErr_ExceptionMatches(TypeError):
         name_missing(<object> f, PyVectorcall_NARGS(count), () if names == NULL else <object> names)
     return result
@@ -368,8 +374,63 @@ cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
 
 def names_missing_arguments(f):
     """Makes the errors of a compiled function say which arguments are missing, not only how many; returns it."""
-    global plain_call
-    if type(f).__name__ == "cython_function_or_method" and (plain_call == NULL or plain_call == fa_call_of(f)):
-        plain_call = fa_call_of(f)
+    if type(f).__name__ == "cython_function_or_method" and fa_plain_call() in (NULL, fa_call_of(f)):
+        fa_set_plain_call(fa_call_of(f))
         fa_set_call(f, naming_call)
     return f
+
+
+# Objects that change
+
+cdef extern from *:
+    """
+    static int64_t fa_seen(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static int fa_begins(int64_t *p)
+    {
+        int64_t now = __atomic_load_n(p, __ATOMIC_RELAXED);
+        return now % 2 == 0 && __atomic_compare_exchange_n(p, &now, now + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    }
+    static void fa_ends(int64_t *p) { __atomic_add_fetch(p, 1, __ATOMIC_RELEASE); }
+    """
+    int64_t fa_seen(const int64_t *) noexcept
+    int fa_begins(int64_t *) noexcept
+    void fa_ends(int64_t *) noexcept
+
+
+cdef class Turn:
+    """
+    For an object that one call at a time may change: ``with turn:`` raises if another one is within. It does not wait,
+    so there is no deadlock, not even in a signal handler or a forked child.
+
+    A copy or a pickle of it is a new one.
+    """
+    cdef int64_t changes        # begun and ended; odd: within one
+    cdef str name
+
+    def __init__(self, str name not None):
+        self.name = name
+
+    def __enter__(self):
+        if not fa_begins(&self.changes):
+            raise self.error()
+
+    def __exit__(self, *error):
+        fa_ends(&self.changes)
+
+    def __reduce__(self):
+        return Turn, (self.name,)
+
+    cdef object error(self):
+        return RuntimeError(f"this {self.name} is being changed by another call, in another thread: one at a time may do "
+                            f"that; threads that need not share it take a copy each")
+
+    def begin_reading(self):
+        """What `end_reading` wants, which raises if the object has changed since."""
+        cdef int64_t seen = fa_seen(&self.changes)
+        if seen % 2:
+            raise self.error()
+        return seen
+
+    def end_reading(self, int64_t seen):
+        if fa_seen(&self.changes) != seen:
+            raise self.error()

@@ -12,6 +12,7 @@ rows computes its own part, again once for all heads.
 """
 import numpy as np
 
+cimport cython
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport parallel, prange, threadid
@@ -291,7 +292,10 @@ cdef class Table:
         PyMem_RawFree(self.memory)
 
 
-cdef list kept = []  # tables, most recently used first
+cdef list kept = []  # tables, most recently used first; they are complete and never change
+# Held, where there is no GIL, by whoever reads the list or changes it; not the list itself, which has a lock of its own
+# that its methods take.
+cdef object keeping = object()
 
 
 cdef bint same_speeds(Table table, Rotation p) noexcept:
@@ -324,10 +328,12 @@ cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint den
     if p.frequencies != NULL:
         memcpy(table.speed, p.frequencies, p.pairs * 8)
         return table
-    for other in kept:
-        if same_speeds(other, p):
-            memcpy(table.speed, other.speed, p.pairs * 8)
-            return table
+    with cython.critical_section(keeping):
+        for i in range(len(kept)):
+            other = kept[i]
+            if same_speeds(other, p):
+                memcpy(table.speed, other.speed, p.pairs * 8)
+                return table
     for i in range(p.pairs):
         table.speed[i] = pow(p.base, -<double> i / <double> p.pairs)
     return table
@@ -361,12 +367,13 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulate
     cdef Py_ssize_t total, i, rows = p.cell_count * p.length
     cdef int threads
     cdef bint dense
-    for i in range(len(kept)):
-        table = kept[i]
-        if same_speeds(table, p) and table.factor == p.factor and table.real == accumulated and has_rows(table, p):
-            if i:
-                kept.insert(0, kept.pop(i))
-            return table
+    with cython.critical_section(keeping):
+        for i in range(len(kept)):
+            table = kept[i]
+            if same_speeds(table, p) and table.factor == p.factor and table.real == accumulated and has_rows(table, p):
+                if i:
+                    kept.insert(0, kept.pop(i))
+                return table
     dense = p.greatest - p.least < rows
     if dense:
         rows = p.greatest - p.least + 1
@@ -380,14 +387,15 @@ cdef Table find_table(Rotation p, const fa_kernels *kernels, fa_dtype accumulate
         threads = <int> min(<Py_ssize_t> allowed_threads(p.num_threads), rows)
         with nogil:
             make_turns(table, kernels, threads)
-    # From here on nothing releases the GIL.
-    kept.insert(0, table)
-    total = 0
-    for i in range(len(kept)):
-        total += (<Table> kept[i]).size
-        if total > KEPT_BYTES or i == KEPT_TABLES:
-            del kept[i:]
-            break
+    with cython.critical_section(keeping):
+        # From here on nothing releases the GIL.
+        kept.insert(0, table)
+        total = 0
+        for i in range(len(kept)):
+            total += (<Table> kept[i]).size
+            if total > KEPT_BYTES or i == KEPT_TABLES:
+                del kept[i:]
+                break
     return table
 
 

@@ -438,8 +438,8 @@ cdef struct Team:
 cdef Team gathered(int threads) noexcept nogil
 cdef void join_team(const Team *team) noexcept nogil
 
-# Aligned scratch memory, kept between calls so that its pages need not be mapped again. Both need the GIL. estimate:
-# about `size`, as a double that cannot overflow.
+# Aligned scratch memory, kept between calls so that its pages need not be mapped again. For threads attached to Python:
+# with the GIL, where there is one. estimate: about `size`, as a double that cannot overflow.
 cdef void *take_workspace(size_t size, double estimate) except NULL
 cdef void give_workspace(void *workspace) noexcept
 

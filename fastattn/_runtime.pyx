@@ -27,12 +27,16 @@ cdef extern from *:
 
     static int fa_load(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static void fa_store(int *p, int x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
+
+    /* Puts a pointer where there is one or none, and returns what was there. */
+    static void *fa_exchange(void **p, void *x) { return __atomic_exchange_n(p, x, __ATOMIC_ACQ_REL); }
     """
     const void *fastattn_get_api() noexcept nogil
     int fa_check_signals() noexcept nogil
     int fa_raise_pending() except -1
     int fa_load(const int *) noexcept nogil
     void fa_store(int *, int) noexcept nogil
+    void *fa_exchange(void **, void *) noexcept nogil
 
 
 # Instruction sets
@@ -148,8 +152,9 @@ cdef int allowed_threads(object num_threads) except -1:
 
 # Scratch memory
 
+# The block of a call that is over, for the next one: nobody's until a call takes it out. What is known of it stands in
+# the block itself, so that one exchange of a pointer hands over all, with or without the GIL.
 cdef void *kept = NULL
-cdef size_t kept_size = 0
 
 cdef enum:
     MOST_KEPT = 16 << 20
@@ -166,15 +171,15 @@ cdef inline Allocation *allocation_of(void *block) noexcept:
 
 
 cdef void *take_workspace(size_t size, double estimate) except NULL:
-    global kept, kept_size
+    cdef void *block
     cdef char *raw
-    cdef char *block
     if estimate > 1e15:
         raise MemoryError(f"no memory for a workspace of {estimate:.3g} bytes")
-    if kept != NULL and size <= kept_size:
-        block = <char *> kept
-        kept = NULL
-        return block
+    block = fa_exchange(&kept, NULL)
+    if block != NULL:
+        if size <= allocation_of(block).size:
+            return block
+        give_workspace(block)
     raw = <char *> PyMem_RawMalloc(size + 2 * FA_ALIGN)
     if raw == NULL:
         raise MemoryError(f"no memory for a workspace of {size} bytes")
@@ -185,15 +190,18 @@ cdef void *take_workspace(size_t size, double estimate) except NULL:
 
 
 cdef void give_workspace(void *workspace) noexcept:
-    global kept, kept_size
-    cdef Allocation *allocation = allocation_of(workspace)
-    if allocation.size > MOST_KEPT or (kept != NULL and kept_size >= allocation.size):
-        PyMem_RawFree(allocation.address)
-        return
-    if kept != NULL:
-        PyMem_RawFree(allocation_of(kept).address)
-    kept = workspace
-    kept_size = allocation.size
+    """Keeps the larger of this block and the one that is kept."""
+    cdef void *other
+    if allocation_of(workspace).size <= MOST_KEPT:
+        other = fa_exchange(&kept, workspace)
+        if other == NULL:
+            return
+        if allocation_of(other).size <= allocation_of(workspace).size:
+            workspace = other
+        else:
+            workspace = fa_exchange(&kept, other)
+    if workspace != NULL:
+        PyMem_RawFree(allocation_of(workspace).address)
 
 
 # Ctrl-C

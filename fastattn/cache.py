@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import as_array, converted, empty, integer, integer_array, is_one_number, storage_dtype
+from fastattn._checks import Turn, as_array, converted, empty, integer, integer_array, is_one_number, storage_dtype
 
 if TYPE_CHECKING:
     from typing import Self
@@ -114,6 +114,10 @@ class KVCache:
     `copy`, `crop` and `select` return new caches, for rollback and for beams. So do ``copy.copy`` and
     ``copy.deepcopy``, and a cache can be pickled: only the tokens that are there, not the free room.
 
+    Any number of threads may read a cache, attend to it or copy it at once. One at a time may change it, by `append`,
+    `reset` or a call of a layer: a second one gets a RuntimeError, and so does a copy that was overtaken by a change.
+    Who reads meanwhile sees the tokens before it; with a window, which moves tokens, nobody may.
+
     Examples
     --------
     Two sequences, 4 query heads on 2 key heads, a prompt of 3 and of 2 tokens, then one token each:
@@ -165,6 +169,7 @@ class KVCache:
         self.reset()
 
     def _make_room(self) -> None:
+        self._turn = Turn("cache")
         # Zeros, because the views include what is past the length of a sequence.
         self._key, self._value = (empty(shape, self._dtype, "a cache", True) for shape in self._shapes)
 
@@ -175,7 +180,10 @@ class KVCache:
         return self._key.reshape(count, *self._key.shape[-3:]), self._value.reshape(count, *self._value.shape[-3:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_key": self.key, "_value": self.value}
+        seen = self._turn.begin_reading()
+        state = {**self.__dict__, "_key": self.key.copy(), "_value": self.value.copy()}
+        self._turn.end_reading(seen)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -248,7 +256,8 @@ class KVCache:
         array([0])
         """
         zeros = np.zeros((*self._batch, 1), np.int64)
-        self._settle(zeros, zeros.copy())
+        with self._turn:
+            self._settle(zeros, zeros.copy())
 
     def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
         """
@@ -288,6 +297,10 @@ class KVCache:
         >>> cache.dropped
         array([1])
         """
+        with self._turn:
+            self._append(key, value, lengths)
+
+    def _append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None) -> None:
         key, value = self._converted(key, "key", 0), self._converted(value, "value", 1)
         n = key.shape[-2]
         if value.shape[-2] != n:
@@ -432,6 +445,7 @@ class KVCache:
     def _derived(self, batch: tuple[int, ...], sources: Any, lengths: Any, dropped: Any) -> Self:
         """A cache of the same kind; its sequence s holds the first `lengths` tokens of this one's sequence
         sources[s]."""
+        seen = self._turn.begin_reading()
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new._batch = batch
@@ -441,6 +455,7 @@ class KVCache:
             for s, (source, n) in enumerate(zip(sources, lengths.ravel(), strict=True)):
                 to[s, :, :n] = of[source, :, :n]
         new._settle(lengths, dropped)
+        self._turn.end_reading(seen)
         return new
 
     def _beside(self, came: NDArray[np.int64], every: bool = False) -> NDArray[np.int64]:
@@ -505,7 +520,7 @@ class KVCache:
         if step.in_place:
             self._settle(step.lengths, step.dropped)
         else:
-            self.append(key, value, came.reshape(self._lengths.shape))
+            self._append(key, value, came.reshape(self._lengths.shape))
 
     def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
         self._lengths, self._dropped = _read_only(lengths), _read_only(dropped)

@@ -1029,6 +1029,13 @@ class MultiHeadAttention:
         batch and padding only holds from their results on.
         """
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
+        if isinstance(cache, KVCache):
+            with cache._turn:
+                return self._answered(x, context, cache, rules)
+        return self._answered(x, context, cache, rules)
+
+    def _answered(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+        """A call; a cache is this call's alone."""
         call = self._checked(x, context, cache, rules)
         came: Any = None
         step: Any = None

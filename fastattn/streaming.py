@@ -13,7 +13,7 @@ import numpy as np
 
 from fastattn._attention import dot_product_attention as attend
 from fastattn._call import check
-from fastattn._checks import as_array, common_dtype, converted, floating, integer
+from fastattn._checks import Turn, as_array, common_dtype, converted, floating, integer
 from fastattn._rules import StreamRules, refuse_others, takes
 from fastattn.attention import dot_product_attention
 
@@ -188,8 +188,9 @@ class StreamingAttention:
     what is needed is moved to new ones, so a frame is copied twice on average. Longer pushes are processed 2048 frames
     at a time.
 
-    An object serves one stream, or one batch of synchronous streams, and one thread at a time. A copy (``copy.copy``,
-    ``copy.deepcopy``) is an independent stream that continues from the same frame; so is an unpickled one.
+    An object serves one stream, or one batch of synchronous streams, and one thread at a time: `push`, `flush` and
+    `reset` raise a RuntimeError while another of them runs. A copy (``copy.copy``, ``copy.deepcopy``, which any thread
+    may make at any time) is an independent stream that continues from the same frame; so is an unpickled one.
 
     Examples
     --------
@@ -238,11 +239,13 @@ class StreamingAttention:
             raise ValueError(
                 "right=None, an unbounded look-ahead, needs chunk_size: no row would be complete before the stream ends"
             )
+        self._turn = Turn("stream")
         self._state = _State()
 
     def __copy__(self) -> Self:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
+        new._turn = Turn("stream")
         # Tapes write after their ends: two streams sharing memory would overwrite each other's frames.
         new._state = self._state._replace(tapes=tuple(copy.copy(tape) for tape in self._state.tapes))
         return new
@@ -260,7 +263,8 @@ class StreamingAttention:
     @property
     def waiting(self) -> int:
         """Rows not returned yet: ``pushed - returned``, what `flush` would return."""
-        return self._state.pushed - self._state.returned
+        state = self._state
+        return state.pushed - state.returned
 
     @property
     def latency(self) -> int:
@@ -314,6 +318,10 @@ class StreamingAttention:
         >>> stream.push(frames, frames, frames).shape
         (8, 3, 64)
         """
+        with self._turn:
+            return self._pushed(query, key, value)
+
+    def _pushed(self, query: Any, key: Any, value: Any) -> NDArray[Any]:
         state = self._state
         if state.flushed:
             raise ValueError("push after flush(), which ended the stream: reset() begins a new one")
@@ -363,13 +371,14 @@ class StreamingAttention:
         >>> stream.flush().shape
         (8, 2, 64)
         """
-        state = self._state
-        if state.rows is None:
-            raise ValueError("flush before any push: the shape of the rows is not known yet")
-        out = self._new_rows(state, self.waiting)
-        self._attend(state.tapes, state.returned, state.pushed, state.pushed, out)
-        self._state = state._replace(returned=state.pushed, flushed=True)
-        return out
+        with self._turn:
+            state = self._state
+            if state.rows is None:
+                raise ValueError("flush before any push: the shape of the rows is not known yet")
+            out = self._new_rows(state, self.waiting)
+            self._attend(state.tapes, state.returned, state.pushed, state.pushed, out)
+            self._state = state._replace(returned=state.pushed, flushed=True)
+            return out
 
     def reset(self) -> None:
         """
@@ -383,7 +392,8 @@ class StreamingAttention:
         >>> stream.pushed
         0
         """
-        self._state = _State()
+        with self._turn:
+            self._state = _State()
 
     def _check_rules(self) -> None:
         """Check the rules as far as possible without frames."""
