@@ -421,8 +421,8 @@ cdef class Turn:
         return Turn, (self.name,)
 
     cdef object error(self):
-        return RuntimeError(f"this {self.name} is being changed by another call, in another thread: one at a time may do "
-                            f"that; threads that need not share it take a copy each")
+        return RuntimeError(f"this {self.name} is being changed by another call, in another thread: one at a time may "
+                            f"do that; threads that need not share it take a copy each")
 
     def begin_reading(self):
         """What `end_reading` wants, which raises if the object has changed since."""

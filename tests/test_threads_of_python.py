@@ -1,5 +1,5 @@
-"""Many threads of Python call at once: functions of every kind, objects that change, settings; and what an import does to
-the GIL. On a free-threaded interpreter nothing but the library itself keeps them apart."""
+"""Many threads of Python call at once: functions of every kind, objects that change, settings; and what an import does
+to the GIL. On a free-threaded interpreter nothing but the library itself keeps them apart."""
 
 import copy
 import pickle
@@ -189,7 +189,7 @@ FAMILIES = {
 
 
 def test_all_families_at_once(rng):
-    """Each thread goes through all of them in an order of its own, in three sizes; every bit is that of a call alone."""
+    """Each thread goes through all, in three sizes and an order of its own; every bit is that of a call alone."""
     calls = [make(rng, n) for make in FAMILIES.values() for n in range(3)]
     expected = [all_bits(call(num_threads=1)) for call in calls]
     orders = [rng.permutation(len(calls)) for _ in range(THREADS)]
