@@ -56,7 +56,8 @@ def graph_attention(
         Row i has the edges ``indptr[i]`` to ``indptr[i + 1]``, which lead to the nodes ``indices[e]``; int32 or int64.
         Which entries are stored counts (explicit zeros, too), not what they are: pass ``edge_bias=A.data`` to add them
         to the scores, ``edge_bias=numpy.log(A.data)`` to multiply weights by them. Indices need not be sorted, an entry
-        stored twice is two edges, and no loops from a node to itself are added.
+        stored twice is two edges, and no loops from a node to itself are added. Checked first and then read in place:
+        no other thread may write to them meanwhile.
     w_score : array_like, shape (D,) or (..., D) over the batch axes, optional
         Weights of the hidden units in GATv2's score, (H, D) for one set a head. A list takes the dtype of the arrays.
         GAT is the same with one unit: ``query=(x @ a_target)[..., None]``, ``key=(x @ a_source)[..., None]``,
