@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
 # The only kernel headers that others than kernels include.
-CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "threads")]
+CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "memory", "threads")]
 
 # Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals
 # in the whole process and break infinities.
@@ -68,6 +68,7 @@ class BuildInParallel(build_ext):
     """Compiles the C files of all extensions in one pool, the largest first, and only those that have changed."""
 
     def build_extensions(self):
+        repair(self.extensions)
         compiler = self.compiler
         compile_one, jobs = compiler.compile, []
 
@@ -94,6 +95,18 @@ class BuildInParallel(build_ext):
             list(pool.map(lambda job: compile_one([job[0]], **job[1]), jobs))
         for arguments, options in linking:
             link(*arguments, **options)
+
+
+def repair(extensions):
+    """In C of Cython 3.3, a list comprehension without memory for its list gives an element back twice: once."""
+    wrong = "    int result = PyList_Append(list, x);\n    Py_DECREF(x);\n    return result;"
+    right = wrong.replace("    Py_DECREF", "    if (result == 0) Py_DECREF")
+    for source in [source for each in extensions for source in each.sources if "kernels/" not in source]:
+        with open(source) as file:
+            text = file.read()
+        if wrong in text:
+            with open(source, "w") as file:
+                file.write(text.replace(wrong, right))
 
 
 def is_kernel(source):
@@ -130,7 +143,7 @@ def extension(name, extra_sources=(), suffix="pyx"):
         depends=glob(f"{KERNELS}/*.h"),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION")],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION")] + [("FASTATTN_DEBUG", "1")] * DEBUG,
     )
 
 

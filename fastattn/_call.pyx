@@ -6,7 +6,6 @@ Nothing here computes, and nothing is written to `out`. It is compiled because a
 import numpy as np
 
 cimport numpy as cnp
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.float cimport DBL_MAX
 from libc.math cimport sqrt
 from libc.stdint cimport INT64_MAX
@@ -20,7 +19,7 @@ from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERAND
                                 FA_F64, FA_KEY, FA_KEYS_BEFORE, FA_KEY_LENGTHS, FA_LSE, FA_MASK, FA_OFFSETS,
                                 FA_OPERANDS, FA_OUT, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU, FA_ROW_AXES,
                                 FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_WEIGHTS,
-                                fa_call, fa_dtype, fa_head, fa_layout, fa_problem)
+                                fa_call, fa_dtype, fa_head, fa_layout, fa_problem, give_memory, take_memory)
 
 cnp.import_array()
 
@@ -372,12 +371,12 @@ cdef class Problem:
     """One call, checked."""
 
     def __cinit__(self):
-        self.call = <fa_call *> PyMem_Malloc(sizeof(fa_call))
+        self.call = <fa_call *> take_memory(sizeof(fa_call))
         if self.call == NULL:
             raise MemoryError("no memory for the description of a call")
 
     def __dealloc__(self):
-        PyMem_Free(self.call)
+        give_memory(self.call)
 
     cdef object result(self):
         if self.weights is None:

@@ -14,7 +14,6 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport fabs, pow
 from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
@@ -24,8 +23,8 @@ from fastattn._checks cimport (as_array, checked_out, checked_threads, flag, flo
                                integers, real, refuse_overlap, shape_of, storage_of, too_few_axes)
 from fastattn._rows cimport MOST_AXES, ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X
 from fastattn._runtime cimport (FA_BF16, FA_F32, FA_F64, Team, Watch, allowed_threads, fa_axes, fa_dtype, fa_join_axes,
-                                fa_kernels, fa_real_size, gathered, give_workspace, interrupted, join_team, kernels_for,
-                                raise_pending, take_workspace)
+                                fa_kernels, fa_real_size, gathered, give_memory, give_workspace, interrupted, join_team,
+                                kernels_for, raise_pending, take_memory, take_workspace)
 
 cnp.import_array()
 
@@ -289,7 +288,7 @@ cdef class Table:
     cdef void *memory
 
     def __dealloc__(self):
-        PyMem_RawFree(self.memory)
+        give_memory(self.memory)
 
 
 cdef list kept = []  # tables, most recently used first; they are complete and never change
@@ -314,7 +313,7 @@ cdef Table new_table(Rotation p, fa_dtype accumulated, Py_ssize_t rows, bint den
     cdef Py_ssize_t speed_size = (p.pairs * 8 + 63) // 64 * 64
     cdef Py_ssize_t turns_size = rows * p.pairs * (2 * fa_real_size(accumulated))
     table.size = positions_size + speed_size + turns_size
-    table.memory = PyMem_RawMalloc(table.size + 64)
+    table.memory = take_memory(table.size + 64)
     if table.memory == NULL:
         raise MemoryError(f"no memory for a table of {table.size} bytes")
     table.speed = <double *> (<char *> table.memory + 64 - <uintptr_t> table.memory % 64)

@@ -438,6 +438,10 @@ cdef struct Team:
 cdef Team gathered(int threads) noexcept nogil
 cdef void join_team(const Team *team) noexcept nogil
 
+# A block from Python's raw allocator; NULL where there is none. See kernels/memory.h for how it is made to fail.
+cdef void *take_memory(size_t size) noexcept nogil
+cdef void give_memory(void *block) noexcept nogil
+
 # Aligned scratch memory, kept between calls so that its pages need not be mapped again. For threads attached to Python:
 # with the GIL, where there is one. estimate: about `size`, as a double that cannot overflow.
 cdef void *take_workspace(size_t size, double estimate) except NULL

@@ -13,6 +13,7 @@ cdef extern from *:
     """
     #define FASTATTN_NO_CAPSULE /* this module is where the functions are */
     #include "include/fastattn.h"
+    #include "memory.h"
 
     static int fa_check_signals(void)
     {
@@ -21,6 +22,14 @@ cdef extern from *:
         PyGILState_Release(state);
         return result;
     }
+
+    #if defined(FASTATTN_DEBUG)
+    enum { FA_DEBUG = 1 };
+    #else
+    enum { FA_DEBUG = 0 };
+    static long fa_fail_request(long n) { return n; }
+    static long fa_live_blocks(void) { return 0; }
+    #endif
 
     /* The exception that PyErr_CheckSignals left behind. */
     static int fa_raise_pending(void) { return PyErr_Occurred() ? -1 : 0; }
@@ -34,6 +43,13 @@ cdef extern from *:
     const void *fastattn_get_api() noexcept nogil
     int fa_check_signals() noexcept nogil
     int fa_raise_pending() except -1
+    enum:
+        FA_DEBUG
+    int fa_request_fails() noexcept nogil
+    void *fa_note_taken(void *block) noexcept nogil
+    void fa_note_given(const void *block) noexcept nogil
+    long fa_fail_request(long n) noexcept
+    long fa_live_blocks() noexcept
     int fa_load(const int *) noexcept nogil
     void fa_store(int *, int) noexcept nogil
     void *fa_exchange(void **, void *) noexcept nogil
@@ -150,7 +166,27 @@ cdef int allowed_threads(object num_threads) except -1:
     return fa_allowed_threads(0 if num_threads is None else num_threads)
 
 
-# Scratch memory
+# Memory
+
+cdef void *take_memory(size_t size) noexcept nogil:
+    return NULL if fa_request_fails() else fa_note_taken(PyMem_RawMalloc(size))
+
+
+cdef void give_memory(void *block) noexcept nogil:
+    fa_note_given(block)
+    PyMem_RawFree(block)
+
+
+if FA_DEBUG:
+    def fail_allocation(long n):
+        """The n-th request for memory by compiled code from now on fails, in whatever thread; 0: none. Returns how many
+        were left of the last n: 0 if that one has failed."""
+        return fa_fail_request(n)
+
+    def live_allocations():
+        """Blocks of memory that compiled code holds."""
+        return fa_live_blocks()
+
 
 # The block of a call that is over, for the next one: nobody's until a call takes it out. What is known of it stands in
 # the block itself, so that one exchange of a pointer hands over all, with or without the GIL.
@@ -180,7 +216,7 @@ cdef void *take_workspace(size_t size, double estimate) except NULL:
         if size <= allocation_of(block).size:
             return block
         give_workspace(block)
-    raw = <char *> PyMem_RawMalloc(size + 2 * FA_ALIGN)
+    raw = <char *> take_memory(size + 2 * FA_ALIGN)
     if raw == NULL:
         raise MemoryError(f"no memory for a workspace of {size} bytes")
     block = <char *> ((<uintptr_t> raw + 2 * FA_ALIGN - 1) // FA_ALIGN * FA_ALIGN)
@@ -201,7 +237,7 @@ cdef void give_workspace(void *workspace) noexcept:
         else:
             workspace = fa_exchange(&kept, other)
     if workspace != NULL:
-        PyMem_RawFree(allocation_of(workspace).address)
+        give_memory(allocation_of(workspace).address)
 
 
 # Ctrl-C

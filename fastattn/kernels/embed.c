@@ -4,6 +4,7 @@
  */
 #include "../include/fastattn.h"
 #include "drive_rows.h"
+#include "memory.h"
 #include "threads.h"
 #include <float.h>
 #include <math.h>
@@ -598,11 +599,11 @@ int fastattn_attention(const fastattn_attention_args *args, int num_threads, voi
     }
     if (!fa_has_work(&c.call))
         return FASTATTN_OK;
-    void *raw = c.size == SIZE_MAX ? NULL : malloc(c.size + FA_ALIGN);
+    void *raw = c.size == SIZE_MAX ? NULL : fa_allocate(c.size + FA_ALIGN);
     if (!raw)
         return FASTATTN_NO_MEMORY;
     carry_out(&c, aligned_memory(raw));
-    free(raw);
+    fa_release(raw);
     return FASTATTN_OK;
 }
 
@@ -692,12 +693,12 @@ int fastattn_softmax(const fastattn_softmax_args *args, int num_threads)
     const fa_kernels *kernels = fa_kernels_for(rows.dtypes[FA_ROW_X]);
     fa_plan_rows(&rows, kernels, fa_rows_are_few(&rows) ? 1 : fa_allowed_threads(num_threads), &plan);
     if (plan.size > sizeof near) {
-        raw = malloc(plan.size + FA_ALIGN);
+        raw = fa_allocate(plan.size + FA_ALIGN);
         if (!raw)
             return FASTATTN_NO_MEMORY;
     }
     fa_run_rows(&rows, kernels, &plan, raw ? aligned_memory(raw) : near, NULL);
-    free(raw);
+    fa_release(raw);
     return FASTATTN_OK;
 }
 

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE /* sched_getaffinity */
 #endif
 #include "threads.h"
+#include "memory.h"
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -106,7 +107,7 @@ static int fa_begin_growing(void)
 static void fa_leave_pool(void *pool)
 {
     if (__atomic_sub_fetch(&((fa_pool *)pool)->members, 1, __ATOMIC_ACQ_REL) == 0)
-        free(pool);
+        fa_release(pool);
 }
 
 static void fa_enter_pool(fa_pool *pool)
@@ -140,13 +141,13 @@ static void *fa_wait_at_gate(void *data)
 /* How many of the wanted threads the system allows at the same time. */
 static int fa_try_threads(int wanted)
 {
-    fa_trial *trial = (fa_trial *)malloc((size_t)wanted * sizeof *trial);
+    fa_trial *trial = (fa_trial *)fa_allocate((size_t)wanted * sizeof *trial);
     pthread_mutex_t gate;
     pthread_attr_t attributes;
     int made = 0, gone = 0;
     double begin;
     if (trial == NULL || pthread_attr_init(&attributes) != 0) {
-        free(trial);
+        fa_release(trial);
         return 0;
     }
     if (fa_stack_size != 0)
@@ -176,7 +177,7 @@ static int fa_try_threads(int wanted)
     (void)begin;
     pthread_mutex_destroy(&gate);
     pthread_attr_destroy(&attributes);
-    free(trial);
+    fa_release(trial);
     return gone;
 }
 
@@ -189,12 +190,13 @@ int fa_gather(int threads, void **team, int *growing)
     if (threads <= 1 || fa_prepare_threads(NULL) != 0)
         return 1;
     if (pool == NULL) {
-        pool = (fa_pool *)calloc(1, sizeof *pool);
+        pool = (fa_pool *)fa_allocate(sizeof *pool);
         if (pool == NULL)
             return 1;
+        memset(pool, 0, sizeof *pool);
         fa_enter_pool(pool);
         if (fa_own_pool != pool) {
-            free(pool);
+            fa_release(pool);
             return 1;
         }
     }
