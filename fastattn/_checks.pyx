@@ -88,7 +88,12 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
 
 def storage_dtype(x):
     """The dtype that a caller passes, which must be one that the kernels store."""
-    dtype = np.dtype(x)
+    try:
+        dtype = np.dtype(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16: {error}") from error
     if dtype.name not in ("float32", "float64", "float16", "bfloat16") or not dtype.isnative:
         raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {dtype}")
     return dtype
@@ -158,6 +163,10 @@ cpdef double real(object x, str name, str allowed, bint positive=False) except? 
         value = float(x)
     except OverflowError:
         value = math.inf
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} must be {allowed}, not {x!r}") from error
     if not isfinite(value) or positive and value <= 0:
         raise ValueError(f"{name} must be {allowed}, not {x}")
     return value
@@ -172,8 +181,10 @@ cpdef object integer(object x, str name, str allowed, object least=None, object 
             raise TypeError(f"{name} must be {allowed}, not {x!r}")
         try:
             x = x.__index__()
-        except TypeError:
-            raise TypeError(f"{name} must be {allowed}, not {x!r}") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise TypeError(f"{name} must be {allowed}, not {x!r}") from error
     if least is not None and x < least or most is not None and x > most:
         raise ValueError(f"{name} must be {allowed}, not {x}")
     return x
@@ -353,20 +364,27 @@ cdef PyObject *naming_call(PyObject *f, PyObject *const *arguments, size_t count
     return result
 
 
+cdef str text_of_missing(object f, Py_ssize_t given, tuple names):
+    code = f.__code__
+    needed = code.co_varnames[given:code.co_argcount - len(f.__defaults__ or ())]
+    missing = [repr(name) for name in needed if name not in names]
+    unknown = set(names).difference(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
+    if not missing or unknown:
+        return None
+    text = f"{f.__name__}() missing {len(missing)} required positional argument{'s' * (len(missing) > 1)}: "
+    return text + ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[len(missing) - 1]
+
+
 cdef void name_missing(object f, Py_ssize_t given, tuple names) noexcept:
     """If arguments are missing, replaces Cython's error by Python's; an unknown keyword takes precedence."""
     cdef PyObject *kind
     cdef PyObject *value
     cdef PyObject *traceback
     PyErr_Fetch(&kind, &value, &traceback)
-    code = f.__code__
-    needed = code.co_varnames[given:code.co_argcount - len(f.__defaults__ or ())]
-    missing = [repr(name) for name in needed if name not in names]
-    unknown = set(names).difference(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
-    text = None
-    if missing and not unknown:
-        text = f"{f.__name__}() missing {len(missing)} required positional argument{'s' * (len(missing) > 1)}: "
-        text += ", ".join(missing[:-1]) + " and " * (len(missing) > 1) + missing[len(missing) - 1]
+    try:
+        text = text_of_missing(f, given, names)
+    except MemoryError:
+        text = None  # Cython's error remains
     PyErr_Restore(kind, value, traceback)
     if text is not None:
         PyErr_SetObject(TypeError, text)

@@ -29,7 +29,7 @@ cdef class Call:
 cdef Call read_inputs(object query, object key, object value, object graph, object w_score, object negative_slope,
                       object edge_bias, object edge_key, object edge_value, object scale, object softcap,
                       object num_threads)
-cdef void place(Call p, int operand, cnp.ndarray a, fa_dtype dtype, int trailing) noexcept
+cdef int place(Call p, int operand, cnp.ndarray a, fa_dtype dtype, int trailing) except -1
 cdef void take_heads(Call p, bint only_last) noexcept
 cdef fa_graph graph_of(Call p, Py_ssize_t item) noexcept nogil
 cdef Py_ssize_t row_of_share(const fa_graph *graph, Py_ssize_t rows, int64_t share) noexcept nogil

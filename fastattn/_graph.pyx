@@ -151,7 +151,7 @@ cdef cnp.ndarray broadcast(cnp.ndarray a, str name, tuple shape, str what):
         raise ValueError(f"{name} has shape {shape_of(a)}, which does not broadcast to {shape}, {what}") from None
 
 
-cdef void place(Call p, int operand, cnp.ndarray a, fa_dtype dtype, int trailing) noexcept:
+cdef int place(Call p, int operand, cnp.ndarray a, fa_dtype dtype, int trailing) except -1:
     """Notes where an array lies that has all batch axes. trailing: 2, a row and its channels; 1, a row; 0, neither."""
     cdef int i, ndim = cnp.PyArray_NDIM(a)
     p.graph.view[operand].data = <char *> cnp.PyArray_DATA(a)
@@ -165,6 +165,7 @@ cdef void place(Call p, int operand, cnp.ndarray a, fa_dtype dtype, int trailing
     for i in range(ndim - trailing):
         p.strides[operand][i] = 0 if cnp.PyArray_DIM(a, i) == 1 else cnp.PyArray_STRIDE(a, i)
     p.kept.append(a)
+    return 0
 
 
 cdef cnp.ndarray float_array(object x, str name):
@@ -175,20 +176,25 @@ cdef cnp.ndarray float_array(object x, str name):
     return a
 
 
+cdef inline Py_ssize_t size_of_step(Py_ssize_t stride) noexcept:
+    """abs, which Cython calls as Python's function, and whose errors could not be passed on."""
+    return -stride if stride < 0 else stride
+
+
 cdef void take_heads(Call p, bint only_last) noexcept:
     """Makes the heads whose rows lie together in a node those that kernels take together: the batch axis along which
     key and value move least, and less than from node to node. only_last: that with more than one entry, or none; what
     is summed over the batch is then in ascending order, whatever the strides."""
     cdef int axis, i, best = -1, first = 0
-    cdef Py_ssize_t step, least = 0, key = abs(p.graph.view[<int> FA_KEY].row)
-    cdef Py_ssize_t value = abs(p.graph.view[<int> FA_VALUE].row)
+    cdef Py_ssize_t step, least = 0, key = size_of_step(p.graph.view[<int> FA_KEY].row)
+    cdef Py_ssize_t value = size_of_step(p.graph.view[<int> FA_VALUE].row)
     for axis in range(p.axes if only_last else 0):
         if p.shape[axis] > 1:
             first = axis
     for axis in range(first, p.axes):
-        if (p.shape[axis] > 1 and abs(p.strides[<int> FA_KEY][axis]) < key and
-                abs(p.strides[<int> FA_VALUE][axis]) < value):
-            step = abs(p.strides[<int> FA_KEY][axis]) + abs(p.strides[<int> FA_VALUE][axis])
+        if (p.shape[axis] > 1 and size_of_step(p.strides[<int> FA_KEY][axis]) < key and
+                size_of_step(p.strides[<int> FA_VALUE][axis]) < value):
+            step = size_of_step(p.strides[<int> FA_KEY][axis]) + size_of_step(p.strides[<int> FA_VALUE][axis])
             if best < 0 or step < least:
                 best, least = axis, step
     p.graph.heads = 1

@@ -1,0 +1,77 @@
+"""Memory that runs out at every place where it is asked for: MemoryError, nothing half-written, no leak, and the next
+call right. `faults.py` has the calls."""
+
+import faults
+import fresh_process
+import pytest
+
+import fastattn
+from fastattn import _runtime
+
+debug = pytest.mark.skipif(not hasattr(_runtime, "fail_allocation"), reason="only a debug build has the switch")
+
+
+def test_every_function_that_takes_arrays_is_a_case():
+    """Classes have cases of their own; what is left computes nothing."""
+    classes = {"KVCache", "MultiHeadAttention", "StreamingAttention"}
+    settings = {"cpu_info", "get_num_threads", "set_num_threads", "show_config"}
+    assert set(fastattn.__all__) - classes - settings == faults.FUNCTIONS
+
+
+@debug
+@pytest.mark.parametrize("name", faults.CASES)
+def test_compiled_code(name):
+    """Its own requests, one by one; and blocks that are alive after failures are those that were alive before."""
+    make = faults.CASES[name]
+    run = faults.in_new_thread if "threads" in name else lambda call: call()
+    requests = faults.survives(make, faults.Compiled(), run)
+    alive = _runtime.live_allocations()
+    assert faults.survives(make, faults.Compiled(), run) == requests
+    assert _runtime.live_allocations() == alive
+    if "threads" in name and _runtime.openmp_version:
+        assert requests >= 3, "the workspace, the record of the workers, the trial threads"
+
+
+@debug
+def test_a_failure_that_costs_threads_costs_no_bits():
+    """Without memory for the records of threads there are fewer of them: the documented fallback."""
+    case = faults.CASES["softmax by threads"]
+    expected = faults.bits(case().call())
+    counts = []
+    for n in range(1, 5):
+        made = case()
+
+        def call(n=n, made=made):
+            _runtime.fail_allocation(n)
+            try:
+                return faults.bits(made.call())
+            except MemoryError:
+                return None
+            finally:
+                counts.append(_runtime.fail_allocation(0))
+
+        assert faults.in_new_thread(call) in (expected, None)
+    assert 0 in counts
+
+
+GROUPS = 6
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_everything(group):
+    """Each request of Python, NumPy and this library; in a process of its own, whose interpreter may lose something."""
+    pytest.importorskip("_testcapi", reason="this interpreter has no switch that lets allocations fail")
+    names = list(faults.CASES)[group::GROUPS]
+    fresh_process.run(
+        f"""
+        import faults
+        everything = faults.Everything()
+        for name in {names!r}:
+            print(name, flush=True)
+            try:
+                print(faults.survives(faults.CASES[name], everything), "requests", flush=True)
+            except AssertionError as error:
+                raise AssertionError(name) from error
+        """,
+        OMP_NUM_THREADS=1,
+    )
