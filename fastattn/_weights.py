@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._checks import integer
+from fastattn._checks import integer, real
 from fastattn._frequencies import kind_of, scaled_frequencies
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Tensors:
     """Arrays by name, each read only when needed."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Any]) -> None:
-        self.names = list(names)
+        self.names = [name for name in names if isinstance(name, str)]
         self._known = set(self.names)
         self._read = read
 
@@ -156,11 +156,19 @@ def _opened(state: Any) -> Iterator[_Tensors]:
         yield _Tensors(file.keys(), read)
 
 
+def _check_text(**names: Any) -> None:
+    """Check arguments that names are made of."""
+    for name, x in names.items():
+        if not isinstance(x, str):
+            raise TypeError(f"{name} must be a string, not {x!r}")
+
+
 def _layer_number(layer: Any) -> int:
     return integer(layer, "layer", "an integer of at least 0", 0)
 
 
 def from_torch(state: Any, prefix: str) -> dict[str, Any]:
+    _check_text(prefix=prefix)
     with _opened(state) as tensors:
         for name in ("bias_k", "bias_v"):
             if prefix + name in tensors:
@@ -198,8 +206,10 @@ def from_torch(state: Any, prefix: str) -> dict[str, Any]:
 
 
 def from_linear(state: Any, query: str, key: str, value: str, out: str | None, prefix: str) -> dict[str, Any]:
+    _check_text(query=query, key=key, value=value, prefix=prefix)
     names = {which: prefix + name for which, name in (("query", query), ("key", key), ("value", value))}
     if out is not None:
+        _check_text(out=out)
         names["out"] = prefix + out
     with _opened(state) as tensors:
         tensors.need([f"{name}.weight" for name in names.values()])
@@ -207,6 +217,7 @@ def from_linear(state: Any, query: str, key: str, value: str, out: str | None, p
 
 
 def from_bert(state: Any, layer: int, prefix: str) -> dict[str, Any]:
+    _check_text(prefix=prefix)
     at = f"encoder.layer.{_layer_number(layer)}.attention."
     names = {"query": "self.query", "key": "self.key", "value": "self.value", "out": "output.dense"}
     with _opened(state) as tensors:
@@ -220,6 +231,7 @@ def from_bert(state: Any, layer: int, prefix: str) -> dict[str, Any]:
 
 def _rotary(head_dim: int, rotary_base: Any, rope_parameters: Any, max_positions: Any) -> dict[str, Any]:
     """The rotary arguments of a layer with this configuration."""
+    real(rotary_base, "rotary_base", "a positive finite number", True)
 
     def at(length: int | None) -> tuple[NDArray[np.float64], float]:
         return scaled_frequencies(head_dim, rotary_base, rope_parameters, "rope_parameters", length, max_positions)
@@ -248,6 +260,7 @@ def from_llama(
     rope_parameters: Any,
     max_positions: Any,
 ) -> dict[str, Any]:
+    _check_text(prefix=prefix)
     at = f"layers.{_layer_number(layer)}.self_attn."
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     with _opened(state) as tensors:
@@ -273,12 +286,13 @@ def from_llama(
 
 
 def from_keras(weights: Any, prefix: str) -> dict[str, Any]:
+    _check_text(prefix=prefix)
     parts = {"query": "query", "key": "key", "value": "value", "out": "attention_output"}
     kernels: dict[str, NDArray[Any]] = {}
     biases: dict[str, NDArray[Any]] = {}
     if isinstance(weights, Mapping):
         # Keras 2 appends ":0" to every name.
-        names = {name.removesuffix(":0"): name for name in weights}
+        names = {name.removesuffix(":0"): name for name in weights if isinstance(name, str)}
         tensors = _Tensors(names, lambda name: weights[names[name]])
         prefix = tensors.resolve(prefix, "", [f"{part}/kernel" for part in parts.values()])
         for which, part in parts.items():
@@ -286,7 +300,11 @@ def from_keras(weights: Any, prefix: str) -> dict[str, Any]:
             if f"{prefix}{part}/bias" in tensors:
                 biases[which] = tensors.array(f"{prefix}{part}/bias")
     else:
-        arrays = [_as_array(x, f"weights[{i}]") for i, x in enumerate(weights)]
+        try:
+            several = list(weights)
+        except TypeError as error:
+            raise TypeError(f"weights must be a sequence of arrays or a mapping to arrays: {error}") from error
+        arrays = [_as_array(x, f"weights[{i}]") for i, x in enumerate(several)]
         if len(arrays) == 4:
             kernels = dict(zip(parts, arrays, strict=True))
         elif len(arrays) == 8:

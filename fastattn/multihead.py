@@ -1151,7 +1151,8 @@ class MultiHeadAttention:
             if self.rotary_dim is not None:
                 self._rotate(call, None, query, key, both)
             asked = call
-            if call.rules.get("activation", "softmax") == "softmax":
+            activation = call.rules.get("activation", "softmax")
+            if isinstance(activation, str) and activation == "softmax":
                 asked = call._replace(rules={**call.rules, "return_lse": True})
             heads, rest = self._attended(asked, weights, query, key, value, None)
             out = self._joined(call, weights, heads)

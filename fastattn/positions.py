@@ -99,7 +99,7 @@ def sinusoidal_encoding(
     """
     length, dim = _integer(length, "length", 0), _integer(dim, "dim", 0)
     base, offset = real(base, "base", "a positive finite number", True), _integer(offset, "offset", -_FARTHEST)
-    if layout not in ("interleaved", "split"):
+    if not isinstance(layout, str) or layout not in ("interleaved", "split"):
         raise ValueError(f"layout must be 'interleaved' or 'split', not {layout!r}")
     table = empty((length, dim), storage_dtype(dtype), "a table")
     sines = (dim + 1) // 2
