@@ -94,10 +94,11 @@ static char nothing[FA_ALIGN];
 static int find_bytes(const report *to, array *a, int is_optional)
 {
     int64_t before = 0, after = a->item, way, extent;
-    if (is_optional && !a->view->data)
-        return FASTATTN_OK;
-    if (is_empty(a)) {
-        a->view->data = nothing;
+    if ((is_optional && !a->view->data) || is_empty(a)) {
+        /* Its strides mean nothing, may be anything, and are not to be multiplied. */
+        *a->view = (fastattn_view){.data = a->view->data ? nothing : NULL};
+        if (!is_optional)
+            a->view->data = nothing;
         return FASTATTN_OK;
     }
     if (!a->view->data)
@@ -416,6 +417,13 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
 
     /* Where the arrays are. */
     const int64_t item = item_of((int)a->dtype), wide = a->dtype == FASTATTN_FLOAT64 ? 8 : 4;
+    if (a->weights.data && a->keys > 1 && a->weights.col != wide)
+        return refuse(to, FASTATTN_BAD_VALUE, "weights.col is %td; the numbers of a row must lie side by side: %lld",
+                      a->weights.col, (long long)wide);
+    if ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide || a->weights.head % wide ||
+        a->weights.row % wide)
+        return refuse(to, FASTATTN_BAD_VALUE, "weights: the address and strides must be multiples of %lld bytes",
+                      (long long)wide);
     array arrays[] = {array_of("query", &a->query, item, 0), array_of("key", &a->key, item, 0),
                       array_of("value", &a->value, item, 0), array_of("out", &a->out, item, 1),
                       array_of("lse", &a->lse, wide, 1),     array_of("weights", &a->weights, wide, 1),
