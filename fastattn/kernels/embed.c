@@ -336,6 +336,7 @@ typedef struct {
     fa_call call;
     const fa_kernels *kernels;
     fa_plan plan;
+    int exponent;   /* of two, by which score_weights are scaled */
     size_t numbers; /* doubles that the call needs before the memory of the plan: slopes, sinks, weights of scores */
     size_t size;    /* of all its memory; SIZE_MAX: more than there can be */
 } attention_call;
@@ -513,11 +514,28 @@ static double rounded(const attention_call *c, double x)
     return c->args.dtype == FASTATTN_FLOAT64 ? x : (double)(float)x;
 }
 
+/* The power of two by which the weights of additive scores are scaled. As part of the scale, which may be applied after
+ * the sum, it keeps products from over- or underflowing. How large a tile is depends on the scale. */
+static void scale_by_weights(attention_call *c)
+{
+    fa_problem *problem = &c->call.problem;
+    double largest = 0;
+    for (int64_t i = 0; i < problem->head_dim; i++) {
+        const double weight = fabs(rounded(c, c->args.score_weights[i]));
+        if (isfinite(weight) && weight > largest)
+            largest = weight;
+    }
+    frexp(largest, &c->exponent);
+    problem->scale = fmax(-DBL_MAX, fmin(DBL_MAX, ldexp(1, c->exponent) * problem->scale));
+}
+
 /* Threads of the call, and its memory. */
 static int plan_attention(attention_call *c, int num_threads)
 {
     if (num_threads < 0)
         return FASTATTN_BAD_VALUE;
+    if (c->args.score_weights)
+        scale_by_weights(c);
     fa_choose_loops(&c->call, c->kernels, 1);
     c->size = FA_ALIGN;
     if (!fa_has_work(&c->call))
@@ -542,23 +560,12 @@ static double *take_numbers(attention_call *c, int operand, const double *from, 
     return to + c->args.num_heads;
 }
 
-/* The weights of additive scores, scaled by a power of two so that the largest is between 1/2 and 1. As part of the
- * scale, which may be applied after the sum, it keeps products from over- or underflowing. */
+/* The weights of additive scores, scaled so that the largest is between 1/2 and 1. */
 static void take_weights(attention_call *c, double *to)
 {
-    fa_problem *problem = &c->call.problem;
-    double largest = 0;
-    int exponent = 0;
-    for (int64_t i = 0; i < problem->head_dim; i++) {
-        to[i] = rounded(c, c->args.score_weights[i]);
-        if (isfinite(to[i]) && fabs(to[i]) > largest)
-            largest = fabs(to[i]);
-    }
-    frexp(largest, &exponent);
-    for (int64_t i = 0; i < problem->head_dim; i++)
-        to[i] = ldexp(to[i], -exponent);
-    problem->score_weights = to;
-    problem->scale = fmax(-DBL_MAX, fmin(DBL_MAX, ldexp(1, exponent) * problem->scale));
+    for (int64_t i = 0; i < c->call.problem.head_dim; i++)
+        to[i] = ldexp(rounded(c, c->args.score_weights[i]), -c->exponent);
+    c->call.problem.score_weights = to;
 }
 
 static void carry_out(attention_call *c, char *memory)
