@@ -1,6 +1,8 @@
 """Memory that runs out at every place where it is asked for: MemoryError, nothing half-written, no leak, and the next
 call right. `faults.py` has the calls."""
 
+import time
+
 import faults
 import fresh_process
 import pytest
@@ -14,8 +16,16 @@ debug = pytest.mark.skipif(not hasattr(_runtime, "fail_allocation"), reason="onl
 def test_every_function_that_takes_arrays_is_a_case():
     """Classes have cases of their own; what is left computes nothing."""
     classes = {"KVCache", "MultiHeadAttention", "StreamingAttention"}
-    settings = {"cpu_info", "get_num_threads", "set_num_threads", "show_config"}
+    settings = {"cpu_info", "get_include", "get_num_threads", "set_num_threads", "show_config"}
     assert set(fastattn.__all__) - classes - settings == faults.FUNCTIONS
+
+
+def settled(wanted=None, patience=5.0):
+    """The blocks that are alive once the workers of threads that are gone have ended, too."""
+    end = time.monotonic() + (patience if wanted is not None else 0.2)
+    while time.monotonic() < end and _runtime.live_allocations() != wanted:
+        time.sleep(0.01)
+    return _runtime.live_allocations()
 
 
 @debug
@@ -25,11 +35,11 @@ def test_compiled_code(name):
     make = faults.CASES[name]
     run = faults.in_new_thread if "threads" in name else lambda call: call()
     requests = faults.survives(make, faults.Compiled(), run)
-    alive = _runtime.live_allocations()
+    alive = settled()
     assert faults.survives(make, faults.Compiled(), run) == requests
-    assert _runtime.live_allocations() == alive
+    assert settled(alive) == alive
     if "threads" in name and _runtime.openmp_version:
-        assert requests >= 3, "the workspace, the record of the workers, the trial threads"
+        assert requests >= 1, "the record of a thread's workers"
 
 
 @debug

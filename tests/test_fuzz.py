@@ -114,7 +114,7 @@ TARGETS |= {
         for kind, scaling in (("yarn", YARN), ("llama3", LLAMA3), ("longrope", LONG))
     },
 }
-NO_ARGUMENTS = {"cpu_info", "get_num_threads", "show_config"}
+NO_ARGUMENTS = {"cpu_info", "get_include", "get_num_threads", "show_config"}
 
 
 # ------------------------------------------------------------------------------------- hostile values

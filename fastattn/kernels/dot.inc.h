@@ -21,8 +21,12 @@ static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t
             int64_t k = 0;
             for (; k + LANES <= live; k += LANES)
                 v_store(q + k, v_load(from + k) * factor);
-            for (; k < all; k++)
-                q[k] = k < live ? from[k] * factor : 0;
+            for (; k < all; k++) {
+                real x = 0;
+                if (k < live)
+                    memcpy(&x, from + k, sizeof x); /* may lie at any address */
+                q[k] = k < live ? x * factor : 0;
+            }
         }
     }
 }
