@@ -67,6 +67,7 @@ cdef class Back:
     cdef Sweep sweeps[<int> MOST_SWEEPS]
     cdef int sweep_count
     cdef list kept              # arrays that the layouts point to
+    cdef list cleared           # targets that begin at zero: when nothing can fail any more for want of memory
     cdef list after             # (target, array, how) of gradients that are not yet where they go
 
 
@@ -126,7 +127,7 @@ cdef int place_query(Back b, object target, object real, int lanes) except -1:
     cdef Py_ssize_t channels = b.call.problem.head_dim
     cdef cnp.ndarray a = target
     if adds_in_place(a, real, lanes):
-        (<object> a)[...] = 0
+        b.cleared.append(a)
     else:
         a = empty((*target.shape[:-1], max((channels + lanes - 1) // lanes, 1) * lanes), real, "a gradient", True)
     place(b, FA_D_QUERY, a, 2)
@@ -152,7 +153,7 @@ cdef int place_matrix(Back b, int operand, object target, object real, Py_ssize_
     else:
         if target.dtype == real and target.flags.aligned:
             a = target
-            (<object> a)[...] = 0
+            b.cleared.append(a)
         else:
             a = empty(target.shape, real, "a gradient", True)
         place(b, operand, at_least(a, 2), 2)
@@ -466,6 +467,8 @@ cdef int run(Back b) except -1:
     count = b.sweep_count
     scratch = take_workspace(size * threads, <double> size * threads)
     try:
+        for a in b.cleared:
+            a[...] = 0
         if small:
             run_serial(call, layouts, sweeps, count, kernels, scratch, NULL)
         elif threads == 1:
@@ -558,7 +561,7 @@ cdef int back(Problem p, Given g, dict targets) except -1:
     cdef object real = accumulation(call.problem.dtype)
     cdef int lanes = kernels_for(call.problem.dtype).tuning.lanes
     cdef int64_t columns
-    b.p, b.call, b.kept, b.after = p, call, [], []
+    b.p, b.call, b.kept, b.cleared, b.after = p, call, [], [], []
     memset(b.layouts, 0, sizeof(b.layouts))
     if call.heads == 0 or call.longest_query == 0 or call.longest_key == 0 or not targets:
         for target in targets.values():
