@@ -1,11 +1,10 @@
 """Calls of every family, and what must hold when memory runs out in the middle of one: for test_faults.py.
 
-A case is made anew for each attempt: its inputs, its outputs full of a sentinel, its caches and streams. `survives` lets
-the first request for memory fail, then the second, and so on, until a call needs fewer.
+A case is made anew for each attempt: its inputs, its outputs full of a sentinel, its caches and streams. `survives`
+lets the first request for memory fail, then the second, and so on, until a call needs fewer.
 """
 
 import ctypes
-import inspect
 import threading
 
 import numpy as np
@@ -53,10 +52,6 @@ def normal(seed, *shape, dtype=np.float32):
 
 def blank(*shape, dtype=np.float32):
     return np.full(shape, SENTINEL, dtype)
-
-
-def takes(function, name):
-    return name in inspect.signature(getattr(fastattn, function)).parameters
 
 
 def function_case(name, out_shapes, **arguments):
@@ -115,7 +110,8 @@ def attention_cases():
     yield "self-attention", "self_attention", out, layer
     yield "gradients", "dot_product_attention_vjp", shapes, {**qkv, "grad_out": grad, "is_causal": True}
     yield "gradients of rules", "dot_product_attention_vjp", [], {
-        **qkv, "grad_out": grad, "sinks": np.ones(3), "bias": rules["bias"], "wrt": ("query", "bias", "sinks")}  # fmt: skip
+        **qkv, "grad_out": grad, "sinks": np.ones(3), "bias": rules["bias"],
+        "wrt": ("query", "bias", "sinks")}  # fmt: skip
     yield "gradients in 16 bits", "dot_product_attention_vjp", [], {**halves, "grad_out": grad.astype(np.float16)}
     yield "gradients by threads", "dot_product_attention_vjp", [large.shape] * 3, {
         "grad_out": large, "query": large, "key": large, "value": large, "num_threads": 3}  # fmt: skip
@@ -151,6 +147,11 @@ def row_cases():
     yield "buckets", "relative_position_buckets", [], {"query_length": 7, "key_length": 9}
     yield "frequencies", "rotary_frequencies", [], {"dim": 16, "scaling": {"rope_type": "linear", "factor": 2.0}}
     yield "sinusoidal", "sinusoidal_encoding", [], {"length": 7, "dim": 8}
+
+
+def takes_its_own_tokens(cache):
+    """Appending views of a cache to itself, whose memory moves meanwhile."""
+    return Case(lambda: cache.append(cache.key[..., :3, :], cache.value[..., :3, :]), cache)
 
 
 def layer():
@@ -202,7 +203,7 @@ def object_cases():
     yield "cache, append float64", method(roomy, "append", new.astype(np.float64), new.astype(np.float64))
     yield "cache, append past the window", method(tight, "append", new, new, [1, 2, 3])
     yield "cache, append what the window holds", method(exact, "append", new, new)
-    yield "cache, append itself", lambda: (lambda c: Case(lambda: c.append(c.key[..., :3, :], c.value[..., :3, :]), c))(tight())
+    yield "cache, append itself", lambda: takes_its_own_tokens(tight())
     yield "cache, copy", method(roomy, "copy")
     yield "cache, crop", method(roomy, "crop", [2, 3, 4])
     yield "cache, select", method(roomy, "select", [2, 0])
@@ -273,7 +274,8 @@ def lead_numpy_through_python():
         _fields_ = (("name", ctypes.c_char * 127), ("version", ctypes.c_uint8), ("allocator", ctypes.c_void_p * 5))
 
     api = ctypes.pythonapi
-    api.PyCapsule_GetPointer.restype, api.PyCapsule_GetPointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = ctypes.py_object, ctypes.c_char_p
     api.PyCapsule_New.restype = ctypes.py_object
     api.PyCapsule_New.argtypes = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
     table = api.PyCapsule_GetPointer(np._core._multiarray_umath._ARRAY_API, None)

@@ -45,6 +45,41 @@ class Bug:
 
 BUGS = (
     Bug(
+        "the columns of returned weights may lie anywhere",
+        "embed.c",
+        "if (a->weights.data && a->keys > 1 && a->weights.col != wide)",
+        "if (0)",
+        "test_embed_sanitized.py -k structs",
+    ),
+    Bug(
+        "strides of arrays that are not there are multiplied",
+        "embed.c",
+        "*a->view = (fastattn_view){.data = a->view->data ? nothing : NULL};",
+        "a->view->data = a->view->data ? nothing : NULL;",
+        "test_embed_sanitized.py -k structs",
+    ),
+    Bug(
+        "a query is read as if it were aligned",
+        "dot.inc.h",
+        "memcpy(&x, from + k, sizeof x); /* may lie at any address */",
+        "x = from[k];",
+        "test_embed_sanitized.py -k structs",
+    ),
+    Bug(
+        "threads of a call share one workspace",
+        "drive.c",
+        "plan->workspaces + (size_t)thread * plan->workspace_size, watch, thread == 0);",
+        "plan->workspaces, watch, thread == 0);",
+        "test_embed_sanitized.py -k each_with_threads",
+    ),
+    Bug(
+        "callers race for the choice of the instruction set",
+        "select.c",
+        "__atomic_store_n(&chosen[dtype], find_kernels(row, (fa_dtype)dtype), __ATOMIC_RELEASE);",
+        "chosen[dtype] = find_kernels(row, (fa_dtype)dtype);",
+        "test_embed_sanitized.py -k many_threads",
+    ),
+    Bug(
         "a window lets the rest of a vector be seen",
         "rules.inc.h",
         "behind = to / LANES;",

@@ -1,8 +1,8 @@
-"""Hostile arguments of every kind, at random, for every public function: a right result or an error that names an argument.
+"""Hostile arguments of every kind, at random, for every public function: a right result or an error that names one.
 
-Each call starts from a good one and replaces some arguments. Allowed are a result, compared with the reference where that
-is defined and cheap, and TypeError, ValueError or MemoryError; not allowed are a crash, another exception, a warning, and
-an output that was touched by a call that raised. The calls are the same in every run:
+Each call starts from a good one and replaces some arguments. Allowed are a result, compared with the reference where
+that is defined and cheap, and TypeError, ValueError or MemoryError; not allowed are a crash, another exception, a
+warning, and an output that was touched by a call that raised. The calls are the same in every run:
 
     FASTATTN_FUZZ=100000 python -m pytest tests/test_fuzz.py    that many for each function
     FASTATTN_FUZZ=7:300 ...                                     only number 300 of seed 7
@@ -67,8 +67,9 @@ PAIR = {"key": normal(12, 2, 2, 3, 4), "value": normal(13, 2, 2, 3, 4)}
 TORCH = {"in_proj_weight": normal(14, 24, 8), "in_proj_bias": normal(15, 24), "out_proj.weight": normal(16, 8, 8),
          "out_proj.bias": normal(17, 8)}  # fmt: skip
 LLAMA = {f"layers.1.self_attn.{x}_proj.weight": normal(18, 8, 8) for x in "qkvo"}
-BERT = {f"encoder.layer.0.attention.{part}.{what}": normal(19, *([8, 8] if what == "weight" else [8]))
-        for part in ("self.query", "self.key", "self.value", "output.dense") for what in ("weight", "bias")}  # fmt: skip
+BERT = {f"encoder.layer.0.attention.{part}.{what}": normal(19, *[8] * (1 + (what == "weight")))
+        for part in ("self.query", "self.key", "self.value", "output.dense")
+        for what in ("weight", "bias")}  # fmt: skip
 LINEAR = {f"{x}.weight": normal(20, 8, 8) for x in "qkvo"}
 KERAS = [normal(21, 8, 2, 4), normal(22, 2, 4), normal(23, 8, 2, 4), normal(24, 2, 4), normal(25, 8, 2, 4),
          normal(26, 2, 4), normal(27, 2, 4, 8), normal(28, 8)]  # fmt: skip
@@ -172,13 +173,15 @@ def recursive():
 
 
 SCALARS = (
-    None, True, False, math.nan, math.inf, -math.inf, -1, -2, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, 2**64,
-    -(2**63), -(2**70), 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320, -3.5, 1j, "text", "", "softmax", "band", "clamp", b"bytes",
-    object(), (), [], {}, set(), [None], (None, None), (1, 2), (2, -1), [0, 2], (1, 2, 3), [[1], [2, 3]], range(3), slice(2),
-    Ellipsis, NotImplemented, len, int, np.float32(math.nan), np.int64(-3), np.int8(2), np.uint64(2**64 - 1), np.bool_(True),
-    np.float16(2), np.longdouble(1.5), np.datetime64("2020-01-01"), np.str_("x"), np.array(3), np.array(2.5), np.array(True),
-    np.array([]), np.array([], object), np.array([2**63], np.uint64), np.array("x"), np.ma.masked, np.dtype("f4"), np.float64,
-    "float32", "f2", ">f4", np.zeros((1,) * 40 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 1, np.float32),
+    None, True, False, math.nan, math.inf, -math.inf, -1, -2, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**62,
+    2**63 - 1, 2**63, 2**64, -(2**63), -(2**70), 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320, -3.5, 1j, "text",
+    "", "softmax", "band", "clamp", b"bytes", object(), (), [], {}, set(), [None], (None, None), (1, 2),
+    (2, -1), [0, 2], (1, 2, 3), [[1], [2, 3]], range(3), slice(2), Ellipsis, NotImplemented, len, int,
+    np.float32(math.nan), np.int64(-3), np.int8(2), np.uint64(2**64 - 1), np.bool_(True), np.float16(2),
+    np.longdouble(1.5), np.datetime64("2020-01-01"), np.str_("x"), np.array(3), np.array(2.5), np.array(True),
+    np.array([]), np.array([], object), np.array([2**63], np.uint64), np.array("x"), np.ma.masked,
+    np.dtype("f4"), np.float64, "float32", "f2", ">f4",
+    np.zeros((1,) * 40 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 1, np.float32),
 )  # fmt: skip
 
 
