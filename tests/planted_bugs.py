@@ -5,8 +5,9 @@
 
 It works on a copy of the tree in a temporary folder, with only the baseline kernels and little optimisation. First the
 tests run without bugs: they must pass. Then each bug is planted, the kernels are built, its tests run until the first
-failure, and the line is restored. The exit status is 0 if every bug was found. pytest does not collect this file; run
-it by hand after changing kernels or tests.
+failure, and the line is restored. What only makes the kernels slower changes no result: there instructions are counted,
+if valgrind is installed. The exit status is 0 if every bug was found. pytest does not collect this file; run it by hand
+after changing kernels or tests.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = ("fastattn", "tests", "setup.py", "pyproject.toml", "README.md")
+COUNTS = "benchmarks/instructions.py"
+PARTS = ("fastattn", "tests", "setup.py", "pyproject.toml", "README.md", COUNTS, COUNTS[:-2] + "c")
 # Settings of the copy's build: only the kernels of baseline_*.c, so that it is quick.
 SETTINGS = (
     ("setup.py", '"-O2"', '"-O1"'),
@@ -40,7 +42,7 @@ class Bug:
     file: str
     right: str
     wrong: str
-    tests: str  # arguments of pytest; the first failure is enough
+    tests: str  # arguments of pytest; the first failure is enough. Or COUNTS
 
 
 BUGS = (
@@ -415,6 +417,20 @@ BUGS = (
         "",
         "test_gradients.py -k 'test_sizes and True'",
     ),
+    Bug(
+        "every exponential is taken twice",
+        "softmax.inc.h",
+        "const vec p = v_exp2(natural_log ? x * log2e : x);",
+        "const vec y = natural_log ? x * log2e : x, p = v_max(v_exp2(y), v_exp2(y - 1));",
+        COUNTS,
+    ),
+    Bug(
+        "a block of keys is packed for each group of rows",
+        "prefill.inc.h",
+        "packed = 1;",
+        "packed = 0;",
+        COUNTS,
+    ),
 )
 
 
@@ -441,6 +457,7 @@ class Copy:
             if os.path.isdir(source):
                 shutil.copytree(source, copy, ignore=ignored)
             else:
+                os.makedirs(os.path.dirname(copy), exist_ok=True)
                 shutil.copy(source, copy)
         for file, right, wrong in SETTINGS:
             with open(os.path.join(folder, file)) as stream:
@@ -483,10 +500,16 @@ class Copy:
         shutil.copy(os.path.join(self.folder, self.library), os.path.join(self.folder, "fastattn"))
 
     def test(self, arguments):
-        """pytest's exit status and output."""
-        words = [f"tests/{word}" if word.startswith("test_") and ".py" in word else word for word in arguments]
+        """The exit status and output of pytest, or of the comparison with the counts of the kernels without a bug."""
+        if arguments == [COUNTS]:
+            if not os.path.exists(os.path.join(self.folder, COUNTS[:-2] + "json")):
+                self.run([sys.executable, COUNTS, "--update"])
+            command = [COUNTS]
+        else:
+            words = [f"tests/{word}" if word.startswith("test_") and ".py" in word else word for word in arguments]
+            command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
+            [sys.executable, *command],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -498,7 +521,7 @@ class Copy:
 
 def verdict(returncode, output):
     """Whether the tests found the bug, and a message about it."""
-    failed = re.search(r"^FAILED tests/(.+?)( - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED tests/|  (?=.*\d -> \d))(.+?)( - .*)?$", output, re.MULTILINE)
     if returncode == 1 and failed:
         return True, failed[1]
     if returncode == 0:
@@ -512,6 +535,9 @@ def main(words):
     chosen = [bug for bug in BUGS if not words or any(word in bug.name for word in words)]
     if not chosen:
         sys.exit(f"no bug has a name with {' or '.join(words)} in it; there are:\n" + "\n".join(b.name for b in BUGS))
+    if shutil.which("valgrind") is None:
+        print("without valgrind no slowdowns are planted")
+        chosen = [bug for bug in chosen if bug.tests != COUNTS]
     texts = [replaced(os.path.join(ROOT, "fastattn", "kernels", b.file), b.right, b.wrong, b.name) for b in chosen]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()

@@ -23,12 +23,14 @@ def test_no_such_line_is_an_error_that_names_the_bug():
     ("returncode", "output", "found"),
     [
         (1, "...\nFAILED tests/test_x.py::test_y[1] - assert 1 == 2\n1 failed in 1 s", True),
+        (1, "baseline: 35 calls\n  prefill: kernels 100 -> 120 (+20.0%)\nIf this is meant", True),
         (0, "5 passed in 1 s", False),
         (1, "5 passed", False),
         (2, "ERROR tests/test_x.py - ImportError", False),
         (-11, "", False),
+        (1, "no valgrind here", False),
     ],
 )
 def test_only_a_failed_test_finds_a_bug(returncode, output, found):
-    """Not an error of collection, a crash of pytest itself, or a passing run."""
+    """Or a count of instructions. Not an error of collection, a crash of pytest itself, or a passing run."""
     assert planted_bugs.verdict(returncode, output)[0] is found
