@@ -286,12 +286,12 @@ def compare(record, counted):
         print(f"{name}: {len(rows)} calls, {', '.join(names) or 'nothing'} compared")
         print(f"  {len(wrong)} differ by more than {ALLOWED:.0%}; the others by no more than this: {largest}")
         for text in wrong:
-            print(f"  {text}")
+            print(f"    {text}")
     if reasons:
         left = ", ".join(list(NEEDS)[len(names) :])
         print(f"NOTE not compared: {left}, as {RECORD.name} was made with another build")
         for text in reasons:
-            print(f"  {text}")
+            print(f"    {text}")
     return is_wrong
 
 

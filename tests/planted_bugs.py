@@ -521,7 +521,7 @@ class Copy:
 
 def verdict(returncode, output):
     """Whether the tests found the bug, and a message about it."""
-    failed = re.search(r"^(?:FAILED tests/|  (?=.*\d -> \d))(.+?)( - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED tests/|    (?=.*\d -> \d))(.+?)( - .*)?$", output, re.MULTILINE)
     if returncode == 1 and failed:
         return True, failed[1]
     if returncode == 0:

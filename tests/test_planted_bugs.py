@@ -23,7 +23,7 @@ def test_no_such_line_is_an_error_that_names_the_bug():
     ("returncode", "output", "found"),
     [
         (1, "...\nFAILED tests/test_x.py::test_y[1] - assert 1 == 2\n1 failed in 1 s", True),
-        (1, "baseline: 35 calls\n  prefill: kernels 100 -> 120 (+20.0%)\nIf this is meant", True),
+        (1, "baseline: 35 calls\n    prefill: kernels 100 -> 120 (+20.0%)\nIf this is meant", True),
         (0, "5 passed in 1 s", False),
         (1, "5 passed", False),
         (2, "ERROR tests/test_x.py - ImportError", False),

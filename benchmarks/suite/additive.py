@@ -15,8 +15,9 @@ from .cases import ADDITIVE_BACK, ADDITIVE_SHAPES, BILINEAR_SHAPES, Additive, Bi
 def _additive(shape, dtype, is_projected, implementation):
     case = Additive(*shape, dtype, is_projected)
     name, _, threads = implementation.partition(", ")
+    # For both: products with projections are NumPy's.
+    threadpool_limits(int(threads[0]) if threads else 1)
     if name == "numpy":
-        threadpool_limits(1)
         call = functools.partial(baselines.additive_attention, scores=baselines.exponential_scores)
     else:
         call = functools.partial(fastattn.additive_attention, num_threads=int(threads[0]))
@@ -24,6 +25,7 @@ def _additive(shape, dtype, is_projected, implementation):
 
 
 class AdditiveAttention:
+    pretty_name = "Additive attention"
     # NumPy's sums and exponentials always use one thread, so it is measured once, as the baseline of both.
     params = [list(ADDITIVE_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["shape", "dtype", "implementation"]
@@ -33,6 +35,7 @@ class AdditiveAttention:
 
 
 class ProjectedAdditiveAttention:
+    pretty_name = "Additive attention with projections"
     params = [[(1, 8, 128, 128, 64), (1, 8, 512, 512, 64)], *AdditiveAttention.params[1:]]
     param_names = AdditiveAttention.param_names
 
@@ -54,6 +57,7 @@ def _way_back(name, implementation):
 class AdditiveGradients:
     """With the forward pass, as its output is not given."""
 
+    pretty_name = "Gradients of additive attention"
     params = [[case.name for case in ADDITIVE_BACK], AdditiveAttention.params[2]]
     param_names = ["case", "implementation"]
 
@@ -64,13 +68,14 @@ class AdditiveGradients:
 @functools.cache
 def _bilinear(shape, dtype, threads, implementation):
     arrays = Bilinear(*shape, dtype).inputs()
+    threadpool_limits(threads)
     if implementation == "numpy":
-        threadpool_limits(threads)
         return functools.partial(baselines.bilinear_attention, *arrays)
     return functools.partial(fastattn.bilinear_attention, *arrays, num_threads=threads)
 
 
 class BilinearAttention:
+    pretty_name = "Bilinear attention"
     params = [list(BILINEAR_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 

@@ -24,6 +24,7 @@ def _call(seqlen, threads, implementation):
 
 
 class BlockMask:
+    pretty_name = "Attention in blocks"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["seqlen", "threads", "implementation"]
 

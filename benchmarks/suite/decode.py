@@ -22,6 +22,7 @@ def _call(shape, dtype, threads, implementation):
 
 
 class DecodeAttention:
+    pretty_name = "A few queries over a cache"
     params = [[case.shape for case in DECODE], ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 

@@ -19,6 +19,7 @@ def _call(name, threads, implementation):
 
 
 class GraphAttention:
+    pretty_name = "Attention along edges"
     # The baseline uses one thread whatever it is told.
     params = [[case.name for case in cases.GRAPH], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["graph", "implementation"]
@@ -44,6 +45,7 @@ def _way_back(name, threads, implementation):
 class GraphGradients:
     """Without the forward call."""
 
+    pretty_name = "Gradients along edges"
     params = [[case.name for case in cases.GRAPH_BACK], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["graph", "implementation"]
 

@@ -48,6 +48,7 @@ def _step(name, implementation):
 
 
 class LinearAttention:
+    pretty_name = "Linear attention"
     params = [list(SEQUENCES), ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["case", "implementation"]
 
@@ -66,6 +67,7 @@ def _gradients(name, threads, implementation):
 
 
 class LinearGradients:
+    pretty_name = "Gradients of linear attention"
     params = [
         [name for name in SEQUENCES if not SEQUENCES[name].is_delta],
         ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"],
@@ -78,6 +80,7 @@ class LinearGradients:
 
 
 class LinearStep:
+    pretty_name = "A token of linear attention"
     params = [list(STEPS), ["fastattn", "numpy"]]
     param_names = ["case", "implementation"]
 

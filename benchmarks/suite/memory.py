@@ -72,6 +72,8 @@ class Memory:
     def track_extra_memory(self, seqlen, implementation):
         return extra_memory(*_call(seqlen, implementation))
 
+    peakmem_attention.pretty_name = "Peak memory of attention"
+    track_extra_memory.pretty_name = "Extra memory of attention"
     track_extra_memory.unit = "bytes"
 
 
@@ -93,6 +95,8 @@ class OtherKindsMemory:
     def track_extra_memory(self, kind, seqlen, implementation):
         return extra_memory(*_other_call(kind, seqlen, implementation))
 
+    peakmem_attention.pretty_name = "Peak memory of additive and bilinear attention"
+    track_extra_memory.pretty_name = "Extra memory of additive and bilinear attention"
     track_extra_memory.unit = "bytes"
 
 
@@ -113,4 +117,6 @@ class WindowMemory:
     def track_extra_memory(self, seqlen, implementation):
         return extra_memory(*_window_call(seqlen, implementation))
 
+    peakmem_attention.pretty_name = "Peak memory of attention in a window"
+    track_extra_memory.pretty_name = "Extra memory of attention in a window"
     track_extra_memory.unit = "bytes"

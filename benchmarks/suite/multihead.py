@@ -24,6 +24,7 @@ def _call(shape, dtype, threads, implementation):
 
 
 class MultiHeadAttention:
+    pretty_name = "A multi-head layer"
     params = [list(MULTI_HEAD_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 
@@ -45,6 +46,7 @@ def _step(shape, threads, implementation):
 
 
 class MultiHeadAttentionStep:
+    pretty_name = "A step of training a layer"
     params = [list(MULTI_HEAD_SHAPES[:3]), [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "threads", "implementation"]
 

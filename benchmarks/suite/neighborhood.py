@@ -38,6 +38,7 @@ def _call_back(name, threads, implementation):
 
 
 class NeighborhoodAttention:
+    pretty_name = "Pixels and their neighbourhoods"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["space", "threads", "implementation"]
 
@@ -46,6 +47,7 @@ class NeighborhoodAttention:
 
 
 class NeighborhoodGradients:
+    pretty_name = "Gradients of neighbourhoods"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["space", "threads", "implementation"]
 
@@ -54,6 +56,7 @@ class NeighborhoodGradients:
 
 
 class NeighborhoodForms:
+    pretty_name = "Forms of neighbourhoods"
     params = [list(FORMS), [1, 2]]
     param_names = ["form", "threads"]
 

@@ -18,6 +18,7 @@ def _call(shape, dtype, threads, implementation):
 
 
 class ApplyRotary:
+    pretty_name = "Rotary positions"
     # NumPy's sums and products of arrays always use one thread: measured once, as the baseline of both.
     params = [list(ROTARY_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["shape", "dtype", "implementation"]

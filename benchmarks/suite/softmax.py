@@ -17,6 +17,7 @@ def _call(shape, axis, dtype, threads, implementation):
 
 
 class Softmax:
+    pretty_name = "Softmax"
     # NumPy's softmax always uses one thread, so it is measured once, as the baseline of both.
     params = [
         sorted({(case.shape, case.axis) for case in cases.SOFTMAX if case.nbytes <= 2**26}),
@@ -39,6 +40,7 @@ def _back(shape, axis, dtype, threads, implementation):
 
 
 class SoftmaxBack:
+    pretty_name = "Gradient of softmax"
     params = [
         sorted((case.shape, case.axis) for case in cases.SOFTMAX_BACK),
         ["float32", "float64"],

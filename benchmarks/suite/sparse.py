@@ -23,6 +23,7 @@ def _attention(shape, activation, threads):
 
 
 class Rows:
+    pretty_name = "Sparsemax and entmax15"
     params = [
         sorted({case.sizes for case in cases.SPARSE}),
         ["sparsemax", "entmax15"],
@@ -36,6 +37,7 @@ class Rows:
 
 
 class Attention:
+    pretty_name = "Attention with sparse weights"
     params = [
         [(1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64), (1, 8, 1, 8192, 64)],
         ["softmax", "sparsemax", "entmax15"],
