@@ -97,17 +97,19 @@ def publish(folder):
         path.write_text(json.dumps(rows))
     path = folder / "regressions.json"
     regressions = json.loads(path.read_text())
+    regressions["regressions"] = [row for row in regressions["regressions"] if "numpy" not in row[0]]
     for row in regressions["regressions"]:
-        row[3] = moved[row[0]].get(row[3])
+        row[3] = moved[row[0].partition("(")[0]].get(row[3])
     path.write_text(json.dumps(regressions))
     (folder / "index.json").write_text(json.dumps(index))
     return check(folder, index)
 
 
 def leave_measured_parameters(benchmark, graphs):
-    """Takes values of parameters that nobody measured out of a benchmark's page: their curves would be empty. That leaves
-    no more than the eight curves that a page shows at first, with NumPy's among them. Returns the new places of what is
-    left, by the old ones."""
+    """Takes values of parameters that nobody measured out of a benchmark's page: their curves would be empty.
+
+    That leaves no more than the eight curves that a page shows at first, with NumPy's among them. Returns the new
+    places of what is left, by the old ones."""
     series = [json.loads(path.read_text()) for path in graphs]
     everything = list(itertools.product(*map(range, map(len, benchmark["params"]))))
     numbers = [values if isinstance(values, list) else [values] for points in series for _, values in points]

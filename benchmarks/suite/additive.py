@@ -25,7 +25,6 @@ def _additive(shape, dtype, is_projected, implementation):
 
 
 class AdditiveAttention:
-    pretty_name = "Additive attention"
     # NumPy's sums and exponentials always use one thread, so it is measured once, as the baseline of both.
     params = [list(ADDITIVE_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["shape", "dtype", "implementation"]
@@ -33,14 +32,17 @@ class AdditiveAttention:
     def time_attention(self, shape, dtype, implementation):
         _additive(shape, dtype, False, implementation)()
 
+    time_attention.pretty_name = "Additive attention"
+
 
 class ProjectedAdditiveAttention:
-    pretty_name = "Additive attention with projections"
     params = [[(1, 8, 128, 128, 64), (1, 8, 512, 512, 64)], *AdditiveAttention.params[1:]]
     param_names = AdditiveAttention.param_names
 
     def time_attention(self, shape, dtype, implementation):
         _additive(shape, dtype, True, implementation)()
+
+    time_attention.pretty_name = "Additive attention with projections"
 
 
 @functools.cache
@@ -57,12 +59,13 @@ def _way_back(name, implementation):
 class AdditiveGradients:
     """With the forward pass, as its output is not given."""
 
-    pretty_name = "Gradients of additive attention"
     params = [[case.name for case in ADDITIVE_BACK], AdditiveAttention.params[2]]
     param_names = ["case", "implementation"]
 
     def time_gradients(self, case, implementation):
         _way_back(case, implementation)()
+
+    time_gradients.pretty_name = "Gradients of additive attention"
 
 
 @functools.cache
@@ -75,9 +78,10 @@ def _bilinear(shape, dtype, threads, implementation):
 
 
 class BilinearAttention:
-    pretty_name = "Bilinear attention"
     params = [list(BILINEAR_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 
     def time_attention(self, shape, dtype, threads, implementation):
         _bilinear(shape, dtype, threads, implementation)()
+
+    time_attention.pretty_name = "Bilinear attention"

@@ -23,21 +23,23 @@ def _call(shape, dtype, is_causal, threads, implementation):
 
 
 class DotProductAttention:
-    pretty_name = "Dot-product attention"
     params = [list(ATTENTION_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, False, threads, implementation)()
 
+    time_attention.pretty_name = "Dot-product attention"
+
 
 class CausalAttention:
-    pretty_name = "Causal attention"
     params = [[(1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64)], *DotProductAttention.params[1:]]
     param_names = DotProductAttention.param_names
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, True, threads, implementation)()
+
+    time_attention.pretty_name = "Causal attention"
 
 
 @functools.cache
@@ -56,9 +58,10 @@ def _way_back(name, threads, implementation):
 class AttentionGradients:
     """The way back alone; NumPy's includes the weights."""
 
-    pretty_name = "Gradients of attention"
     params = [[case.name for case in ATTENTION_BACK], [1, 2], ["fastattn", "numpy"]]
     param_names = ["case", "threads", "implementation"]
 
     def time_gradients(self, case, threads, implementation):
         _way_back(case, threads, implementation)()
+
+    time_gradients.pretty_name = "Gradients of attention"

@@ -24,9 +24,10 @@ def _call(seqlen, threads, implementation):
 
 
 class BlockMask:
-    pretty_name = "Attention in blocks"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["seqlen", "threads", "implementation"]
 
     def time_attention(self, seqlen, threads, implementation):
         _call(seqlen, threads, implementation)()
+
+    time_attention.pretty_name = "Attention in blocks"

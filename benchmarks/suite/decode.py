@@ -22,9 +22,10 @@ def _call(shape, dtype, threads, implementation):
 
 
 class DecodeAttention:
-    pretty_name = "A few queries over a cache"
     params = [[case.shape for case in DECODE], ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, threads, implementation)()
+
+    time_attention.pretty_name = "A few queries over a cache"

@@ -19,7 +19,6 @@ def _call(name, threads, implementation):
 
 
 class GraphAttention:
-    pretty_name = "Attention along edges"
     # The baseline uses one thread whatever it is told.
     params = [[case.name for case in cases.GRAPH], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["graph", "implementation"]
@@ -27,6 +26,8 @@ class GraphAttention:
     def time_attention(self, graph, implementation):
         name, _, threads = implementation.partition(", ")
         _call(graph, int(threads[0]) if threads else 1, name)()
+
+    time_attention.pretty_name = "Attention along edges"
 
 
 @functools.cache
@@ -45,10 +46,11 @@ def _way_back(name, threads, implementation):
 class GraphGradients:
     """Without the forward call."""
 
-    pretty_name = "Gradients along edges"
     params = [[case.name for case in cases.GRAPH_BACK], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["graph", "implementation"]
 
     def time_gradients(self, graph, implementation):
         name, _, threads = implementation.partition(", ")
         _way_back(graph, int(threads[0]) if threads else 1, name)()
+
+    time_gradients.pretty_name = "Gradients along edges"

@@ -48,13 +48,14 @@ def _step(name, implementation):
 
 
 class LinearAttention:
-    pretty_name = "Linear attention"
     params = [list(SEQUENCES), ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["case", "implementation"]
 
     def time_linear(self, case, implementation):
         name, _, threads = implementation.partition(", ")
         _call(case, int(threads[0]) if threads else 1, name)()
+
+    time_linear.pretty_name = "Linear attention"
 
 
 @functools.cache
@@ -67,7 +68,6 @@ def _gradients(name, threads, implementation):
 
 
 class LinearGradients:
-    pretty_name = "Gradients of linear attention"
     params = [
         [name for name in SEQUENCES if not SEQUENCES[name].is_delta],
         ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"],
@@ -78,11 +78,14 @@ class LinearGradients:
         name, _, threads = implementation.partition(", ")
         _gradients(case, int(threads[0]) if threads else 1, name)()
 
+    time_gradients.pretty_name = "Gradients of linear attention"
+
 
 class LinearStep:
-    pretty_name = "A token of linear attention"
     params = [list(STEPS), ["fastattn", "numpy"]]
     param_names = ["case", "implementation"]
 
     def time_step(self, case, implementation):
         _step(case, implementation)()
+
+    time_step.pretty_name = "A token of linear attention"

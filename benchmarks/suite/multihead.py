@@ -24,12 +24,13 @@ def _call(shape, dtype, threads, implementation):
 
 
 class MultiHeadAttention:
-    pretty_name = "A multi-head layer"
     params = [list(MULTI_HEAD_SHAPES), ["float32", "float64"], [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "dtype", "threads", "implementation"]
 
     def time_attention(self, shape, dtype, threads, implementation):
         _call(shape, dtype, threads, implementation)()
+
+    time_attention.pretty_name = "A multi-head layer"
 
 
 @functools.cache
@@ -46,9 +47,10 @@ def _step(shape, threads, implementation):
 
 
 class MultiHeadAttentionStep:
-    pretty_name = "A step of training a layer"
     params = [list(MULTI_HEAD_SHAPES[:3]), [1, 2], ["fastattn", "numpy"]]
     param_names = ["shape", "threads", "implementation"]
 
     def time_step(self, shape, threads, implementation):
         _step(shape, threads, implementation)()
+
+    time_step.pretty_name = "A step of training a layer"

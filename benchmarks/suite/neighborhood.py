@@ -38,28 +38,31 @@ def _call_back(name, threads, implementation):
 
 
 class NeighborhoodAttention:
-    pretty_name = "Pixels and their neighbourhoods"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["space", "threads", "implementation"]
 
     def time_attention(self, space, threads, implementation):
         _call(space, threads, implementation)()
 
+    time_attention.pretty_name = "Pixels and their neighbourhoods"
+
 
 class NeighborhoodGradients:
-    pretty_name = "Gradients of neighbourhoods"
     params = [list(CASES), [1, 2], ["fastattn", "numpy"]]
     param_names = ["space", "threads", "implementation"]
 
     def time_gradients(self, space, threads, implementation):
         _call_back(space, threads, implementation)()
 
+    time_gradients.pretty_name = "Gradients of neighbourhoods"
+
 
 class NeighborhoodForms:
-    pretty_name = "Forms of neighbourhoods"
     params = [list(FORMS), [1, 2]]
     param_names = ["form", "threads"]
 
     def time_attention(self, form, threads):
         case = CASES["56x56"]
         fastattn.neighborhood_attention(*case.inputs(), case.kernel_size, num_threads=threads, **FORMS[form])
+
+    time_attention.pretty_name = "Forms of neighbourhoods"

@@ -18,7 +18,6 @@ def _call(shape, dtype, threads, implementation):
 
 
 class ApplyRotary:
-    pretty_name = "Rotary positions"
     # NumPy's sums and products of arrays always use one thread: measured once, as the baseline of both.
     params = [list(ROTARY_SHAPES), ["float32", "float64"], ["fastattn, 1 thread", "fastattn, 2 threads", "numpy"]]
     param_names = ["shape", "dtype", "implementation"]
@@ -26,3 +25,5 @@ class ApplyRotary:
     def time_rotary(self, shape, dtype, implementation):
         name, _, threads = implementation.partition(", ")
         _call(shape, dtype, int(threads[0]) if threads else 1, name)()
+
+    time_rotary.pretty_name = "Rotary positions"

@@ -17,7 +17,6 @@ def _call(shape, axis, dtype, threads, implementation):
 
 
 class Softmax:
-    pretty_name = "Softmax"
     # NumPy's softmax always uses one thread, so it is measured once, as the baseline of both.
     params = [
         sorted({(case.shape, case.axis) for case in cases.SOFTMAX if case.nbytes <= 2**26}),
@@ -30,6 +29,8 @@ class Softmax:
         name, _, threads = implementation.partition(", ")
         _call(*shape_and_axis, dtype, int(threads[0]) if threads else 1, name)()
 
+    time_softmax.pretty_name = "Softmax"
+
 
 @functools.cache
 def _back(shape, axis, dtype, threads, implementation):
@@ -40,7 +41,6 @@ def _back(shape, axis, dtype, threads, implementation):
 
 
 class SoftmaxBack:
-    pretty_name = "Gradient of softmax"
     params = [
         sorted((case.shape, case.axis) for case in cases.SOFTMAX_BACK),
         ["float32", "float64"],
@@ -51,3 +51,5 @@ class SoftmaxBack:
     def time_softmax_vjp(self, shape_and_axis, dtype, implementation):
         name, _, threads = implementation.partition(", ")
         _back(*shape_and_axis, dtype, int(threads[0]) if threads else 1, name)()
+
+    time_softmax_vjp.pretty_name = "Gradient of softmax"

@@ -23,7 +23,6 @@ def _attention(shape, activation, threads):
 
 
 class Rows:
-    pretty_name = "Sparsemax and entmax15"
     params = [
         sorted({case.sizes for case in cases.SPARSE}),
         ["sparsemax", "entmax15"],
@@ -35,9 +34,10 @@ class Rows:
         name, _, threads = implementation.partition(", ")
         _rows(sizes, function, int(threads[0]) if threads else 1, name)()
 
+    time_rows.pretty_name = "Sparsemax and entmax15"
+
 
 class Attention:
-    pretty_name = "Attention with sparse weights"
     params = [
         [(1, 12, 128, 128, 64), (1, 8, 512, 512, 64), (1, 8, 2048, 2048, 64), (1, 8, 1, 8192, 64)],
         ["softmax", "sparsemax", "entmax15"],
@@ -47,3 +47,5 @@ class Attention:
 
     def time_attention(self, shape, activation, threads):
         _attention(shape, activation, threads)()
+
+    time_attention.pretty_name = "Attention with sparse weights"

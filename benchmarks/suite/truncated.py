@@ -22,10 +22,11 @@ def _call(window, seqlen, threads, implementation):
 
 
 class TruncatedAttention:
-    pretty_name = "Attention in a window"
     # The time per row should be the same at every length.
     params = [list(WINDOWS), [1024, 4096, 65536], [1, 2], ["fastattn", "numpy"]]
     param_names = ["window", "seqlen", "threads", "implementation"]
 
     def time_attention(self, window, seqlen, threads, implementation):
         _call(window, seqlen, threads, implementation)()
+
+    time_attention.pretty_name = "Attention in a window"
