@@ -4,6 +4,7 @@
 #define FASTATTN_CALL_H
 
 #include "contract.h"
+#include <string.h>
 
 /* The operands of a call: those of a head, and what kernels get as numbers of a head (int64_t each). */
 enum { FA_KEY_LENGTHS = FA_OPERANDS, FA_QUERY_LENGTHS, FA_OFFSETS, FA_KEYS_BEFORE, FA_CALL_OPERANDS };
@@ -58,9 +59,9 @@ static inline void fa_locate(const fa_call *call, int64_t head, int64_t sequence
     for (int operand = 0; operand < FA_OPERANDS; operand++)
         to->view[operand].data = at[operand];
     if (at[FA_KEY_LENGTHS])
-        to->key_length = *(const int64_t *)at[FA_KEY_LENGTHS];
+        memcpy(&to->key_length, at[FA_KEY_LENGTHS], sizeof(int64_t));
     if (at[FA_QUERY_LENGTHS])
-        to->query_length = *(const int64_t *)at[FA_QUERY_LENGTHS];
+        memcpy(&to->query_length, at[FA_QUERY_LENGTHS], sizeof(int64_t));
     if (call->query_starts) {
         const int64_t query = call->query_starts[sequence], key = call->key_starts[sequence];
         to->queries = to->query_length = fa_queries_of(call, sequence);
@@ -73,11 +74,11 @@ static inline void fa_locate(const fa_call *call, int64_t head, int64_t sequence
             to->view[FA_LSE].data += query * to->view[FA_LSE].row;
     }
     if (at[FA_OFFSETS])
-        to->offset = *(const int64_t *)at[FA_OFFSETS];
+        memcpy(&to->offset, at[FA_OFFSETS], sizeof(int64_t));
     else if (call->offset_is_default)
         to->offset = to->key_length - to->query_length;
     if (at[FA_KEYS_BEFORE])
-        to->keys_before = *(const int64_t *)at[FA_KEYS_BEFORE];
+        memcpy(&to->keys_before, at[FA_KEYS_BEFORE], sizeof(int64_t));
     to->query_length *= to->heads;
 }
 

@@ -293,13 +293,24 @@ static int check_product(const report *to, const char *what, const int64_t *size
     return FASTATTN_OK;
 }
 
+/* Numbers of a plain array, which may lie at any address. */
+static double number_at(const double *numbers, int64_t i)
+{
+    double number;
+    memcpy(&number, (const char *)numbers + i * (int64_t)sizeof number, sizeof number);
+    return number;
+}
+
 static int check_lengths(const report *to, const char *name, const int64_t *lengths, int64_t batch, int64_t from,
                          int64_t last, const char *allowed)
 {
-    for (int64_t b = 0; lengths && b < batch; b++)
-        if (lengths[b] < from || lengths[b] > last)
+    for (int64_t b = 0; lengths && b < batch; b++) {
+        int64_t length;
+        memcpy(&length, (const char *)lengths + b * (int64_t)sizeof length, sizeof length);
+        if (length < from || length > last)
             return refuse(to, FASTATTN_BAD_SIZE, "%s[%lld] is %lld; it must be between %s", name, (long long)b,
-                          (long long)lengths[b], allowed);
+                          (long long)length, allowed);
+    }
     return FASTATTN_OK;
 }
 
@@ -336,7 +347,7 @@ typedef struct {
     fa_call call;
     const fa_kernels *kernels;
     fa_plan plan;
-    int exponent;   /* of two, by which score_weights are scaled */
+    int exponent;   /* of the weights of scores */
     size_t numbers; /* doubles that the call needs before the memory of the plan: slopes, sinks, weights of scores */
     size_t size;    /* of all its memory; SIZE_MAX: more than there can be */
 } attention_call;
@@ -370,6 +381,28 @@ static void place_numbers(fa_call *call, int operand, const void *numbers, ptrdi
 {
     /* Only read; a view has no const. */
     place(call, operand, &(fastattn_view){.data = (void *)(uintptr_t)numbers, .batch = batch, .head = head}, FA_F64);
+}
+
+/* Rounded to the accumulation dtype, as Python's are. */
+static double rounded(const attention_call *c, double x)
+{
+    return c->args.dtype == FASTATTN_FLOAT64 ? x : (double)(float)x;
+}
+
+/* Finds the power of two by which the weights of additive scores are scaled, so that the largest is between 1/2 and 1.
+ * As part of the scale, which may be applied after the sum, it keeps products from over- or underflowing. The scale
+ * decides how large the workspace is. */
+static void weigh_scores(attention_call *c)
+{
+    fa_problem *problem = &c->call.problem;
+    double largest = 0;
+    for (int64_t i = 0; c->args.score_weights && i < problem->head_dim; i++) {
+        const double weight = fabs(rounded(c, number_at(c->args.score_weights, i)));
+        if (isfinite(weight) && weight > largest)
+            largest = weight;
+    }
+    frexp(largest, &c->exponent);
+    problem->scale = fmax(-DBL_MAX, fmin(DBL_MAX, ldexp(1, c->exponent) * problem->scale));
 }
 
 static int read_attention(const fastattn_attention_args *given, attention_call *c, const report *to)
@@ -478,6 +511,7 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
     problem->scale = a->scale;
     if (isnan(a->scale))
         problem->scale = a->score == FASTATTN_ADDITIVE || a->head_dim == 0 ? 1 : 1 / sqrt((double)a->head_dim);
+    weigh_scores(c);
     call->sizes.queries = call->sizes.query_length = call->longest_query = a->queries;
     call->sizes.keys = call->sizes.key_length = call->longest_key = a->keys;
     call->sizes.heads = 1;
@@ -508,34 +542,11 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
     return FASTATTN_OK;
 }
 
-/* Rounded to the accumulation dtype, as Python's are. */
-static double rounded(const attention_call *c, double x)
-{
-    return c->args.dtype == FASTATTN_FLOAT64 ? x : (double)(float)x;
-}
-
-/* The power of two by which the weights of additive scores are scaled. As part of the scale, which may be applied after
- * the sum, it keeps products from over- or underflowing. How large a tile is depends on the scale. */
-static void scale_by_weights(attention_call *c)
-{
-    fa_problem *problem = &c->call.problem;
-    double largest = 0;
-    for (int64_t i = 0; i < problem->head_dim; i++) {
-        const double weight = fabs(rounded(c, c->args.score_weights[i]));
-        if (isfinite(weight) && weight > largest)
-            largest = weight;
-    }
-    frexp(largest, &c->exponent);
-    problem->scale = fmax(-DBL_MAX, fmin(DBL_MAX, ldexp(1, c->exponent) * problem->scale));
-}
-
 /* Threads of the call, and its memory. */
 static int plan_attention(attention_call *c, int num_threads)
 {
     if (num_threads < 0)
         return FASTATTN_BAD_VALUE;
-    if (c->args.score_weights)
-        scale_by_weights(c);
     fa_choose_loops(&c->call, c->kernels, 1);
     c->size = FA_ALIGN;
     if (!fa_has_work(&c->call))
@@ -555,16 +566,16 @@ static double *take_numbers(attention_call *c, int operand, const double *from, 
     if (!from)
         return to;
     for (int64_t head = 0; head < c->args.num_heads; head++)
-        to[head] = rounded(c, from[head]);
+        to[head] = rounded(c, number_at(from, head));
     c->call.layouts[operand].data = (char *)to;
     return to + c->args.num_heads;
 }
 
-/* The weights of additive scores, scaled so that the largest is between 1/2 and 1. */
+/* The weights of additive scores, scaled by the power of two that weigh_scores has found. */
 static void take_weights(attention_call *c, double *to)
 {
-    for (int64_t i = 0; i < c->call.problem.head_dim; i++)
-        to[i] = ldexp(rounded(c, c->args.score_weights[i]), -c->exponent);
+    for (int64_t i = 0; i < c->args.head_dim; i++)
+        to[i] = ldexp(rounded(c, number_at(c->args.score_weights, i)), -c->exponent);
     c->call.problem.score_weights = to;
 }
 
