@@ -227,13 +227,14 @@ cdef void *take_workspace(size_t size, double estimate) except NULL:
 
 cdef void give_workspace(void *workspace) noexcept:
     """Keeps the larger of this block and the one that is kept."""
+    cdef size_t size = allocation_of(workspace).size  # once kept, the block is anybody's, who may free it
     cdef void *other
     # In a debug build each call makes a request of its own, which can fail, and whose end a sanitizer knows.
-    if not FA_DEBUG and allocation_of(workspace).size <= MOST_KEPT:
+    if not FA_DEBUG and size <= MOST_KEPT:
         other = fa_exchange(&kept, workspace)
         if other == NULL:
             return
-        if allocation_of(other).size <= allocation_of(workspace).size:
+        if allocation_of(other).size <= size:
             workspace = other
         else:
             workspace = fa_exchange(&kept, other)
