@@ -523,8 +523,8 @@ class KVCache:
             self._append(key, value, came.reshape(self._lengths.shape))
 
     def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
-        self._lengths, self._dropped = _read_only(lengths), _read_only(dropped)
-        self._longest = int(lengths.max(initial=0))
+        longest = int(lengths.max(initial=0))  # first: it may find no memory
+        self._lengths, self._dropped, self._longest = _read_only(lengths), _read_only(dropped), longest
 
     def _converted(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
         """A checked key or value array, in the cache's dtype."""
