@@ -296,7 +296,7 @@ cdef int read_mask(Problem p, object mask, tuple batch, Py_ssize_t rows, Py_ssiz
 
 
 cdef int64_t block_side(object x) except -1:
-    return integer(x, "block_size", "an integer of at least 1, or a pair (rows, columns) of such", 1)
+    return min(integer(x, "block_size", "an integer of at least 1, or a pair (rows, columns) of such", 1), FAR)
 
 
 cdef int read_block_size(fa_call *call, object block_size) except -1:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._checks import integer, real
+from fastattn._checks import as_array, integer, real
 from fastattn._frequencies import kind_of, scaled_frequencies
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _as_array(x: Any, name: str) -> NDArray[Any]:
             raise TypeError(
                 f"{name} is a tensor of dtype {x.dtype}, which NumPy does not have: pass its .float()"
             ) from error
-    return np.asarray(x)
+    return as_array(x, name)
 
 
 class _Tensors:

@@ -261,8 +261,9 @@ class Everything:
 
     @staticmethod
     def explains(error):
-        """Some functions of NumPy forget to say what failed, which is a SystemError once Python finds out."""
-        return isinstance(error, (MemoryError, SystemError))
+        """Some functions of NumPy forget to say what failed, which is a SystemError once Python finds out; a lock of
+        Python's is a RuntimeError."""
+        return isinstance(error, (MemoryError, SystemError)) or "can't allocate lock" in str(error)
 
 
 def lead_numpy_through_python():
