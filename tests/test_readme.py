@@ -32,7 +32,7 @@ def blocks(page):
 
 def framework(text):
     """What an example needs that is not always installed."""
-    found = re.search(r"^(?:import|from) (torch|jax|autograd)\b", text, re.MULTILINE)
+    found = re.search(r"^(?:import|from) (torch|jax|autograd|numba)\b", text, re.MULTILINE)
     return found and found[1]
 
 

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define FASTATTN_VERSION "0.2.0"
+#define FASTATTN_VERSION "0.1.0"
 
 /* Grows with each field or function that is added; nothing is ever taken away or moved within one ABI. */
 #define FASTATTN_API_VERSION 1
@@ -82,7 +82,7 @@ typedef struct {
 typedef struct {
     int32_t api_version;
     size_t size;
-    const char *(*version)(void);           /* "0.2.0" */
+    const char *(*version)(void);           /* "0.1.0" */
     const char *(*instruction_set)(void);   /* "avx512" */
     const char *(*status_text)(int status); /* a sentence; never NULL */
     void (*attention_init)(fastattn_attention_args *args, size_t size);

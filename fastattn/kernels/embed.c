@@ -449,15 +449,8 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
     if (a->score != FASTATTN_ADDITIVE && a->score_weights)
         return refuse(to, FASTATTN_BAD_VALUE, "score_weights is given; only FASTATTN_ADDITIVE has them");
 
-    /* Where the arrays are. */
     const int64_t item = item_of((int)a->dtype), wide = a->dtype == FASTATTN_FLOAT64 ? 8 : 4;
-    if (a->weights.data && a->keys > 1 && a->weights.col != wide)
-        return refuse(to, FASTATTN_BAD_VALUE, "weights.col is %td; the numbers of a row must lie side by side: %lld",
-                      a->weights.col, (long long)wide);
-    if ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide || a->weights.head % wide ||
-        a->weights.row % wide)
-        return refuse(to, FASTATTN_BAD_VALUE, "weights: the address and strides must be multiples of %lld bytes",
-                      (long long)wide);
+    /* Where the arrays are. */
     array arrays[] = {array_of("query", &a->query, item, 0), array_of("key", &a->key, item, 0),
                       array_of("value", &a->value, item, 0), array_of("out", &a->out, item, 1),
                       array_of("lse", &a->lse, wide, 1),     array_of("weights", &a->weights, wide, 1),
@@ -482,6 +475,14 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
         if (columns[i] <= 1 && i < MASK)
             view->col = arrays[i].item;
     }
+    /* Kernels keep scores there, as whole rows. */
+    if (a->weights.data && a->weights.col != wide)
+        return refuse(to, FASTATTN_BAD_VALUE, "weights.col is %td; it must be %lld, the bytes of a number",
+                      a->weights.col, (long long)wide);
+    if (a->weights.data && ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide ||
+                            a->weights.head % wide || a->weights.row % wide))
+        return refuse(to, FASTATTN_BAD_VALUE, "weights: the address and strides must be multiples of %lld bytes",
+                      (long long)wide);
     const void *plain[] = {a->key_lengths,  a->query_lengths, a->query_offsets,
                            a->alibi_slopes, a->sinks,         a->score_weights};
     for (int i = 0; i < COUNT(plain); i++) {
