@@ -458,7 +458,7 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
                       array_of("key_lengths", NULL, 8, 0),   array_of("query_lengths", NULL, 8, 0),
                       array_of("query_offsets", NULL, 8, 0), array_of("alibi_slopes", NULL, 8, 0),
                       array_of("sinks", NULL, 8, 0),         array_of("score_weights", NULL, 8, 0)};
-    enum { KEY = 1, VALUE = 2, LSE = 4, MASK = 6, MATRICES = 8 };
+    enum { KEY = 1, VALUE = 2, LSE = 4, WEIGHTS = 5, MASK = 6, MATRICES = 8 };
     for (int i = 0; i < MATRICES; i++) {
         const int of_keys = i == KEY || i == VALUE;
         const int64_t columns[MATRICES] = {a->head_dim, a->head_dim, a->value_dim, a->value_dim,
@@ -476,11 +476,11 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
             view->col = arrays[i].item;
     }
     /* Kernels keep scores there, as whole rows. */
-    if (a->weights.data && a->weights.col != wide)
+    if (arrays[WEIGHTS].reach >= 0 && a->weights.col != wide)
         return refuse(to, FASTATTN_BAD_VALUE, "weights.col is %td; it must be %lld, the bytes of a number",
                       a->weights.col, (long long)wide);
-    if (a->weights.data && ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide ||
-                            a->weights.head % wide || a->weights.row % wide))
+    if (arrays[WEIGHTS].reach >= 0 && ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide ||
+                                       a->weights.head % wide || a->weights.row % wide))
         return refuse(to, FASTATTN_BAD_VALUE, "weights: the address and strides must be multiples of %lld bytes",
                       (long long)wide);
     const void *plain[] = {a->key_lengths,  a->query_lengths, a->query_offsets,
