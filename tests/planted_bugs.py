@@ -431,6 +431,34 @@ BUGS = (
         "packed = 0;",
         COUNTS,
     ),
+    Bug(
+        "from C: a workspace that is too small is taken",
+        "embed.c",
+        "workspace_size < c.size)",
+        "workspace_size + 64 < c.size)",
+        "test_embedding.py -k test_workspace",
+    ),
+    Bug(
+        "from C: heads of a group lie where heads of their own would",
+        "embed.c",
+        "of_keys ? view->head : view->head * call->group;",
+        "view->head;",
+        "test_embedding.py -k test_bits_of_every_rule",
+    ),
+    Bug(
+        "from C: slopes and sinks are not rounded",
+        "embed.c",
+        "x : (double)(float)x;",
+        "x : x;",
+        "test_embedding.py -k test_numbers_per_head",
+    ),
+    Bug(
+        "from C: arrays that share no byte overlap",
+        "embed.c",
+        "return can_be(terms, most, divisor, count, sum, &effort);",
+        "return 1;",
+        "test_embedding.py -k test_overlap",
+    ),
 )
 
 

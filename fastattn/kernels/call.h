@@ -1,4 +1,5 @@
-/* A call of attention as plain C: checked (_call.pyx), and carried out by its driver (_attention.pyx). It owns nothing.
+/* A call of attention as plain C: checked (_call.pyx, embed.c), and carried out by its driver (drive.c). It owns
+ * nothing.
  */
 #ifndef FASTATTN_CALL_H
 #define FASTATTN_CALL_H

@@ -58,14 +58,53 @@ static PyObject *call_from_a_thread_of_its_own(PyObject *module, PyObject *argum
 static PyObject *layout(PyObject *module, PyObject *nothing)
 {
     const size_t numbers[] = {
-        sizeof(fastattn_view), offsetof(fastattn_view, data), offsetof(fastattn_view, batch),
-        offsetof(fastattn_view, head), offsetof(fastattn_view, row), offsetof(fastattn_view, col),
-        sizeof(fastattn_attention_args), AT(size), AT(dtype), AT(score), AT(activation), AT(batch), AT(num_heads),
-        AT(num_kv_heads), AT(queries), AT(keys), AT(head_dim), AT(value_dim), AT(query), AT(key), AT(value), AT(out),
-        AT(lse), AT(weights), AT(mask), AT(bias), AT(bias_dtype), AT(key_lengths), AT(query_lengths),
-        AT(query_offsets), AT(alibi_slopes), AT(sinks), AT(score_weights), AT(left), AT(right), AT(scale), AT(softcap),
-        sizeof(fastattn_softmax_args), ROWS_AT(size), ROWS_AT(dtype), ROWS_AT(function), ROWS_AT(batch), ROWS_AT(rows),
-        ROWS_AT(n), ROWS_AT(x), ROWS_AT(out), ROWS_AT(mask),
+        sizeof(fastattn_view),
+        offsetof(fastattn_view, data),
+        offsetof(fastattn_view, batch),
+        offsetof(fastattn_view, head),
+        offsetof(fastattn_view, row),
+        offsetof(fastattn_view, col),
+        sizeof(fastattn_attention_args),
+        AT(size),
+        AT(dtype),
+        AT(score),
+        AT(activation),
+        AT(batch),
+        AT(num_heads),
+        AT(num_kv_heads),
+        AT(queries),
+        AT(keys),
+        AT(head_dim),
+        AT(value_dim),
+        AT(query),
+        AT(key),
+        AT(value),
+        AT(out),
+        AT(lse),
+        AT(weights),
+        AT(mask),
+        AT(bias),
+        AT(bias_dtype),
+        AT(key_lengths),
+        AT(query_lengths),
+        AT(query_offsets),
+        AT(alibi_slopes),
+        AT(sinks),
+        AT(score_weights),
+        AT(left),
+        AT(right),
+        AT(scale),
+        AT(softcap),
+        sizeof(fastattn_softmax_args),
+        ROWS_AT(size),
+        ROWS_AT(dtype),
+        ROWS_AT(function),
+        ROWS_AT(batch),
+        ROWS_AT(rows),
+        ROWS_AT(n),
+        ROWS_AT(x),
+        ROWS_AT(out),
+        ROWS_AT(mask),
     };
     PyObject *list = PyList_New(0);
     (void)module;
@@ -85,7 +124,8 @@ static PyMethodDef functions[] = {
     {"layout", layout, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "extension", NULL, -1, functions, NULL, NULL, NULL, NULL};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "extension", NULL, -1, functions, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit_extension(void)
 {
