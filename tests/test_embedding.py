@@ -903,10 +903,10 @@ needs_libraries = pytest.mark.skipif(
 PROGRAMS = [("cc", "serial"), ("cc", "openmp"), ("c++", "serial"), ("c++", "openmp")]
 
 
-def build_program(folder, source, language, library):
-    """A program of C or C++ and one of the libraries; serial ones count their allocations."""
+def build_program(folder, source, language, library, counting=()):
+    """A program of C or C++ and one of the libraries."""
     standard = ["-x", "c", "-std=gnu11"] if language == "cc" else ["-x", "c++", "-std=c++17"]
-    flags = ["-fopenmp"] if library == "openmp" else ["-DWRAP_MALLOC", "-Wl,--wrap=malloc"]
+    flags = ["-fopenmp"] if library == "openmp" else counting
     target = folder / f"program-{language}-{library}"
     done = subprocess.run(
         [language, *standard, "-O2", "-Wall", "-Wextra", "-Werror", f"-I{DOORS}/include", str(source), "-x", "none",
@@ -960,7 +960,8 @@ def test_programs_without_python(rng, tmp_path, language, library):
                     jobs.append((attention_args(*arrays, out, lse, weights, **rules), threads, memory))
                     expected.append(in_python(arrays, rules))
     places = written(tmp_path, jobs)
-    program = build_program(tmp_path, SOURCES / "program.c", language, library)
+    counting = ("-DWRAP_MALLOC", "-Wl,--wrap=malloc")
+    program = build_program(tmp_path, SOURCES / "program.c", language, library, counting)
     selected = fastattn.cpu_info()["selected"]
     done = subprocess.run([program, "calls", "data"], cwd=tmp_path, capture_output=True, text=True, check=False,
                           env={**os.environ, "FASTATTN_ISA": selected})  # fmt: skip
