@@ -43,23 +43,30 @@ if DEBUG:
     link_args += ["-fsanitize=address,undefined"]
 
 
-def openmp_works(flag):
-    """Whether the compiler that builds the extensions compiles and links an OpenMP program."""
+def compiles(program, *flags):
+    """Whether the compiler that builds the extensions compiles and links this program."""
     cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
     if shutil.which(cc[0]) is None:
         cc = ["cc"]
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "probe.c")
         with open(source, "w") as file:
-            file.write("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
-        command = [*cc, flag, source, "-o", os.path.join(folder, "probe")]
+            file.write(program)
+        command = [*cc, *flags, source, "-o", os.path.join(folder, "probe")]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+# Modules of GCC's on Linux look for the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it.
+finds_openmp = False
 if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
-    if openmp_works("-fopenmp"):
+    if compiles("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", "-fopenmp"):
         compile_args.append("-fopenmp")
-        link_args.append("-fopenmp")
+        not_gcc = "#if defined(__clang__) || defined(__INTEL_COMPILER)\n#error\n#endif\nint main(void) { return 0; }\n"
+        finds_openmp = sys.platform == "linux" and compiles(not_gcc)
+        if finds_openmp:
+            compile_args.append("-DFASTATTN_FINDS_OPENMP")
+        else:
+            link_args.append("-fopenmp")
     else:
         print("fastattn: this compiler has no OpenMP; building for one thread", file=sys.stderr)
 
@@ -76,6 +83,8 @@ class BuildInParallel(build_ext):
             """Instead of compiling, return the names of the object files."""
             objects = compiler.object_filenames(sources, output_dir=output_dir)
             for source, target in zip(sources, objects, strict=True):
+                if any(source == job[0] for job in jobs):
+                    continue  # gomp.c, which several extensions have
                 flags = options.get("extra_postargs", []) + flags_of(source)
                 if self.force or newer(target, [source, *(depends if is_kernel(source) else CONTRACT)]):
                     jobs.append((source, {"output_dir": output_dir, **options, "extra_postargs": flags}))
@@ -119,6 +128,8 @@ def flags_of(source):
     -O3 for kernels: with -O2 narrow windows, short calls and caches take 3 to 6 % longer. Cython's C gains nothing from
     it, and takes longer to compile; nor is it worthwhile for kernels that only old CPUs run.
     """
+    if source.endswith("gomp.c"):
+        return ["-Os"]  # a copy for each module, and little more than calls
     is_for_old = "baseline" in source and platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
     return ["-O3"] if is_kernel(source) and not is_for_old and not DEBUG else []
 
@@ -136,9 +147,14 @@ def cost(source):
 
 
 def extension(name, extra_sources=(), suffix="pyx"):
+    source = f"fastattn/{name}.{suffix}"
+    sources = [source, *extra_sources]
+    if finds_openmp and "cython.parallel" in open(source, encoding="utf-8").read():
+        sources.append(f"{KERNELS}/gomp.c")
     return Extension(
         f"fastattn.{name}",
-        [f"fastattn/{name}.{suffix}", *extra_sources],
+        sources,
+        libraries=["dl", "pthread"] if finds_openmp else [],  # part of newer C libraries, but not of glibc before 2.34
         include_dirs=[KERNELS, "fastattn/include", numpy.get_include()],
         depends=glob(f"{KERNELS}/*.h"),
         extra_compile_args=compile_args,

@@ -4,6 +4,7 @@ runnable: list[str]
 cpu_features: list[str]
 kernel_names: dict[str, str]
 openmp_version: int
+own_threads: bool
 
 def get_threads() -> int: ...
 def set_threads(num_threads: int) -> None: ...

@@ -13,6 +13,7 @@ cdef extern from *:
     """
     #define FASTATTN_NO_CAPSULE /* this module is where the functions are */
     #include "include/fastattn.h"
+    #include "gomp.h"
     #include "memory.h"
 
     static int fa_check_signals(void)
@@ -41,6 +42,7 @@ cdef extern from *:
     static void *fa_exchange(void **p, void *x) { return __atomic_exchange_n(p, x, __ATOMIC_ACQ_REL); }
     """
     const void *fastattn_get_api() noexcept nogil
+    int fa_own_threads() noexcept nogil
     int fa_check_signals() noexcept nogil
     int fa_raise_pending() except -1
     enum:
@@ -77,6 +79,7 @@ kernel_names = {
     "bfloat16": fa_kernels_for(FA_BF16).name.decode(),
 }
 openmp_version = fa_openmp_version()
+own_threads = bool(fa_own_threads())  # there is no libgomp: each region creates its threads
 c_interface = fastattn_get_api()
 
 

@@ -131,11 +131,17 @@ def show_config(file: TextIO | None = None) -> None:
 
     info = cpu_info()
     openmp = _runtime.openmp_version
+    if not openmp:
+        library = "none, this build runs on one thread"
+    elif _runtime.own_threads:
+        library = f"{openmp}, no libgomp.so.1 found: each large call starts threads of its own"
+    else:
+        library = str(openmp)
     lines = [
         f"fastattn {fastattn.__version__}",
         f"instruction set: {info['selected']} (runnable: {', '.join(info['runnable'])})",
         f"kernels: {', '.join(f'{dtype}: {name}' for dtype, name in info['kernels'].items())}",
-        f"OpenMP: {openmp if openmp else 'none, this build runs on one thread'}",
+        f"OpenMP: {library}",
         f"threads: {get_num_threads() if openmp else 1}",
         f"NumPy {numpy.__version__}, Python {platform.python_version()}, {platform.system()} {info['machine']}",
     ]

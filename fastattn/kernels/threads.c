@@ -5,6 +5,7 @@
 #define _GNU_SOURCE /* sched_getaffinity */
 #endif
 #include "threads.h"
+#include "gomp.h"
 #include "memory.h"
 #include <ctype.h>
 #include <errno.h>
@@ -189,6 +190,8 @@ int fa_gather(int threads, void **team, int *growing)
     *growing = 0;
     if (threads <= 1 || fa_prepare_threads(NULL) != 0)
         return 1;
+    if (fa_own_threads())
+        return threads;
     if (pool == NULL) {
         pool = (fa_pool *)fa_allocate(sizeof *pool);
         if (pool == NULL)
