@@ -79,7 +79,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
     from fastattn.streaming import StreamingAttention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KVCache",

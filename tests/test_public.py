@@ -203,3 +203,11 @@ def test_cpu_info():
     assert isinstance(info, dict)
     assert info["selected"] in info["runnable"]
     assert all(isinstance(name, str) for name in info["runnable"])
+
+
+def test_version():
+    """Said once, and repeated by what people cite and read."""
+    root = pathlib.Path(__file__).parent.parent
+    citation = re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)
+    heading = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation[1] == heading[1] == fastattn.__version__
