@@ -2,6 +2,8 @@
 
 FASTATTN_OPENMP=0  builds without OpenMP: everything runs on one thread, and show_config() says so.
 FASTATTN_DEBUG=1   builds with bounds checks, -O1 and the address and undefined-behaviour sanitizers.
+
+On Windows clang-cl compiles, as Microsoft's compiler does not read GNU C: written without a machine to try it on.
 """
 
 import os
@@ -56,13 +58,15 @@ def compiles(program, *flags):
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-# Modules of GCC's on Linux look for the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it.
+is_gcc = compiles("#if defined(__clang__) || !defined(__GNUC__)\n#error\n#endif\nint main(void) { return 0; }\n")
+
+# Modules of GCC's on Linux find the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it.
 finds_openmp = False
+OPENMP = ("-fopenmp", "-DFASTATTN_FINDS_OPENMP")
 if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
     if compiles("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", "-fopenmp"):
         compile_args.append("-fopenmp")
-        not_gcc = "#if defined(__clang__) || defined(__INTEL_COMPILER)\n#error\n#endif\nint main(void) { return 0; }\n"
-        finds_openmp = sys.platform == "linux" and compiles(not_gcc)
+        finds_openmp = sys.platform == "linux" and is_gcc
         if finds_openmp:
             compile_args.append("-DFASTATTN_FINDS_OPENMP")
         else:
@@ -71,12 +75,20 @@ if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
         print("fastattn: this compiler has no OpenMP; building for one thread", file=sys.stderr)
 
 
+def spelt(flags):
+    """Flags of GCC and clang as the compiler at hand takes them."""
+    return [f"/clang:{flag}" for flag in flags] if sys.platform == "win32" else flags
+
+
 class BuildInParallel(build_ext):
     """Compiles the C files of all extensions in one pool, the largest first, and only those that have changed."""
 
     def build_extensions(self):
         repair(self.extensions)
         compiler = self.compiler
+        if sys.platform == "win32":
+            compiler.initialize()
+            compiler.cc = shutil.which("clang-cl") or "clang-cl"
         compile_one, jobs = compiler.compile, []
 
         def note(sources, output_dir=None, depends=None, **options):
@@ -85,7 +97,10 @@ class BuildInParallel(build_ext):
             for source, target in zip(sources, objects, strict=True):
                 if any(source == job[0] for job in jobs):
                     continue  # gomp.c, which several extensions have
-                flags = options.get("extra_postargs", []) + flags_of(source)
+                flags = options.get("extra_postargs", [])
+                if is_kernel(source):  # without threads, the same object for all builds
+                    flags = [flag for flag in flags if flag not in OPENMP]
+                flags = spelt(flags + flags_of(source))
                 if self.force or newer(target, [source, *(depends if is_kernel(source) else CONTRACT)]):
                     jobs.append((source, {"output_dir": output_dir, **options, "extra_postargs": flags}))
             return objects
@@ -123,15 +138,34 @@ def is_kernel(source):
     return source.endswith(("_f32.c", "_f64.c"))
 
 
+# What a small call spends its time on.
+QUICK = (
+    "attention",
+    "_attention",
+    "_call",
+    "_checks",
+    "_neighborhood",
+    "_positions",
+    "_runtime",
+    "_scores",
+    "_shared",
+    "_softmax",
+)
+
+
 def flags_of(source):
     """
-    -O3 for kernels: with -O2 narrow windows, short calls and caches take 3 to 6 % longer. Cython's C gains nothing from
-    it, and takes longer to compile; nor is it worthwhile for kernels that only old CPUs run.
+    How much a C file is optimised: kernels most, but for those that only old CPUs run and parts that gain nothing
+    (kernels.inc.h); what stands around them for size, where calls are long.
     """
-    if source.endswith("gomp.c"):
-        return ["-Os"]  # a copy for each module, and little more than calls
-    is_for_old = "baseline" in source and platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
-    return ["-O3"] if is_kernel(source) and not is_for_old and not DEBUG else []
+    name = os.path.splitext(os.path.basename(source))[0]
+    if DEBUG:
+        return []
+    if is_kernel(source):
+        is_for_old = name.startswith("baseline") and platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
+        return ["-Os"] if is_for_old else ["-O3", "-fno-asynchronous-unwind-tables"]
+    is_quick = name in QUICK or (f"{KERNELS}/" in source and name != "gomp")
+    return ["-O2"] if is_quick else ["-Os"]
 
 
 def newer(target, sources):

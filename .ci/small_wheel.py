@@ -13,7 +13,6 @@ from pathlib import Path
 import zopfli.zlib
 
 
-
 def deflated(data):
     """A bare deflate stream: without the two bytes before and the four behind it that are zlib's."""
     return zopfli.zlib.compress(data, numiterations=1)[2:-4]

@@ -18,6 +18,16 @@
 #define TARGET_END _Pragma("GCC pop_options")
 #endif
 
+/* What stands between these two is optimised less than the rest (setup.py: -O3), where that costs nothing: "O2", or
+ * "Os" for size. clang cannot say so within a file. No result may depend on it. */
+#if !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__SANITIZE_ADDRESS__)
+#define LESS_BEGIN(level) _Pragma("GCC push_options") _Pragma(STRING(GCC optimize(level)))
+#define LESS_END _Pragma("GCC pop_options")
+#else
+#define LESS_BEGIN(level)
+#define LESS_END
+#endif
+
 /* Makes the compiler reload what it has read through this pointer. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 

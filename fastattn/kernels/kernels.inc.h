@@ -49,6 +49,7 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 #define FOR_USUAL(f) f(2) f(4) f(5) f(6) f(8) f(10) f(12) f(16)
 
 /* In this order: a file may only use those above it. */
+
 #include "vector.inc.h"
 
 #include "storage.inc.h"
@@ -67,7 +68,9 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "additive.inc.h"
 
+LESS_BEGIN("Os")
 #include "additive_back.inc.h"
+LESS_END
 
 #include "threshold.inc.h"
 
@@ -91,13 +94,17 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "attend.inc.h"
 
+LESS_BEGIN("Os")
 #include "gradient.inc.h"
+LESS_END
 
 #include "rows.inc.h"
 
 #include "columns.inc.h"
 
+LESS_BEGIN("O2")
 #include "sparse_rows.inc.h"
+LESS_END
 
 #include "rows_back.inc.h"
 
@@ -105,11 +112,15 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "linear.inc.h"
 
+LESS_BEGIN("O2")
 #include "linear_back.inc.h"
+LESS_END
 
 #include "edges.inc.h"
 
+LESS_BEGIN("O2")
 #include "edges_back.inc.h"
+LESS_END
 
 #include "neighborhood.inc.h"
 

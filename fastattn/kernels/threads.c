@@ -38,7 +38,11 @@ int fa_openmp_version(void)
 double fa_seconds(void)
 {
     struct timespec t;
+#if defined(_WIN32)
+    timespec_get(&t, TIME_UTC);
+#else
     clock_gettime(CLOCK_MONOTONIC, &t);
+#endif
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
