@@ -819,7 +819,8 @@ const char *fastattn_status_text(int status)
     case FASTATTN_BAD_POINTER:
         return "A pointer is NULL where numbers must be.";
     case FASTATTN_BAD_VALUE:
-        return "A window is below -1, a scale infinite, a softcap or num_threads below 0, weights.col not the size of a "
+        return "A window is below -1, a scale infinite, a softcap or num_threads below 0, weights.col not the size of "
+               "a "
                "number, or two rules exclude each other.";
     case FASTATTN_BAD_WORKSPACE:
         return "The workspace is too small, or not at a multiple of 64 bytes.";
