@@ -820,8 +820,7 @@ const char *fastattn_status_text(int status)
         return "A pointer is NULL where numbers must be.";
     case FASTATTN_BAD_VALUE:
         return "A window is below -1, a scale infinite, a softcap or num_threads below 0, weights.col not the size of "
-               "a "
-               "number, or two rules exclude each other.";
+               "a number, or two rules exclude each other.";
     case FASTATTN_BAD_WORKSPACE:
         return "The workspace is too small, or not at a multiple of 64 bytes.";
     case FASTATTN_BAD_OVERLAP:
