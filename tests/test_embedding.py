@@ -878,20 +878,16 @@ def test_ctypes_by_name(rng):
 
 
 def test_numba_without_the_gil(rng):
-    numba = pytest.importorskip("numba", reason="the test needs numba")
-    address = numba.extending.get_cython_function_address("fastattn.cython_attention", "softmax_f32")
-    softmax = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_int)(address)
-
-    @numba.njit(nogil=True)
-    def rows(x, out):
-        return softmax(out.ctypes, x.ctypes, x.shape[0], x.shape[1], 1)
-
+    """README's block, called by several threads."""
+    pytest.importorskip("numba", reason="the test needs numba")
+    names = {}
+    exec(readme("python"), names)
     arrays = [rng.standard_normal((30, 200)).astype(np.float32) for _ in range(8)]
-    outs = [np.empty_like(x) for x in arrays]
+    expected = [fastattn.softmax(x) for x in arrays]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(rows, arrays, outs)) == [OK] * 8
-    for x, out in zip(arrays, outs, strict=True):
-        assert problems.bits(out) == problems.bits(fastattn.softmax(x))
+        assert list(pool.map(names["softmax_in_place"], arrays)) == [OK] * 8
+    for x, right in zip(arrays, expected, strict=True):
+        assert problems.bits(x) == problems.bits(right)
 
 
 # Without Python
