@@ -496,13 +496,19 @@ class Copy:
         self.environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         self.environment.pop("FASTATTN_ISA", None)
         output = self.run([sys.executable, "setup.py", "build_ext", "--inplace"])
-        # Kernels are rebuilt with the command lines of this build.
-        lines = [line for line in output.splitlines() if "fastattn/kernels/baseline_" in line]
-        compiling, linking = ([shlex.split(line) for line in lines if word in line] for word in (" -c ", " -shared "))
-        if len(compiling) != 2 or len(linking) != 1:
+        # C files are rebuilt with the command lines of this build.
+        found = (re.search(r" -c \S*fastattn/kernels/(\w+\.c) ", line) for line in output.splitlines())
+        self.compiling = {match[1]: shlex.split(match.string) for match in found if match}
+        linking = [
+            shlex.split(line)
+            for line in output.splitlines()
+            if "fastattn/kernels/baseline_" in line and " -shared " in line
+        ]
+        self.kernels = [name for name in self.compiling if name.startswith("baseline_")]
+        if len(self.kernels) != 2 or len(linking) != 1:
             sys.exit(f"no commands to build the kernels with in\n{output}")
-        self.commands = compiling + linking
-        self.library = linking[0][linking[0].index("-o") + 1]
+        self.linking = linking[0]
+        self.library = self.linking[self.linking.index("-o") + 1]
         info = self.run([sys.executable, "-m", "fastattn", "--info"])
         where = self.run([sys.executable, "-c", "import fastattn; print(fastattn.__file__)"])
         if "runnable: baseline)" not in info or not os.path.realpath(where).startswith(os.path.realpath(folder)):
@@ -521,10 +527,11 @@ class Copy:
             sys.exit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-5000:]}")
         return done.stdout
 
-    def build(self):
-        """Rebuild the kernels."""
-        for command in self.commands:
-            self.run(command)
+    def build(self, file):
+        """Rebuild what a kernel file is in: a header in the kernels, a C file alone."""
+        for name in [file] if file.endswith(".c") else self.kernels:
+            self.run(self.compiling[name])
+        self.run(self.linking)
         shutil.copy(os.path.join(self.folder, self.library), os.path.join(self.folder, "fastattn"))
 
     def test(self, arguments):
@@ -584,9 +591,11 @@ def main(words):
             with open(path) as stream:
                 right = stream.read()
             copy.write(path, text)
-            copy.build()
+            copy.build(bug.file)
             red, what = verdict(*copy.test(shlex.split(bug.tests)))
             copy.write(path, right)
+            if bug.file.endswith(".c"):
+                copy.run(copy.compiling[bug.file])  # the next bug may be a header's
             found += red
             seconds = time.monotonic() - begin
             print(f"{'red' if red else 'NOT'}  {bug.name:{width}}  {bug.file:20}  {seconds:3.0f} s  {what}", flush=True)
