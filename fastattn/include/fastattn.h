@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define FASTATTN_VERSION "0.1.0"
+#define FASTATTN_VERSION "0.2.0"
 
 /* Grows with each field or function that is added; nothing is ever taken away or moved within one ABI. */
 #define FASTATTN_API_VERSION 1
