@@ -56,8 +56,7 @@ typedef struct {
     int64_t batch, num_heads, num_kv_heads; /* 1, 1, 0: as many as num_heads */
     int64_t queries, keys, head_dim, value_dim;
     fastattn_view query, key, value, out;
-    fastattn_view lse, weights; /* optional outputs, float64 for float64, else float32; lse has no col; the numbers of
-                                 * a row of weights lie side by side, at multiples of their size */
+    fastattn_view lse, weights; /* optional outputs, float64 for float64, else float32; lse has no col */
     fastattn_view mask;         /* optional, a byte a key, nonzero: visible */
     fastattn_view bias;         /* optional */
     fastattn_dtype bias_dtype;

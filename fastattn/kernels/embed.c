@@ -458,7 +458,7 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
                       array_of("key_lengths", NULL, 8, 0),   array_of("query_lengths", NULL, 8, 0),
                       array_of("query_offsets", NULL, 8, 0), array_of("alibi_slopes", NULL, 8, 0),
                       array_of("sinks", NULL, 8, 0),         array_of("score_weights", NULL, 8, 0)};
-    enum { KEY = 1, VALUE = 2, LSE = 4, WEIGHTS = 5, MASK = 6, MATRICES = 8 };
+    enum { KEY = 1, VALUE = 2, LSE = 4, MASK = 6, MATRICES = 8 };
     for (int i = 0; i < MATRICES; i++) {
         const int of_keys = i == KEY || i == VALUE;
         const int64_t columns[MATRICES] = {a->head_dim, a->head_dim, a->value_dim, a->value_dim,
@@ -475,14 +475,6 @@ static int read_attention(const fastattn_attention_args *given, attention_call *
         if (columns[i] <= 1 && i < MASK)
             view->col = arrays[i].item;
     }
-    /* Kernels keep scores there, as whole rows. */
-    if (arrays[WEIGHTS].reach >= 0 && a->weights.col != wide)
-        return refuse(to, FASTATTN_BAD_VALUE, "weights.col is %td; it must be %lld, the bytes of a number",
-                      a->weights.col, (long long)wide);
-    if (arrays[WEIGHTS].reach >= 0 && ((uintptr_t)a->weights.data % (uintptr_t)wide || a->weights.batch % wide ||
-                                       a->weights.head % wide || a->weights.row % wide))
-        return refuse(to, FASTATTN_BAD_VALUE, "weights: the address and strides must be multiples of %lld bytes",
-                      (long long)wide);
     const void *plain[] = {a->key_lengths,  a->query_lengths, a->query_offsets,
                            a->alibi_slopes, a->sinks,         a->score_weights};
     for (int i = 0; i < COUNT(plain); i++) {
@@ -819,8 +811,8 @@ const char *fastattn_status_text(int status)
     case FASTATTN_BAD_POINTER:
         return "A pointer is NULL where numbers must be.";
     case FASTATTN_BAD_VALUE:
-        return "A window is below -1, a scale infinite, a softcap or num_threads below 0, weights.col not the size of "
-               "a number, or two rules exclude each other.";
+        return "A window is below -1, a scale infinite, a softcap or num_threads below 0, or two rules exclude each "
+               "other.";
     case FASTATTN_BAD_WORKSPACE:
         return "The workspace is too small, or not at a multiple of 64 bytes.";
     case FASTATTN_BAD_OVERLAP:
