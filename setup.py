@@ -144,6 +144,7 @@ QUICK = (
     "_attention",
     "_call",
     "_checks",
+    "_merge",
     "_neighborhood",
     "_positions",
     "_runtime",
