@@ -153,6 +153,8 @@ def test_children_of_a_process_that_used_torch(first, library, tmp_path, no_libr
         shutil.copy(found, copy)
         subprocess.run(["patchelf", "--set-soname", copy.name, copy], check=True)
         load = f"import ctypes; ctypes.CDLL({str(copy)!r}, mode=ctypes.RTLD_LOCAL)"
+    if library == "none" and fresh_process.finish(fresh_process.start("import torch", **no_library), 300)[0] != 0:
+        pytest.skip("this PyTorch has no libgomp of its own")
     fresh_process.run(
         f"""
     import os
