@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
 # The only kernel headers that others than kernels include.
-CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "memory", "threads")]
+CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "allocate", "threads")]
 
 # Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals
 # in the whole process and break infinities.

@@ -438,7 +438,7 @@ cdef struct Team:
 cdef Team gathered(int threads) noexcept nogil
 cdef void join_team(const Team *team) noexcept nogil
 
-# A block from Python's raw allocator; NULL where there is none. See kernels/memory.h for how it is made to fail.
+# A block from Python's raw allocator; NULL where there is none. See kernels/allocate.h for how it is made to fail.
 cdef void *take_memory(size_t size) noexcept nogil
 cdef void give_memory(void *block) noexcept nogil
 

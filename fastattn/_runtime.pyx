@@ -13,8 +13,8 @@ cdef extern from *:
     """
     #define FASTATTN_NO_CAPSULE /* this module is where the functions are */
     #include "include/fastattn.h"
-    #include "gomp.h"
-    #include "memory.h"
+    #include "kernels/gomp.h"
+    #include "kernels/allocate.h"
 
     static int fa_check_signals(void)
     {

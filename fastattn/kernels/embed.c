@@ -4,7 +4,7 @@
  */
 #include "../include/fastattn.h"
 #include "drive_rows.h"
-#include "memory.h"
+#include "allocate.h"
 #include "threads.h"
 #include <float.h>
 #include <math.h>

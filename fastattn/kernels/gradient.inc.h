@@ -684,9 +684,9 @@ static NEVER_INLINE void add_seen_columns(const struct back *back, int rows, con
 /* Adds the part, of FA_BACK_SPAN rows or the last of a head, to the total. */
 static void fold_sums(struct key_sums *sums)
 {
-    const int64_t numbers = sums->keys * sums->row;
-    if (!sums->has_part)
+    if (!sums->has_part) /* nor anything else, where these are not wanted */
         return;
+    const int64_t numbers = sums->keys * sums->row;
     if (!sums->has_total) { /* as adding it to zeros */
         real *part = sums->part;
         sums->part = sums->total, sums->total = part;

@@ -6,7 +6,7 @@
 #endif
 #include "threads.h"
 #include "gomp.h"
-#include "memory.h"
+#include "allocate.h"
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-/* The switch of memory.h; empty but in a debug build. May be called by any thread. */
-#include "memory.h"
+/* The switch of allocate.h; empty but in a debug build. May be called by any thread. */
+#include "allocate.h"
 
 #if defined(FASTATTN_DEBUG)
 static long fails_in, live;

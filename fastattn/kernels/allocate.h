@@ -1,8 +1,8 @@
 /* All memory that compiled code asks for passes here: fa_allocate in C, take_memory of _runtime.pyx in the drivers.
  * Kernels ask for none. In a debug build (FASTATTN_DEBUG) a test can let the n-th request from now fail and ask how
  * many blocks are alive; elsewhere this is malloc and free. */
-#ifndef FASTATTN_MEMORY_H
-#define FASTATTN_MEMORY_H
+#ifndef FASTATTN_ALLOCATE_H
+#define FASTATTN_ALLOCATE_H
 
 #include <stddef.h>
 #include <stdlib.h>
