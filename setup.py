@@ -46,7 +46,7 @@ if DEBUG:
 
 
 def compiles(program, *flags):
-    """Whether the compiler that builds the extensions compiles and links this program."""
+    """Whether the compiler that builds the extensions compiles and links this program; not if there is none."""
     cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
     if shutil.which(cc[0]) is None:
         cc = ["cc"]
@@ -55,18 +55,20 @@ def compiles(program, *flags):
         with open(source, "w") as file:
             file.write(program)
         command = [*cc, *flags, source, "-o", os.path.join(folder, "probe")]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
 
-
-is_gcc = compiles("#if defined(__clang__) || !defined(__GNUC__)\n#error\n#endif\nint main(void) { return 0; }\n")
 
 # Modules of GCC's on Linux find the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it.
+FINDER = "#if defined(__clang__) || !defined(__GNUC__)\n#error\n#endif\nint main(void) { return 0; }\n"
 finds_openmp = False
 OPENMP = ("-fopenmp", "-DFASTATTN_FINDS_OPENMP")
 if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
     if compiles("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", "-fopenmp"):
         compile_args.append("-fopenmp")
-        finds_openmp = sys.platform == "linux" and is_gcc
+        finds_openmp = sys.platform == "linux" and compiles(FINDER)
         if finds_openmp:
             compile_args.append("-DFASTATTN_FINDS_OPENMP")
         else:
