@@ -61,8 +61,14 @@ def compiles(program, *flags):
             return False
 
 
-# Modules of GCC's on Linux find the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it.
-FINDER = "#if defined(__clang__) || !defined(__GNUC__)\n#error\n#endif\nint main(void) { return 0; }\n"
+# Modules of GCC's on Linux find the OpenMP library when they are loaded (kernels/gomp.c). Others are linked with it, as
+# are those of 32 bits, whose loops call other functions of it.
+FINDER = """\
+#if defined(__clang__) || !defined(__GNUC__) || !defined(__LP64__)
+#error
+#endif
+int main(void) { return 0; }
+"""
 finds_openmp = False
 OPENMP = ("-fopenmp", "-DFASTATTN_FINDS_OPENMP")
 if os.environ.get("FASTATTN_OPENMP", "1") != "0" and sys.platform != "win32":
