@@ -28,6 +28,7 @@ from c_interface import (
     BAD_STRUCT,
     BAD_VALUE,
     BAD_WORKSPACE,
+    NO_MEMORY,
     OK,
     ROW_FUNCTIONS,
     AttentionArgs,
@@ -524,6 +525,25 @@ def test_workspace_does_not_grow_with_queries_times_keys():
 
     assert 0 < size(8000, 8000) < 8000 * 8000 / 8
     assert size(1 << 20, 8000) < 2 * size(8000, 8000)
+
+
+def test_a_workspace_that_there_cannot_be():
+    """Rows of 2**46 times the same number are good arguments, but no tile of them fits into memory. Rounding the size
+    up, as C's aligned_alloc wants it, does not make it small, and no workspace is large enough."""
+    number, out, memory = np.ones(1, np.float32), np.full(1, -77, np.float32), aligned_bytes(64, 0x5C)
+    args = AttentionArgs()
+    api.attention_init(args, ctypes.sizeof(args))
+    args.queries, args.keys, args.head_dim, args.value_dim = 1, 1, 1 << 46, 1
+    args.query = args.key = args.value = View(number.ctypes.data)
+    args.out = View(out.ctypes.data)
+    size = api.attention_workspace(args, 1)
+    most = (1 << 8 * ctypes.sizeof(ctypes.c_size_t)) - 1
+    assert message_of(api.attention_check, args) == (OK, "")
+    assert 1 << 46 < size <= (size + 63) // 64 * 64 <= most
+    for room in (64, size, most):
+        assert api.attention(args, 1, memory.ctypes.data, room) == BAD_WORKSPACE
+    assert api.attention(args, 1, None, 0) == NO_MEMORY
+    assert (out == -77).all() and (memory == 0x5C).all()
 
 
 def test_many_threads_with_a_workspace_each(rng):

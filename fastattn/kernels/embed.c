@@ -341,6 +341,9 @@ static const fastattn_attention_args attention_defaults = {
     .scale = NAN,
 };
 
+/* Bytes that there cannot be; nor does it overflow where a caller rounds it up. */
+static const size_t TOO_MANY = SIZE_MAX / FA_ALIGN * FA_ALIGN;
+
 /* A call of the caller's, checked. */
 typedef struct {
     fastattn_attention_args args;
@@ -349,7 +352,7 @@ typedef struct {
     fa_plan plan;
     int exponent;   /* of the weights of scores */
     size_t numbers; /* doubles that the call needs before the memory of the plan: slopes, sinks, weights of scores */
-    size_t size;    /* of all its memory; SIZE_MAX: more than there can be */
+    size_t size;    /* of all its memory; may be TOO_MANY */
 } attention_call;
 
 static size_t size_of_numbers(const attention_call *c)
@@ -549,7 +552,7 @@ static int plan_attention(attention_call *c, int num_threads)
                  (a->score_weights ? (size_t)a->head_dim : 0);
     fa_make_plan(&c->call, c->kernels, fa_is_small(&c->call, c->kernels) ? 1 : fa_allowed_threads(num_threads),
                  &c->plan);
-    c->size = c->plan.estimate > FA_MOST_MEMORY ? SIZE_MAX : size_of_numbers(c) + c->plan.size;
+    c->size = c->plan.estimate > FA_MOST_MEMORY ? TOO_MANY : size_of_numbers(c) + c->plan.size;
     return FASTATTN_OK;
 }
 
@@ -610,7 +613,7 @@ int fastattn_attention(const fastattn_attention_args *args, int num_threads, voi
     TRY(read_attention(args, &c, &(report){NULL, 0}));
     TRY(plan_attention(&c, num_threads));
     if (workspace) {
-        if ((uintptr_t)workspace % FA_ALIGN || workspace_size < c.size)
+        if ((uintptr_t)workspace % FA_ALIGN || workspace_size < c.size || c.size == TOO_MANY)
             return FASTATTN_BAD_WORKSPACE;
         if (fa_has_work(&c.call))
             carry_out(&c, workspace);
@@ -618,7 +621,7 @@ int fastattn_attention(const fastattn_attention_args *args, int num_threads, voi
     }
     if (!fa_has_work(&c.call))
         return FASTATTN_OK;
-    void *raw = c.size == SIZE_MAX ? NULL : fa_allocate(c.size + FA_ALIGN);
+    void *raw = c.size == TOO_MANY ? NULL : fa_allocate(c.size + FA_ALIGN);
     if (!raw)
         return FASTATTN_NO_MEMORY;
     carry_out(&c, aligned_memory(raw));
