@@ -3,7 +3,8 @@
  * and any number of threads may call at once.
  *
  * Three ways to link:
- *   a C extension   #include <Python.h> first; call import_fastattn() once, with the GIL, before anything else
+ *   a C extension   #include <Python.h> first; call import_fastattn() with the GIL before anything else, once in each
+ *                   C file: what it finds is the file's own
  *   Cython          from fastattn.cython_attention cimport ...   (imports itself)
  *   no Python       compile the C files of fastattn/kernels along
  */
@@ -30,11 +31,11 @@ typedef enum { FASTATTN_ROWS_SOFTMAX, FASTATTN_ROWS_LOG_SOFTMAX, FASTATTN_ROWS_L
 /* What a call returns. */
 enum {
     FASTATTN_OK = 0,
-    FASTATTN_BAD_STRUCT = -1,  /* size: not that of a version that this library knows */
-    FASTATTN_BAD_DTYPE = -2,   /* dtype, bias_dtype, score, activation or function: no such one */
-    FASTATTN_BAD_SIZE = -3,    /* a size below 0; num_heads no multiple of num_kv_heads; a length outside its axis */
-    FASTATTN_BAD_POINTER = -4, /* NULL where numbers must be */
-    FASTATTN_BAD_VALUE = -5,   /* a window below -1, a scale that is infinite, a softcap below 0, num_threads below 0 */
+    FASTATTN_BAD_STRUCT = -1,    /* size: not that of a version that this library knows */
+    FASTATTN_BAD_DTYPE = -2,     /* dtype, bias_dtype, score, activation or function: no such one */
+    FASTATTN_BAD_SIZE = -3,      /* a size below 0; num_heads no multiple of num_kv_heads; a length outside its axis */
+    FASTATTN_BAD_POINTER = -4,   /* NULL where numbers must be */
+    FASTATTN_BAD_VALUE = -5,     /* window below -1, scale infinite, softcap or num_threads below 0, rules at odds */
     FASTATTN_BAD_WORKSPACE = -6, /* too small, or not at a multiple of 64 bytes */
     FASTATTN_BAD_OVERLAP = -7,   /* an output overlaps an input, another output or itself */
     FASTATTN_NO_MEMORY = -8
@@ -81,7 +82,7 @@ typedef struct {
 typedef struct {
     int32_t api_version;
     size_t size;
-    const char *(*version)(void);           /* "0.1.0" */
+    const char *(*version)(void);           /* FASTATTN_VERSION */
     const char *(*instruction_set)(void);   /* "avx512" */
     const char *(*status_text)(int status); /* a sentence; never NULL */
     void (*attention_init)(fastattn_attention_args *args, size_t size);
