@@ -298,9 +298,10 @@ static double seconds(void)
 
 static void wait_until(double when)
 {
-    const struct timespec t = {(time_t)when, (long)((when - floor(when)) * 1e9)};
-    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) != 0)
-        ;
+    for (double left; (left = when - seconds()) > 0;) {
+        const struct timespec t = {(time_t)left, (long)((left - floor(left)) * 1e9)};
+        nanosleep(&t, NULL); /* macOS has no clock_nanosleep */
+    }
 }
 
 static int ascending(const void *a, const void *b)
