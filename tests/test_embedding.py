@@ -840,6 +840,17 @@ def test_a_header_that_is_newer_than_the_library_is_refused(clients):
 
 
 @needs_compiler
+def test_a_library_without_the_interface_is_refused(clients, tmp_path):
+    (tmp_path / "fastattn").mkdir()
+    (tmp_path / "fastattn" / "__init__.py").write_text("__version__ = '0.1.0'")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(clients[1])!r}]; import rows"
+    status, _, error = fresh_process.finish(fresh_process.start(code))
+    assert status == 1
+    words = "the installed fastattn is older than 0.2.0, the first version with a C interface"
+    assert error.rstrip().endswith(f"ImportError: {words}"), error
+
+
+@needs_compiler
 def test_blocks_of_readme(rng, clients):
     query, key, value = (rng.standard_normal((4, 30, 16)).astype(np.float32) for _ in range(3))
     out = np.zeros_like(query)

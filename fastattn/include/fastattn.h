@@ -111,8 +111,12 @@ static const fastattn_api *fastattn_API = NULL;
 static inline int import_fastattn(void)
 {
     fastattn_API = (const fastattn_api *)PyCapsule_Import("fastattn._C_API", 0);
-    if (fastattn_API == NULL)
+    if (fastattn_API == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError))
+            PyErr_SetString(PyExc_ImportError,
+                            "the installed fastattn is older than 0.2.0, the first version with a C interface");
         return -1;
+    }
     if (fastattn_API->api_version < FASTATTN_API_VERSION) {
         PyErr_Format(PyExc_ImportError,
                      "compiled for version %d of fastattn's C interface; the installed fastattn %s has version %d",
