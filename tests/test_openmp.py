@@ -128,6 +128,42 @@ def test_without_the_library_and_without_threads(no_library):
     )
 
 
+def test_a_library_that_comes_after_the_first_module(no_library):
+    """As with PyTorch's wheel, imported after fastattn: modules that are loaded later use its libgomp, which ends a
+    process that is given no thread."""
+    path = fresh_process.run("""
+    import fastattn
+    with open("/proc/self/maps") as file:
+        print(next((line.split()[-1] for line in file if "libgomp" in line), ""))
+    """).strip()
+    if not path:
+        pytest.skip("there is no libgomp here")
+    fresh_process.run(
+        f"""
+    import ctypes, os, resource
+    import numpy as np
+    import fastattn
+    from fastattn import _runtime
+    assert _runtime.own_threads
+    ctypes.CDLL({path!r})
+    x = np.random.default_rng(0).standard_normal((8, 300, 64)).astype(np.float32)
+    expected = [a.tobytes() for a in fastattn.dot_product_attention_vjp(x, x, x, x, num_threads=1)]
+    user = 1_000_000_000 + os.getpid()
+    try:
+        os.setgid(user)
+        os.setuid(user)
+    except PermissionError:
+        os._exit(0)
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    for room in (0, 1, 2):
+        resource.setrlimit(resource.RLIMIT_NPROC, (len(os.listdir("/proc/self/task")) + room, hard))
+        assert [a.tobytes() for a in fastattn.dot_product_attention_vjp(x, x, x, x, num_threads=5)] == expected, room
+        fastattn.dot_product_attention(x, x, x, num_threads=5)
+    """,
+        **no_library,
+    )
+
+
 def test_callers_at_the_same_time_without_the_library(no_library):
     fresh_process.run(
         RESULTS

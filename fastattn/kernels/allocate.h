@@ -1,4 +1,5 @@
-/* All memory that compiled code asks for passes here: fa_allocate in C, take_memory of _runtime.pyx in the drivers.
+/* All memory that compiled code asks for passes here: fa_allocate in C, take_memory of _runtime.pyx in the drivers; but
+ * for what gomp.c needs, which is in other modules too.
  * Kernels ask for none. In a debug build (FASTATTN_DEBUG) a test can let the n-th request from now fail and ask how
  * many blocks are alive; elsewhere this is malloc and free. */
 #ifndef FASTATTN_ALLOCATE_H

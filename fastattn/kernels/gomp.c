@@ -51,8 +51,6 @@ static struct {
 static bool found;
 static int cpus = 1;
 
-int fa_own_threads(void) { return !found; }
-
 static bool take_from(void *library)
 {
 #define TAKE(field, name) (*(void **)&gomp.field = dlsym(library, name)) != NULL
@@ -73,12 +71,18 @@ struct loaded {
     char *path[MOST_LOADED];
 };
 
+static int is_gomp(struct dl_phdr_info *info, size_t size, void *unused)
+{
+    const char *slash = strrchr(info->dlpi_name, '/');
+    (void)size;
+    (void)unused;
+    return strncmp(slash != NULL ? slash + 1 : info->dlpi_name, "libgomp", 7) == 0;
+}
+
 static int note_path(struct dl_phdr_info *info, size_t size, void *data)
 {
     struct loaded *loaded = (struct loaded *)data;
-    const char *slash = strrchr(info->dlpi_name, '/');
-    (void)size;
-    if (strncmp(slash != NULL ? slash + 1 : info->dlpi_name, "libgomp", 7) == 0 && loaded->count < MOST_LOADED) {
+    if (is_gomp(info, size, NULL) && loaded->count < MOST_LOADED) {
         loaded->path[loaded->count] = strdup(info->dlpi_name);
         loaded->count += loaded->path[loaded->count] != NULL;
     }
@@ -102,6 +106,9 @@ static __attribute__((constructor)) void find_gomp(void)
     found = take_from(dlopen(loaded.count > 0 ? loaded.path[0] : "libgomp.so.1", RTLD_NOW | RTLD_LOCAL));
     forget_paths(&loaded);
 }
+
+/* No more once a libgomp is loaded: modules that come after it find it. */
+int fa_own_threads(void) { return !found && !dl_iterate_phdr(is_gomp, NULL); }
 
 /* Of all libraries, whoever uses them: with a second libgomp, or with none of its own, PyTorch hangs in a child of a
  * process that used it. */

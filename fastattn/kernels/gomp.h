@@ -2,8 +2,8 @@
 #ifndef FASTATTN_GOMP_H
 #define FASTATTN_GOMP_H
 
-/* Whether each region creates threads of its own: there is no libgomp. They are no more than the system gives, so that
- * no region needs a trial before it. */
+/* Whether each region creates threads of its own: there is no libgomp, as yet. They are no more than the system gives,
+ * so that no region needs a trial before it. */
 #ifdef FASTATTN_FINDS_OPENMP
 __attribute__((visibility("hidden"))) int fa_own_threads(void);
 #else
