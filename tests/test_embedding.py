@@ -1021,6 +1021,47 @@ def test_the_program_of_readme(tmp_path, language, library):
     assert done.stdout == f"{out[511, 0]:.6f}\n"
 
 
+PLUGIN = """
+#include "threads.h"
+int run(void)
+{
+    void *team;
+    int growing;
+    const int threads = fa_gather(3, &team, &growing);
+#pragma omp parallel num_threads(threads)
+    fa_join_team(team, growing);
+    return threads;
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems may keep what is unloaded")
+def test_a_library_that_is_unloaded_before_its_threads_end(tmp_path):
+    """As a plug-in of another program, which has the kernels compiled along."""
+    kernels = HERE.parent / "fastattn" / "kernels"
+    if not kernels.exists():
+        pytest.skip("only an unpacked source distribution or a clone has the kernels")
+    (tmp_path / "plugin.c").write_text(PLUGIN)
+    command = [compiler(), "-std=gnu11", "-fPIC", "-shared", "-fopenmp", f"-I{kernels}", "plugin.c"]
+    built = subprocess.run(
+        [*command, kernels / "threads.c", "-o", "plugin.so"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    if built.returncode:
+        pytest.skip(f"no OpenMP: {built.stderr}")
+    fresh_process.run(f"""
+    import _ctypes, ctypes, threading
+    def use():
+        plugin = ctypes.CDLL({str(tmp_path / "plugin.so")!r})
+        assert plugin.run() >= 1
+        _ctypes.dlclose(plugin._handle)
+    for _ in range(2):
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    """)
+
+
 def test_the_table_is_wide_enough():
     """What tests compare is what is computed: lse and weights are as wide as the computation."""
     assert [wide(np.dtype(dtype)).name for dtype in DTYPES[:3]] == ["float32", "float64", "float32"]

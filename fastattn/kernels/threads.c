@@ -304,6 +304,13 @@ static void prepare(void)
                pthread_atfork(fa_before_fork, fa_after_fork, fa_in_child) == 0;
 }
 
+/* A library that is unloaded, as plug-ins are, takes fa_leave_pool along; threads that end later must not call it. */
+static __attribute__((destructor)) void forget_pools(void)
+{
+    if (fa_ready)
+        pthread_key_delete(fa_pool_key);
+}
+
 int fa_prepare_threads(const char *lock_path)
 {
     pthread_once(&fa_once, prepare);
