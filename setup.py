@@ -24,8 +24,10 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
-# The only kernel headers that others than kernels include.
-CONTRACT = [f"{KERNELS}/{name}.h" for name in ("contract", "call", "drive", "drive_rows", "allocate", "threads")]
+INTERFACE = "fastattn/include/fastattn.h"
+# The only headers that others than kernels include.
+SHARED = ("allocate", "call", "contract", "drive", "drive_rows", "gomp", "threads")
+CONTRACT = [INTERFACE, *(f"{KERNELS}/{name}.h" for name in SHARED)]
 
 # Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals
 # in the whole process and break infinities.
@@ -199,7 +201,7 @@ def extension(name, extra_sources=(), suffix="pyx"):
         sources,
         libraries=["dl", "pthread"] if finds_openmp else [],  # part of newer C libraries, but not of glibc before 2.34
         include_dirs=[KERNELS, "fastattn/include", numpy.get_include()],
-        depends=glob(f"{KERNELS}/*.h"),
+        depends=[INTERFACE, *glob(f"{KERNELS}/*.h")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION")] + [("FASTATTN_DEBUG", "1")] * DEBUG,
