@@ -402,11 +402,19 @@ def names_missing_arguments(f):
 
 cdef extern from *:
     """
-    static int64_t fa_seen(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    /* The fences keep what a reader has read before its last look, and what a writer writes after its first. */
+    static int64_t fa_seen(const int64_t *p)
+    {
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    }
     static int fa_begins(int64_t *p)
     {
         int64_t now = __atomic_load_n(p, __ATOMIC_RELAXED);
-        return now % 2 == 0 && __atomic_compare_exchange_n(p, &now, now + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+        int is_free = now % 2 == 0 &&
+                      __atomic_compare_exchange_n(p, &now, now + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
+        return is_free;
     }
     static void fa_ends(int64_t *p) { __atomic_add_fetch(p, 1, __ATOMIC_RELEASE); }
     """
