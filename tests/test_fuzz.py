@@ -156,10 +156,12 @@ class NoArray:
 
 
 class Interface:
-    """An __array_interface__ whose shape, dtype or strides do not fit its 64 bytes."""
+    """
+    An odd __array_interface__. None leads outside of its memory: NumPy believes what it says, and nobody can know.
+    """
 
     def __init__(self, **changes):
-        self.__array_interface__ = {"shape": (16,), "typestr": "<f4", "data": bytearray(64), "version": 3, **changes}
+        self.__array_interface__ = {"shape": (16,), "typestr": "<f4", "data": bytearray(4096), "version": 3, **changes}
 
 
 class Sub(np.ndarray):
@@ -197,8 +199,8 @@ def made_hostile(r):
         LiesAboutItsLength,
         lambda: Interface(shape=r.choice([(17,), (2**40, 2**40), (-1,), (16, 2), (), (0,), None, "x", (16.0,)])),
         lambda: Interface(typestr=r.choice(["<f8", "<f2", ">f4", "|O", "V4", "", None, "<f3"])),
-        lambda: Interface(strides=r.choice([(8,), (-4,), (0,), (4, 4), (2**62,), None, "x"])),
-        lambda: Interface(data=r.choice([None, b"", b"short", (), 1.5, "text"])),
+        lambda: Interface(strides=r.choice([(8,), (0,), (4, 4), None, "x"])),
+        lambda: Interface(data=r.choice([None, (), 1.5, "text"])),
         lambda: array.array("f", [1, 2, 3, 4]),
         lambda: (ctypes.c_float * 4)(1, 2, 3, 4),
         lambda: memoryview(b"abcd"),
@@ -246,7 +248,7 @@ def changed(r, x):
         lambda: tuple(x.tolist()) if x.ndim else x,
         lambda: memoryview(np.ascontiguousarray(x)),
         lambda: Interface(shape=x.shape, typestr=x.dtype.str, data=bytearray(x.tobytes())),
-        lambda: Interface(shape=(*x.shape[:-1], 9), typestr=x.dtype.str, data=bytearray(x.tobytes())),
+        lambda: Interface(shape=(*x.shape[:-1], 9), typestr=x.dtype.str, data=bytearray(9 * max(x.nbytes, 8))),
         lambda: x[..., :0],
         lambda: x[:0],
         lambda: x.take([], axis) if x.ndim else x,
