@@ -26,7 +26,8 @@
 #define HAS_TAKE_LANES
 #define HAS_FLOOR
 #define HAS_TOTAL
-#define HAS_FOUR_TOTALS /* in the order of v_total: neighbours first */
+#define HAS_FOUR_TOTALS
+/* Totals add in the order of vector.inc.h, which softmax of other axes follows: halves first, then neighbours. */
 /* The maximum and the minimum of vector.inc.h compare and select: FMAX and FMAXNM treat NaN and -0 otherwise. */
 
 #if BITS == 32
@@ -62,10 +63,14 @@ static ALWAYS_INLINE float32x4_t v_take_lanes(float32x4_t v, float32x4_t from)
     return (float32x4_t)vqtbl1q_u8((uint8x16_t)v, (uint8x16_t)bytes);
 }
 static ALWAYS_INLINE float32x4_t v_floor(float32x4_t x) { return vrndmq_f32(x); }
-static ALWAYS_INLINE float v_total(float32x4_t v) { return vaddvq_f32(v); }
+static ALWAYS_INLINE float v_total(float32x4_t v) { return vaddv_f32(vadd_f32(vget_low_f32(v), vget_high_f32(v))); }
 static ALWAYS_INLINE void v_four_totals(float *to, float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d)
 {
-    vst1q_f32(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+    const float32x4_t ab =
+        vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+    const float32x4_t cd =
+        vaddq_f32(vcombine_f32(vget_low_f32(c), vget_low_f32(d)), vcombine_f32(vget_high_f32(c), vget_high_f32(d)));
+    vst1q_f32(to, vpaddq_f32(ab, cd));
 }
 #else
 typedef double multiplier;
