@@ -6,13 +6,14 @@ The layers, from the top; each imports only what is below it:
     integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
     multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
+    layers                          products with what follows them, and norms
     gradients                       of the attention functions
     attention, linear, graph, neighborhood, softmax,
         positions, config           the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
     _gradients                      the driver of the way back, which begins with the one of attention
-    _attention, _softmax            from a call that is checked to its result; their drivers are written in C
+    _attention, _softmax, _layers   from a call that is checked to its result; their drivers are written in C
     _linear, _graph, _neighborhood,
         _merge, _positions, _linear_gradients,
         _graph_gradients            the drivers: tiles and rows, threads, scratch memory
@@ -20,7 +21,7 @@ The layers, from the top; each imports only what is below it:
     _scores, _call                  check a call of attention -> a plain description for its driver
     _checks                         arrays, numbers, flags, out=, memory: each check once
     _load, _runtime                 the selected kernels, number of threads, scratch memory, Ctrl-C
-    kernels/drive*.c, threads.c     the drivers of attention and of rows; threads and fork
+    kernels/drive*.c, threads.c     the drivers of attention, rows and layers; threads and fork
     kernels/*.inc.h, *_f32.c ...    the mathematics, written once; instruction set and dtype enter as definitions
 
 Beside all this stand the doors for compiled code: include/fastattn.h and cython_attention.pxd say what C and Cython can
@@ -74,6 +75,7 @@ if _typing.TYPE_CHECKING:
         varlen_attention_vjp,
     )
     from fastattn.graph import graph_attention, graph_attention_vjp
+    from fastattn.layers import Linear, layer_norm, rms_norm
     from fastattn.linear import linear_attention, linear_attention_vjp
     from fastattn.multihead import MultiHeadAttention, self_attention, self_attention_vjp
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
@@ -83,6 +85,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "KVCache",
+    "Linear",
     "MultiHeadAttention",
     "StreamingAttention",
     "additive_attention",
@@ -100,6 +103,7 @@ __all__ = [
     "get_num_threads",
     "graph_attention",
     "graph_attention_vjp",
+    "layer_norm",
     "linear_attention",
     "linear_attention_vjp",
     "log_softmax",
@@ -111,6 +115,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_vjp",
     "relative_position_buckets",
+    "rms_norm",
     "rotary_frequencies",
     "self_attention",
     "self_attention_vjp",
@@ -130,6 +135,7 @@ __all__ = [
 # Classes and rarer functions are loaded on first use: without cached byte code they are most of what an import reads.
 _LATER = {
     "KVCache": "cache",
+    "Linear": "layers",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
     "additive_attention_vjp": "gradients",
@@ -137,11 +143,13 @@ _LATER = {
     "dot_product_attention_vjp": "gradients",
     "graph_attention": "graph",
     "graph_attention_vjp": "graph",
+    "layer_norm": "layers",
     "linear_attention": "linear",
     "linear_attention_vjp": "linear",
     "merge_attention_vjp": "gradients",
     "neighborhood_attention": "neighborhood",
     "neighborhood_attention_vjp": "neighborhood",
+    "rms_norm": "layers",
     "self_attention": "multihead",
     "self_attention_vjp": "multihead",
     "truncated_attention_vjp": "gradients",

@@ -29,6 +29,7 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
 
 # Memory
 cdef int refuse_overlap(object out, tuple inputs, tuple names, str called=*) except -1
+cdef bint same_place(object out, cnp.ndarray a) except -1
 cpdef object empty(tuple shape, dtype, str what=*, bint zero=*)
 cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple names, bint same_allowed=*,
                               str called=*, str whose=*)

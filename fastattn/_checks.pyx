@@ -335,6 +335,12 @@ cpdef cnp.ndarray checked_out(object out, tuple shape, dtype, list inputs, tuple
     return out
 
 
+cdef bint same_place(object out, cnp.ndarray a) except -1:
+    """Whether out is an array, element for element."""
+    return out is a or (isinstance(out, np.ndarray) and out.shape == shape_of(a) and out.dtype == a.dtype and
+                        out.ctypes.data == a.ctypes.data and out.strides == (<object> a).strides)
+
+
 # Missing arguments
 
 cdef extern from *:

@@ -245,8 +245,34 @@ cdef extern from "kernels/contract.h" nogil:
 
     int64_t fa_table_size(const int64_t *half, int64_t table_row, int lanes)
 
+    enum:
+        FA_DENSE_FEW
+
+    ctypedef enum fa_dense_activation:
+        FA_DENSE_NOTHING
+        FA_DENSE_RELU
+        FA_DENSE_GELU
+        FA_DENSE_GELU_TANH
+        FA_DENSE_SILU
+
+    ctypedef struct fa_dense:
+        int64_t d_in, d_out, rows
+        const void *panels
+        fa_dtype dtype
+        const void *bias
+        fa_dense_activation activation
+        fa_view x, out, multiply, residual
+
+    ctypedef struct fa_norm:
+        int64_t n, rows
+        int centred
+        double eps, offset
+        const void *weight
+        const void *bias
+        fa_view x, out, residual, sum
+
     ctypedef struct fa_tuning:
-        int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row, lanes
+        int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row, lanes, panel
 
     ctypedef struct fa_kernels:
         const char *name
@@ -419,6 +445,23 @@ cdef extern from "kernels/drive_rows.h" nogil:
     void fa_join_axes(fa_axes *axes)
 
 
+cdef extern from "kernels/drive_dense.h" nogil:
+    ctypedef struct fa_dense_plan:
+        size_t size
+
+    ctypedef struct fa_norm_plan:
+        size_t size
+
+    int fa_dense_is_small(const fa_dense *dense)
+    void fa_plan_dense(const fa_dense *dense, const fa_kernels *kernels, int threads, fa_dense_plan *plan)
+    int fa_run_dense(const fa_dense *dense, const fa_kernels *kernels, const fa_dense_plan *plan, void *memory,
+                     const fa_watch *watch)
+    int fa_norm_is_small(const fa_norm *norm)
+    void fa_plan_norm(const fa_norm *norm, const fa_kernels *kernels, int threads, fa_norm_plan *plan)
+    int fa_run_norm(const fa_norm *norm, const fa_kernels *kernels, const fa_norm_plan *plan, void *memory,
+                    const fa_watch *watch)
+
+
 # The table of include/fastattn.h, a fastattn_api.
 cdef const void *c_interface
 
@@ -462,3 +505,7 @@ cdef int carry_out(fa_call *call, bint decode, object num_threads) except -1
 
 # The same for softmax and its relatives.
 cdef int run_rows(const fa_rows *rows, object num_threads) except -1
+
+# The same for layers; dtype: in which they are computed.
+cdef int run_dense(const fa_dense *dense, fa_dtype dtype, object num_threads) except -1
+cdef int run_norm(const fa_norm *norm, fa_dtype dtype, object num_threads) except -1

@@ -325,3 +325,53 @@ cdef int run_rows(const fa_rows *rows, object num_threads) except -1:
     if watch.stop:
         raise_pending()
     return 0
+
+
+cdef int run_dense(const fa_dense *dense, fa_dtype dtype, object num_threads) except -1:
+    cdef const fa_kernels *kernels = fa_kernels_for(dtype)
+    cdef fa_dense_plan plan
+    cdef Watch watch = Watch(0, 0)
+    cdef fa_watch asked
+    cdef void *scratch
+    cdef bint small = fa_dense_is_small(dense)
+    fa_plan_dense(dense, kernels, 1 if small else allowed_threads(num_threads), &plan)
+    if plan.size == 0:
+        return 0
+    scratch = take_workspace(plan.size, <double> plan.size)
+    try:
+        if small:
+            fa_run_dense(dense, kernels, &plan, scratch, NULL)
+        else:
+            asked.interrupted, asked.of = &asks, &watch
+            with nogil:
+                fa_run_dense(dense, kernels, &plan, scratch, &asked)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    return 0
+
+
+cdef int run_norm(const fa_norm *norm, fa_dtype dtype, object num_threads) except -1:
+    cdef const fa_kernels *kernels = fa_kernels_for(dtype)
+    cdef fa_norm_plan plan
+    cdef Watch watch = Watch(0, 0)
+    cdef fa_watch asked
+    cdef void *scratch
+    cdef bint small = fa_norm_is_small(norm)
+    fa_plan_norm(norm, kernels, 1 if small else allowed_threads(num_threads), &plan)
+    if plan.size == 0:
+        return 0
+    scratch = take_workspace(plan.size, <double> plan.size)
+    try:
+        if small:
+            fa_run_norm(norm, kernels, &plan, scratch, NULL)
+        else:
+            asked.interrupted, asked.of = &asks, &watch
+            with nogil:
+                fa_run_norm(norm, kernels, &plan, scratch, &asked)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    return 0

@@ -3,8 +3,8 @@
 import numpy as np
 
 cimport numpy as cnp
-from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer, shape_of,
-                               storage_of)
+from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer, same_place,
+                               shape_of, storage_of)
 from fastattn._rows cimport ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_ENTMAX15, FA_ROW_ENTMAX15_BACK, FA_ROW_LOG_SOFTMAX,
                                 FA_ROW_LOG_SOFTMAX_BACK, FA_ROW_LOGSUMEXP, FA_ROW_LOGSUMEXP_BACK, FA_ROW_SOFTMAX,
@@ -39,12 +39,6 @@ cdef tuple checked_axes(object axis, int ndim, str name):
     if len(set(axes)) != len(axes):
         raise ValueError(f"axis must not name an axis twice: {axis}")
     return tuple(sorted(axes))
-
-
-cdef bint same_place(object out, cnp.ndarray a):
-    """Whether out is an array, element for element."""
-    return out is a or (isinstance(out, np.ndarray) and out.shape == shape_of(a) and out.dtype == a.dtype and
-                        out.ctypes.data == a.ctypes.data and out.strides == (<object> a).strides)
 
 
 cdef Rows read_rows(fa_row_function function, object x, object axis, object mask, object out, object num_threads,

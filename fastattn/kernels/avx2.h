@@ -12,6 +12,8 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define MOST_ROWS 768
 #define WINDOW_ROWS 384
 #define KEYS_A_ROW 4
+#define DENSE_ROWS 96
+#define DENSE_COLUMNS 256
 #define DECODE_ROWS 2
 #define PLACE_ROWS 2
 #define STEPS 1

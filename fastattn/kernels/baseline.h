@@ -17,6 +17,8 @@
 #define MOST_ROWS 768
 #define WINDOW_ROWS 384
 #define KEYS_A_ROW 4
+#define DENSE_ROWS 96
+#define DENSE_COLUMNS 256
 #define DECODE_ROWS 2
 #define PLACE_ROWS 2
 #define STEPS 1

@@ -345,6 +345,30 @@ typedef struct {
     void *d_log_decay; /* (keys, features), or (keys, 1) where log_decay has one column */
 } fa_linear_back;
 
+/* A layer: rows of d_in numbers times a matrix, and what happens to each number of the result. */
+enum { FA_DENSE_FEW = 8 }; /* rows up to which the matrix is read where it lies: another order of sums */
+typedef enum { FA_DENSE_NOTHING, FA_DENSE_RELU, FA_DENSE_GELU, FA_DENSE_GELU_TANH, FA_DENSE_SILU } fa_dense_activation;
+typedef struct {
+    int64_t d_in, d_out, rows;
+    const void *panels; /* [panel][d_in][fa_tuning.panel], aligned, zeros in columns past d_out */
+    fa_dtype dtype;     /* of the panels: the accumulation dtype or, where that is float, any of 16 bits */
+    const void *bias;   /* optional; a number for each column of the panels, in the accumulation dtype */
+    fa_dense_activation activation;
+    fa_view x, out;             /* (rows, d_in), (rows, d_out) */
+    fa_view multiply, residual; /* optional, (rows, d_out); may be `out` */
+    int prefetch;               /* few rows: whether to prefetch (fa_prefetching_helps); by the driver */
+} fa_dense;
+
+/* Rows of n numbers, normalised. */
+typedef struct {
+    int64_t n, rows;
+    int centred; /* layer norm; else RMS norm */
+    double eps, offset;
+    const void *weight, *bias; /* optional: n numbers in the accumulation dtype; offset + weight multiplies */
+    fa_view x, out;            /* may be the same */
+    fa_view residual, sum;     /* optional: what is added first, and where the sum is written */
+} fa_norm;
+
 /* Parameters of an instruction set that the driver needs to choose its loops; the rest are in the set's own header. */
 typedef struct {
     int group_rows;     /* rows that share the loads of a product: tiles are whole groups if possible */
@@ -355,6 +379,9 @@ typedef struct {
      * window_rows, and one more for each keys_a_row keys that a row sees. */
     int least_rows, most_rows, window_rows, keys_a_row;
     int lanes; /* numbers in a vector: pixels of neighbourhood attention that are processed together */
+    int panel; /* columns of a panel of a layer's matrix */
+    /* Rows of a block of a layer's product, and the columns that it passes: rows, and sums, should stay in L2. */
+    int dense_rows, dense_columns;
 } fa_tuning;
 
 typedef struct {
@@ -460,6 +487,17 @@ typedef struct {
                                           const int64_t *tile);
     void (*neighborhood_back)(const fa_neighborhood *problem, const fa_image_back *image, const int64_t *begin,
                               const int64_t *end, void *workspace);
+    /* A layer. More than FA_DENSE_FEW rows: dense_pack packs those of a block that begins at `row`, [from, to) of its
+     * `rows`, into memory of dense_packed bytes; then dense_block multiplies the block by some panels. The bits of a
+     * row do not depend on the block. Few rows: dense_few, x contiguous in the accumulation dtype. */
+    size_t (*dense_packed)(int64_t d_in, int64_t rows);
+    void (*dense_pack)(const fa_dense *dense, int64_t row, int64_t rows, int64_t from, int64_t to, void *packed);
+    size_t (*dense_workspace)(int64_t rows, int64_t panels);
+    void (*dense_block)(const fa_dense *dense, int64_t row, int64_t rows, const void *packed, int64_t panel_begin,
+                        int64_t panel_end, void *workspace);
+    void (*dense_few)(const fa_dense *dense, const void *x, int64_t panel_begin, int64_t panel_end);
+    size_t (*norm_workspace)(int64_t n);
+    void (*norm_rows)(const fa_norm *norm, int64_t begin, int64_t end, void *workspace);
 } fa_kernels;
 
 typedef struct {

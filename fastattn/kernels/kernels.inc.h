@@ -2,7 +2,7 @@
  *
  * Expects BITS (32 or 64) and, from the header of the instruction set: ISA, VECTOR_BYTES, ROWS x VECS (sums in
  * registers), STEPS and CHUNK (product.inc.h), TOKENS (linear.inc.h), DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS,
- * MOST_ROWS, WINDOW_ROWS and KEYS_A_ROW (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys
+ * MOST_ROWS, WINDOW_ROWS, KEYS_A_ROW, DENSE_ROWS and DENSE_COLUMNS (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys
  * from memory: decode.inc.h, decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
  */
 #include "contract.h"
@@ -126,6 +126,12 @@ LESS_END
 
 #include "neighborhood_back.inc.h"
 
+#include "activation.inc.h"
+
+#include "dense.inc.h"
+
+#include "norm.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -137,7 +143,10 @@ const fa_kernels FA_TABLE = {
                .most_rows = MOST_ROWS,
                .window_rows = WINDOW_ROWS,
                .keys_a_row = KEYS_A_ROW,
-               .lanes = LANES},
+               .lanes = LANES,
+               .panel = PANEL,
+               .dense_rows = DENSE_ROWS,
+               .dense_columns = DENSE_COLUMNS},
     .tile_workspace = tile_workspace,
     .open_tile = open_tile,
     .visit_keys = visit_keys,
@@ -184,4 +193,11 @@ const fa_kernels FA_TABLE = {
     .neighborhood = neighborhood,
     .neighborhood_back_workspace = neighborhood_back_workspace,
     .neighborhood_back = neighborhood_back,
+    .dense_packed = dense_packed,
+    .dense_pack = dense_pack,
+    .dense_workspace = dense_workspace,
+    .dense_block = dense_block,
+    .dense_few = dense_few,
+    .norm_workspace = norm_workspace,
+    .norm_rows = norm_rows,
 };

@@ -1,0 +1,37 @@
+from typing import Any
+
+from numpy import dtype
+from numpy.typing import ArrayLike, NDArray
+
+FEW: int
+
+class Matrix:
+    dtype: dtype[Any]
+    d_in: int
+    d_out: int
+    def __init__(self, w: NDArray[Any], bias: NDArray[Any] | None, wanted: dtype[Any]) -> None: ...
+    def unpacked(self) -> NDArray[Any]: ...
+
+def dense_dtypes(x: NDArray[Any], weight_dtype: dtype[Any]) -> tuple[dtype[Any], dtype[Any]]: ...
+def dense(
+    matrix: Matrix,
+    x: NDArray[Any],
+    result: dtype[Any],
+    activation: str | None,
+    multiply: ArrayLike | None,
+    residual: ArrayLike | None,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> NDArray[Any]: ...
+def norm(
+    centred: bool,
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    offset: float,
+    residual: ArrayLike | None,
+    return_sum: bool,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> Any: ...

@@ -1,0 +1,347 @@
+/* A layer's product: rows of x times a matrix that was packed once, and what happens to each number of the result.
+ *
+ * The matrix lies in panels of PANEL columns, each [d_in][PANEL], zero-padded at the right. Many rows: x is packed too
+ * (dense_pack), and a block of it, DENSE_DEPTH channels deep, stays in the second cache while panels pass; the part of
+ * a panel that meets it stays in the first, where it is large enough. ROWS rows and a panel are multiplied in
+ * registers. Few rows: the matrix is read once, at the speed of memory.
+ *
+ * A sum over channels is split at multiples of DENSE_LINK (many rows) or FEW_LINK (few), so the bits of a row depend on
+ * nothing but the row, the matrix, and which of the two it is.
+ */
+enum {
+    DENSE_DEPTH = 1024 / (int)sizeof(real), /* channels of a block */
+    DENSE_LINK = 128,                       /* channels in one chain of additions */
+    FEW_LINK = 64,                          /* the same for few rows, in two chains */
+    FEW_AT_ONCE = 2,                        /* of few rows, how many share a load */
+    FEW_AHEAD = 4096                        /* bytes that the matrix is asked for ahead */
+};
+_Static_assert(DENSE_DEPTH % DENSE_LINK == 0 && FEW_LINK % 2 == 0, "whole links");
+
+static int64_t dense_blocks(int64_t d_in) { return (d_in + DENSE_DEPTH - 1) / DENSE_DEPTH; }
+
+/* Contract: contract.h. */
+static size_t dense_packed(int64_t d_in, int64_t rows)
+{
+    return (size_t)((rows + ROWS - 1) / ROWS * ROWS) * (size_t)dense_blocks(d_in) * DENSE_DEPTH * sizeof(real);
+}
+
+/* Contract: contract.h. [block][row][DENSE_DEPTH]. */
+static void dense_pack(const fa_dense *d, int64_t row, int64_t rows, int64_t from, int64_t to, void *packed)
+{
+    const int64_t block_size = (rows + ROWS - 1) / ROWS * ROWS * DENSE_DEPTH;
+    for (int64_t r = from; r < to; r++) {
+        const char *x_r = d->x.data + (row + r) * d->x.row;
+        for (int64_t c = 0; c < d->d_in; c += DENSE_DEPTH) {
+            const int64_t n = d->d_in - c < DENSE_DEPTH ? d->d_in - c : DENSE_DEPTH;
+            gather((real *)packed + c / DENSE_DEPTH * block_size + r * DENSE_DEPTH, x_r + c * d->x.col, d->x.col, n,
+                   d->x.dtype);
+        }
+    }
+}
+
+/* One row of an optional matrix, columns [column, column + n): in place if kernels can read whole vectors there, else
+ * in `buffer`, PANEL numbers of which those from n on may be anything. */
+static ALWAYS_INLINE const real *part_of_row(const fa_view *matrix, int64_t row, int64_t column, int64_t n,
+                                             real *buffer)
+{
+    const char *at = matrix->data + row * matrix->row + column * matrix->col;
+    if (n == PANEL && readable(matrix))
+        return (const real *)at;
+    gather(buffer, at, matrix->col, n, matrix->dtype);
+    return buffer;
+}
+
+static ALWAYS_INLINE void finish_rows(const fa_dense *d, const real *sums, int64_t row, int64_t rows, int64_t panel,
+                                      const fa_dense_activation activation)
+{
+    const int64_t column = panel * PANEL, n = d->d_out - column < PANEL ? d->d_out - column : PANEL;
+    const real *bias = d->bias ? (const real *)d->bias + column : NULL;
+    const int in_place = n == PANEL && readable(&d->out);
+    real factor[PANEL] = {0}, addend[PANEL] = {0}, line[PANEL];
+    for (int64_t r = 0; r < rows; r++, sums += PANEL) {
+        char *out = d->out.data + (row + r) * d->out.row + column * d->out.col;
+        const real *m = d->multiply.data ? part_of_row(&d->multiply, row + r, column, n, factor) : NULL;
+        const real *a = d->residual.data ? part_of_row(&d->residual, row + r, column, n, addend) : NULL;
+        real *to = in_place ? (real *)out : line;
+        UNROLL(4)
+        for (int v = 0; v < VECS; v++) {
+            vec y = v_load(sums + v * LANES);
+            if (bias)
+                y += v_load(bias + v * LANES);
+            switch (activation) {
+            case FA_DENSE_RELU:
+                y = v_max((vec){0}, y);
+                break;
+            case FA_DENSE_GELU:
+                y = v_gelu(y);
+                break;
+            case FA_DENSE_GELU_TANH:
+                y = v_gelu_tanh(y);
+                break;
+            case FA_DENSE_SILU:
+                y = v_silu(y);
+                break;
+            case FA_DENSE_NOTHING:
+                break;
+            }
+            if (m)
+                y *= v_load(m + v * LANES);
+            if (a)
+                y += v_load(a + v * LANES);
+            v_store(to + v * LANES, y);
+        }
+        if (!in_place)
+            scatter(out, d->out.col, line, n, d->out.dtype);
+    }
+}
+
+/* Sums in rows of PANEL numbers become rows of the result. */
+#define FINISH(name, activation)                                                                                 \
+    static NEVER_INLINE void name(const fa_dense *d, const real *sums, int64_t row, int64_t rows, int64_t panel) \
+    {                                                                                                            \
+        finish_rows(d, sums, row, rows, panel, activation);                                                      \
+    }
+FINISH(finish_nothing, FA_DENSE_NOTHING)
+FINISH(finish_relu, FA_DENSE_RELU)
+FINISH(finish_gelu, FA_DENSE_GELU)
+FINISH(finish_gelu_tanh, FA_DENSE_GELU_TANH)
+FINISH(finish_silu, FA_DENSE_SILU)
+#undef FINISH
+static void (*const finish[])(const fa_dense *d, const real *sums, int64_t row, int64_t rows,
+                              int64_t panel) = {[FA_DENSE_NOTHING] = finish_nothing,
+                                                [FA_DENSE_RELU] = finish_relu,
+                                                [FA_DENSE_GELU] = finish_gelu,
+                                                [FA_DENSE_GELU_TANH] = finish_gelu_tanh,
+                                                [FA_DENSE_SILU] = finish_silu};
+
+/* out (+)= a times b, `rows` rows DENSE_DEPTH numbers apart against a panel; lines at `ahead` are fetched meanwhile. */
+static ALWAYS_INLINE void dense_tile(const real *restrict a, const real *restrict b, int64_t depth, real *restrict out,
+                                     int add, const char *ahead, int64_t lines, const int rows)
+{
+    int64_t t = 0;
+    do {
+        const int64_t stop = depth - t < DENSE_LINK ? depth : t + DENSE_LINK;
+        vec sum[ROWS][VECS];
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(8)
+            for (int v = 0; v < VECS; v++)
+                sum[r][v] = (vec){0};
+        }
+#define DENSE_STEP(k)                                                            \
+    do {                                                                         \
+        vec b_v[VECS];                                                           \
+        UNROLL(8)                                                                \
+        for (int v = 0; v < VECS; v++)                                           \
+            b_v[v] = v_load(b + (t + (k)) * PANEL + v * LANES);                  \
+        UNROLL(8)                                                                \
+        for (int r = 0; r < rows; r++) {                                         \
+            const multiplier a_rt = v_multiplier(a + r * DENSE_DEPTH + t + (k)); \
+            UNROLL(8)                                                            \
+            for (int v = 0; v < VECS; v++)                                       \
+                sum[r][v] = v_fma_multiplier(a_rt, b_v[v], sum[r][v]);           \
+        }                                                                        \
+    } while (0)
+        for (; t + 4 <= stop; t += 4) {
+            if (lines > 0) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += 64, lines--;
+            }
+            DENSE_STEP(0);
+            DENSE_STEP(1);
+            DENSE_STEP(2);
+            DENSE_STEP(3);
+        }
+        for (; t < stop; t++)
+            DENSE_STEP(0);
+#undef DENSE_STEP
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(8)
+            for (int v = 0; v < VECS; v++) {
+                real *o = out + r * PANEL + v * LANES;
+                v_store(o, add ? v_load(o) + sum[r][v] : sum[r][v]);
+            }
+        }
+        add = 1;
+    } while (t < depth);
+}
+typedef void (*dense_function)(const real *a, const real *b, int64_t depth, real *out, int add, const char *ahead,
+                               int64_t lines);
+#define DENSE_TILE(rows, name)                                                                              \
+    static NEVER_INLINE void name##_##rows(const real *a, const real *b, int64_t depth, real *out, int add, \
+                                           const char *ahead, int64_t lines)                                \
+    {                                                                                                       \
+        dense_tile(a, b, depth, out, add, ahead, lines, rows);                                              \
+    }
+#define DENSE_NAME(rows, name) name##_##rows,
+FOR_ROWS(DENSE_TILE, dense_tile)
+static const dense_function dense_tiles[ROWS] = {FOR_ROWS(DENSE_NAME, dense_tile)};
+
+/* Bytes of a number in the panels. */
+static ALWAYS_INLINE int64_t panel_bytes(const fa_dense *d)
+{
+    return d->dtype == FA_F64 ? 8 : d->dtype == FA_F32 ? 4 : 2;
+}
+
+/* Contract: contract.h. Sums, [panel][row][PANEL], and a part of a panel whose numbers have to be widened. */
+static size_t dense_workspace(int64_t rows, int64_t panels)
+{
+    return (size_t)((rows + ROWS - 1) / ROWS * ROWS * panels + DENSE_DEPTH) * PANEL * sizeof(real);
+}
+
+/* Contract: contract.h. */
+static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void *packed, int64_t panel_begin,
+                        int64_t panel_end, void *workspace)
+{
+    const int64_t d_in = d->d_in, groups = (rows + ROWS - 1) / ROWS, size = panel_bytes(d);
+    real *const widened = workspace, *const sums = widened + DENSE_DEPTH * PANEL;
+    int64_t c = 0;
+    do {
+        const int64_t depth = d_in - c < DENSE_DEPTH ? d_in - c : DENSE_DEPTH, next = c + depth;
+        for (int64_t p = panel_begin; p < panel_end; p++) {
+            const char *const panel = (const char *)d->panels + (p * d_in + c) * PANEL * size;
+            const real *b = (const real *)panel;
+            const char *ahead = panel;
+            int64_t lines = 0;
+            if (p + 1 < panel_end || next < d_in) {
+                ahead = p + 1 < panel_end ? panel + d_in * PANEL * size
+                                          : (const char *)d->panels + (panel_begin * d_in + next) * PANEL * size;
+                const int64_t left = p + 1 < panel_end || d_in - next >= depth ? depth : d_in - next;
+                lines = (left * PANEL * size / 64 + groups - 1) / groups;
+            }
+            if (d->dtype != REAL_DTYPE) {
+                gather(widened, panel, size, depth * PANEL, d->dtype);
+                b = widened;
+            }
+            for (int64_t g = 0; g < groups; g++, ahead += lines * 64) {
+                const int64_t here = rows - g * ROWS < ROWS ? rows - g * ROWS : ROWS;
+                real *const to = sums + ((p - panel_begin) * groups + g) * ROWS * PANEL;
+                dense_tiles[here - 1]((const real *)packed + (c / DENSE_DEPTH * groups + g) * ROWS * DENSE_DEPTH, b,
+                                      depth, to, c > 0, ahead, lines);
+                if (next >= d_in)
+                    finish[d->activation](d, to, row + g * ROWS, here, p);
+            }
+        }
+        c = next;
+    } while (c < d_in);
+}
+
+static ALWAYS_INLINE vec load_panel(const char *at, const fa_dtype dtype)
+{
+#if BITS == 32
+    if (dtype == FA_F16)
+        return v_widen_f16(at);
+    if (dtype == FA_BF16)
+        return v_widen_bf16(at);
+#else
+    (void)dtype;
+#endif
+    return v_load(at);
+}
+
+/* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart. */
+static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const char *restrict b, int64_t depth,
+                                   real *restrict out, int add, int64_t ahead, const int rows, const fa_dtype dtype)
+{
+    const int size = dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : 2;
+    vec sum[2][FEW_AT_ONCE][VECS];
+    UNROLL(2)
+    for (int k = 0; k < 2; k++) {
+        UNROLL(4)
+        for (int r = 0; r < rows; r++) {
+            UNROLL(4)
+            for (int v = 0; v < VECS; v++)
+                sum[k][r][v] = (vec){0};
+        }
+    }
+#define FEW_STEP(k)                                                     \
+    do {                                                                \
+        vec b_v[VECS];                                                  \
+        UNROLL(4)                                                       \
+        for (int v = 0; v < VECS; v++)                                  \
+            b_v[v] = load_panel(b + v * LANES * size, dtype);           \
+        UNROLL(4)                                                       \
+        for (int r = 0; r < rows; r++) {                                \
+            const vec x_r = v_fill(x[r * d_in + t + (k)]);              \
+            UNROLL(4)                                                   \
+            for (int v = 0; v < VECS; v++)                              \
+                sum[k][r][v] = v_fma(x_r, b_v[v], sum[k][r][v]);        \
+        }                                                               \
+        if (ahead) {                                                    \
+            UNROLL(4)                                                   \
+            for (int line = 0; line < (PANEL * size + 63) / 64; line++) \
+                __builtin_prefetch(b + ahead + line * 64, 0, 3);        \
+        }                                                               \
+        b += PANEL * size;                                              \
+    } while (0)
+    int64_t t = 0;
+    for (; t + 2 <= depth; t += 2) {
+        FEW_STEP(0);
+        FEW_STEP(1);
+    }
+    if (t < depth)
+        FEW_STEP(0);
+#undef FEW_STEP
+    UNROLL(4)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int v = 0; v < VECS; v++) {
+            real *o = out + r * PANEL + v * LANES;
+            const vec s = sum[0][r][v] + sum[1][r][v];
+            v_store(o, add ? v_load(o) + s : s);
+        }
+    }
+}
+typedef void (*few_function)(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, int add,
+                             int64_t ahead);
+#define FEW_TILE(rows, name, dtype)                                                                              \
+    static NEVER_INLINE void name##_##rows(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, \
+                                           int add, int64_t ahead)                                               \
+    {                                                                                                            \
+        few_tile(x, d_in, b, depth, out, add, ahead, rows, dtype);                                               \
+    }
+#define FEW_TILES(name, dtype) FEW_TILE(1, name, dtype) FEW_TILE(2, name, dtype)
+FEW_TILES(few_real, REAL_DTYPE)
+#if BITS == 32
+FEW_TILES(few_f16, FA_F16)
+FEW_TILES(few_bf16, FA_BF16)
+#endif
+_Static_assert(FEW_AT_ONCE == 2, "the rows for which there are functions");
+
+static const few_function *few_functions(fa_dtype dtype)
+{
+    static const few_function of_real[] = {few_real_1, few_real_2};
+#if BITS == 32
+    static const few_function of_f16[] = {few_f16_1, few_f16_2}, of_bf16[] = {few_bf16_1, few_bf16_2};
+    if (dtype == FA_F16)
+        return of_f16;
+    if (dtype == FA_BF16)
+        return of_bf16;
+#endif
+    (void)dtype;
+    return of_real;
+}
+
+/* Contract: contract.h. */
+static void dense_few(const fa_dense *d, const void *x, int64_t panel_begin, int64_t panel_end)
+{
+    const few_function *const tiles = few_functions(d->dtype);
+    const int64_t size = panel_bytes(d), d_in = d->d_in;
+    for (int64_t p = panel_begin; p < panel_end; p++) {
+        const char *const panel = (const char *)d->panels + p * d_in * PANEL * size;
+        real sums[FA_DENSE_FEW][PANEL];
+        int64_t c = 0;
+        do {
+            const int64_t depth = d_in - c < FEW_LINK ? d_in - c : FEW_LINK;
+            for (int64_t r = 0; r < d->rows; r += FEW_AT_ONCE) {
+                const int64_t rows = d->rows - r < FEW_AT_ONCE ? d->rows - r : FEW_AT_ONCE;
+                /* The first rows bring the numbers to the first cache for the others. */
+                tiles[rows - 1]((const real *)x + r * d_in + c, d_in, panel + c * PANEL * size, depth, sums[r], c > 0,
+                                r == 0 && d->prefetch ? FEW_AHEAD : 0);
+            }
+            c += depth;
+        } while (c < d_in);
+        finish[d->activation](d, sums[0], 0, d->rows, p);
+    }
+}
