@@ -162,6 +162,7 @@ QUICK = (
     "_scores",
     "_shared",
     "_softmax",
+    "_step",
 )
 
 
@@ -228,6 +229,7 @@ setup(
             extension("_scores"),
             extension("_vjp"),
             extension("_attention"),
+            extension("_step"),
             extension("cython_attention"),
             extension("_softmax"),
             extension("_layers"),

@@ -31,6 +31,7 @@ cdef tuple batch_shape(fa_call *call)
 cdef int read_activation(fa_call *call, object activation, object sinks, bint return_lse) except -1
 cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
                        const Rules *r, object keys_before)
-cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*)
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*,
+                              cnp.ndarray own=*)
 cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r)
 cdef tuple checked_sides(object left, object right)

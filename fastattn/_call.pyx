@@ -518,7 +518,9 @@ cdef int read_results(Problem p, const Rules *r, tuple inputs, tuple names) exce
     """Memory for the results. inputs, names: what came, which `out` must not overlap."""
     cdef Py_ssize_t rows = p.call.sizes.queries
     cdef tuple shape
-    if not given(r.out):
+    if p.out is not None:
+        pass
+    elif not given(r.out):
         p.out = new_array(p, rows, p.call.problem.value_dim)
     else:
         shape = (*batch_shape(p.call), rows, p.call.problem.value_dim)
@@ -553,8 +555,11 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
     return p
 
 
-cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None):
+cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None,
+                              cnp.ndarray own=None):
+    """own: a layer's array for the output, of the right shape and dtype, in memory that nobody else has."""
     cdef Problem p = new_problem()
+    p.out = own
     cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
     cdef cnp.ndarray q
     p.dtype = promoted(arrays, ("query", "key", "value"), &p.call.problem.dtype)

@@ -21,6 +21,7 @@ from fastattn._checks import (
 )
 from fastattn._positions import checked_frequencies
 from fastattn._rules import LayerGradientRules, LayerRules, refuse_others, takes
+from fastattn._step import Scratch, step
 from fastattn._vjp import read_gradient, read_names, read_wanted, store
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
@@ -558,6 +559,7 @@ class MultiHeadAttention:
         self._has_bias = b_query is not None, b_key is not None, b_value is not None
         self._accumulation = accumulation_of(self.dtype)
         self._weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
+        self._scratch = Scratch()
 
         if rotary_base is not None and rotary_frequencies is not None:
             raise ValueError(
@@ -1031,6 +1033,10 @@ class MultiHeadAttention:
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
         if isinstance(cache, KVCache):
             with cache._turn:
+                if context is None:
+                    answer = step(self, x, cache, rules)
+                    if answer is not None:
+                        return answer
                 return self._answered(x, context, cache, rules)
         return self._answered(x, context, cache, rules)
 
