@@ -1,3 +1,4 @@
+# cython: wraparound=True
 """A layer's call over a cache in the usual case, where what surrounds attention would take longer than it: tokens of
 the layer's own dtype, one after the other in memory, all of which come into a cache that has room for them.
 
@@ -10,6 +11,7 @@ import numpy as np
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.math cimport pow
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
@@ -17,6 +19,7 @@ from fastattn._attention cimport attend
 from fastattn._call cimport read_dot_product
 from fastattn._checks cimport empty
 from fastattn._rules cimport rules_of
+from fastattn._runtime cimport FA_F32, FA_F64, FA_ROW_AXES, fa_kernels, kernels_for
 
 from fastattn.projections import project, rounded
 
@@ -29,12 +32,17 @@ cdef extern from *:
     """
     PyObject *fa_swap(PyObject **, PyObject *) noexcept
 
+cdef extern from "numpy/arrayobject.h":
+    object new_view "PyArray_New"(void *subtype, int axes, const cnp.npy_intp *shape, int type_num,
+                                  const cnp.npy_intp *strides, void *data, int itemsize, int flags, PyObject *of)
+
 # Whose columns or lengths count from what is in the cache, and what needs arrays of the caller's.
 cdef frozenset UNUSUAL = frozenset(("key_lengths", "query_offset", "query_lengths", "mask", "block_mask", "bias",
                                     "chunk_size", "left_chunks", "out"))
 
 cdef enum:
     MOST_KEPT = 1 << 18         # bytes of projected arrays and heads that a layer keeps
+    FEW_TOKENS = 64             # of all sequences, that are rotated here: each position has its own angles
 
 
 cdef class Scratch:
@@ -91,6 +99,9 @@ cdef class Arrays:
     cdef cnp.ndarray query, key, value, both    # views, by head
     cdef cnp.ndarray heads          # (rows, heads side by side), of the cache's dtype
     cdef cnp.ndarray by_head        # a view
+    cdef double[::1] speeds         # radians per position of each pair that rotates, or None
+    cdef double factor              # of rotated channels
+    cdef cnp.ndarray turns          # memory for cosines and sines
     cdef tuple shape                # of the tokens
     cdef object stored
     cdef size_t size
@@ -98,6 +109,20 @@ cdef class Arrays:
 
 cdef cnp.ndarray by_head(object rows, tuple axes, object count, object channels):
     return rows.reshape((*axes, count, channels)).swapaxes(-2, -3)
+
+
+cdef tuple speeds_of(layer):
+    """As the tables of `apply_rotary` have them."""
+    cdef Py_ssize_t pairs = layer.rotary_dim // 2, i
+    cdef double base = 10000.0 if layer.rotary_base is None else layer.rotary_base
+    if layer.rotary_frequencies is not None:
+        frequencies, factor = layer.rotary_frequencies
+        return np.array(frequencies, np.float64), factor
+    speeds = empty((pairs,), np.dtype(np.float64))
+    cdef double[::1] speed = speeds
+    for i in range(pairs):
+        speed[i] = pow(base, -<double> i / <double> pairs)
+    return speeds, 1.0
 
 
 cdef Arrays new_arrays(layer, tuple shape, real, stored):
@@ -115,6 +140,10 @@ cdef Arrays new_arrays(layer, tuple shape, real, stored):
     a.both = by_head(whole[:, :query + key], axes, layer.num_heads + layer.num_kv_heads, layer.head_dim)
     a.heads = empty((rows, layer.num_heads * layer.value_dim), stored)
     a.by_head = by_head(a.heads, axes, layer.num_heads, layer.value_dim)
+    a.speeds = None
+    if layer.rotary_dim is not None and rows <= FEW_TOKENS:
+        a.speeds, a.factor = speeds_of(layer)
+        a.turns = empty((max(layer.rotary_dim, 1),), real)
     a.shape, a.stored = shape, stored
     a.size = whole.nbytes + (<object> a.heads).nbytes
     return a
@@ -176,12 +205,75 @@ cdef bint are_equal(cnp.ndarray a) noexcept:
     return True
 
 
+cdef int turn(layer, Arrays arrays, cnp.ndarray lengths, cnp.ndarray dropped, object num_threads) except -1:
+    """Rotates query and key, in place."""
+    cdef const fa_kernels *kernels
+    cdef int axes = cnp.PyArray_NDIM(arrays.both)
+    cdef Py_ssize_t heads = cnp.PyArray_DIM(arrays.both, axes - 3), tokens = cnp.PyArray_DIM(arrays.both, axes - 2)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(arrays.both, axes - 1), row, b, t, h
+    cdef bint interleaved
+    cdef char *x
+    if arrays.speeds is None:
+        first = lengths + dropped
+        layer._turn(arrays.both, first if not are_equal(first) else numbers(first)[0], num_threads, False)
+        return 0
+    if arrays.speeds.shape[0] == 0:
+        return 0
+    interleaved = layer.rotary_interleaved
+    kernels = kernels_for(FA_F64 if cnp.PyArray_TYPE(arrays.both) == cnp.NPY_FLOAT64 else FA_F32)
+    row = cnp.PyArray_STRIDE(arrays.whole, 0)
+    x = <char *> cnp.PyArray_DATA(arrays.whole)
+    for b in range(cnp.PyArray_SIZE(lengths)):
+        for t in range(tokens):
+            kernels.turns(cnp.PyArray_DATA(arrays.turns), &arrays.speeds[0], arrays.speeds.shape[0],
+                          numbers(lengths)[b] + numbers(dropped)[b] + t, arrays.factor)
+            for h in range(heads):
+                kernels.rotate(x, 0, x, 0, <char *> cnp.PyArray_DATA(arrays.turns), channels, arrays.speeds.shape[0],
+                               1, interleaved, False)
+                x += channels * cnp.PyArray_ITEMSIZE(arrays.whole)
+            x += row - heads * channels * cnp.PyArray_ITEMSIZE(arrays.whole)
+    return 0
+
+
+cdef cnp.ndarray longer(cnp.ndarray lengths, Py_ssize_t tokens):
+    """Read-only."""
+    cdef cnp.ndarray a = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(lengths), cnp.PyArray_DIMS(lengths), cnp.NPY_INT64, 0)
+    cdef Py_ssize_t i
+    for i in range(cnp.PyArray_SIZE(a)):
+        (<int64_t *> cnp.PyArray_DATA(a))[i] = numbers(lengths)[i] + tokens
+    cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
+    return a
+
+
+cdef cnp.ndarray first_tokens(cnp.ndarray a, Py_ssize_t tokens):
+    """a[..., :tokens, :]"""
+    cdef int axes = cnp.PyArray_NDIM(a), i
+    cdef cnp.npy_intp[<int> FA_ROW_AXES] shape
+    for i in range(axes):
+        shape[i] = cnp.PyArray_DIM(a, i)
+    shape[axes - 2] = tokens
+    cdef cnp.ndarray view = new_view(<void *> np.ndarray, axes, shape, cnp.PyArray_TYPE(a), cnp.PyArray_STRIDES(a),
+                                     cnp.PyArray_DATA(a), 0, cnp.NPY_ARRAY_ALIGNED, NULL)
+    cnp.set_array_base(view, a)
+    return view
+
+
+cdef cnp.ndarray result_like(cnp.ndarray x, Py_ssize_t channels, object dtype):
+    """An array of the shape of x, but for the last axis."""
+    cdef cnp.npy_intp[<int> FA_ROW_AXES] shape
+    cdef int axes = cnp.PyArray_NDIM(x), i
+    for i in range(axes - 1):
+        shape[i] = cnp.PyArray_DIM(x, i)
+    shape[axes - 1] = channels
+    return cnp.PyArray_EMPTY(axes, shape, (<cnp.dtype> dtype).type_num, 0)
+
+
 def step(layer, x, cache, dict rules):
     """The answer of a call with a cache, which is this call's alone; None where that is not the usual case."""
-    cdef cnp.ndarray tokens, lengths, dropped, rows, result
+    cdef cnp.ndarray tokens, lengths, dropped, result
     cdef Arrays arrays
     cdef Scratch scratch
-    cdef Py_ssize_t length, longest, i
+    cdef Py_ssize_t longest
     cdef int axes
     weights = layer._weights
     if not cnp.PyArray_CheckExact(x) or weights.every is None:
@@ -189,63 +281,53 @@ def step(layer, x, cache, dict rules):
     tokens = x
     axes = cnp.PyArray_NDIM(tokens)
     if (axes < 2 or not cnp.PyArray_IS_C_CONTIGUOUS(tokens) or not cnp.PyArray_ISALIGNED(tokens) or
-            (<object> tokens).dtype is not layer.dtype or cnp.PyArray_SIZE(tokens) == 0 or
+            tokens.dtype is not layer.dtype or cnp.PyArray_SIZE(tokens) == 0 or
             cnp.PyArray_DIM(tokens, axes - 1) != layer.d_model or not fits(layer, cache, tokens)):
         return None
     for name, rule in rules.items():
         if rule is not None and (name in UNUSUAL or name == "return_weights" and rule is not False):
             return None
     window = window_of(cache, rules)
-    if window is False:
+    longest = cache._longest + cnp.PyArray_DIM(tokens, axes - 2)
+    if window is False or longest > cache._capacity:
         return None
-    length, longest = cnp.PyArray_DIM(tokens, axes - 2), cache._longest
     lengths, dropped = cache._lengths, cache._dropped
-    if longest + length > cache._capacity:
-        return None
-    longest += length
 
-    real, stored = layer._accumulation, cache._dtype
-    scratch = layer._scratch
+    real, stored, scratch = layer._accumulation, cache._dtype, layer._scratch
     arrays = scratch.take()
     if arrays is None or arrays.shape != (<object> tokens).shape or arrays.stored is not stored:
         arrays = new_arrays(layer, (<object> tokens).shape, real, stored)
-    num_threads, given = rules.get("num_threads"), dict(rules)
-    given["window_size"] = window
-    given["enable_gqa"] = layer.num_heads != layer.num_kv_heads
+    new_lengths = longer(lengths, cnp.PyArray_DIM(tokens, axes - 2))
+    rules["window_size"] = window
+    rules["enable_gqa"] = layer.num_heads != layer.num_kv_heads
+    if not are_equal(lengths):
+        rules["key_lengths"] = new_lengths
     with np.errstate(all="ignore"):
-        rows = cnp.PyArray_Cast(tokens, real.num) if (<object> tokens).dtype is not real else tokens
-        rows = (<object> rows).reshape(len(arrays.whole), layer.d_model)
+        rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
+        if real is not layer.dtype:
+            rows = rows.astype(real)
         project(rows, weights.every, weights.b_every, arrays.whole)
         if layer.rotary_dim is not None:
-            first = lengths + dropped
-            if are_equal(first):
-                first = numbers(first)[0]
-            layer._turn(arrays.both, first, num_threads, False)
+            turn(layer, arrays, lengths, dropped, rules.get("num_threads"))
         query, key, value = arrays.query, arrays.key, arrays.value
         if stored is not real:
-            query, key, value = (a.astype(stored) for a in (query, key, value))
+            query, key, value = query.astype(stored), key.astype(stored), value.astype(stored)
         place(cache._key, key, numbers(lengths))
         place(cache._value, value, numbers(lengths))
-        new_lengths = lengths + length
-        if not are_equal(lengths):
-            given["key_lengths"] = new_lengths
+        heads, into = arrays.heads, arrays.by_head
         if weights.out is None:  # the heads are the caller's
             heads = empty((len(rows), layer.d_out), stored)
             into = by_head(heads, (<object> tokens).shape[:-1], layer.num_heads, layer.value_dim)
-        else:
-            heads, into = arrays.heads, arrays.by_head
-        answer = attend(read_dot_product(query, cache._key[..., :longest, :], cache._value[..., :longest, :],
-                                         rules_of(given), None, into))
-        shape = (*(<object> tokens).shape[:-1], layer.d_out)
+        answer = attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
+                                         rules_of(rules), None, into))
         if weights.out is None:
-            result = heads.reshape(shape)
+            result = heads.reshape((*(<object> tokens).shape[:-1], layer.d_out))
         else:
-            result = empty(shape, real)
+            result = result_like(tokens, layer.d_out, real)
             project(heads if stored is real else heads.astype(real), weights.out, weights.b_out,
-                    (<object> result).reshape(len(rows), layer.d_out))
-        if (<object> result).dtype is not layer.dtype:
+                    (<object> result).reshape(len(rows), -1))
+        if result.dtype is not layer.dtype:
             result = rounded(result, layer.dtype, None)
-    new_lengths.flags.writeable = False
     cache._lengths, cache._longest = new_lengths, longest
     scratch.keep(arrays)
     return result if type(answer) is not tuple else (result, *answer[1:])
