@@ -17,10 +17,11 @@ from libc.string cimport memcpy
 
 from fastattn._attention cimport attend
 from fastattn._call cimport read_dot_product
-from fastattn._checks cimport empty
+from fastattn._checks cimport empty, shape_of
 from fastattn._rules cimport rules_of
 from fastattn._runtime cimport FA_F32, FA_F64, FA_ROW_AXES, fa_kernels, kernels_for
 
+from fastattn.cache import KVCache
 from fastattn.projections import project, rounded
 
 cnp.import_array()
@@ -36,9 +37,10 @@ cdef extern from "numpy/arrayobject.h":
     object new_view "PyArray_New"(void *subtype, int axes, const cnp.npy_intp *shape, int type_num,
                                   const cnp.npy_intp *strides, void *data, int itemsize, int flags, PyObject *of)
 
-# Whose columns or lengths count from what is in the cache, and what needs arrays of the caller's.
-cdef frozenset UNUSUAL = frozenset(("key_lengths", "query_offset", "query_lengths", "mask", "block_mask", "bias",
-                                    "chunk_size", "left_chunks", "out"))
+# Not those with columns, lengths or positions, which count from what is in the cache, nor those with results of their
+# own.
+cdef frozenset USUAL = frozenset(("is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap", "sinks",
+                                  "activation", "num_threads"))
 
 cdef enum:
     MOST_KEPT = 1 << 18         # bytes of projected arrays and heads that a layer keeps
@@ -269,35 +271,37 @@ cdef cnp.ndarray result_like(cnp.ndarray x, Py_ssize_t channels, object dtype):
 
 
 def step(layer, x, cache, dict rules):
-    """The answer of a call with a cache, which is this call's alone; None where that is not the usual case."""
-    cdef cnp.ndarray tokens, lengths, dropped, result
-    cdef Arrays arrays
-    cdef Scratch scratch
-    cdef Py_ssize_t longest
+    """The answer of a call with a cache; None where that is not the usual case."""
+    cdef cnp.ndarray tokens
     cdef int axes
-    weights = layer._weights
-    if not cnp.PyArray_CheckExact(x) or weights.every is None:
+    if not cnp.PyArray_CheckExact(x) or layer._weights.every is None or not isinstance(cache, KVCache):
         return None
     tokens = x
     axes = cnp.PyArray_NDIM(tokens)
     if (axes < 2 or not cnp.PyArray_IS_C_CONTIGUOUS(tokens) or not cnp.PyArray_ISALIGNED(tokens) or
             tokens.dtype is not layer.dtype or cnp.PyArray_SIZE(tokens) == 0 or
-            cnp.PyArray_DIM(tokens, axes - 1) != layer.d_model or not fits(layer, cache, tokens)):
+            cnp.PyArray_DIM(tokens, axes - 1) != layer.d_model):
         return None
-    for name, rule in rules.items():
-        if rule is not None and (name in UNUSUAL or name == "return_weights" and rule is not False):
+    for name in rules:
+        if name not in USUAL:
             return None
-    window = window_of(cache, rules)
-    longest = cache._longest + cnp.PyArray_DIM(tokens, axes - 2)
+    with cache._turn:
+        return answer(layer, tokens, cache, rules) if fits(layer, cache, tokens) else None
+
+
+cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
+    """The same of tokens that fit in a cache which is this call's alone."""
+    cdef cnp.ndarray lengths = cache._lengths, dropped = cache._dropped, new_lengths, result
+    cdef Py_ssize_t came = cnp.PyArray_DIM(tokens, cnp.PyArray_NDIM(tokens) - 2), longest = cache._longest + came
+    cdef Arrays arrays
+    cdef Scratch scratch = layer._scratch
+    real, stored, weights, window = layer._accumulation, cache._dtype, layer._weights, window_of(cache, rules)
     if window is False or longest > cache._capacity:
         return None
-    lengths, dropped = cache._lengths, cache._dropped
-
-    real, stored, scratch = layer._accumulation, cache._dtype, layer._scratch
     arrays = scratch.take()
-    if arrays is None or arrays.shape != (<object> tokens).shape or arrays.stored is not stored:
-        arrays = new_arrays(layer, (<object> tokens).shape, real, stored)
-    new_lengths = longer(lengths, cnp.PyArray_DIM(tokens, axes - 2))
+    if arrays is None or arrays.shape != shape_of(tokens) or arrays.stored is not stored:
+        arrays = new_arrays(layer, shape_of(tokens), real, stored)
+    new_lengths = longer(lengths, came)
     rules["window_size"] = window
     rules["enable_gqa"] = layer.num_heads != layer.num_kv_heads
     if not are_equal(lengths):
@@ -317,11 +321,11 @@ def step(layer, x, cache, dict rules):
         heads, into = arrays.heads, arrays.by_head
         if weights.out is None:  # the heads are the caller's
             heads = empty((len(rows), layer.d_out), stored)
-            into = by_head(heads, (<object> tokens).shape[:-1], layer.num_heads, layer.value_dim)
-        answer = attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
-                                         rules_of(rules), None, into))
+            into = by_head(heads, shape_of(tokens)[:-1], layer.num_heads, layer.value_dim)
+        attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
+                                rules_of(rules), None, into))
         if weights.out is None:
-            result = heads.reshape((*(<object> tokens).shape[:-1], layer.d_out))
+            result = heads.reshape((*shape_of(tokens)[:-1], layer.d_out))
         else:
             result = result_like(tokens, layer.d_out, real)
             project(heads if stored is real else heads.astype(real), weights.out, weights.b_out,
@@ -330,4 +334,4 @@ def step(layer, x, cache, dict rules):
             result = rounded(result, layer.dtype, None)
     cache._lengths, cache._longest = new_lengths, longest
     scratch.keep(arrays)
-    return result if type(answer) is not tuple else (result, *answer[1:])
+    return result

@@ -1030,13 +1030,13 @@ class MultiHeadAttention:
         The projections use the threads of NumPy's BLAS; the promise that the bits of a row do not depend on threads,
         batch and padding only holds from their results on.
         """
+        if cache is not None and context is None:
+            answer = step(self, x, cache, rules)
+            if answer is not None:
+                return answer
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
         if isinstance(cache, KVCache):
             with cache._turn:
-                if context is None:
-                    answer = step(self, x, cache, rules)
-                    if answer is not None:
-                        return answer
                 return self._answered(x, context, cache, rules)
         return self._answered(x, context, cache, rules)
 
