@@ -79,6 +79,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.linear import linear_attention, linear_attention_vjp
     from fastattn.multihead import MultiHeadAttention, self_attention, self_attention_vjp
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
+    from fastattn.packing import pack, unpack
     from fastattn.streaming import StreamingAttention
 
 __version__ = "0.2.0"
@@ -114,6 +115,7 @@ __all__ = [
     "merge_attention_vjp",
     "neighborhood_attention",
     "neighborhood_attention_vjp",
+    "pack",
     "relative_position_buckets",
     "rms_norm",
     "rotary_frequencies",
@@ -128,6 +130,7 @@ __all__ = [
     "sparsemax_vjp",
     "truncated_attention",
     "truncated_attention_vjp",
+    "unpack",
     "varlen_attention",
     "varlen_attention_vjp",
 ]
@@ -149,10 +152,12 @@ _LATER = {
     "merge_attention_vjp": "gradients",
     "neighborhood_attention": "neighborhood",
     "neighborhood_attention_vjp": "neighborhood",
+    "pack": "packing",
     "rms_norm": "layers",
     "self_attention": "multihead",
     "self_attention_vjp": "multihead",
     "truncated_attention_vjp": "gradients",
+    "unpack": "packing",
     "varlen_attention_vjp": "gradients",
 }
 

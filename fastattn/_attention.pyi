@@ -11,4 +11,14 @@ def dot_product_attention(
     some: Mapping[str, Any],
     decode: bool = ...,
     keys_before: Any = ...,
+    own: NDArray[Any] | None = ...,
+) -> Any: ...
+def varlen_attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    some: Mapping[str, Any],
+    own: NDArray[Any] | None = ...,
 ) -> Any: ...

@@ -1,5 +1,5 @@
 """A call of attention from Python: read (_call.pyx), carried out by the driver (kernels/drive.c), its result."""
-from fastattn._call cimport Problem, read_dot_product
+from fastattn._call cimport Problem, read_dot_product, read_varlen
 from fastattn._rules cimport rules_of
 from fastattn._runtime cimport carry_out
 
@@ -10,7 +10,13 @@ cdef object attend(Problem p, bint decode=True):
     return p.result()
 
 
-def dot_product_attention(query, key, value, dict some, bint decode=True, keys_before=None):
+def dot_product_attention(query, key, value, dict some, bint decode=True, keys_before=None, own=None):
     """For layers: some, a dict of rules. decode: as `attend` has it. keys_before: how many keys were before the first
-    one and are gone, an integer of at least 0 or an array as for lengths: chunks count from the first that ever was."""
-    return attend(read_dot_product(query, key, value, rules_of(some), keys_before), decode)
+    one and are gone, an integer of at least 0 or an array as for lengths: chunks count from the first that ever was.
+    own: the array for the output, which is right and which nobody else has."""
+    return attend(read_dot_product(query, key, value, rules_of(some), keys_before, own), decode)
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, dict some, own=None):
+    """The same for packed sequences; of the rules, not those that have rows or columns."""
+    return attend(read_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, rules_of(some), own))

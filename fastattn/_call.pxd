@@ -33,5 +33,6 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
                        const Rules *r, object keys_before)
 cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*,
                               cnp.ndarray own=*)
-cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r)
+cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r,
+                         cnp.ndarray own=*)
 cdef tuple checked_sides(object left, object right)

@@ -607,8 +607,14 @@ cdef const int64_t[::1] read_starts(object x, str name, Py_ssize_t total, str ax
     return a
 
 
-cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r):
-    cdef Problem p = read_dot_product(query, key, value, r)
+def starts(x, str name, Py_ssize_t total, str axis):
+    """Where packed sequences begin and end, checked, as an array of its own."""
+    return np.asarray(read_starts(x, name, total, axis))
+
+
+cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r,
+                         cnp.ndarray own=None):
+    cdef Problem p = read_dot_product(query, key, value, r, None, own)
     refuse_overlap(<object> r.out, (cu_seqlens_q, cu_seqlens_k), ("cu_seqlens_q", "cu_seqlens_k"))
     cdef const int64_t[::1] query_starts = read_starts(cu_seqlens_q, "cu_seqlens_q", p.call.sizes.queries,
                                                        "query's axis -2")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from fastattn import _weights
 from fastattn._attention import dot_product_attention as attend
-from fastattn._call import check
+from fastattn._attention import varlen_attention as attend_packed
+from fastattn._call import check, starts
 from fastattn._checks import (
     checked_out,
     common_dtype,
@@ -19,6 +21,7 @@ from fastattn._checks import (
     is_one_number,
     real,
 )
+from fastattn._context import ProjectedContext
 from fastattn._positions import checked_frequencies
 from fastattn._rules import LayerGradientRules, LayerRules, refuse_others, takes
 from fastattn._step import Scratch, step
@@ -52,6 +55,18 @@ if TYPE_CHECKING:
 # What is added to scores or to their softmax, and has a gradient; for a layer only where it is named.
 ADDED = "bias", "relative_bias", "alibi_slopes", "sinks"
 QUERY_KEY_VALUE = "query", "key", "value"
+# Where arrays of rules have an axis for the heads.
+OF_HEADS = {"mask": -3, "block_mask": -3, "bias": -3, "relative_bias": -3, "alibi_slopes": -1, "sinks": -1}
+# What a call with packed sequences does not take, and what to do instead.
+NOT_PACKED = {
+    "mask": "columns of packed sequences are not theirs; pad them (fastattn.unpack)",
+    "block_mask": "columns of packed sequences are not theirs; pad them (fastattn.unpack)",
+    "bias": "columns of packed sequences are not theirs; pad them (fastattn.unpack), or give a relative_bias",
+    "key_lengths": "cu_seqlens says how long the sequences are",
+    "query_lengths": "cu_seqlens says how long the sequences are",
+    "query_offset": "the last row of a sequence lines up with the last that it may see",
+    "return_weights": "rows of different sequences have different numbers of weights; pad them (fastattn.unpack)",
+}
 
 
 # Checks
@@ -90,6 +105,20 @@ def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any
 
 def _heads(x: Any, name: str) -> int:
     return integer(x, name, "an integer of at least 1", 1)
+
+
+def _heads_of_weights(x: Any, num_heads: int) -> NDArray[np.int64] | None:
+    """The heads that return_weights names; None where it is a flag, or wrong in another way."""
+    if not isinstance(x, (list, tuple, range)) and not (isinstance(x, np.ndarray) and x.ndim):
+        return None
+    allowed = f"True, False, 'band', or a sequence of heads, integers from {-num_heads} to {num_heads - 1}"
+    a = integer_array(x, "return_weights", allowed)
+    if a.ndim != 1:
+        raise ValueError(f"return_weights has shape {a.shape}; it must be {allowed}")
+    wrong = np.flatnonzero((a < -num_heads) | (a >= num_heads))
+    if wrong.size:
+        raise ValueError(f"return_weights must be {allowed}, not {a[wrong[0]]}")
+    return np.where(a < 0, a + num_heads, a).astype(np.int64)
 
 
 def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = None) -> Any:
@@ -404,6 +433,9 @@ class _Call(NamedTuple):
     accumulation: np.dtype[Any]  # the dtype of its sums and of the products
     out: NDArray[Any] | None
     rules: Rules  # for attention; lengths and offsets have an axis for the heads
+    projected: ProjectedContext | None = None  # instead of context
+    starts: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None  # of packed sequences, in x and in context
+    weights_of: NDArray[np.int64] | None = None  # heads, if weights of some are returned
 
 
 class MultiHeadAttention:
@@ -560,6 +592,7 @@ class MultiHeadAttention:
         self._accumulation = accumulation_of(self.dtype)
         self._weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
         self._scratch = Scratch()
+        self._mark = os.urandom(16)  # shared with copies, and with what this layer has projected
 
         if rotary_base is not None and rotary_frequencies is not None:
             raise ValueError(
@@ -951,9 +984,11 @@ class MultiHeadAttention:
     def __call__(
         self,
         x: ArrayLike,
-        context: ArrayLike | None = None,
+        context: ArrayLike | ProjectedContext | None = None,
         *,
         cache: KVCache | None = None,
+        cu_seqlens: ArrayLike | None = None,
+        cu_seqlens_context: ArrayLike | None = None,
         **rules: Unpack[LayerRules],
     ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """
@@ -963,12 +998,21 @@ class MultiHeadAttention:
         ----------
         x : array_like, shape (..., L, d_model)
             The tokens that attend: a sequence of L, or a batch of them.
-        context : array_like, shape (..., S, d_context), optional
-            The tokens attended to (cross-attention); its batch axes and those of x broadcast. Default: x.
+        context : array_like, shape (..., S, d_context), or ProjectedContext, optional
+            The tokens attended to (cross-attention); its batch axes and those of x broadcast. Default: x. What
+            `project_context` returned for a context takes its place, with the same results.
         cache : KVCache, optional
             x attends to the keys and values that are there and to those of x, which are appended. Its batch_shape must
             be the batch axes of x; `query_lengths` says how many rows of x count in each sequence. `context`,
             `key_lengths` and `query_offset` are not allowed with it: the cache knows them.
+        cu_seqlens : array_like of int, shape (sequences + 1,), optional
+            x is (total, d_model), sequences that are packed one after the other, as by `pack`: ``[0, n1, n1 + n2, ...,
+            total]`` says where each begins and ends. Each attends to itself alone, and positions begin again in it,
+            those of rotary encoding too. Refused with it are `cache`, `query_offset`, `key_lengths`, `query_lengths`,
+            `mask`, `block_mask`, `bias` and `return_weights`; a `relative_bias` must be the same for all rows,
+            (num_heads, 1, left + right + 1).
+        cu_seqlens_context : array_like of int, shape (sequences + 1,), optional
+            The same for `context`, (total, d_context): each sequence of x attends to that of context.
         is_causal, window_size, chunk_size, left_chunks : optional
             As for `dot_product_attention`. With a cache of ``window=w``, which drops old tokens, the default is
             ``window_size=(w - 1, None)``, unless there is a chunk rule; neither may let a query see more than w keys
@@ -988,7 +1032,10 @@ class MultiHeadAttention:
         scale, softcap, activation, num_threads : optional
             As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not limit
             the matrix products, which are NumPy's.
-        return_weights, return_lse : optional
+        return_weights : bool, "band" or sequence of int, default False
+            As for `dot_product_attention`, for each head; or the numbers of those heads whose weights are wanted, in
+            any order and as NumPy counts, -1 for the last one. Those of the others are not computed.
+        return_lse : bool, default False
             As for `dot_product_attention`, for each head.
         out : ndarray, shape (..., L, d_out), optional
             Receives the output, of the output's dtype; must not overlap an input.
@@ -998,7 +1045,8 @@ class MultiHeadAttention:
         out : ndarray, shape (..., L, d_out)
             Of the dtype to which x, `context` and the weight matrices promote.
         weights : ndarray, shape (..., num_heads, L, S) or (..., num_heads, L, left + right + 1)
-            Only with `return_weights`; float64 if attention is in float64, else float32.
+            Only with `return_weights`; (..., len(heads), L, S) for a sequence of heads. float64 if attention is in
+            float64, else float32.
         lse : ndarray, shape (..., num_heads, L)
             Only with `return_lse`; of the same dtype.
 
@@ -1029,12 +1077,31 @@ class MultiHeadAttention:
 
         The projections use the threads of NumPy's BLAS; the promise that the bits of a row do not depend on threads,
         batch and padding only holds from their results on.
+
+        A layer keeps the projected arrays of its last step over a cache, up to 256 KiB, for the next one; threads that
+        are in calls at the same time have arrays of their own, and results are always new ones.
+
+        Examples
+        --------
+        Two sentences of 2 and 3 tokens, packed, and as each alone:
+
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> layer = fastattn.MultiHeadAttention(*rng.normal(size=(4, 8, 8)), num_heads=2, rotary_base=1e4)
+        >>> x = rng.normal(size=(2, 3, 8))
+        >>> packed, cu_seqlens = fastattn.pack(x, [2, 3])
+        >>> out = fastattn.unpack(layer(packed, cu_seqlens=cu_seqlens), cu_seqlens)
+        >>> bool(np.allclose(out[0, :2], layer(x[0, :2])) and np.allclose(out[1], layer(x[1])))
+        True
         """
-        if cache is not None and context is None:
+        if cache is not None and context is None and cu_seqlens is None and cu_seqlens_context is None:
             answer = step(self, x, cache, rules)
             if answer is not None:
                 return answer
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")
+        if cu_seqlens is not None or cu_seqlens_context is not None:
+            return self._packed(x, context, cache, cu_seqlens, cu_seqlens_context, rules)
         if isinstance(cache, KVCache):
             with cache._turn:
                 return self._answered(x, context, cache, rules)
@@ -1042,7 +1109,48 @@ class MultiHeadAttention:
 
     def _answered(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> NDArray[Any] | tuple[NDArray[Any], ...]:
         """A call; a cache is this call's alone."""
-        call = self._checked(x, context, cache, rules)
+        return self._carried_out(self._checked(x, context, cache, rules), cache)
+
+    def _packed(
+        self, x: Any, context: Any, cache: Any, cu_seqlens: Any, cu_seqlens_context: Any, rules: LayerRules
+    ) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+        """A call with packed sequences."""
+        given = {**rules, "cache": cache}
+        if isinstance(context, ProjectedContext):
+            given["a projected context"] = context
+        for name in (*NOT_PACKED, "cache", "a projected context"):
+            if given.get(name) is not None and (name != "return_weights" or given[name] is not False):
+                raise ValueError(
+                    f"{name} and cu_seqlens do not go together: {NOT_PACKED.get(name, 'pass each by itself')}"
+                )
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens_context needs cu_seqlens, which says where the sequences of x begin and end")
+        if (cu_seqlens_context is None) != (context is None):
+            raise ValueError(
+                "context and cu_seqlens_context go together: it says where sequences of context begin and end"
+            )
+        call = self._checked(x, context, None, rules)
+        for a, name in ((call.tokens, "x"), (call.context, "context")):
+            if a is not None and a.ndim != 2:
+                raise ValueError(f"{name} has shape {a.shape}; with cu_seqlens it must be (total, {a.shape[-1]})")
+        bias: Any = rules.get("relative_bias")
+        if bias is not None and np.ndim(bias) > 1 and np.shape(bias)[-2] != 1:
+            raise ValueError(
+                f"relative_bias has shape {np.shape(bias)}; with cu_seqlens it must be the same for all rows, "
+                f"(num_heads, 1, left + right + 1)"
+            )
+        own = other = starts(cu_seqlens, "cu_seqlens", call.length, "x's axis -2")
+        if call.context is not None:
+            other = starts(cu_seqlens_context, "cu_seqlens_context", call.num_keys, "context's axis -2")
+            if len(own) != len(other):
+                raise ValueError(
+                    f"cu_seqlens_context has {len(other)} numbers and cu_seqlens {len(own)}: both must describe "
+                    f"the same sequences"
+                )
+        return self._carried_out(call._replace(starts=(own, other)), None)
+
+    def _carried_out(self, call: _Call, cache: Any) -> NDArray[Any] | tuple[NDArray[Any], ...]:
+        """What a checked call answers."""
         came: Any = None
         step: Any = None
         if cache is not None:
@@ -1062,6 +1170,76 @@ class MultiHeadAttention:
             if cache is not None:
                 cache._end_step(step, new_key, new_value, came)
         return (result, *rest) if rest else result
+
+    def project_context(self, context: ArrayLike, context_lengths: int | ArrayLike | None = None) -> ProjectedContext:
+        """
+        The keys and values of a context, for calls that look at it again and again.
+
+        A decoder that attends at every step to what an encoder has read spends most of its time projecting it, unless
+        that is done once: ``layer(x, projected)`` is ``layer(x, context)``.
+
+        Parameters
+        ----------
+        context : array_like, shape (..., S, d_context)
+            The tokens attended to.
+        context_lengths : int or array_like of int, optional
+            How many of the S tokens count, an integer or one for each sequence, (B,) for context (B, S, d_context).
+            Calls then take no `key_lengths`. Default: all, or those that a call says.
+
+        Returns
+        -------
+        ProjectedContext
+            To be passed to calls of this layer, or of a copy of it, as `context`. It has ``key``, ``value`` (both
+            read-only, and of the shapes that `dot_product_attention` takes), ``lengths``, ``dtype`` and ``nbytes``, and
+            can be pickled.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not as above, or if the layer rotates queries and keys, whose positions have no common
+            origin with those of a context.
+        MemoryError
+            If there is no memory for it.
+
+        Notes
+        -----
+        Its batch axes and those of x broadcast: beams (B, beams, L, d_model) look at a context (B, 1, S, d_context)
+        that is there once. What is written to `parameters` afterwards does not reach it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> layer = fastattn.MultiHeadAttention(*rng.normal(size=(4, 8, 8)), num_heads=2)
+        >>> x, context = rng.normal(size=(3, 1, 8)), rng.normal(size=(3, 50, 8))
+        >>> projected = layer.project_context(context, context_lengths=[50, 20, 30])
+        >>> projected
+        <ProjectedContext: key (3, 2, 50, 4), value (3, 2, 50, 4), with lengths, float64>
+        >>> out = layer(x, projected)
+        >>> bool((out == layer(x, context, key_lengths=[50, 20, 30])).all())
+        True
+        """
+        if self.rotary_dim is not None:
+            given = "rotary_base" if self.rotary_frequencies is None else "rotary_frequencies"
+            raise ValueError(
+                f"context and {given} do not go together: positions in x and in context have no common origin"
+            )
+        tokens = _tokens(context, "context", "S", "w_key", self.d_context)
+        axes, dtype = tokens.shape[:-1], common_dtype([tokens.dtype, self.dtype], ("context", "the weights"))
+        lengths = _per_sequence(context_lengths, "context_lengths", axes[:-1], axes[-1])
+        if isinstance(lengths, np.ndarray):
+            lengths = np.array(lengths[..., 0], np.int64)
+        accumulation = accumulation_of(dtype)
+        weights = self._weights_in(accumulation)
+        of_keys = self.num_kv_heads * self.head_dim
+        with np.errstate(all="ignore"):
+            whole = project(rows_of(tokens, accumulation), weights.context, weights.b_context)
+        key, value = (
+            np.array(_by_head(part, axes, self.num_kv_heads, channels), order="C")
+            for part, channels in ((whole[:, :of_keys], self.head_dim), (whole[:, of_keys:], self.value_dim))
+        )
+        return ProjectedContext(key, value, lengths, dtype, self._mark)
 
     @takes(LayerGradientRules, like=dot_product_attention)
     def vjp(
@@ -1144,6 +1322,10 @@ class MultiHeadAttention:
         if "wrt" in rules:
             raise TypeError("MultiHeadAttention.vjp() takes no wrt: the function that it returns does, after grad_out")
         refuse_others(rules, LayerGradientRules, "MultiHeadAttention.vjp")
+        if isinstance(context, ProjectedContext):
+            raise TypeError(
+                "MultiHeadAttention.vjp() takes the context itself, whose gradient it gives: not a projected one"
+            )
         call = self._checked(x, context, None, {**rules})
         weights = self._weights_in(call.accumulation)
         dtypes = {"x": call.tokens.dtype, "context": None if call.context is None else call.context.dtype}
@@ -1274,6 +1456,7 @@ class MultiHeadAttention:
         other = None
         batch, length = tokens.shape[:-2], tokens.shape[-2]
         num_keys = length
+        projected = context if isinstance(context, ProjectedContext) else None
         if context is not None:
             if self.rotary_dim is not None:
                 given = "rotary_base" if self.rotary_frequencies is None else "rotary_frequencies"
@@ -1282,21 +1465,29 @@ class MultiHeadAttention:
                 )
             if cache is not None:
                 raise ValueError("context and cache do not go together: a cache grows by the keys of x itself")
-            other = _tokens(context, "context", "S", "w_key", self.d_context)
-            num_keys = other.shape[-2]
-            if other.shape[:-2] != batch:
-                try:
-                    batch = np.broadcast_shapes(batch, other.shape[:-2])
-                except ValueError as error:
+            if projected is None:
+                other = _tokens(context, "context", "S", "w_key", self.d_context)
+                of_context, num_keys = other.shape[:-2], other.shape[-2]
+            else:
+                if projected._of != self._mark:
                     raise ValueError(
-                        f"context has shape {other.shape} and x {tokens.shape}: their batch axes do not broadcast"
+                        f"context is {projected!r}, which another layer has projected: each layer projects it itself"
+                    )
+                of_context, num_keys = projected.key.shape[:-3], projected.key.shape[-2]
+            if of_context != batch:
+                try:
+                    batch = np.broadcast_shapes(batch, of_context)
+                except ValueError as error:
+                    had = f"shape {other.shape}" if other is not None else f"the batch axes {of_context}"
+                    raise ValueError(
+                        f"context has {had} and x {tokens.shape}: their batch axes do not broadcast"
                     ) from error
         elif self.d_model != self.d_context:
             raise ValueError(
                 f"w_query has {self.d_model} rows and w_key {self.d_context}: this layer needs a context, "
                 f"(..., S, {self.d_context})"
             )
-        dtype, others = self.dtype, tokens if other is None else other
+        dtype, others = self.dtype, projected or (tokens if other is None else other)
         if not (tokens.dtype == dtype == others.dtype):
             dtype = common_dtype([tokens.dtype, others.dtype, dtype], ("x", "context", "the weights"))
         key_lengths, query_lengths, query_offset = (
@@ -1306,6 +1497,14 @@ class MultiHeadAttention:
             raise ValueError("key_lengths and cache do not go together: the cache knows its lengths")
         if cache is not None and query_offset is not None:
             raise ValueError("query_offset and cache do not go together: the rows of x follow what is in the cache")
+        if projected is not None and projected.lengths is not None:
+            if key_lengths is not None:
+                raise ValueError(
+                    "key_lengths and a context projected with context_lengths do not go together: it knows them"
+                )
+            key_lengths = projected.lengths
+            if not isinstance(key_lengths, int):
+                key_lengths = key_lengths.reshape((1,) * (len(batch) - key_lengths.ndim) + key_lengths.shape)
         keys_valid = rows_valid = _per_sequence(key_lengths, "key_lengths", batch, num_keys)
         if query_lengths is not None or context is not None or cache is not None:
             rows_valid = _per_sequence(query_lengths, "query_lengths", batch, length)
@@ -1313,14 +1512,29 @@ class MultiHeadAttention:
         out = rules.get("out")
         if out is not None:
             _check_out(out, (*batch, length, self.d_out), dtype, {"x": x, "context": context}, rules)
+        weights_of = _heads_of_weights(rules.get("return_weights"), self.num_heads)
         every: Rules = {
             **rules,
+            "return_weights": rules.get("return_weights", False) if weights_of is None else False,
             "enable_gqa": self.num_heads != self.num_kv_heads,
             "key_lengths": keys_valid,
             "query_lengths": rows_valid,
             "query_offset": offset,
         }
-        return _Call(tokens, other, batch, length, num_keys, dtype, accumulation_of(dtype), out, every)
+        return _Call(
+            tokens,
+            other,
+            batch,
+            length,
+            num_keys,
+            dtype,
+            accumulation_of(dtype),
+            out,
+            every,
+            projected,
+            None,
+            weights_of,
+        )
 
     def _checked_step(self, call: _Call, cache: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many tokens come into each sequence of a cache, and how many of those there are kept beside them. Checks
@@ -1331,6 +1545,7 @@ class MultiHeadAttention:
             rules["window_size"] = cache.window - 1, None
         # The columns of a matrix are all tokens that are there.
         columns = any(rules.get(name) is not None for name in ("mask", "block_mask", "bias"))
+        columns = columns or call.weights_of is not None
         old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
         num_keys = int((old + came).max(initial=0))
         check(
@@ -1359,6 +1574,9 @@ class MultiHeadAttention:
         accumulation = call.accumulation
         of_query = self.num_heads * self.head_dim
         tokens, axes, both = rows_of(call.tokens, accumulation), call.tokens.shape[:-1], None
+        if call.projected is not None:
+            query = _by_head(project(tokens, weights.query, weights.b_query), axes, self.num_heads, self.head_dim)
+            return query, call.projected.key, call.projected.value, None
         if call.context is None and weights.every is not None:
             whole = project(tokens, weights.every, weights.b_every)
             query, context, other_axes = whole[:, :of_query], whole[:, of_query:], axes
@@ -1401,6 +1619,12 @@ class MultiHeadAttention:
         rows_valid: Any = rules["query_lengths"]
         keys_valid: Any = rules["key_lengths"]
         first: Any = rules["query_offset"]
+        if call.starts is not None:
+            # A layer that rotates has no context.
+            begins = call.starts[0]
+            positions = np.arange(call.length) - np.repeat(begins[:-1], np.diff(begins))
+            self._turn(query if both is None else both, 0, rules.get("num_threads"), back, positions)
+            return
         if cache is not None:
             first = cache.dropped + cache.lengths
         elif first is None and rows_valid is keys_valid:
@@ -1426,8 +1650,33 @@ class MultiHeadAttention:
             heads = empty(shape, query.dtype)
         by_head = _by_head(heads, shape[:-1], self.num_heads, self.value_dim)
         before = None if step is None or call.rules.get("chunk_size") is None else step.dropped
-        answer = attend(query, key, value, {**call.rules, "out": by_head}, keys_before=before)
-        return heads, answer[1:] if isinstance(answer, tuple) else ()
+        rules = {**call.rules, "out": None}
+        if call.starts is not None:
+            answer = attend_packed(query, key, value, *call.starts, rules, by_head)
+        else:
+            answer = attend(query, key, value, rules, keys_before=before, own=by_head)
+        rest = answer[1:] if isinstance(answer, tuple) else ()
+        if call.weights_of is not None:
+            rest = (self._weights_of(call, query, key, before), *rest)
+        return heads, rest
+
+    def _weights_of(self, call: _Call, query: NDArray[Any], key: NDArray[Any], before: Any) -> NDArray[Any]:
+        """The weights of some heads, which are attended to once more, to values without channels."""
+        heads: Any = call.weights_of
+        rules: dict[str, Any] = {
+            **call.rules,
+            "out": None,
+            "enable_gqa": False,
+            "return_weights": True,
+            "return_lse": False,
+        }
+        for name, axis in OF_HEADS.items():
+            a = rules.get(name)
+            if a is not None and np.ndim(a) >= -axis and np.shape(a)[axis] != 1:
+                rules[name] = np.take(a, heads, axis)
+        key = key[..., heads // (self.num_heads // self.num_kv_heads), :, :]
+        nothing = empty((*key.shape[:-1], 0), key.dtype)
+        return attend(query[..., heads, :, :], key, nothing, rules, keys_before=before)[1]
 
     def _joined(self, call: _Call, weights: Weights, heads: NDArray[Any]) -> NDArray[Any]:
         """From heads to tokens."""
@@ -1443,13 +1692,16 @@ class MultiHeadAttention:
         product = project(flat, weights.out, weights.b_out).reshape(*call.batch, call.length, self.d_out)
         return rounded(product, dtype, out)
 
-    def _turn(self, heads: NDArray[Any], offset: Any, num_threads: int | None, back: bool) -> None:
+    def _turn(
+        self, heads: NDArray[Any], offset: Any, num_threads: int | None, back: bool, positions: Any = None
+    ) -> None:
         """Rotate queries or keys by their positions, in place; back: gradients, the other way."""
         base = 10000.0 if self.rotary_base is None else self.rotary_base
         frequencies, attention_factor = self.rotary_frequencies or (None, 1.0)
         apply_rotary(
             heads,
             offset=offset,
+            positions=positions,
             base=base,
             frequencies=frequencies,
             attention_factor=attention_factor,
