@@ -40,6 +40,7 @@ from fastattn.attention import (
     bilinear_attention,
     dot_product_attention,
     merge_attention,
+    prepare_additive_keys,
     truncated_attention,
     varlen_attention,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_vjp",
     "pack",
+    "prepare_additive_keys",
     "relative_position_buckets",
     "rms_norm",
     "rotary_frequencies",

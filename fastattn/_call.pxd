@@ -15,6 +15,7 @@ cdef class Problem:
     cdef fa_call *call                    # of its own
     cdef object num_threads
     cdef object score_weights             # the array that call.problem.score_weights points to
+    cdef object prepared                  # of the keys, or None: as (..., bytes), with the batch axes of key
     cdef object dtype                     # of the result
     cdef list kept                        # keeps the arrays alive that the call points to
     cdef readonly object out, weights, lse

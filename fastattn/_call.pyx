@@ -17,7 +17,7 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
 from fastattn._rules cimport Rules, given, rules_of
 from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERANDS, FA_DOT, FA_ENTMAX15, FA_F16, FA_F32,
                                 FA_F64, FA_KEY, FA_KEYS_BEFORE, FA_KEY_LENGTHS, FA_LSE, FA_MASK, FA_OFFSETS,
-                                FA_OPERANDS, FA_OUT, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU, FA_ROW_AXES,
+                                FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU, FA_ROW_AXES,
                                 FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_WEIGHTS,
                                 fa_call, fa_dtype, fa_head, fa_layout, fa_problem, give_memory, take_memory)
 
@@ -25,7 +25,7 @@ cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "out", "weights", "lse", "alibi_slopes",
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "out", "weights", "lse", "alibi_slopes",
     "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
@@ -213,7 +213,7 @@ cdef int split_heads(fa_call *call) except -1:
     for n in range(call.operand_count):
         operand = call.operands[n]
         stride = call.layouts[operand].batch[last]
-        if operand == FA_KEY or operand == FA_VALUE:
+        if operand == FA_KEY or operand == FA_VALUE or operand == FA_PREPARED:
             call.layouts[operand].batch[last + 1] = 0
         else:
             call.layouts[operand].batch[last] = stride * call.group
@@ -549,6 +549,8 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
     place(p, FA_QUERY, query, 2)
     place(p, FA_KEY, key, 2)
     place(p, FA_VALUE, value, 2)
+    if p.prepared is not None:
+        place(p, FA_PREPARED, p.prepared, 1)
     read_rules(p, r, keys_before)
     read_results(p, r, inputs, names)
     fill_views(p.call)

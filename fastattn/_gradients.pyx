@@ -26,7 +26,7 @@ from fastattn._runtime cimport (FA_BACK_OPERANDS, FA_BACK_ROWS, FA_BACK_SPAN, FA
                                 fa_head, fa_kernels, fa_layout, fa_locate, fa_locate_gradients, fa_queries_of,
                                 fa_visible_keys, gathered, give_workspace, interrupted, join_team, kernels_for,
                                 raise_pending, take_workspace)
-from fastattn._scores cimport projected_back, read_additive, read_bilinear
+from fastattn._scores cimport PreparedKeys, projected_back, read_additive, read_bilinear
 from fastattn._vjp cimport Wanted, read_gradient, read_wanted, store
 
 cnp.import_array()
@@ -675,6 +675,8 @@ def truncated_attention_vjp(grad_out, query, key, value, left, right, output, ls
 
 def additive_attention_vjp(grad_out, query, key, value, w_score, w_query, w_key, b_hidden, output, lse, grad_lse, wrt,
                            out, dict some):
+    if isinstance(key, PreparedKeys):
+        raise TypeError("key must be the array whose gradient is taken, not what prepare_additive_keys made of it")
     cdef dict rules = with_lse(some)
     cdef Problem p = read_additive(query, key, value, w_score, w_query, w_key, b_hidden, rules_of(rules))
     cdef tuple sides = (("query", None if w_query is None else "w_query", None if b_hidden is None else "b_hidden"),

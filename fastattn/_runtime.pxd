@@ -77,6 +77,7 @@ cdef extern from "kernels/contract.h" nogil:
         FA_BIAS
         FA_BLOCK_MASK
         FA_RELATIVE_BIAS
+        FA_PREPARED
         FA_OUT
         FA_WEIGHTS
         FA_LSE
@@ -277,6 +278,8 @@ cdef extern from "kernels/contract.h" nogil:
     ctypedef struct fa_kernels:
         const char *name
         fa_tuning tuning
+        size_t (*prepared_size)(const fa_problem *, int64_t) noexcept nogil
+        void (*prepare_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, void *, void *) noexcept nogil
         size_t (*tile_workspace)(const fa_problem *, int64_t, int64_t) noexcept nogil
         void (*open_tile)(const fa_problem *, const fa_head *, int64_t, int64_t, void *) noexcept nogil
         void (*visit_keys)(const fa_problem *, const fa_head *, int64_t, int64_t, int64_t, int64_t,

@@ -9,12 +9,18 @@ import math
 import numpy as np
 
 cimport numpy as cnp
+from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport fabs, frexp, isfinite, ldexp
 
-from fastattn._call cimport Problem, new_problem, read_call
-from fastattn._checks cimport accumulation, converted, empty, floating, promoted, shape_of, too_few_axes
+from libc.stdint cimport int64_t, uintptr_t
+
+from fastattn._call cimport Problem, lay_out, new_problem, read_call
+from fastattn._checks cimport (accumulation, checked_threads, converted, empty, floating, promoted, shape_of,
+                               too_few_axes)
 from fastattn._rules cimport Rules
-from fastattn._runtime cimport FA_ADDITIVE, FA_DOT, FA_F64, fa_dtype
+from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_DOT, FA_F64, FA_KEY, Team, Watch, allowed_threads,
+                                fa_call, fa_dtype, fa_head, fa_kernels, fa_locate, gathered, give_workspace,
+                                interrupted, join_team, kernels_for, raise_pending, take_workspace)
 
 cnp.import_array()
 
@@ -176,6 +182,149 @@ cdef cnp.ndarray normalised(cnp.ndarray w, double *factor):
     return a
 
 
+cdef enum:
+    FEW_KEYS = 1 << 15          # numbers of keys below which threads cost more than they bring
+
+
+cdef class PreparedKeys:
+    """
+    What `prepare_additive_keys` returns, and `additive_attention` takes as its `key`.
+
+    Attributes
+    ----------
+    key : ndarray, shape (..., S, hidden)
+        The projected keys, read-only.
+    shape : tuple
+        Of `key`.
+    dtype : numpy.dtype
+        To which key and w_key promote.
+    nbytes : int
+        Memory that it holds, in bytes.
+
+    Notes
+    -----
+    It can be pickled; what is computed of the keys is computed anew then, as other CPUs want it.
+    """
+
+    def __init__(self):
+        raise TypeError("PreparedKeys are made by fastattn.prepare_additive_keys")
+
+    def __repr__(self):
+        return f"<PreparedKeys: {self.shape}, {self.dtype}>"
+
+    def __reduce__(self):
+        return prepared_again, (np.array(self.key), self.dtype)
+
+    @property
+    def shape(self):
+        """(..., S, hidden)"""
+        return shape_of(self.key)
+
+    @property
+    def nbytes(self):
+        """Memory that it holds, in bytes."""
+        return (<object> self.key).nbytes + (<object> self.found).nbytes
+
+
+def prepared_again(cnp.ndarray key not None, dtype):
+    """From a pickle."""
+    return prepared(key, dtype, FA_F64 if key.dtype == np.float64 else kernels_dtype(dtype), None)
+
+
+cdef fa_dtype kernels_dtype(object dtype) except *:
+    cdef fa_dtype storage
+    promoted([np.empty(0, dtype)], ("key",), &storage)
+    return storage
+
+
+cdef void prepare_all(const fa_call *call, const fa_kernels *kernels, int threads, Py_ssize_t blocks, char *found,
+                      size_t size, char *scratch, size_t scratch_size, Watch *watch) noexcept nogil:
+    cdef Py_ssize_t task
+    cdef Team team = gathered(threads)
+    with nogil, parallel(num_threads=team.threads):
+        join_team(&team)
+        for task in prange(call.heads * blocks, schedule="dynamic", chunksize=1):
+            if not interrupted(watch, threadid() == 0):
+                prepare_block(call, kernels, task // blocks, task % blocks * <Py_ssize_t> FA_BLOCK, found, size,
+                              scratch + threadid() * scratch_size)
+
+
+cdef void prepare_block(const fa_call *call, const fa_kernels *kernels, Py_ssize_t n, Py_ssize_t begin, char *found,
+                        size_t size, char *scratch) noexcept nogil:
+    cdef fa_head head
+    fa_locate(call, n, 0, &head)
+    kernels.prepare_keys(&call.problem, &head, begin, min(begin + <Py_ssize_t> FA_BLOCK, head.keys), found + n * size,
+                         scratch)
+
+
+cdef PreparedKeys prepared(cnp.ndarray key, object dtype, fa_dtype storage, object num_threads):
+    """Of projected keys, which become its own."""
+    cdef PreparedKeys self = PreparedKeys.__new__(PreparedKeys)
+    cdef Problem p = new_problem()
+    cdef const fa_kernels *kernels = kernels_for(storage)
+    cdef int ndim = cnp.PyArray_NDIM(key), i, threads
+    cdef Py_ssize_t keys = cnp.PyArray_DIM(key, ndim - 2), blocks = (keys + FA_BLOCK - 1) // <Py_ssize_t> FA_BLOCK, n
+    cdef Watch watch = Watch(0, 0)
+    cdef size_t size, scratch_size
+    cdef char *scratch
+    cdef char *found
+    p.call.problem.score, p.call.problem.dtype = FA_ADDITIVE, storage
+    p.call.problem.head_dim = cnp.PyArray_DIM(key, ndim - 1)
+    p.call.problem.value_dim = 1
+    p.call.axes, p.call.heads = ndim - 2, 1
+    for i in range(ndim - 2):
+        p.call.shape[i] = cnp.PyArray_DIM(key, i)
+        p.call.heads *= p.call.shape[i]
+    lay_out(&p.call.layouts[<int> FA_KEY], ndim - 2, key, 2)
+    p.call.operands[0], p.call.operand_count = FA_KEY, 1
+    p.call.sizes.keys = p.call.sizes.key_length = keys
+    p.call.sizes.queries = p.call.sizes.heads = 1
+    p.call.sizes.view[<int> FA_KEY].row = p.call.layouts[<int> FA_KEY].row
+    p.call.sizes.view[<int> FA_KEY].col = p.call.layouts[<int> FA_KEY].col
+    p.call.sizes.view[<int> FA_KEY].dtype = p.call.layouts[<int> FA_KEY].dtype
+
+    size = kernels.prepared_size(&p.call.problem, keys)
+    room = empty((p.call.heads * size + <int> FA_ALIGN,), np.dtype(np.uint8), "the prepared keys")
+    skip = -<Py_ssize_t> <uintptr_t> cnp.PyArray_DATA(room) % <Py_ssize_t> FA_ALIGN
+    self.found = room[skip:skip + p.call.heads * size].reshape((*shape_of(key)[:ndim - 2], size))
+    found = <char *> cnp.PyArray_DATA(self.found)
+    threads = 1 if cnp.PyArray_SIZE(key) < FEW_KEYS else allowed_threads(num_threads)
+    threads = <int> min(<Py_ssize_t> threads, max(1, p.call.heads * blocks))
+    scratch_size = kernels.tile_workspace(&p.call.problem, 1, keys)
+    scratch = <char *> take_workspace(scratch_size * threads, <double> scratch_size * threads)
+    try:
+        if threads == 1:
+            for n in range(p.call.heads * blocks):
+                prepare_block(p.call, kernels, n // blocks, n % blocks * <Py_ssize_t> FA_BLOCK, found, size, scratch)
+        else:
+            with nogil:
+                prepare_all(p.call, kernels, threads, blocks, found, size, scratch, scratch_size, &watch)
+    finally:
+        give_workspace(scratch)
+    if watch.stop:
+        raise_pending()
+    (<object> key).flags.writeable = False
+    self.key, self.dtype = key, dtype
+    return self
+
+
+cdef PreparedKeys prepare_additive(object key, object w_key, object num_threads):
+    cdef fa_dtype storage
+    cdef cnp.ndarray k = floating(key, "key"), w = None, y
+    cdef list arrays = [k]
+    num_threads = checked_threads(num_threads)
+    if w_key is not None:
+        w = floating(w_key, "w_key")
+        arrays.append(w)
+    dtype = promoted(arrays, ("key", "w_key"), &storage)
+    if cnp.PyArray_NDIM(k) < 2:
+        raise too_few_axes("key", shape_of(k), "(..., S, D_key)")
+    if w is not None:
+        check_matrix(w, "w_key", k, "key", None, "")
+    y = projected(k, w, None, storage)
+    return prepared(np.array(y, order="C") if w is None else y, dtype, storage, num_threads)
+
+
 cdef Problem read_additive(object query, object key, object value, object w_score, object w_query, object w_key,
                            object b_hidden, Rules r):
     cdef Problem p = new_problem()
@@ -184,9 +333,19 @@ cdef Problem read_additive(object query, object key, object value, object w_scor
     cdef cnp.ndarray q, k, x, w, b = None
     cdef Py_ssize_t hidden
     cdef int i
+    cdef PreparedKeys ready = key if isinstance(key, PreparedKeys) else None
     if w_score is None:
         raise TypeError("w_score must be an array of shape (hidden,), not None")
-    arrays = read_weights(p, (query, key, value, w_score, w_query, w_key), names)
+    if ready is not None and w_key is not None:
+        raise TypeError("w_key is part of the prepared keys (fastattn.prepare_additive_keys); it must be None here")
+    # Of prepared keys only the dtype counts there: their numbers are of the accumulation dtype.
+    sample = key if ready is None else np.empty((0, 0), ready.dtype)
+    arrays = read_weights(p, (query, sample, value, w_score, w_query, w_key), names)
+    if ready is not None:
+        if accumulation(p.call.problem.dtype) != accumulation(kernels_dtype(ready.dtype)):
+            raise TypeError(f"key was prepared in {ready.dtype}, and the other arrays need {p.dtype}: prepare "
+                            f"key.astype({p.dtype}), or convert the others")
+        arrays[1], p.prepared = ready.key, ready.found
     q, k, w = arrays[0], arrays[1], arrays[3]
     if cnp.PyArray_NDIM(w) != 1:
         raise ValueError(f"w_score has shape {shape_of(w)}; it must have one axis, (hidden,)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cython.cimports.fastattn._attention import attend
 from cython.cimports.fastattn._call import checked_sides, read_dot_product, read_varlen
 from cython.cimports.fastattn._rules import rules
-from cython.cimports.fastattn._scores import read_additive, read_bilinear
+from cython.cimports.fastattn._scores import prepare_additive, read_additive, read_bilinear
 
 from fastattn._checks import names_missing_arguments
 from fastattn._merge import merge_attention as _merge_attention
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+    from fastattn._scores import PreparedKeys
 
 
 def dot_product_attention(
@@ -206,7 +208,7 @@ def dot_product_attention(
 
 def additive_attention(
     query: ArrayLike,
-    key: ArrayLike,
+    key: ArrayLike | PreparedKeys,
     value: ArrayLike,
     w_score: ArrayLike,
     *,
@@ -247,7 +249,8 @@ def additive_attention(
     query : array_like, shape (..., L, D_query)
     key : array_like, shape (..., S, D_key)
     value : array_like, shape (..., S, E)
-        As for `dot_product_attention`, but query and key may differ in their last axis.
+        As for `dot_product_attention`, but query and key may differ in their last axis. What `prepare_additive_keys`
+        returned for a key may take its place; `w_key` is then part of it.
     w_score : array_like, shape (hidden,)
         Weight of each hidden unit in the score. Promotes together with query, key, value and the matrices.
     w_query : array_like, shape (D_query, hidden), optional
@@ -286,6 +289,7 @@ def additive_attention(
 
     See Also
     --------
+    prepare_additive_keys : for keys that many calls look at.
     additive_attention_vjp : its gradients.
 
     Notes
@@ -358,6 +362,65 @@ def additive_attention(
             ),
         )
     )
+
+
+def prepare_additive_keys(
+    key: ArrayLike,
+    w_key: ArrayLike | None = None,
+    *,
+    num_threads: int | None = None,
+) -> PreparedKeys:
+    """
+    Keys of `additive_attention`, projected and with their exponentials, for calls that look at them again and again.
+
+    A decoder with one query at a step (Bahdanau, Cho and Bengio, 2015) looks at the same annotations at every step, and
+    would project them, and compute an exponential of each number, at each.
+
+    Parameters
+    ----------
+    key : array_like, shape (..., S, D_key)
+        float32, float64, float16 or bfloat16; integers and bools become float64.
+    w_key : array_like, shape (D_key, hidden), optional
+        Projection; without it D_key is `hidden`.
+    num_threads : int, optional
+        Upper limit on threads, but for the product, which is NumPy's. Default `get_num_threads`.
+
+    Returns
+    -------
+    PreparedKeys
+        To be passed to `additive_attention` as `key`. It has ``key`` (the projected keys, read-only), ``shape``,
+        ``dtype`` and ``nbytes``, about twice the memory of the projected keys, and can be pickled.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; the message names it.
+    MemoryError
+        If there is no memory for it.
+
+    See Also
+    --------
+    additive_attention
+
+    Notes
+    -----
+    Results have the bits of a call with `key` and `w_key` themselves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> annotations, w_key, w_query, w_score = (rng.normal(size=s) for s in ((7, 6), (6, 4), (5, 4), 4))
+    >>> prepared = fastattn.prepare_additive_keys(annotations, w_key)
+    >>> prepared
+    <PreparedKeys: (7, 4), float64>
+    >>> state = rng.normal(size=(1, 5))
+    >>> context = fastattn.additive_attention(state, prepared, annotations, w_score, w_query=w_query)
+    >>> context.shape
+    (1, 6)
+    """
+    return prepare_additive(key, w_key, num_threads)
 
 
 def bilinear_attention(
@@ -768,6 +831,7 @@ def merge_attention(
 for _function in (
     dot_product_attention,
     additive_attention,
+    prepare_additive_keys,
     bilinear_attention,
     truncated_attention,
     varlen_attention,

@@ -72,6 +72,58 @@ static void additive_keys(const fa_problem *problem, const char *keys, const fa_
     }
 }
 
+/* What additive_keys finds, kept for calls to come: of each block, the wide keys in PREPARED_HEAD bytes, and then the
+ * exponentials. All blocks but the last are whole; the last one ends with the vector of the last key. */
+enum { PREPARED_HEAD = FA_ALIGN };
+
+static size_t prepared_block(int64_t channels, int64_t keys)
+{
+    return PREPARED_HEAD + (size_t)((keys + LANES - 1) / LANES * LANES * channels) * sizeof(real);
+}
+
+static int64_t additive_channels(const fa_problem *problem)
+{
+    const int whole = STEPS < SHARE ? SHARE : STEPS;
+    return (problem->head_dim + whole - 1) / whole * whole;
+}
+
+/* Contract: contract.h. */
+static size_t prepared_size(const fa_problem *problem, int64_t keys)
+{
+    const int64_t channels = additive_channels(problem), whole = keys / FA_BLOCK;
+    const size_t size = (size_t)whole * prepared_block(channels, FA_BLOCK);
+    return size +
+           (keys % FA_BLOCK ? (prepared_block(channels, keys % FA_BLOCK) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN : 0);
+}
+
+/* Contract: contract.h. */
+static void prepare_keys(const fa_problem *problem, const fa_head *head, int64_t begin, int64_t end, void *prepared,
+                         void *workspace)
+{
+    struct tile *tile = workspace;
+    lay_out(tile, problem, 1, head->keys, workspace);
+    for (int64_t block = begin; block < end; block += FA_BLOCK) {
+        char *to = (char *)prepared + (size_t)(block / FA_BLOCK) * prepared_block(tile->channels, FA_BLOCK);
+        tile->k = (real *)(to + PREPARED_HEAD);
+        additive_keys(problem, head->view[FA_KEY].data + block * head->view[FA_KEY].row, &head->view[FA_KEY], 0,
+                      end - block < FA_BLOCK ? (int)(end - block) : FA_BLOCK, tile);
+        memcpy(to, &tile->additive.wide_keys, sizeof tile->additive.wide_keys);
+    }
+}
+
+/* As additive_keys, from what has been prepared; the keys themselves are only needed where something is wide. */
+static void additive_prepared(const fa_problem *problem, const fa_head *head, int64_t rows, int64_t block, int begin,
+                              int end, struct tile *tile)
+{
+    struct additive *additive = &tile->additive;
+    const fa_view *key = &head->view[FA_KEY];
+    char *from = head->view[FA_PREPARED].data + (size_t)(block / FA_BLOCK) * prepared_block(tile->channels, FA_BLOCK);
+    memcpy(&additive->wide_keys, from, sizeof additive->wide_keys);
+    tile->k = (real *)(from + PREPARED_HEAD); /* which nothing writes to */
+    if (bits_any(&additive->wide_keys) || memchr(additive->row_is_wide, 1, (size_t)rows))
+        pack_keys(problem->head_dim, key->data + block * key->row, key, begin, end, tile->channels, additive->k_raw);
+}
+
 /* s[row][key] += the terms of n channels, for one vector of keys. */
 static ALWAYS_INLINE void additive_sums(const real *restrict q, const real *restrict k, const real *restrict w, int n,
                                         real *restrict s, const int rows)

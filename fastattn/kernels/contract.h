@@ -80,6 +80,7 @@ enum {
     FA_BIAS,          /* (queries, keys), optional */
     FA_BLOCK_MASK,    /* (ceil(queries / block_rows), ceil(keys / block_columns)), optional: bytes as of FA_MASK */
     FA_RELATIVE_BIAS, /* (queries, left + right + 1), optional: for the keys from position - left on */
+    FA_PREPARED,      /* what prepare_keys found in FA_KEY, optional: for FA_ADDITIVE */
     FA_OUT,           /* (queries, value_dim) */
     FA_WEIGHTS,       /* optional, accumulation dtype: (queries, keys), or shaped like FA_RELATIVE_BIAS if band */
     FA_LSE,           /* (queries, 1), optional, accumulation dtype */
@@ -387,6 +388,12 @@ typedef struct {
 typedef struct {
     const char *name; /* operation, dtype, instruction set */
     fa_tuning tuning;
+    /* What is computed of keys alone, for FA_ADDITIVE, kept from one call to the next: FA_PREPARED of a head, aligned
+     * to FA_ALIGN. From keys [begin, end), begin a multiple of FA_BLOCK, and end too or the number of keys; in a
+     * workspace of a tile of one row. */
+    size_t (*prepared_size)(const fa_problem *problem, int64_t keys);
+    void (*prepare_keys)(const fa_problem *problem, const fa_head *head, int64_t begin, int64_t end, void *prepared,
+                         void *workspace);
     size_t (*tile_workspace)(const fa_problem *problem, int64_t rows, int64_t keys);
     void (*open_tile)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace);
     void (*visit_keys)(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, int64_t key_begin,

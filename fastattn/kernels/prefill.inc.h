@@ -37,7 +37,9 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
             continue;
         }
         if (!packed) {
-            if (problem->score == FA_ADDITIVE)
+            if (problem->score == FA_ADDITIVE && head->view[FA_PREPARED].data)
+                additive_prepared(problem, head, rows, block, begin, end, tile);
+            else if (problem->score == FA_ADDITIVE)
                 additive_keys(problem, keys, &head->view[FA_KEY], begin, end, tile);
             else
                 pack_keys(problem->head_dim, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
