@@ -265,7 +265,8 @@ cdef PreparedKeys prepared(cnp.ndarray key, object dtype, fa_dtype storage, obje
     cdef int ndim = cnp.PyArray_NDIM(key), i, threads
     cdef Py_ssize_t keys = cnp.PyArray_DIM(key, ndim - 2), blocks = (keys + FA_BLOCK - 1) // <Py_ssize_t> FA_BLOCK, n
     cdef Watch watch = Watch(0, 0)
-    cdef size_t size, scratch_size
+    cdef size_t size, scratch_size, skip
+    cdef cnp.ndarray room
     cdef char *scratch
     cdef char *found
     p.call.problem.score, p.call.problem.dtype = FA_ADDITIVE, storage
@@ -285,8 +286,8 @@ cdef PreparedKeys prepared(cnp.ndarray key, object dtype, fa_dtype storage, obje
 
     size = kernels.prepared_size(&p.call.problem, keys)
     room = empty((p.call.heads * size + <int> FA_ALIGN,), np.dtype(np.uint8), "the prepared keys")
-    skip = -<Py_ssize_t> <uintptr_t> cnp.PyArray_DATA(room) % <Py_ssize_t> FA_ALIGN
-    self.found = room[skip:skip + p.call.heads * size].reshape((*shape_of(key)[:ndim - 2], size))
+    skip = (FA_ALIGN - <uintptr_t> cnp.PyArray_DATA(room) % <uintptr_t> FA_ALIGN) % <uintptr_t> FA_ALIGN
+    self.found = (<object> room)[skip:skip + p.call.heads * size].reshape((*shape_of(key)[:ndim - 2], size))
     found = <char *> cnp.PyArray_DATA(self.found)
     threads = 1 if cnp.PyArray_SIZE(key) < FEW_KEYS else allowed_threads(num_threads)
     threads = <int> min(<Py_ssize_t> threads, max(1, p.call.heads * blocks))
