@@ -180,18 +180,22 @@ cdef int place(cnp.ndarray to, cnp.ndarray x, const int64_t *at) except -1:
     """Writes the rows of x, (..., heads, tokens, channels), into each sequence of `to` from token `at` on."""
     cdef int axes = cnp.PyArray_NDIM(to), i
     cdef Py_ssize_t heads = cnp.PyArray_DIM(to, axes - 3), capacity = cnp.PyArray_DIM(to, axes - 2)
-    cdef Py_ssize_t tokens = cnp.PyArray_DIM(x, axes - 2), sequences = 1, b, h, t
+    cdef Py_ssize_t tokens = cnp.PyArray_DIM(x, axes - 2), sequences = 1, b, h, t, rest
     cdef Py_ssize_t row = cnp.PyArray_DIM(to, axes - 1) * cnp.PyArray_ITEMSIZE(to)
     cdef Py_ssize_t token_step = cnp.PyArray_STRIDE(x, axes - 2), head_step = cnp.PyArray_STRIDE(x, axes - 3)
     cdef char *target = <char *> cnp.PyArray_DATA(to)
-    cdef const char *source = <const char *> cnp.PyArray_DATA(x)
+    cdef const char *source
     for i in range(axes - 3):
         sequences *= cnp.PyArray_DIM(to, i)
     for b in range(sequences):
+        source, rest = <const char *> cnp.PyArray_DATA(x), b
+        for i in range(axes - 4, -1, -1):
+            source += rest % cnp.PyArray_DIM(x, i) * cnp.PyArray_STRIDE(x, i)
+            rest //= cnp.PyArray_DIM(x, i)
         for h in range(heads):
             for t in range(tokens):
-                memcpy(target + ((b * heads + h) * capacity + at[b] + t) * row,
-                       source + (b * tokens + t) * token_step + h * head_step, row)
+                memcpy(target + ((b * heads + h) * capacity + at[b] + t) * row, source + h * head_step + t * token_step,
+                       row)
     return 0
 
 

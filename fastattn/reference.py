@@ -47,6 +47,7 @@ __all__ = [
     "merge_attention_vjp",
     "neighborhood_attention",
     "neighborhood_attention_vjp",
+    "pack",
     "relative_position_buckets",
     "rotary_frequencies",
     "self_attention",
@@ -58,6 +59,7 @@ __all__ = [
     "sparsemax_vjp",
     "truncated_attention",
     "truncated_attention_vjp",
+    "unpack",
     "varlen_attention",
     "varlen_attention_vjp",
 ]
@@ -1345,6 +1347,47 @@ def varlen_attention(
 
     result = _into(out, np.concatenate(outs, axis=-2))
     return (result, np.concatenate(lses, axis=-1)) if return_lse else result
+
+
+def pack(x, lengths):
+    """The first tokens of each sequence of a batch, one after the other.
+
+    Parameters
+    ----------
+    x : array_like, shape (B, S, ...)
+    lengths : array_like of int, shape (B,)
+
+    Returns
+    -------
+    ndarray (sum(lengths), ...), and where each sequence begins and ends in it, ``[0, n1, n1 + n2, ...]``
+    """
+    x, lengths = np.asarray(x), [int(n) for n in lengths]
+    kept = [x[b, t] for b, n in enumerate(lengths) for t in range(n)]
+    packed = np.stack(kept) if kept else np.zeros((0, *x.shape[2:]), x.dtype)
+    return packed, np.array([sum(lengths[:b]) for b in range(len(lengths) + 1)])
+
+
+def unpack(packed, cu_seqlens, length=None):
+    """The batch of packed sequences, with zeros behind each.
+
+    Parameters
+    ----------
+    packed : array_like, shape (total, ...)
+    cu_seqlens : array_like of int, shape (B + 1,)
+    length : int, optional
+        S; default the length of the longest.
+
+    Returns
+    -------
+    ndarray (B, S, ...)
+    """
+    packed = np.asarray(packed)
+    counts = np.diff(cu_seqlens)
+    x = np.zeros((len(counts), max(counts, default=0) if length is None else length, *packed.shape[1:]), packed.dtype)
+    for b, n in enumerate(counts):
+        for t in range(n):
+            x[b, t] = packed[cu_seqlens[b] + t]
+    return x
 
 
 @functools.partial(shows_gradients, without=NOT_PACKED)
@@ -2679,6 +2722,8 @@ class MultiHeadAttention:
         context=None,
         *,
         cache=None,
+        cu_seqlens=None,
+        cu_seqlens_context=None,
         window_size=None,
         chunk_size=None,
         left_chunks=None,
@@ -2687,6 +2732,7 @@ class MultiHeadAttention:
         query_lengths=None,
         mask=None,
         scale=None,
+        return_weights=False,
         out=None,
         **rules,
     ):
@@ -2699,6 +2745,10 @@ class MultiHeadAttention:
         cache : KVCache, optional
             Keys and values of x are appended after attention, `query_lengths` of them in each sequence. If it has a
             window w, and neither `window_size` nor `chunk_size` is given, `window_size` is ``(w - 1, None)``.
+        cu_seqlens, cu_seqlens_context : array_like of int, optional
+            As of `varlen_attention`: x and context are packed sequences, (total, d_model), each a call of its own.
+        return_weights : bool, "band" or sequence of int
+            As in `dot_product_attention`; of a sequence, the weights of these heads.
         **rules
             As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads. If x
             attends to itself, `query_lengths` defaults to `key_lengths`. With a cache, chunks count from the first
@@ -2709,6 +2759,18 @@ class MultiHeadAttention:
         ndarray (..., L, d_out), or a tuple (out[, weights (..., heads, L, S)][, lse (..., heads, L)])
         """
         x = np.asarray(x, dtype=np.float64)
+        if cu_seqlens is not None:
+            rules |= {"window_size": window_size, "chunk_size": chunk_size, "left_chunks": left_chunks, "scale": scale}
+            others = cu_seqlens if context is None else cu_seqlens_context
+            answers = [
+                self(x[a:b], None if context is None else np.asarray(context)[c:d], **rules)
+                for a, b, c, d in zip(cu_seqlens[:-1], cu_seqlens[1:], others[:-1], others[1:], strict=True)
+            ] or [self(x, context, **rules)]
+            if not isinstance(answers[0], tuple):
+                return _into(out, np.concatenate(answers))
+            outs, lses = zip(*answers, strict=True)
+            return _into(out, np.concatenate(outs)), np.concatenate(lses, axis=-1)
+        some_heads = None if isinstance(return_weights, (bool, str)) else np.asarray(return_weights, dtype=int)
         if context is None and cache is None and query_lengths is None:
             query_lengths = key_lengths
         context = x if context is None else np.asarray(context, dtype=np.float64)
@@ -2748,8 +2810,11 @@ class MultiHeadAttention:
             query_lengths=query_lengths,
             mask=mask,
             scale=scale,
+            return_weights=True if some_heads is not None else return_weights,
             **rules,
         )
+        if some_heads is not None:
+            results = results[0], results[1][..., some_heads, :, :], *results[2:]
         heads, *rest = results if isinstance(results, tuple) else (results,)
         with np.errstate(all="ignore"):
             result = _into(out, project(join_heads(heads), self.w_out, self.b_out))
