@@ -4,12 +4,13 @@ The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
     integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
-    multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
+    multihead, _step, _context, projections, _weights    layers, a step over a cache and a context that is projected once,
+                                    their matrix products, and the weights of other libraries
     streaming, cache                attention over a stream; keys and values for decoding
     layers                          products with what follows them, and norms
     gradients                       of the attention functions
     attention, linear, graph, neighborhood, softmax,
-        positions, config           the public functions; a docstring is the specification
+        packing, positions, config           the public functions; a docstring is the specification
     _rules                          the keywords of attention: passed on by some modules, checked by others
     _frequencies                    what a model's configuration says about rotary encoding
     _gradients                      the driver of the way back, which begins with the one of attention

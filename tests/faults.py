@@ -4,6 +4,7 @@ A case is made anew for each attempt: its inputs, its outputs full of a sentinel
 lets the first request for memory fail, then the second, and so on, until a call needs fewer.
 """
 
+import copy
 import ctypes
 import threading
 
@@ -11,6 +12,7 @@ import numpy as np
 
 import fastattn
 from fastattn import KVCache, MultiHeadAttention, StreamingAttention, _runtime
+from fastattn._scores import PreparedKeys
 
 SENTINEL = 12345.0
 MOST_REQUESTS = 20_000  # of one call; the most that a case here makes is about 1000
@@ -37,6 +39,8 @@ def bits(x):
         return seen, (x.lengths + x.dropped).tolist()
     if isinstance(x, StreamingAttention):
         return x.pushed, x.returned, x.waiting
+    if isinstance(x, PreparedKeys):
+        return bits(x.key)
     if isinstance(x, dict):
         return {name: bits(y) for name, y in x.items()}
     if isinstance(x, (tuple, list)):
@@ -103,6 +107,8 @@ def attention_cases():
     yield "truncated", "truncated_attention", out, {**qkv, "left": 2, "right": 1}
     yield "varlen", "varlen_attention", [out[0][1:]], packed
     yield "additive", "additive_attention", out, additive
+    yield "prepared keys", "prepare_additive_keys", [], {"key": k, "w_key": normal(11, 8, 4)}
+    yield "prepared keys by threads", "prepare_additive_keys", [], {"key": large, "num_threads": 3}
     yield "bilinear", "bilinear_attention", out, bilinear
     yield "linear", "linear_attention", out, {**qkv, "return_state": True}
     yield "graph", "graph_attention", out, {**qkv, **graph, "return_weights": True}
@@ -140,6 +146,8 @@ def row_cases():
     yield "softmax by threads", "softmax", [long.shape], {"x": long, "num_threads": 3}
     yield "rotary", "apply_rotary", [x.shape], {"x": x, "offset": 3}
     yield "rotary, scattered", "apply_rotary", [x.shape], {"x": x, "positions": np.arange(9)[::-1] * 7}
+    yield "pack", "pack", [], {"x": x, "lengths": np.arange(len(x)) % 3}
+    yield "unpack", "unpack", [], {"packed": x, "cu_seqlens": [0, 1, len(x)]}
     yield "merge", "merge_attention", [], {"outs": [x, grad], "lses": [x[..., 0], grad[..., 0]]}
     yield "gradients, merge", "merge_attention_vjp", [], {
         "grad_out": x, "outs": [x, grad], "lses": [x[..., 0], grad[..., 0]]}  # fmt: skip
@@ -165,6 +173,7 @@ def filled(cache, tokens, shape=(3, 2)):
 
 def object_cases():
     x = normal(22, 3, 2, 8)
+    unturned = MultiHeadAttention(*[normal(s, 8, 8) for s in range(4)], num_heads=2)
     made, stream_of = layer(), lambda: StreamingAttention(3, 1, chunk_size=2)
 
     def layer_call(make_cache):
@@ -172,6 +181,13 @@ def object_cases():
             cache = make_cache()
             out = blank(3, 2, 8)
             return Case(lambda: made(x, cache=cache, out=out), cache, out)
+
+        return make
+
+    def step_call(make_cache):
+        def make():
+            cache, fresh = make_cache(), copy.deepcopy(made)  # without scratch of an earlier step
+            return Case(lambda: fresh(x, cache=cache), cache)
 
         return make
 
@@ -196,6 +212,10 @@ def object_cases():
     yield "layer", layer_call(lambda: None)
     yield "layer, vjp", lambda: Case(lambda: made.vjp(x)[1](x))
     yield "layer, cache", layer_call(roomy)
+    yield "layer, step", step_call(roomy)
+    yield "layer, packed", lambda: Case(lambda: made(x[0], cu_seqlens=[0, 1, 2]))
+    yield "layer, some weights", lambda: Case(lambda: made(x, return_weights=[1]))
+    yield "layer, project_context", lambda: Case(lambda: unturned(x, unturned.project_context(x, [1, 2, 0])))
     yield "layer, cache with a window", layer_call(tight)
     yield "layer, cache of a window's size", layer_call(exact)
     yield "cache, new", lambda: Case(lambda: filled(KVCache((3,), 2, 7, 4), 2))

@@ -38,6 +38,9 @@ ROWS = {
     **{f"{name}_vjp": {"grad_out": GRAD, "output": Y} for name in ("softmax", "log_softmax", "sparsemax", "entmax15")},
     "logsumexp_vjp": {"grad_out": GRAD[..., 0], "x": X},
     "apply_rotary": {"x": normal(2, 3, 4, 6)},
+    "pack": {"x": normal(3, 2, 5, 4), "lengths": [3, 5]},
+    "unpack": {"packed": normal(3, 8, 4), "cu_seqlens": [0, 3, 8]},
+    "prepare_additive_keys": {"key": normal(3, 2, 5, 4), "w_key": normal(4, 4, 6)},
     "merge_attention": {"outs": [X, GRAD], "lses": [X[..., 0], GRAD[..., 0]]},
     "merge_attention_vjp": {"grad_out": X, "outs": [X, GRAD], "lses": [X[..., 0], GRAD[..., 0]]},
     "alibi_slopes": {"num_heads": 4},
@@ -48,7 +51,10 @@ ROWS = {
 }
 W = {name: normal(3 + i, 8, 8) for i, name in enumerate(("w_query", "w_key", "w_value", "w_out"))}
 LAYER = fastattn.MultiHeadAttention(**W, num_heads=2, rotary_base=1e4)
+UNTURNED = fastattn.MultiHeadAttention(**W, num_heads=2)
 TOKENS = normal(9, 2, 3, 8)
+PROJECTED = UNTURNED.project_context(TOKENS)
+PREPARED = fastattn.prepare_additive_keys(normal(6, 2, 5, 4))
 
 
 def cache(window=None):
@@ -95,6 +101,13 @@ TARGETS |= {
     ),
     "MultiHeadAttention": (lambda: (FROM, ()), {**W, "num_heads": 2}),
     "MultiHeadAttention()": (lambda: (LAYER, ()), {"x": TOKENS}),
+    "MultiHeadAttention(), packed": (lambda: (LAYER, ()), {"x": TOKENS[0], "cu_seqlens": [0, 1, len(TOKENS[0])]}),
+    "MultiHeadAttention(), projected": (lambda: (UNTURNED, ()), {"x": TOKENS, "context": PROJECTED}),
+    "project_context": (lambda: (UNTURNED.project_context, ()), {"context": TOKENS}),
+    "additive_attention, prepared": (
+        lambda: (fastattn.additive_attention, ()),
+        {"query": normal(3, 2, 5, 4), "key": PREPARED, "value": normal(4, 2, 5, 3), "w_score": normal(5, 4)},
+    ),
     "MultiHeadAttention.vjp": (lambda: (LAYER.vjp, ()), {"x": TOKENS}),
     "from_torch": (lambda: (FROM.from_torch, ()), {"state": TORCH, "num_heads": 2}),
     "from_linear": (

@@ -517,6 +517,23 @@ def call_from(name, dtype):
 
 
 # Every kind of call, with x in some dtype.
+def call_prepared(dtype):
+    keys = fastattn.prepare_additive_keys(extreme(2, 7, 16, dtype=dtype), extreme(16, 8, dtype=dtype))
+    return fastattn.additive_attention(extreme(2, 5, 8, dtype=dtype), keys, extreme(2, 7, 6, dtype=dtype), extreme(8))
+
+
+def call_projected_context(dtype):
+    layer = fastattn.MultiHeadAttention(*[extreme(8, 8, dtype=dtype)] * 4, num_heads=2, b_key=extreme(8))
+    return layer(
+        extreme(2, 3, 8, dtype=dtype), layer.project_context(extreme(2, 5, 8, dtype=dtype)), return_weights=[1]
+    )
+
+
+def call_packed(dtype):
+    layer = fastattn.MultiHeadAttention(*[extreme(8, 8, dtype=dtype)] * 4, num_heads=2, rotary_base=1e4)
+    return layer(extreme(9, 8, dtype=dtype), cu_seqlens=[0, 4, 4, 9])
+
+
 CALLS = {
     "softmax": lambda t: fastattn.softmax(extreme(3, 16, dtype=t)),
     "softmax along axis 0": lambda t: fastattn.softmax(extreme(16, 3, dtype=t), 0),
@@ -580,6 +597,8 @@ CALLS = {
     ),
     "additive_attention": lambda t: call_projected("additive_attention", t),
     "bilinear_attention": lambda t: call_projected("bilinear_attention", t),
+    "prepare_additive_keys": call_prepared,
+    "pack, unpack": lambda t: fastattn.unpack(*fastattn.pack(extreme(2, 5, 4, dtype=t), [3, 5])),
     "merge_attention": call_merge,
     "merge_attention_vjp": call_merge_vjp,
     **{
@@ -599,6 +618,8 @@ CALLS = {
     ),
     "MultiHeadAttention": call_layer,
     "MultiHeadAttention, context": lambda t: call_layer(t, context=True),
+    "MultiHeadAttention, projected context": call_projected_context,
+    "MultiHeadAttention, packed": call_packed,
     "MultiHeadAttention, rotary": lambda t: call_layer(t, rotary_base=1e4),
     "MultiHeadAttention, float16 cache": lambda t: call_layer(t, cache=np.float16, rotary_base=1e4),
     "MultiHeadAttention, float32 cache": lambda t: call_layer(t, cache=np.float32),

@@ -98,7 +98,7 @@ def test_lists_of_rules_agree():
     ("function", "kind", "own"),
     [
         (fastattn.self_attention, _rules.LayerRules, set()),
-        (fastattn.MultiHeadAttention.__call__, _rules.LayerRules, {"cache"}),
+        (fastattn.MultiHeadAttention.__call__, _rules.LayerRules, {"cache", "cu_seqlens", "cu_seqlens_context"}),
         (fastattn.StreamingAttention, _rules.StreamRules, set()),
     ],
 )
