@@ -33,7 +33,7 @@ cdef extern from *:
     """
     PyObject *fa_swap(PyObject **, PyObject *) noexcept
 
-cdef extern from "numpy/arrayobject.h":
+cdef extern from *:  # of NumPy, without a reference to the last argument
     object new_view "PyArray_New"(void *subtype, int axes, const cnp.npy_intp *shape, int type_num,
                                   const cnp.npy_intp *strides, void *data, int itemsize, int flags, PyObject *of)
 

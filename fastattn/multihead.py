@@ -12,6 +12,7 @@ from fastattn._attention import dot_product_attention as attend
 from fastattn._attention import varlen_attention as attend_packed
 from fastattn._call import check, starts
 from fastattn._checks import (
+    as_array,
     checked_out,
     common_dtype,
     empty,
@@ -1133,12 +1134,13 @@ class MultiHeadAttention:
         for a, name in ((call.tokens, "x"), (call.context, "context")):
             if a is not None and a.ndim != 2:
                 raise ValueError(f"{name} has shape {a.shape}; with cu_seqlens it must be (total, {a.shape[-1]})")
-        bias: Any = rules.get("relative_bias")
-        if bias is not None and np.ndim(bias) > 1 and np.shape(bias)[-2] != 1:
-            raise ValueError(
-                f"relative_bias has shape {np.shape(bias)}; with cu_seqlens it must be the same for all rows, "
-                f"(num_heads, 1, left + right + 1)"
-            )
+        if rules.get("relative_bias") is not None:
+            rules["relative_bias"] = bias = as_array(rules["relative_bias"], "relative_bias")
+            if bias.ndim > 1 and bias.shape[-2] != 1:
+                raise ValueError(
+                    f"relative_bias has shape {bias.shape}; with cu_seqlens it must be the same for all rows, "
+                    f"(num_heads, 1, left + right + 1)"
+                )
         own = other = starts(cu_seqlens, "cu_seqlens", call.length, "x's axis -2")
         if call.context is not None:
             other = starts(cu_seqlens_context, "cu_seqlens_context", call.num_keys, "context's axis -2")
@@ -1515,12 +1517,13 @@ class MultiHeadAttention:
         weights_of = _heads_of_weights(rules.get("return_weights"), self.num_heads)
         every: Rules = {
             **rules,
-            "return_weights": rules.get("return_weights", False) if weights_of is None else False,
             "enable_gqa": self.num_heads != self.num_kv_heads,
             "key_lengths": keys_valid,
             "query_lengths": rows_valid,
             "query_offset": offset,
         }
+        if weights_of is not None:
+            every["return_weights"] = False
         return _Call(
             tokens,
             other,
