@@ -17,16 +17,16 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
 from fastattn._rules cimport Rules, given, rules_of
 from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERANDS, FA_DOT, FA_ENTMAX15, FA_F16, FA_F32,
                                 FA_F64, FA_KEY, FA_KEYS_BEFORE, FA_KEY_LENGTHS, FA_LSE, FA_MASK, FA_OFFSETS,
-                                FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU, FA_ROW_AXES,
-                                FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_WEIGHTS,
-                                fa_call, fa_dtype, fa_head, fa_layout, fa_problem, give_memory, take_memory)
+                                FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU,
+                                FA_ROW_AXES, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE,
+                                FA_WEIGHTS, fa_call, fa_dtype, fa_head, fa_layout, fa_problem, give_memory, take_memory)
 
 cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "out", "weights", "lse", "alibi_slopes",
-    "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "out", "weights", "lse",
+    "alibi_slopes", "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
 # Rules

@@ -12,7 +12,7 @@ cimport numpy as cnp
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport fabs, frexp, isfinite, ldexp
 
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport uintptr_t
 
 from fastattn._call cimport Problem, lay_out, new_problem, read_call
 from fastattn._checks cimport (accumulation, checked_threads, converted, empty, floating, promoted, shape_of,

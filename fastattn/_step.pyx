@@ -39,8 +39,8 @@ cdef extern from *:  # of NumPy, without a reference to the last argument
 
 # Not those with columns, lengths or positions, which count from what is in the cache, nor those with results of their
 # own.
-cdef frozenset USUAL = frozenset(("is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap", "sinks",
-                                  "activation", "num_threads"))
+cdef frozenset USUAL = frozenset(("is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap",
+                                  "sinks", "activation", "num_threads"))
 
 cdef enum:
     MOST_KEPT = 1 << 18         # bytes of projected arrays and heads that a layer keeps
@@ -216,7 +216,7 @@ cdef int turn(layer, Arrays arrays, cnp.ndarray lengths, cnp.ndarray dropped, ob
     cdef const fa_kernels *kernels
     cdef int axes = cnp.PyArray_NDIM(arrays.both)
     cdef Py_ssize_t heads = cnp.PyArray_DIM(arrays.both, axes - 3), tokens = cnp.PyArray_DIM(arrays.both, axes - 2)
-    cdef Py_ssize_t channels = cnp.PyArray_DIM(arrays.both, axes - 1), row, b, t, h
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(arrays.both, axes - 1), row, b, t, _h
     cdef bint interleaved
     cdef char *x
     if arrays.speeds is None:
@@ -233,7 +233,7 @@ cdef int turn(layer, Arrays arrays, cnp.ndarray lengths, cnp.ndarray dropped, ob
         for t in range(tokens):
             kernels.turns(cnp.PyArray_DATA(arrays.turns), &arrays.speeds[0], arrays.speeds.shape[0],
                           numbers(lengths)[b] + numbers(dropped)[b] + t, arrays.factor)
-            for h in range(heads):
+            for _h in range(heads):
                 kernels.rotate(x, 0, x, 0, <char *> cnp.PyArray_DATA(arrays.turns), channels, arrays.speeds.shape[0],
                                1, interleaved, False)
                 x += channels * cnp.PyArray_ITEMSIZE(arrays.whole)

@@ -1626,7 +1626,8 @@ class MultiHeadAttention:
             # A layer that rotates has no context.
             begins = call.starts[0]
             positions = np.arange(call.length) - np.repeat(begins[:-1], np.diff(begins))
-            self._turn(query if both is None else both, 0, rules.get("num_threads"), back, positions)
+            assert both is not None
+            self._turn(both, 0, rules.get("num_threads"), back, positions)
             return
         if cache is not None:
             first = cache.dropped + cache.lengths

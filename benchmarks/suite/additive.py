@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 import fastattn
 
 from . import baselines
-from .cases import ADDITIVE_BACK, ADDITIVE_SHAPES, BILINEAR_SHAPES, Additive, Bilinear
+from .cases import ADDITIVE_BACK, ADDITIVE_SHAPES, ADDITIVE_STEPS, BILINEAR_SHAPES, Additive, Bilinear
 
 
 # Cached rather than an asv `setup` hook: see attention.py.
@@ -66,6 +66,30 @@ class AdditiveGradients:
         _way_back(case, implementation)()
 
     time_gradients.pretty_name = "Gradients of additive attention"
+
+
+@functools.cache
+def _step(name, keys):
+    query, key, w_score, w_key = next(case for case in ADDITIVE_STEPS if case.name == name).inputs()
+    threadpool_limits(1)
+    call = functools.partial(fastattn.additive_attention, query, w_score=w_score, value=key, num_threads=1)
+    if keys == "prepared":
+        return functools.partial(call, key=fastattn.prepare_additive_keys(key, w_key))
+    if keys == "projected":
+        return functools.partial(call, key=key @ w_key)
+    return functools.partial(call, key=key, w_key=w_key)
+
+
+class AdditiveStep:
+    """One query at a time: what it saves to prepare the keys."""
+
+    params = [[case.name for case in ADDITIVE_STEPS], ["prepared", "projected", "neither"]]
+    param_names = ["case", "keys"]
+
+    def time_step(self, case, keys):
+        _step(case, keys)()
+
+    time_step.pretty_name = "A step over additive keys"
 
 
 @functools.cache

@@ -404,6 +404,41 @@ class MultiHeadStep(MultiHead):
 
 
 @dataclass(frozen=True)
+class CachedStep(Case):
+    """One token through a layer over a cache that holds seqlen_k others, with rotary encoding."""
+
+    seqlen_k: int
+    d_model: int
+    heads: int
+    dtype: str = "float32"
+    kind = "cachedstep"
+    fields = ("seqlen_k", "d_model", "heads")
+
+    def inputs(self):
+        """The token, those before it, and four matrices."""
+        tokens = _normal((1, self.seqlen_k + 1, self.d_model), self.dtype)
+        return tokens[:, -1:], tokens[:, :-1], *_normal((4, self.d_model, self.d_model), self.dtype) / self.d_model**0.5
+
+
+@dataclass(frozen=True)
+class AdditiveStep(Case):
+    """One query over keys that are projected from d_key channels to hidden ones, and are the values."""
+
+    seqlen_k: int
+    d_key: int
+    hidden: int
+    dtype: str = "float32"
+    kind = "additivestep"
+    fields = ("seqlen_k", "d_key", "hidden")
+
+    def inputs(self):
+        """Query, keys, w_score, and the matrix of the keys."""
+        keys = _normal((self.seqlen_k, self.d_key), self.dtype)
+        w_key = _normal((self.d_key, self.hidden), self.dtype) / self.d_key**0.5
+        return _normal((1, self.hidden), self.dtype), keys, _normal(self.hidden, self.dtype), w_key
+
+
+@dataclass(frozen=True)
 class Rotary(Case):
     """Rotary encoding of (batch, heads, seqlen, head_dim), channel i paired with i + head_dim / 2."""
 
@@ -909,6 +944,10 @@ DECODE = tuple(
 MULTI_HEAD_SHAPES = ((1, 128, 768, 12), (1, 512, 768, 12), (8, 64, 384, 12), (1, 1, 768, 12))
 MULTI_HEAD = tuple(MultiHead(*shape) for shape in MULTI_HEAD_SHAPES)
 MULTI_HEAD_STEPS = tuple(MultiHeadStep(*shape) for shape in MULTI_HEAD_SHAPES[:3])
+
+# A small decoder at a short and at a long text; a decoder of Bahdanau's over a long sentence.
+CACHED_STEPS = (CachedStep(64, 768, 12), CachedStep(1024, 768, 12))
+ADDITIVE_STEPS = (AdditiveStep(500, 1024, 256), AdditiveStep(50, 1024, 256))
 
 # The queries of a page, of one token in a large model, of a batch.
 ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))

@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 import fastattn
 
 from . import baselines
-from .cases import MULTI_HEAD_SHAPES, MultiHead, MultiHeadStep
+from .cases import CACHED_STEPS, MULTI_HEAD_SHAPES, MultiHead, MultiHeadStep
 
 
 # Cached rather than an asv `setup` hook: see attention.py.
@@ -54,3 +54,26 @@ class MultiHeadAttentionStep:
         _step(shape, threads, implementation)()
 
     time_step.pretty_name = "A step of training a layer"
+
+
+@functools.cache
+def _cached(name):
+    case = next(case for case in CACHED_STEPS if case.name == name)
+    token, before, *weights = case.inputs()
+    threadpool_limits(1)
+    layer = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, rotary_base=1e4)
+    cache = fastattn.KVCache(1, case.heads, 2 * case.seqlen_k, case.d_model // case.heads, window=case.seqlen_k)
+    layer(before, cache=cache)
+    return lambda: layer(token, cache=cache, num_threads=1)
+
+
+class CachedStep:
+    """One token, over a cache that drops the oldest now and then."""
+
+    params = [[case.name for case in CACHED_STEPS]]
+    param_names = ["case"]
+
+    def time_step(self, case):
+        _cached(case)()
+
+    time_step.pretty_name = "A step of a layer over a cache"
