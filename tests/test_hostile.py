@@ -519,7 +519,9 @@ def call_from(name, dtype):
 # Every kind of call, with x in some dtype.
 def call_prepared(dtype):
     keys = fastattn.prepare_additive_keys(extreme(2, 7, 16, dtype=dtype), extreme(16, 8, dtype=dtype))
-    return fastattn.additive_attention(extreme(2, 5, 8, dtype=dtype), keys, extreme(2, 7, 6, dtype=dtype), extreme(8))
+    return fastattn.additive_attention(
+        extreme(2, 5, 8, dtype=dtype), keys, extreme(2, 7, 6, dtype=dtype), extreme(8, dtype=dtype)
+    )
 
 
 def call_projected_context(dtype):
