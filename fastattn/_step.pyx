@@ -1,6 +1,7 @@
 # cython: wraparound=True
-"""A layer's call over a cache in the usual case, where what surrounds attention would take longer than it: tokens of
-the layer's own dtype, one after the other in memory, all of which come into a cache that has room for them.
+"""A layer's call over a cache, or to a context that is projected already, in the usual case, where what surrounds
+attention would take longer than it: tokens of the layer's own dtype, one after the other in memory, all of which come
+into a cache that has room for them.
 
 Whatever is unusual, and whatever might be wrong, is left to the general way (`MultiHeadAttention._answered`), whose
 results have the same bits; so nothing is refused here, but for rules of attention that it refuses itself. Nothing is
@@ -105,6 +106,7 @@ cdef class Arrays:
     cdef double factor              # of rotated channels
     cdef cnp.ndarray turns          # memory for cosines and sines
     cdef tuple shape                # of the tokens
+    cdef bint looks                 # to a context: only the query is projected
     cdef object stored
     cdef size_t size
 
@@ -148,6 +150,21 @@ cdef Arrays new_arrays(layer, tuple shape, real, stored):
         a.turns = empty((max(layer.rotary_dim, 1),), real)
     a.shape, a.stored = shape, stored
     a.size = whole.nbytes + (<object> a.heads).nbytes
+    return a
+
+
+cdef Arrays new_arrays_of_query(layer, tuple shape, real):
+    cdef Arrays a = Arrays.__new__(Arrays)
+    cdef tuple axes = shape[:-1]
+    cdef Py_ssize_t rows = 1, n
+    for n in axes:
+        rows *= n
+    a.whole = empty((rows, layer.num_heads * layer.head_dim), real)
+    a.query = by_head(a.whole, axes, layer.num_heads, layer.head_dim)
+    a.heads = empty((rows, layer.num_heads * layer.value_dim), real)
+    a.by_head = by_head(a.heads, axes, layer.num_heads, layer.value_dim)
+    a.shape, a.stored, a.looks = shape, real, True
+    a.size = (<object> a.whole).nbytes + (<object> a.heads).nbytes
     return a
 
 
@@ -274,21 +291,63 @@ cdef cnp.ndarray result_like(cnp.ndarray x, Py_ssize_t channels, object dtype):
     return cnp.PyArray_EMPTY(axes, shape, (<cnp.dtype> dtype).type_num, 0)
 
 
-def step(layer, x, cache, dict rules):
-    """The answer of a call with a cache; None where that is not the usual case."""
+cdef bint is_usual(layer, x, dict rules):
     cdef cnp.ndarray tokens
     cdef int axes
-    if not cnp.PyArray_CheckExact(x) or layer._weights.every is None or not isinstance(cache, KVCache):
-        return None
+    if not cnp.PyArray_CheckExact(x):
+        return False
     tokens = x
     axes = cnp.PyArray_NDIM(tokens)
     if (axes < 2 or not cnp.PyArray_IS_C_CONTIGUOUS(tokens) or not cnp.PyArray_ISALIGNED(tokens) or
             tokens.dtype is not layer.dtype or cnp.PyArray_SIZE(tokens) == 0 or
             cnp.PyArray_DIM(tokens, axes - 1) != layer.d_model):
-        return None
+        return False
     for name in rules:
         if name not in USUAL:
-            return None
+            return False
+    return True
+
+
+def look(layer, x, context, dict rules):
+    """The answer of a call with a projected context; None where that is not the usual case."""
+    cdef cnp.ndarray tokens, result
+    cdef Arrays arrays
+    cdef Scratch scratch
+    if not is_usual(layer, x, rules):
+        return None
+    tokens = x
+    real, lengths, shape = layer._accumulation, context._lengths, shape_of(tokens)
+    if (context._of != layer._mark or context._dtype is not layer.dtype or layer._weights.out is None or
+            shape[:-2] != shape_of(context._key)[:-3] or
+            lengths is not None and (type(lengths) is int or shape_of(lengths) != shape[:-2])):
+        return None
+    weights, scratch = layer._weights, layer._scratch
+    arrays = scratch.take()
+    if arrays is None or not arrays.looks or arrays.shape != shape:
+        arrays = new_arrays_of_query(layer, shape, real)
+    rules["enable_gqa"] = layer.num_heads != layer.num_kv_heads
+    if lengths is not None:
+        rules["key_lengths"] = lengths[..., None]
+    with np.errstate(all="ignore"):
+        rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
+        if real is not layer.dtype:
+            rows = rows.astype(real)
+        project(rows, weights.query, weights.b_query, arrays.whole)
+        attend(read_dot_product(arrays.query, context._key, context._value, rules_of(rules), None, arrays.by_head))
+        result = result_like(tokens, layer.d_out, real)
+        project(arrays.heads, weights.out, weights.b_out, (<object> result).reshape(len(rows), -1))
+        if result.dtype is not layer.dtype:
+            result = rounded(result, layer.dtype, None)
+    scratch.keep(arrays)
+    return result
+
+
+def step(layer, x, cache, dict rules):
+    """The answer of a call with a cache; None where that is not the usual case."""
+    cdef cnp.ndarray tokens
+    if layer._weights.every is None or not isinstance(cache, KVCache) or not is_usual(layer, x, rules):
+        return None
+    tokens = x
     with cache._turn:
         return answer(layer, tokens, cache, rules) if fits(layer, cache, tokens) else None
 
@@ -303,7 +362,7 @@ cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
     if window is False or longest > cache._capacity:
         return None
     arrays = scratch.take()
-    if arrays is None or arrays.shape != shape_of(tokens) or arrays.stored is not stored:
+    if arrays is None or arrays.looks or arrays.shape != shape_of(tokens) or arrays.stored is not stored:
         arrays = new_arrays(layer, shape_of(tokens), real, stored)
     new_lengths = longer(lengths, came)
     rules["window_size"] = window

@@ -25,7 +25,7 @@ from fastattn._checks import (
 from fastattn._context import ProjectedContext
 from fastattn._positions import checked_frequencies
 from fastattn._rules import LayerGradientRules, LayerRules, refuse_others, takes
-from fastattn._step import Scratch, step
+from fastattn._step import Scratch, look, step
 from fastattn._vjp import read_gradient, read_names, read_wanted, store
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
@@ -1096,8 +1096,12 @@ class MultiHeadAttention:
         >>> bool(np.allclose(out[0, :2], layer(x[0, :2])) and np.allclose(out[1], layer(x[1])))
         True
         """
-        if cache is not None and context is None and cu_seqlens is None and cu_seqlens_context is None:
-            answer = step(self, x, cache, rules)
+        if cu_seqlens is None and cu_seqlens_context is None:
+            answer = None
+            if cache is not None and context is None:
+                answer = step(self, x, cache, rules)
+            elif cache is None and isinstance(context, ProjectedContext):
+                answer = look(self, x, context, rules)
             if answer is not None:
                 return answer
         refuse_others(rules, LayerRules, "MultiHeadAttention.__call__")

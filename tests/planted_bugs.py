@@ -47,6 +47,20 @@ class Bug:
 
 BUGS = (
     Bug(
+        "prepared keys are never wide",
+        "additive.inc.h",
+        "memcpy(to, &tile->additive.wide_keys, sizeof tile->additive.wide_keys);",
+        "memset(to, 0, sizeof tile->additive.wide_keys);",
+        "test_prepared_keys.py -k wide",
+    ),
+    Bug(
+        "wide queries find no prepared keys",
+        "additive.inc.h",
+        "if (bits_any(&additive->wide_keys) || memchr(additive->row_is_wide, 1, (size_t)rows))",
+        "if (bits_any(&additive->wide_keys))",
+        "test_prepared_keys.py",
+    ),
+    Bug(
         "from C: scores of strided weights are kept side by side",
         "weights.inc.h",
         "memcpy(w + j * col, from + j, sizeof(real));",

@@ -219,6 +219,32 @@ def test_a_projected_context_is_the_context(rng, kind, dtype, length):
         projected.key[...] = 0
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, *sixteen_bits()])
+@pytest.mark.parametrize("of", [None, [50, 0, 31], 20])
+@pytest.mark.parametrize("kind", [{}, {"num_kv_heads": 2, "value_dim": 5}, {"d_context": 9, "biases": False}])
+def test_a_look_at_a_context_is_a_call(rng, kind, of, dtype):
+    """The usual call is taken the short way; all have the bits of the context itself."""
+    given = parameters(rng, **kind)
+    layer = fastattn.MultiHeadAttention(**{n: x.astype(dtype) if hasattr(x, "dtype") else x for n, x in given.items()})
+    context = normal(rng, 3, 50, layer.d_context).astype(dtype)
+    projected = layer.project_context(context, of)
+    for length, rules in (
+        (1, {}),
+        (1, {"scale": 0.3, "num_threads": 1}),
+        (4, {"sinks": np.ones(4)}),
+        (1, {"softcap": 3.0}),
+    ):
+        x = normal(rng, 3, length, 24).astype(dtype)
+        out = _step.look(layer, x, projected, {**rules})
+        assert (out is None) == (of == 20), "one length for all goes the long way"
+        expected = layer(x, context, key_lengths=of, **rules)
+        assert bits(layer(x, projected, **rules)) == bits(expected)
+        assert out is None or (bits(out) == bits(expected) and out.dtype == expected.dtype)
+    assert _step.look(layer, x, projected, {"key_lengths": 3}) is None
+    assert _step.look(layer, x[:2], projected, {}) is None
+    assert 0 < layer._scratch.nbytes or of == 20
+
+
 def test_a_projected_context_broadcasts(rng):
     """Beams share the context of their sentence."""
     layer = fastattn.MultiHeadAttention(**parameters(rng))
