@@ -49,6 +49,10 @@ def test_wide_keys_and_queries(rng, hidden, dtype):
     limit = 350 if dtype == np.float64 else 43
     key, query = normal(rng, 600, hidden, dtype=dtype), normal(rng, 5, hidden, dtype=dtype)
     value, w_score = normal(rng, 600, 4, dtype=dtype), normal(rng, hidden, dtype=dtype)
+    query[1] = limit * 2  # and no key is wide
+    plain, fast = both(query, key, value, w_score)
+    assert plain == fast
+    query[1] = 0
     key[[3, 300, 599], 0] = limit * 3, -limit * 2, np.inf
     plain, fast = both(query, key, value, w_score)
     assert plain == fast
