@@ -49,10 +49,11 @@ def test_wide_keys_and_queries(rng, hidden, dtype):
     limit = 350 if dtype == np.float64 else 43
     key, query = normal(rng, 600, hidden, dtype=dtype), normal(rng, 5, hidden, dtype=dtype)
     value, w_score = normal(rng, 600, 4, dtype=dtype), normal(rng, hidden, dtype=dtype)
-    query[1] = limit * 2  # and no key is wide
+    # No key is wide, but all are large enough to matter beside a wide query.
+    key[:, 0] = np.linspace(0, 4, 600) - limit + 1e-3
+    query[1, 0] = limit + 1
     plain, fast = both(query, key, value, w_score)
     assert plain == fast
-    query[1] = 0
     key[[3, 300, 599], 0] = limit * 3, -limit * 2, np.inf
     plain, fast = both(query, key, value, w_score)
     assert plain == fast
