@@ -4,8 +4,10 @@ The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
     integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
-    multihead, projections, _weights    layers, their matrix products, and the weights of other libraries
+    multihead, projections          layers, and their matrix products
     _step, _context                 of layers: a step over a cache, a context that is projected once
+    _weights, _configuration,
+        _state                      the weights of other libraries, by the names in their dicts and files
     streaming, cache                attention over a stream; keys and values for decoding
     layers                          products with what follows them, and norms
     gradients                       of the attention functions

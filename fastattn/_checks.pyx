@@ -232,6 +232,15 @@ cpdef cnp.ndarray integer_array(object x, str name, str allowed, str kinds="iu")
     return a
 
 
+cpdef str of_mask(str name, tuple shape, tuple batch, object most, bint heads=True):
+    """What to say of lengths that look like Hugging Face's mask, (B, S) with 1 for a token and 0 for padding; heads:
+    whether lengths have axes behind that of B."""
+    if not name.endswith("lengths") or len(batch) == 0 or shape != (batch[0], most):
+        return ""
+    index = "[" + ", ".join([":"] + ["None"] * (len(batch) - 1)) + "]" if heads and len(batch) > 1 else ""
+    return f". A mask of 1 for tokens and 0 for padding on the right, (B, S), becomes {name}=mask.sum(-1){index}"
+
+
 cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object most, int64_t *scalar):
     """Lengths or offsets: an integer is stored in `scalar` and gives None, an array a new int64 array with exactly the
     batch axes.
@@ -254,7 +263,7 @@ cdef cnp.ndarray integers(object x, str name, tuple batch, object least, object 
             short = "lengths" if name.endswith("lengths") else name
             index = ", ".join([":"] * len(shape) + ["None"] * (len(batch) - len(shape)))
             text += f"; one number for each of the first axes is {short}[{index}]"
-        raise ValueError(text)
+        raise ValueError(text + of_mask(name, shape, batch, most))
     if least is not None and a.size:
         low, high = a.min(), a.max()
         if low < least or high > most:

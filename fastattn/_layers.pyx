@@ -4,7 +4,7 @@ import numpy as np
 
 cimport numpy as cnp
 from libc.stdint cimport int64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastattn._checks cimport (accumulation, checked_out, checked_threads, common_dtype, converted, empty, flag,
                                floating, real, same_place, shape_of, storage_of)
@@ -103,39 +103,55 @@ cdef cnp.ndarray aligned(tuple shape, object dtype):
     for n in shape:
         size *= n
     cdef cnp.ndarray memory = empty((size + 64,), np.dtype(np.uint8), "a packed matrix", True)
-    start = -memory.ctypes.data % 64
-    return memory[start:start + size].view(dtype).reshape(shape)
+    cdef int64_t start = <int64_t> ((64 - <size_t> cnp.PyArray_DATA(memory) % 64) % 64)
+    return (<object> memory)[start:start + size].view(dtype).reshape(shape)
+
+
+cdef int pack(cnp.ndarray w, cnp.ndarray panels, int width) except -1:
+    """Copies (d_in, d_out) into panels of columns, which are zeros past d_out."""
+    cdef int64_t d_in = cnp.PyArray_DIM(w, 0), d_out = cnp.PyArray_DIM(w, 1), p, k, n
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(w), row = cnp.PyArray_STRIDE(w, 0)
+    cdef const char *source = <const char *> cnp.PyArray_DATA(w)
+    cdef char *to = <char *> cnp.PyArray_DATA(panels)
+    if w.dtype == panels.dtype and cnp.PyArray_STRIDE(w, 1) == size:
+        for p in range((d_out + width - 1) // width):
+            n = width if d_out - p * width >= width else d_out - p * width
+            for k in range(d_in):
+                memcpy(to + (p * d_in + k) * width * size, source + k * row + p * width * size, n * size)
+        return 0
+    with np.errstate(all="ignore"):
+        for p in range((d_out + width - 1) // width):
+            part = (<object> w)[:, p * width:(p + 1) * width]
+            (<object> panels)[p, :, :part.shape[1]] = part
+    return 0
 
 
 cdef class Matrix:
-    """A matrix in the panels of the kernels that compute in `accumulation`, and its bias. Both are read-only: calls in
-    several threads may use them."""
-
-    cdef fa_dense dense
-    cdef fa_dtype computed
-    cdef cnp.ndarray panels, padded
-    cdef readonly object dtype
-    cdef readonly int64_t d_in, d_out
+    """A matrix in the panels of the kernels for `wanted`, and its bias. Nobody writes to them: calls in several threads
+    may use them."""
 
     def __init__(self, cnp.ndarray w, bias, wanted):
-        cdef int width, p
+        cdef int width
         self.dtype = wanted
         self.computed = FA_F64 if wanted == np.float64 else FA_F32
         width = kernels_for(self.computed).tuning.panel
         d_in, d_out = shape_of(w)
         count = (d_out + width - 1) // width
         self.panels = aligned((count, d_in, width), wanted)
-        with np.errstate(all="ignore"):
-            for p in range(count):
-                part = w[:, p * width:(p + 1) * width]
-                self.panels[p, :, :part.shape[1]] = part
-            if bias is not None:
-                self.padded = aligned((count * width,), accumulation(self.computed))
-                self.padded[:d_out] = bias
+        pack(w, self.panels, width)
+        if bias is not None:
+            self.padded = aligned((count * width,), accumulation(self.computed))
+            with np.errstate(all="ignore"):
+                (<object> self.padded)[:d_out] = bias
         self.dense.d_in, self.dense.d_out = self.d_in, self.d_out = d_in, d_out
         self.dense.panels = cnp.PyArray_DATA(self.panels)
         self.dense.dtype = storage_of(self.panels, "weight")
         self.dense.bias = NULL if bias is None else cnp.PyArray_DATA(self.padded)
+
+    @property
+    def bias(self):
+        """In the dtype of the sums; None: there is none."""
+        return None if self.padded is None else (<object> self.padded)[:self.d_out].copy()
 
     def unpacked(self):
         """The matrix as it was given, in an array of its own."""
@@ -152,7 +168,7 @@ def dense_dtypes(cnp.ndarray x, object weight_dtype):
     return result, weight_dtype
 
 
-def dense(Matrix matrix not None, cnp.ndarray x, object result, activation, multiply, residual, out, num_threads):
+cpdef cnp.ndarray dense(Matrix matrix, cnp.ndarray x, object result, activation, multiply, residual, out, num_threads):
     """x times the matrix and what follows; x is checked, and `result` the dtype for it and the weight."""
     cdef fa_dense d = matrix.dense
     cdef tuple shape

@@ -7,7 +7,7 @@ from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -103,6 +103,39 @@ class VarlenGradientRules(TypedDict, total=False):
     num_threads: int | None
 
 
+class LayerOptions(TypedDict, total=False):
+    """What a `MultiHeadAttention` may have beside its projections."""
+
+    rotary_base: float | None
+    rotary_frequencies: tuple[ArrayLike, float] | None
+    rotary_interleaved: bool
+    rotary_dim: int | None
+    q_norm: ArrayLike | None
+    k_norm: ArrayLike | None
+    norm_eps: float
+    is_causal: bool
+    window_size: int | tuple[int | None, int | None] | None
+    relative_bias: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    sinks: ArrayLike | None
+
+
+# The rules that a layer may hold.
+HELD_RULES = "is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap", "sinks"
+
+
+class _Held:
+    """The default of these rules in a call: what the layer holds. None or False in a call means none."""
+
+    def __repr__(self) -> str:
+        return "<held>"
+
+
+HELD = _Held()
+
+
 class _Readable(Signature):
     """A signature wrapped for reading; the types of arguments are in the docstring."""
 
@@ -119,13 +152,15 @@ def readable(function: _Function, added: list[Parameter] | None = None) -> _Func
     return function
 
 
-def takes(kind: type, like: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """For a function with ``**rules: Unpack[kind]``: help() and inspect.signature show these keywords, as in `like`."""
+def takes(kind: type, like: Callable[..., Any], held: Collection[str] = ()) -> Callable[[_Function], _Function]:
+    """For a function with ``**rules: Unpack[kind]``: help() and inspect.signature show these keywords, as in `like`;
+    held: those whose default is what a layer holds."""
 
     def decorated(function: _Function) -> _Function:
         own = signature(function).parameters
         names = [name for name in kind.__annotations__ if name not in own]
-        return readable(function, [p for p in signature(like).parameters.values() if p.name in names])
+        added = [p for p in signature(like).parameters.values() if p.name in names]
+        return readable(function, [p.replace(default=HELD) if p.name in held else p for p in added])
 
     return decorated
 

@@ -2,7 +2,7 @@
 """Scores with weights of their own, additive and bilinear: checks the weights, projects query and key, and takes
 gradients of what was projected back to query, key and weights.
 
-The projections are NumPy matrix products; the call then proceeds with their results.
+The call then proceeds with what was projected. Products on the way back are NumPy's.
 """
 import math
 
@@ -17,6 +17,7 @@ from libc.stdint cimport uintptr_t
 from fastattn._call cimport Problem, lay_out, new_problem, read_call
 from fastattn._checks cimport (accumulation, checked_threads, converted, empty, floating, promoted, shape_of,
                                too_few_axes)
+from fastattn._layers cimport Matrix, dense
 from fastattn._rules cimport Rules
 from fastattn._runtime cimport (FA_ADDITIVE, FA_ALIGN, FA_BLOCK, FA_DOT, FA_F64, FA_KEY, Team, Watch, allowed_threads,
                                 fa_call, fa_dtype, fa_head, fa_kernels, fa_locate, gathered, give_workspace,
@@ -64,31 +65,15 @@ cdef int check_matrix(cnp.ndarray w, str name, cnp.ndarray x, str x_name, object
     return 0
 
 
-cdef bint in_rows(cnp.ndarray x) except -1:
-    """Whether NumPy gives BLAS the last two axes as they are, as rows: another layout is another order of sums."""
-    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(x), columns = shape_of(x)[-1], row = (<object> x).strides[-2]
-    return ((<object> x).flags.aligned and (<object> x).strides[-1] == size and row % size == 0 and
-            row >= columns * size)
-
-
-cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype):
-    """x @ w + b in the accumulation dtype; without w and b, x itself. The product is NumPy's."""
+cdef cnp.ndarray projected(cnp.ndarray x, cnp.ndarray w, cnp.ndarray b, fa_dtype dtype, object num_threads):
+    """x @ w + b in the accumulation dtype; without w and b, x itself."""
     if w is None and b is None:
         return x
     cdef object real = accumulation(dtype)
-    cdef tuple shape = shape_of(x) if w is None else (*shape_of(x)[:-1], cnp.PyArray_DIM(w, 1))
-    cdef cnp.ndarray y = empty(shape, real, "the projection")
-    x = converted(x, real)
+    if w is not None:
+        return dense(Matrix(w, b, real), x, real, None, None, None, None, num_threads)
     with np.errstate(all="ignore"):
-        if w is None:
-            return np.add(x, b, out=y)
-        matrix = np.ascontiguousarray(converted(w, real))
-        if in_rows(x):
-            np.matmul(x, matrix, out=y)
-        else:
-            for index in np.ndindex(shape[:-2]):
-                np.matmul(np.ascontiguousarray((<object> x)[index]), matrix, out=(<object> y)[index])
-        return y if b is None else np.add(y, b, out=y)
+        return np.add(converted(x, real), b, out=empty(shape_of(x), real, "the projection"))
 
 
 cdef enum:
@@ -322,7 +307,7 @@ cdef PreparedKeys prepare_additive(object key, object w_key, object num_threads)
         raise too_few_axes("key", shape_of(k), "(..., S, D_key)")
     if w is not None:
         check_matrix(w, "w_key", k, "key", None, "")
-    y = projected(k, w, None, storage)
+    y = projected(k, w, None, storage, num_threads)
     return prepared(np.array(y, order="C") if w is None else y, dtype, storage, num_threads)
 
 
@@ -362,7 +347,9 @@ cdef Problem read_additive(object query, object key, object value, object w_scor
                              f"the length of w_score; {names[4 + i]}, of shape ({size}, {hidden}), projects it")
     if b_hidden is not None:
         b = read_vector(b_hidden, "b_hidden", hidden, "as long as w_score", p.call.problem.dtype)
-    q, k = projected(q, arrays[4], b, p.call.problem.dtype), projected(k, arrays[5], None, p.call.problem.dtype)
+    threads = checked_threads(<object> r.num_threads)
+    q = projected(q, arrays[4], b, p.call.problem.dtype, threads)
+    k = projected(k, arrays[5], None, p.call.problem.dtype, threads)
     p.call.problem.score = FA_ADDITIVE
     p.score_weights = normalised(w, &p.call.problem.scale)
     p.call.problem.score_weights = <const double *> cnp.PyArray_DATA(p.score_weights)
@@ -393,7 +380,9 @@ cdef Problem read_bilinear(object query, object key, object value, object w_quer
         k_bias = read_vector(b_key, "b_key", columns, "one for each column of w_query", p.call.problem.dtype)
     elif w_key is None:
         k_bias = q_bias
-    q, k = projected(q, q_matrix, q_bias, p.call.problem.dtype), projected(k, k_matrix, k_bias, p.call.problem.dtype)
+    threads = checked_threads(<object> r.num_threads)
+    q = projected(q, q_matrix, q_bias, p.call.problem.dtype, threads)
+    k = projected(k, k_matrix, k_bias, p.call.problem.dtype, threads)
     p.call.problem.score = FA_DOT
     p.call.problem.scale = 1
     return read_call(p, q, k, arrays[2], (query, key, value, w_query, w_key, b_query, b_key),

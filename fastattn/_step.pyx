@@ -19,11 +19,13 @@ from libc.string cimport memcpy
 from fastattn._attention cimport attend
 from fastattn._call cimport read_dot_product
 from fastattn._checks cimport empty, shape_of
+from fastattn._layers cimport dense
 from fastattn._rules cimport rules_of
 from fastattn._runtime cimport FA_F32, FA_F64, FA_ROW_AXES, fa_kernels, kernels_for
 
 from fastattn.cache import KVCache
-from fastattn.projections import project, rounded
+from fastattn._layers import norm
+from fastattn.projections import rounded
 
 cnp.import_array()
 
@@ -99,6 +101,7 @@ cdef class Scratch:
 cdef class Arrays:
     """Of one step: what is projected, and the heads of its attention."""
     cdef cnp.ndarray whole          # (rows, columns of query, key and value)
+    cdef cnp.ndarray of_query, of_context   # views: those of the query, and the others
     cdef cnp.ndarray query, key, value, both    # views, by head
     cdef cnp.ndarray heads          # (rows, heads side by side), of the cache's dtype
     cdef cnp.ndarray by_head        # a view
@@ -138,6 +141,7 @@ cdef Arrays new_arrays(layer, tuple shape, real, stored):
     query, key = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     whole = empty((rows, query + key + layer.num_kv_heads * layer.value_dim), real)
     a.whole = whole
+    a.of_query, a.of_context = whole[:, :query], whole[:, query:]
     a.query = by_head(whole[:, :query], axes, layer.num_heads, layer.head_dim)
     a.key = by_head(whole[:, query:query + key], axes, layer.num_kv_heads, layer.head_dim)
     a.value = by_head(whole[:, query + key:], axes, layer.num_kv_heads, layer.value_dim)
@@ -299,13 +303,21 @@ cdef bint is_usual(layer, x, dict rules):
     tokens = x
     axes = cnp.PyArray_NDIM(tokens)
     if (axes < 2 or not cnp.PyArray_IS_C_CONTIGUOUS(tokens) or not cnp.PyArray_ISALIGNED(tokens) or
-            tokens.dtype is not layer.dtype or cnp.PyArray_SIZE(tokens) == 0 or
+            tokens.dtype is not layer.dtype or layer._longest is not None or cnp.PyArray_SIZE(tokens) == 0 or
             cnp.PyArray_DIM(tokens, axes - 1) != layer.d_model):
         return False
     for name in rules:
         if name not in USUAL:
             return False
     return True
+
+
+cdef int normalise(layer, str name, cnp.ndarray heads, object num_threads) except -1:
+    """The RMS norm of queries or keys, in place, if the layer has one."""
+    weight = layer._norms.get(name)
+    if weight is not None:
+        norm(False, heads, weight, None, layer._norm_eps, 0.0, None, False, heads, num_threads)
+    return 0
 
 
 def look(layer, x, context, dict rules):
@@ -317,27 +329,25 @@ def look(layer, x, context, dict rules):
         return None
     tokens = x
     real, lengths, shape = layer._accumulation, context._lengths, shape_of(tokens)
-    if (context._of != layer._mark or context._dtype is not layer.dtype or layer._weights.out is None or
+    query_matrix, _, out_matrix = layer._stored.products()
+    if (context._of != layer._mark or context._dtype is not layer.dtype or out_matrix is None or
             shape[:-2] != shape_of(context._key)[:-3] or
             lengths is not None and (type(lengths) is int or shape_of(lengths) != shape[:-2])):
         return None
-    weights, scratch = layer._weights, layer._scratch
+    scratch, num_threads = layer._scratch, rules.get("num_threads")
     arrays = scratch.take()
     if arrays is None or not arrays.looks or arrays.shape != shape:
         arrays = new_arrays_of_query(layer, shape, real)
     rules["enable_gqa"] = layer.num_heads != layer.num_kv_heads
     if lengths is not None:
         rules["key_lengths"] = lengths[..., None]
-    with np.errstate(all="ignore"):
-        rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
-        if real is not layer.dtype:
-            rows = rows.astype(real)
-        project(rows, weights.query, weights.b_query, arrays.whole)
-        attend(read_dot_product(arrays.query, context._key, context._value, rules_of(rules), None, arrays.by_head))
-        result = result_like(tokens, layer.d_out, real)
-        project(arrays.heads, weights.out, weights.b_out, (<object> result).reshape(len(rows), -1))
-        if result.dtype is not layer.dtype:
-            result = rounded(result, layer.dtype, None)
+    rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
+    dense(query_matrix, rows, real, None, None, None, arrays.whole, num_threads)
+    normalise(layer, "q_norm", arrays.query, num_threads)
+    attend(read_dot_product(arrays.query, context._key, context._value, rules_of(rules), None, arrays.by_head))
+    result = result_like(tokens, layer.d_out, layer.dtype)
+    dense(out_matrix, arrays.heads, layer.dtype, None, None, None,
+          (<object> result).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1), num_threads)
     scratch.keep(arrays)
     return result
 
@@ -345,7 +355,7 @@ def look(layer, x, context, dict rules):
 def step(layer, x, cache, dict rules):
     """The answer of a call with a cache; None where that is not the usual case."""
     cdef cnp.ndarray tokens
-    if layer._weights.every is None or not isinstance(cache, KVCache) or not is_usual(layer, x, rules):
+    if layer.d_model != layer.d_context or not isinstance(cache, KVCache) or not is_usual(layer, x, rules):
         return None
     tokens = x
     with cache._turn:
@@ -358,7 +368,9 @@ cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
     cdef Py_ssize_t came = cnp.PyArray_DIM(tokens, cnp.PyArray_NDIM(tokens) - 2), longest = cache._longest + came
     cdef Arrays arrays
     cdef Scratch scratch = layer._scratch
-    real, stored, weights, window = layer._accumulation, cache._dtype, layer._weights, window_of(cache, rules)
+    real, stored, window = layer._accumulation, cache._dtype, window_of(cache, rules)
+    query_matrix, context_matrix, out_matrix = layer._stored.products()
+    num_threads = rules.get("num_threads")
     if window is False or longest > cache._capacity:
         return None
     arrays = scratch.take()
@@ -369,32 +381,32 @@ cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
     rules["enable_gqa"] = layer.num_heads != layer.num_kv_heads
     if not are_equal(lengths):
         rules["key_lengths"] = new_lengths
-    with np.errstate(all="ignore"):
-        rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
-        if real is not layer.dtype:
-            rows = rows.astype(real)
-        project(rows, weights.every, weights.b_every, arrays.whole)
-        if layer.rotary_dim is not None:
-            turn(layer, arrays, lengths, dropped, rules.get("num_threads"))
-        query, key, value = arrays.query, arrays.key, arrays.value
-        if stored is not real:
+    rows = (<object> tokens).reshape(cnp.PyArray_DIM(arrays.whole, 0), -1)
+    dense(query_matrix, rows, real, None, None, None, arrays.of_query, num_threads)
+    dense(context_matrix, rows, real, None, None, None, arrays.of_context, num_threads)
+    normalise(layer, "q_norm", arrays.query, num_threads)
+    normalise(layer, "k_norm", arrays.key, num_threads)
+    if layer.rotary_dim is not None:
+        turn(layer, arrays, lengths, dropped, num_threads)
+    query, key, value = arrays.query, arrays.key, arrays.value
+    if stored is not real:
+        with np.errstate(all="ignore"):
             query, key, value = query.astype(stored), key.astype(stored), value.astype(stored)
-        place(cache._key, key, numbers(lengths))
-        place(cache._value, value, numbers(lengths))
-        heads, into = arrays.heads, arrays.by_head
-        if weights.out is None:  # the heads are the caller's
-            heads = empty((len(rows), layer.d_out), stored)
-            into = by_head(heads, shape_of(tokens)[:-1], layer.num_heads, layer.value_dim)
-        attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
-                                rules_of(rules), None, into))
-        if weights.out is None:
-            result = heads.reshape((*shape_of(tokens)[:-1], layer.d_out))
-        else:
-            result = result_like(tokens, layer.d_out, real)
-            project(heads if stored is real else heads.astype(real), weights.out, weights.b_out,
-                    (<object> result).reshape(len(rows), -1))
-        if result.dtype is not layer.dtype:
+    place(cache._key, key, numbers(lengths))
+    place(cache._value, value, numbers(lengths))
+    heads, into = arrays.heads, arrays.by_head
+    if out_matrix is None:  # the heads are the caller's
+        heads = empty((len(rows), layer.d_out), stored)
+        into = by_head(heads, shape_of(tokens)[:-1], layer.num_heads, layer.value_dim)
+    attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
+                            rules_of(rules), None, into))
+    if out_matrix is None:
+        result = heads.reshape((*shape_of(tokens)[:-1], layer.d_out))
+        if stored is not layer.dtype:
             result = rounded(result, layer.dtype, None)
+    else:
+        result = result_like(tokens, layer.d_out, layer.dtype)
+        dense(out_matrix, heads, layer.dtype, None, None, None, (<object> result).reshape(len(rows), -1), num_threads)
     cache._lengths, cache._longest = new_lengths, longest
     scratch.keep(arrays)
     return result

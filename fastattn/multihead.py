@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from fastattn import _weights
+from fastattn import _configuration, _weights
 from fastattn._attention import dot_product_attention as attend
 from fastattn._attention import varlen_attention as attend_packed
 from fastattn._call import check, starts
@@ -20,19 +21,32 @@ from fastattn._checks import (
     integer,
     integer_array,
     is_one_number,
+    of_mask,
     real,
 )
 from fastattn._context import ProjectedContext
+from fastattn._layers import Matrix, dense
 from fastattn._positions import checked_frequencies
-from fastattn._rules import LayerGradientRules, LayerRules, refuse_others, takes
+from fastattn._rules import (
+    HELD,
+    HELD_RULES,
+    LayerGradientRules,
+    LayerOptions,
+    LayerRules,
+    refuse_others,
+    takes,
+)
 from fastattn._step import Scratch, look, step
 from fastattn._vjp import read_gradient, read_names, read_wanted, store
 from fastattn.attention import dot_product_attention
 from fastattn.cache import KVCache
 from fastattn.gradients import dot_product_attention_vjp
+from fastattn.layers import rms_norm
 from fastattn.positions import apply_rotary
 from fastattn.projections import (
     FLOAT64,
+    Products,
+    Stored,
     Weights,
     accumulation_of,
     outer_sum,
@@ -68,6 +82,7 @@ NOT_PACKED = {
     "query_offset": "the last row of a sequence lines up with the last that it may see",
     "return_weights": "rows of different sequences have different numbers of weights; pad them (fastattn.unpack)",
 }
+NORMS = {"query": "q_norm", "key": "k_norm"}
 
 
 # Checks
@@ -100,7 +115,10 @@ def _vector(b: Any, name: str, size: int, of: str) -> NDArray[np.float64]:
 def _tokens(x: Any, name: str, axes: str, weight: str, rows: int) -> NDArray[Any]:
     a = floating(x, name)
     if a.ndim < 2 or a.shape[-1] != rows:
-        raise ValueError(f"{name} has shape {a.shape}; it must be (..., {axes}, {rows}): {weight} has {rows} rows")
+        text = f"{name} has shape {a.shape}; it must be (..., {axes}, {rows}): {weight} has {rows} rows"
+        if a.ndim > 2 and a.shape[-2] * a.shape[-1] == rows:
+            text += f". Heads stand side by side here, {name}.reshape({', '.join(map(str, a.shape[:-2]))}, {rows})"
+        raise ValueError(text)
     return a
 
 
@@ -136,7 +154,7 @@ def _per_sequence(x: Any, name: str, batch: tuple[int, ...], most: int | None = 
     if a.ndim != len(batch) or any(have not in (1, want) for have, want in zip(a.shape, batch, strict=True)):
         raise ValueError(
             f"{name} has shape {a.shape}; allowed is {allowed}, each of its size or 1: the batch axes are {batch}. "
-            f"The heads have no axis here"
+            f"The heads have no axis here{of_mask(name, a.shape, batch, most, False)}"
         )
     if most is not None and a.size and not (0 <= a.min() and a.max() <= most):
         raise ValueError(f"{name} must lie between 0 and {most}, not {a.min() if a.min() < 0 else a.max()}")
@@ -247,7 +265,7 @@ def self_attention(
         rules["query_lengths"] = rules.get("key_lengths")
     if dtype != accumulation:
         rules["out"] = None
-    _, _, (query, key, value) = _three(tokens, matrices, accumulation)
+    _, _, (query, key, value) = _three(tokens, matrices, accumulation, rules.get("num_threads"))
     answer = dot_product_attention(query, key, value, **rules)
     if dtype == accumulation:
         return answer
@@ -278,13 +296,14 @@ def _tokens_and_matrices(
 
 
 def _three(
-    tokens: NDArray[Any], matrices: list[NDArray[Any]], dtype: np.dtype[Any]
+    tokens: NDArray[Any], matrices: list[NDArray[Any]], dtype: np.dtype[Any], num_threads: int | None
 ) -> tuple[NDArray[Any], list[NDArray[Any]], list[NDArray[Any]]]:
     """Tokens as rows, matrices in the dtype of their products, and query, key and value."""
     with np.errstate(all="ignore"):
         flat = rows_of(tokens, dtype)
         matrices = [w.astype(dtype, copy=False) for w in matrices]
-        return flat, matrices, [project(flat, w).reshape(*tokens.shape[:-1], w.shape[1]) for w in matrices]
+        products = [project(flat, Matrix(w, None, dtype), None, num_threads) for w in matrices]
+        return flat, matrices, [y.reshape(*tokens.shape[:-1], y.shape[1]) for y in products]
 
 
 @takes(LayerGradientRules, like=dot_product_attention)
@@ -380,7 +399,7 @@ def self_attention_vjp(
     if rules.get("query_lengths") is None:
         rules["query_lengths"] = rules.get("key_lengths")
 
-    flat, matrices, attended = _three(tokens, matrices, real)
+    flat, matrices, attended = _three(tokens, matrices, real, rules.get("num_threads"))
     if dtype != real and rules.get("activation", "softmax") == "softmax":
         # Attention is in float32, but what the forward call returned was rounded.
         with np.errstate(all="ignore"):
@@ -444,8 +463,9 @@ class MultiHeadAttention:
     Multi-head attention with its projections: self-attention, cross-attention, and steps that extend a cache.
 
     ``layer(x)`` is ``concat(head_1, ..., head_h) @ w_out + b_out`` with ``head_i = attention(x @ W_i^Q, c @ W_i^K, c @
-    W_i^V)``, where c is `context`, or x again [1]_. Existing weights are loaded by `from_torch`, `from_linear`,
-    `from_bert`, `from_llama` and `from_keras`.
+    W_i^V)``, where c is `context`, or x again [1]_. Existing weights are loaded by `from_torch`, `from_keras`,
+    `from_linear` and `from_packed`, those of models with Hugging Face's names by `from_bert`, `from_distilbert`,
+    `from_gemma`, `from_gpt2`, `from_llama`, `from_qwen`, `from_t5`, `from_vit` and `from_whisper`.
 
     Parameters
     ----------
@@ -468,8 +488,20 @@ class MultiHeadAttention:
         Instead of a base, what the function `rotary_frequencies` returns: an angle per position for each rotated pair
         of channels, and the factor of both channels.
     rotary_interleaved : bool, default False
+        As `interleaved` of `apply_rotary`. False pairs the halves of a head, as Hugging Face does; True pairs
+        neighbours, as in Meta's own files of LLaMA, and in GGUF files, whose converter permutes the rows of LLaMA's
+        query and key to that order.
     rotary_dim : int, optional
-        As `interleaved` and `rotary_dim` of `apply_rotary`. Default: all of `head_dim`.
+        As `rotary_dim` of `apply_rotary`. Default: all of `head_dim`.
+    q_norm, k_norm : array_like, shape (head_dim,), optional
+        Each head of query, or of key, becomes ``x / sqrt(mean(x**2) + norm_eps) * q_norm`` before it is rotated
+        (Qwen3 [3]_). Stored as biases are.
+    norm_eps : float, default 1e-6
+        Positive.
+    is_causal, window_size, relative_bias, alibi_slopes, scale, softcap, sinks : optional
+        Rules that belong to the model, as for `dot_product_attention`; the layer has copies. They hold for every call
+        that does not give them itself: None, or False, in a call means none. `alibi_slopes` and `sinks` broadcast to
+        (num_heads,), `relative_bias` to (num_heads, 1, left + right + 1), with a `window_size`.
 
     Attributes
     ----------
@@ -478,6 +510,11 @@ class MultiHeadAttention:
         `parameters` returns them to be written to.
     num_heads, num_kv_heads, head_dim, value_dim, d_model, d_context, d_out : int
     rotary_base, rotary_frequencies, rotary_dim : as given, or None where nothing is rotated
+    q_norm, k_norm : ndarray or None
+        As weights: read-only copies.
+    norm_eps : float
+    is_causal, window_size, relative_bias, alibi_slopes, scale, softcap, sinks
+        The rules that the layer holds, read-only; None, or False, where it holds none.
     dtype : numpy.dtype
         The dtype to which the weight matrices promote.
 
@@ -509,6 +546,8 @@ class MultiHeadAttention:
     .. [1] A. Vaswani et al., "Attention is all you need", 2017, section 3.2.2.
     .. [2] J. Ainslie et al., "GQA: Training generalized multi-query transformer models from multi-head checkpoints",
            2023, section 2.2.
+    .. [3] A. Yang et al., "Qwen3 technical report", 2025, section 2; the norm is that of B. Zhang and R. Sennrich,
+           "Root mean square layer normalization", 2019.
 
     Examples
     --------
@@ -532,7 +571,18 @@ class MultiHeadAttention:
     >>> step = layer(x[:, 9:], cache=cache)
     >>> bool(np.allclose(step, layer(x, is_causal=True)[:, 9:], atol=1e-4))
     True
+
+    Rules of the model can stay with the layer; a call may still have its own:
+
+    >>> decoder = fastattn.MultiHeadAttention(w_query, w_key, w_value, w_out, num_heads=4, is_causal=True)
+    >>> bool(np.array_equal(decoder(x), layer(x, is_causal=True)))
+    True
+    >>> bool(np.array_equal(decoder(x, is_causal=False), layer(x)))
+    True
     """
+
+    # Of a table of relative biases, which says nothing of greater distances: the most tokens (T5).
+    _longest: int | None = None
 
     def __init__(
         self,
@@ -551,6 +601,16 @@ class MultiHeadAttention:
         rotary_frequencies: tuple[ArrayLike, float] | None = None,
         rotary_interleaved: bool = False,
         rotary_dim: int | None = None,
+        q_norm: ArrayLike | None = None,
+        k_norm: ArrayLike | None = None,
+        norm_eps: float = 1e-6,
+        is_causal: bool = False,
+        window_size: int | tuple[int | None, int | None] | None = None,
+        relative_bias: ArrayLike | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: ArrayLike | None = None,
     ) -> None:
         self.num_heads = _heads(num_heads, "num_heads")
         self.num_kv_heads = self.num_heads if num_kv_heads is None else _heads(num_kv_heads, "num_kv_heads")
@@ -591,7 +651,8 @@ class MultiHeadAttention:
         self._b_out = None if out is None or b_out is None else _vector(b_out, "b_out", out.shape[1], "w_out")
         self._has_bias = b_query is not None, b_key is not None, b_value is not None
         self._accumulation = accumulation_of(self.dtype)
-        self._weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
+        weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
+        self._stored = Stored(query.shape[1], weights)
         self._scratch = Scratch()
         self._mark = os.urandom(16)  # shared with copies, and with what this layer has projected
 
@@ -608,6 +669,63 @@ class MultiHeadAttention:
             raise TypeError(f"rotary_interleaved must be True or False, not {rotary_interleaved!r}")
         self.rotary_interleaved = bool(rotary_interleaved)
 
+        norms = {"q_norm": q_norm, "k_norm": k_norm}
+        # As biases: what was given, and the layer's own.
+        self._norms_given = {
+            name: _vector(w, name, self.head_dim, "a head") for name, w in norms.items() if w is not None
+        }
+        with np.errstate(all="ignore"):
+            self._norms = {name: w.astype(self._accumulation) for name, w in self._norms_given.items()}
+        self._norm_eps = real(norm_eps, "norm_eps", "a positive finite number", True)
+        self._held = self._checked_held(
+            {
+                "is_causal": is_causal,
+                "window_size": window_size,
+                "relative_bias": relative_bias,
+                "alibi_slopes": alibi_slopes,
+                "scale": scale,
+                "softcap": softcap,
+                "sinks": sinks,
+            }
+        )
+        self._lock()
+
+    def _checked_held(self, rules: dict[str, Any]) -> dict[str, Any]:
+        """The rules that the layer is to hold, as a call takes them; arrays are copies."""
+        held = {name: x for name, x in rules.items() if x is not None and x is not False}
+        if not held:
+            return held
+        for name in ADDED:
+            if name in held:
+                held[name] = as_array(held[name], name).copy()
+        check(
+            (self.num_heads, 1, self.head_dim),
+            (self.num_kv_heads, 1, self.head_dim),
+            (self.num_kv_heads, 1, self.value_dim),
+            self.dtype,
+            {**held, "enable_gqa": True},
+        )
+        for name in ("scale", "softcap"):
+            if name in held:
+                held[name] = float(held[name])
+        if "window_size" in held:
+            pair = held["window_size"]
+            if np.ndim(pair):
+                held["window_size"] = tuple(None if n is None else int(n) for n in pair)
+            else:
+                held["window_size"] = int(pair)
+        if not held.get("is_causal", True):
+            del held["is_causal"]
+        return held
+
+    def _lock(self) -> None:
+        """Makes the layer's own arrays read-only, which pickles forget; weights are so where they are made."""
+        arrays = [*self._norms.values(), *self._norms_given.values(), *self._held.values()]
+        arrays += () if self.rotary_frequencies is None else self.rotary_frequencies
+        for a in arrays:
+            if isinstance(a, np.ndarray):
+                a.flags.writeable = False
+
     @classmethod
     def from_torch(cls, state: State, *, num_heads: int, prefix: str = "") -> Self:
         """
@@ -615,11 +733,12 @@ class MultiHeadAttention:
 
         Parameters
         ----------
-        state : mapping from names to arrays, or path of a .safetensors file
+        state : mapping from names to arrays, or path
             Arrays or torch tensors: ``in_proj_weight`` or, where `kdim` and `vdim` were given, ``q_proj_weight``,
             ``k_proj_weight`` and ``v_proj_weight``; ``out_proj.weight``; the biases ``in_proj_bias`` and
-            ``out_proj.bias`` if there are any. A file needs the package safetensors; only these arrays are read from
-            it.
+            ``out_proj.bias`` if there are any. A path is that of a ``.safetensors`` file, of the ``.index.json`` of
+            several, or of a folder that holds ``model.safetensors.index.json`` or ``model.safetensors``; it needs the
+            package safetensors, and only these arrays are read.
         num_heads : int
         prefix : str, default ""
             Prefix of the names, such as ``"layers.0.self_attn."``.
@@ -653,6 +772,7 @@ class MultiHeadAttention:
         return cls(num_heads=num_heads, **_weights.from_torch(state, prefix))
 
     @classmethod
+    @takes(LayerOptions, like=__init__)
     def from_linear(
         cls,
         state: State,
@@ -664,24 +784,24 @@ class MultiHeadAttention:
         num_heads: int,
         num_kv_heads: int | None = None,
         prefix: str = "",
-        rotary_base: float | None = None,
-        rotary_frequencies: tuple[ArrayLike, float] | None = None,
-        rotary_interleaved: bool = False,
-        rotary_dim: int | None = None,
+        **options: Unpack[LayerOptions],
     ) -> Self:
         """
         From the state dict of a model whose projections are PyTorch's ``nn.Linear``.
 
         Parameters
         ----------
-        state : mapping from names to arrays, or path of a .safetensors file
+        state : mapping from names to arrays, or path
             As for `from_torch`.
         query, key, value, out : str
             Names of the layers, without ``.weight``, which must exist; ``.bias`` may.
-        num_heads, num_kv_heads, rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
+        num_heads, num_kv_heads : int
             As for `MultiHeadAttention`.
         prefix : str, default ""
             Prefix of all names.
+        rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim, q_norm, k_norm, norm_eps, is_causal,
+        window_size, relative_bias, alibi_slopes, scale, softcap, sinks : optional
+            As for `MultiHeadAttention`.
 
         Returns
         -------
@@ -700,15 +820,78 @@ class MultiHeadAttention:
         >>> fastattn.MultiHeadAttention.from_linear(state, "q", "k", "v", "out", num_heads=3, prefix="attn.")
         <MultiHeadAttention: 6 -> 3 heads of 2 -> 6, num_kv_heads=3, value_dim=2, float64>
         """
+        refuse_others(options, LayerOptions, "MultiHeadAttention.from_linear")
         return cls(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            rotary_frequencies=rotary_frequencies,
-            rotary_interleaved=rotary_interleaved,
-            rotary_dim=rotary_dim,
             **_weights.from_linear(state, query, key, value, out, prefix),
+            **options,
         )
+
+    @classmethod
+    @takes(LayerOptions, like=__init__)
+    def from_packed(
+        cls,
+        w_qkv: ArrayLike,
+        b_qkv: ArrayLike | None = None,
+        w_out: ArrayLike | None = None,
+        b_out: ArrayLike | None = None,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        layout: str = "qkv",
+        transposed: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> Self:
+        """
+        From one matrix for query, key and value.
+
+        Parameters
+        ----------
+        w_qkv : array_like, shape (d_model, (num_heads + 2 * num_kv_heads) * head_dim)
+        b_qkv : array_like, shape ((num_heads + 2 * num_kv_heads) * head_dim,), optional
+            Arrays or torch tensors.
+        w_out : array_like, shape (num_heads * head_dim, d_out), optional
+        b_out : array_like, shape (d_out,), optional
+        num_heads, num_kv_heads : int
+            As for `MultiHeadAttention`.
+        layout : {'qkv', 'interleaved'}, default 'qkv'
+            Of the columns: ``'qkv'`` has all heads of query, then all of key, then all of value (GPT-2's ``c_attn``,
+            ``qkv`` of timm, Swin and CLIP, ``in_proj_weight`` of PyTorch, Phi-3); ``'interleaved'`` has for each head
+            of key its heads of query, itself and its head of value: (num_heads, 3, head_dim) in GPT-NeoX and BLOOM,
+            (num_kv_heads, group + 2, head_dim) with grouped heads (Falcon 40B, InternLM2).
+        transposed : bool, default False
+            Whether `w_qkv` and `w_out` are (out, in), as PyTorch's ``nn.Linear`` stores them; those of GPT-2 are not.
+        rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim, q_norm, k_norm, norm_eps, is_causal,
+        window_size, relative_bias, alibi_slopes, scale, softcap, sinks : optional
+            As for `MultiHeadAttention`.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not as above; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> w_qkv, w_out = rng.normal(size=(24, 8)), rng.normal(size=(8, 8))  # of two nn.Linear
+        >>> fastattn.MultiHeadAttention.from_packed(w_qkv, w_out=w_out, num_heads=2, transposed=True)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, float64>
+        """
+        refuse_others(options, LayerOptions, "MultiHeadAttention.from_packed")
+        arguments = _weights.from_packed(w_qkv, b_qkv, num_heads, num_kv_heads, layout, transposed)
+        if w_out is not None:
+            w_out = _weights.array_of(w_out, "w_out")
+            arguments["w_out"] = w_out.T if transposed else w_out
+        if b_out is not None:
+            arguments["b_out"] = _weights.array_of(b_out, "b_out")
+        return cls(**arguments, **options)
 
     @classmethod
     def from_bert(cls, state: State, layer: int, *, num_heads: int, prefix: str = "") -> Self:
@@ -717,7 +900,7 @@ class MultiHeadAttention:
 
         Parameters
         ----------
-        state : mapping from names to arrays, or path of a .safetensors file
+        state : mapping from names to arrays, or path
             As for `from_torch`. It must hold ``encoder.layer.{layer}.attention.self.query.weight``, ``key`` and
             ``value`` alike, and ``encoder.layer.{layer}.attention.output.dense.weight``; their biases are read if
             there. The norm after attention is not part of the layer.
@@ -751,47 +934,297 @@ class MultiHeadAttention:
         return cls(num_heads=num_heads, **_weights.from_bert(state, layer, prefix))
 
     @classmethod
-    def from_llama(
-        cls,
-        state: State,
-        layer: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10000.0,
-        rope_parameters: Mapping[str, Any] | None = None,
-        max_positions: int | None = None,
-        prefix: str = "model.",
-    ) -> Self:
+    def from_distilbert(cls, state: State, layer: int, *, num_heads: int, prefix: str = "") -> Self:
         """
-        From the weights of a layer of LLaMA with Hugging Face's names (also Mistral and Qwen2).
+        From the weights of a layer of DistilBERT with Hugging Face's names.
 
         Parameters
         ----------
-        state : mapping from names to arrays, or path of a .safetensors file
-            As for `from_torch`. It must hold ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
-            ``o_proj`` alike; their biases are read if there.
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``transformer.layer.{layer}.attention.q_lin.weight``, ``k_lin``, ``v_lin``
+            and ``out_lin`` alike; their biases are read if there.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``n_heads`` of the model's config.json.
+        prefix : str, default ""
+            Prefix of the names. If not given, and the names have exactly one other prefix (such as
+            ``"distilbert."``), that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, parts = "distilbert.transformer.layer.0.attention", ("q_lin", "k_lin", "v_lin", "out_lin")
+        >>> state = {f"{at}.{part}.weight": np.eye(8, dtype=np.float32) for part in parts}
+        >>> fastattn.MultiHeadAttention.from_distilbert(state, 0, num_heads=2)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, float32>
+        """
+        return cls(num_heads=num_heads, **_weights.from_distilbert(state, layer, prefix))
+
+    @classmethod
+    def from_vit(cls, state: State, layer: int, *, num_heads: int, prefix: str = "") -> Self:
+        """
+        From the weights of a layer of ViT with Hugging Face's names (also DeiT and DINOv2).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``encoder.layer.{layer}.attention.attention.query.weight``, ``key`` and
+            ``value`` alike, and ``encoder.layer.{layer}.attention.output.dense.weight``, as files do; or, as modules of
+            Transformers 5 do, ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` in ``layers.{layer}.attention``. Their
+            biases are read if there.
         layer : int
             From 0 on.
         num_heads : int
             ``num_attention_heads`` of the model's config.json.
-        num_kv_heads : int, optional
-            ``num_key_value_heads``. Default: as follows from the size of ``k_proj``.
-        rotary_base : float, default 10000
-            ``rope_theta``. Channels are paired across the halves of a head, as in Hugging Face.
-        rope_parameters : mapping, optional
-            The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
-            `rotary_frequencies`. Its ``rope_theta`` takes precedence over `rotary_base`; with a
-            ``partial_rotary_factor`` only the first part of each head is rotated.
-        max_positions : int, optional
-            ``max_position_embeddings``, which some dicts need.
+        prefix : str, default ""
+            Prefix of the names. If not given, and the names have exactly one other prefix (such as ``"vit."``), that
+            is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`; also for BEiT, whose table of relative positions is refused.
+
+        Notes
+        -----
+        The weights of timm's models, ``blocks.{layer}.attn.qkv`` and ``proj``, are loaded by `from_packed` with
+        ``transposed=True``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, parts = "vit.encoder.layer.0.attention", ("attention.query", "attention.key", "attention.value")
+        >>> state = {f"{at}.{part}.weight": np.eye(8, dtype=np.float32) for part in (*parts, "output.dense")}
+        >>> fastattn.MultiHeadAttention.from_vit(state, 0, num_heads=2)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, float32>
+        """
+        return cls(num_heads=num_heads, **_weights.from_vit(state, layer, prefix))
+
+    @classmethod
+    def from_gpt2(
+        cls, state: State, layer: int, *, num_heads: int, scale: float | None = None, prefix: str = ""
+    ) -> Self:
+        """
+        From the weights of a layer of GPT-2 with Hugging Face's names.
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``h.{layer}.attn.c_attn.weight`` (d_model, 3 * d_model) and
+            ``h.{layer}.attn.c_proj.weight``; their biases are read if there.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``n_head`` of the model's config.json.
+        scale : float, optional
+            Default ``1 / sqrt(head_dim)``. A model with ``scale_attn_by_inverse_layer_idx`` has ``1 / sqrt(head_dim) /
+            (layer + 1)``, one without ``scale_attn_weights`` 1.
+        prefix : str, default ""
+            Prefix of the names. If not given, and the names have exactly one other prefix (such as
+            ``"transformer."``), that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+            It holds ``is_causal=True``.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> sizes = {"c_attn": 24, "c_proj": 8}
+        >>> state = {f"transformer.h.0.attn.{name}.weight": np.ones((8, n), np.float32) for name, n in sizes.items()}
+        >>> fastattn.MultiHeadAttention.from_gpt2(state, 0, num_heads=2)
+        <MultiHeadAttention: 8 -> 2 heads of 4 -> 8, num_kv_heads=2, value_dim=4, is_causal=True, float32>
+        """
+        return cls(scale=scale, **_weights.from_gpt2(state, layer, num_heads, prefix))
+
+    @classmethod
+    def from_whisper(
+        cls, state: State, layer: int, *, num_heads: int, part: str = "encoder", prefix: str = "model."
+    ) -> Self:
+        """
+        From the weights of a layer of Whisper with Hugging Face's names (also BART and Marian).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``encoder.layers.{layer}.self_attn.q_proj.weight``, or the like in
+            ``decoder.layers.{layer}.self_attn`` or ``decoder.layers.{layer}.encoder_attn``, and ``k_proj``, ``v_proj``
+            and ``out_proj`` beside it; their biases are read if there (Whisper's keys have none).
+        layer : int
+            From 0 on, in the encoder or in the decoder.
+        num_heads : int
+            ``encoder_attention_heads`` or ``decoder_attention_heads`` of the model's config.json.
+        part : {'encoder', 'decoder', 'cross'}, default 'encoder'
+            Self-attention of the encoder or of the decoder, or the decoder's cross-attention, whose `context` is what
+            the encoder returns.
         prefix : str, default "model."
             Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
 
         Returns
         -------
         MultiHeadAttention
-            To be called with ``is_causal=True``.
+            That of the decoder's self-attention holds ``is_causal=True``.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, parts = "model.decoder.layers.0.encoder_attn", ("q_proj", "k_proj", "v_proj", "out_proj")
+        >>> state = {f"{at}.{part}.weight": np.eye(8, dtype=np.float32) for part in parts}
+        >>> cross = fastattn.MultiHeadAttention.from_whisper(state, 0, num_heads=2, part="cross")
+        >>> cross(np.ones((5, 8), np.float32), np.ones((1500, 8), np.float32)).shape
+        (5, 8)
+        """
+        return cls(num_heads=num_heads, **_weights.from_whisper(state, layer, part, prefix))
+
+    @classmethod
+    def from_t5(
+        cls,
+        state: State,
+        layer: int,
+        *,
+        num_heads: int,
+        max_length: int | None = None,
+        max_distance: int = 128,
+        part: str = "encoder",
+        prefix: str = "",
+    ) -> Self:
+        """
+        From the weights of a layer of T5 with Hugging Face's names (also mT5, UMT5, Flan-T5, ByT5).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``encoder.block.{layer}.layer.0.SelfAttention.q.weight``, or the like in
+            ``decoder.block.{layer}.layer.0.SelfAttention`` or ``decoder.block.{layer}.layer.1.EncDecAttention``, and
+            ``k``, ``v`` and ``o`` beside it; for self-attention also ``relative_attention_bias.weight`` (buckets,
+            heads), there or in block 0.
+        layer : int
+            From 0 on, in the encoder or in the decoder.
+        num_heads : int
+            ``num_heads`` of the model's config.json.
+        max_length : int
+            The most tokens of a sequence, those in a cache included; needed for self-attention. The layer holds
+            ``num_heads * (2 * max_length - 1)`` biases, half of them for a decoder; more tokens are a ValueError.
+        max_distance : int, default 128
+            ``relative_attention_max_distance``.
+        part : {'encoder', 'decoder', 'cross'}, default 'encoder'
+            Self-attention of the encoder or of the decoder, or the decoder's cross-attention, whose `context` is what
+            the encoder returns.
+        prefix : str, default ""
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+            It holds ``scale=1.0`` and, for self-attention, `relative_bias` and ``window_size=(max_length - 1,
+            max_length - 1)``; the decoder's ``(max_length - 1, 0)`` and ``is_causal=True``.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`.
+
+        See Also
+        --------
+        relative_position_buckets : which bias belongs to which distance.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at = "encoder.block.0.layer.0.SelfAttention"
+        >>> state = {f"{at}.{name}.weight": np.eye(8, dtype=np.float32) for name in "qkvo"}
+        >>> state[f"{at}.relative_attention_bias.weight"] = np.zeros((32, 2), np.float32)
+        >>> layer = fastattn.MultiHeadAttention.from_t5(state, 0, num_heads=2, max_length=100)
+        >>> layer.relative_bias.shape, layer.window_size, layer.scale
+        ((2, 1, 199), (99, 99), 1.0)
+        """
+        made = cls(
+            num_heads=num_heads, **_weights.from_t5(state, layer, num_heads, max_length, max_distance, part, prefix)
+        )
+        if made.relative_bias is not None:
+            made._longest = int(cast("int", max_length))
+        return made
+
+    @classmethod
+    def from_llama(
+        cls,
+        state: State,
+        layer: int,
+        *,
+        num_heads: int,
+        config: Mapping[str, Any] | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float | None = None,
+        rope_parameters: Mapping[str, Any] | None = None,
+        max_positions: int | None = None,
+        sliding_window: int | None = None,
+        prefix: str = "model.",
+    ) -> Self:
+        """
+        From the weights of a layer of LLaMA with Hugging Face's names (also Mistral, Qwen2 and gpt-oss).
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
+            ``o_proj`` alike; their biases, and ``sinks``, are read if there.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``num_attention_heads`` of the model's config.json.
+        config : mapping, optional
+            The dict of the model's config.json: what it says of this layer is the default of the arguments below. One
+            of another ``model_type``, or that asks for what the layer cannot do, is an error.
+        num_kv_heads : int, optional
+            ``num_key_value_heads``. Default: as follows from the size of ``k_proj``.
+        rotary_base : float, optional
+            ``rope_theta``; default 10000. Channels are paired across the halves of a head, as in Hugging Face.
+        rope_parameters : mapping, optional
+            The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
+            `rotary_frequencies`. Its ``rope_theta`` takes precedence over `rotary_base`; with a
+            ``partial_rotary_factor`` only the first part of each head is rotated.
+        max_positions : int, optional
+            ``max_position_embeddings``, which some dicts need.
+        sliding_window : int, optional
+            ``sliding_window``, for layers that have one (Mistral 7B; every second one in gpt-oss). A query sees so many
+            keys, its own included.
+        prefix : str, default "model."
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+            It holds ``is_causal=True``, and the window and the sinks.
 
         Raises
         ------
@@ -805,6 +1238,9 @@ class MultiHeadAttention:
         For frequencies that change with the length, `rotary_frequencies` returns those of one length, and `from_linear`
         takes them.
 
+        GGUF files have the rows of LLaMA's query and key in another order, in which the channels of a pair are
+        neighbours: such weights are loaded by `from_linear` with ``rotary_interleaved=True``.
+
         Examples
         --------
         >>> import numpy as np
@@ -812,7 +1248,8 @@ class MultiHeadAttention:
         >>> at, rows = "model.layers.0.self_attn", {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8}
         >>> state = {f"{at}.{name}.weight": np.ones((n, 8), np.float32) for name, n in rows.items()}
         >>> fastattn.MultiHeadAttention.from_llama(state, 0, num_heads=4)
-        <MultiHeadAttention: 8 -> 4 heads of 2 -> 8, num_kv_heads=2, value_dim=2, rotary_base=10000, float32>
+        <MultiHeadAttention: 8 -> 4 heads of 2 -> 8, num_kv_heads=2, value_dim=2, rotary_base=10000, is_causal=True,
+        float32>
 
         With the dict of a model with an extended context:
 
@@ -823,12 +1260,211 @@ class MultiHeadAttention:
         1.1386
         """
         num_heads = _heads(num_heads, "num_heads")
+        given = _configuration.merged(
+            "from_llama",
+            config,
+            layer,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            rope_parameters=rope_parameters,
+            max_positions=max_positions,
+            sliding_window=sliding_window,
+        )
+        base = 10000.0 if rotary_base is None else rotary_base
         return cls(
             num_heads=num_heads,
-            **_weights.from_llama(
-                state, layer, num_heads, num_kv_heads, prefix, rotary_base, rope_parameters, max_positions
-            ),
+            **_weights.from_llama(state, layer, num_heads, prefix=prefix, rotary_base=base, **given),
         )
+
+    @classmethod
+    def from_qwen(
+        cls,
+        state: State,
+        layer: int,
+        *,
+        num_heads: int,
+        config: Mapping[str, Any] | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float | None = None,
+        rope_parameters: Mapping[str, Any] | None = None,
+        max_positions: int | None = None,
+        norm_eps: float | None = None,
+        sliding_window: int | None = None,
+        prefix: str = "model.",
+    ) -> Self:
+        """
+        From the weights of a layer of Qwen2 or Qwen3 with Hugging Face's names.
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
+            ``o_proj`` alike; their biases, and ``q_norm.weight`` and ``k_norm.weight``, are read if there.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``num_attention_heads`` of the model's config.json.
+        config : mapping, optional
+            The dict of the model's config.json: what it says of this layer is the default of the arguments below. One
+            of another ``model_type``, or that asks for what the layer cannot do, is an error.
+        num_kv_heads : int, optional
+            ``num_key_value_heads``. Default: as follows from the size of ``k_proj``.
+        rotary_base : float
+            ``rope_theta``; it may also be in `rope_parameters`. Channels are paired across the halves of a head.
+        rope_parameters : mapping, optional
+            The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
+            `rotary_frequencies`. Its ``rope_theta`` takes precedence over `rotary_base`; with a
+            ``partial_rotary_factor`` only the first part of each head is rotated.
+        max_positions : int, optional
+            ``max_position_embeddings``, which some dicts need.
+        norm_eps : float, optional
+            ``rms_norm_eps``; default 1e-6.
+        sliding_window : int, optional
+            ``sliding_window`` for a layer that has one (``layer_types``; nearly none has).
+        prefix : str, default "model."
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+            It holds ``is_causal=True``, and the window.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`; and if `rope_parameters` has something unknown, or
+            frequencies that change with the length of the sequence; and if half of ``q_proj`` are gates (Qwen3-Next).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, rows = "model.layers.0.self_attn", {"q_proj": 16, "k_proj": 4, "v_proj": 4}
+        >>> state = {f"{at}.{name}.weight": np.ones((n, 8), np.float32) for name, n in rows.items()}
+        >>> state |= {f"{at}.o_proj.weight": np.ones((8, 16), np.float32)}
+        >>> state |= {f"{at}.{name}.weight": np.ones(4, np.float32) for name in ("q_norm", "k_norm")}
+        >>> layer = fastattn.MultiHeadAttention.from_qwen(state, 0, num_heads=4, rotary_base=1e6)
+        >>> layer.num_kv_heads, layer.q_norm.shape, layer.is_causal
+        (1, (4,), True)
+        """
+        num_heads = _heads(num_heads, "num_heads")
+        given = _configuration.merged(
+            "from_qwen",
+            config,
+            layer,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            rope_parameters=rope_parameters,
+            max_positions=max_positions,
+            sliding_window=sliding_window,
+            norm_eps=norm_eps,
+        )
+        eps = given.pop("norm_eps")
+        arguments = _weights.from_qwen(state, layer, num_heads, prefix=prefix, rotary_base=rotary_base, **given)
+        return cls(num_heads=num_heads, norm_eps=1e-6 if eps is None else eps, **arguments)
+
+    @classmethod
+    def from_gemma(
+        cls,
+        state: State,
+        layer: int,
+        *,
+        num_heads: int,
+        config: Mapping[str, Any] | None = None,
+        num_kv_heads: int | None = None,
+        query_pre_attn_scalar: float | None = None,
+        sliding_window: int | None = None,
+        attn_logit_softcapping: float | None = None,
+        rotary_base: float | None = None,
+        rope_parameters: Mapping[str, Any] | None = None,
+        max_positions: int | None = None,
+        norm_eps: float | None = None,
+        prefix: str = "model.",
+    ) -> Self:
+        """
+        From the weights of a layer of Gemma, Gemma 2 or Gemma 3 with Hugging Face's names.
+
+        Parameters
+        ----------
+        state : mapping from names to arrays, or path
+            As for `from_torch`. It must hold ``layers.{layer}.self_attn.q_proj.weight``, ``k_proj``, ``v_proj`` and
+            ``o_proj`` alike; their biases, and ``q_norm.weight`` and ``k_norm.weight``, to which 1 is added, are read
+            if there.
+        layer : int
+            From 0 on.
+        num_heads : int
+            ``num_attention_heads`` of the model's config.json.
+        config : mapping, optional
+            The dict of the model's config.json: what it says of this layer is the default of the arguments below. One
+            of another ``model_type``, or that asks for what the layer cannot do, is an error.
+        num_kv_heads : int, optional
+            ``num_key_value_heads``. Default: as follows from the size of ``k_proj``.
+        query_pre_attn_scalar : float, optional
+            That of config.json, which Gemma 2 and 3 have: the layer's `scale` is ``query_pre_attn_scalar ** -0.5``.
+            Default: ``1 / sqrt(head_dim)``, as in Gemma.
+        sliding_window : int, optional
+            ``sliding_window``, for layers that have one: in Gemma 2 those of even number, in Gemma 3 all but every
+            sixth (``layer_types``). None for the others. A query sees so many keys, its own included.
+        attn_logit_softcapping : float, optional
+            That of config.json, which Gemma 2 has; the layer's `softcap`.
+        rotary_base : float
+            ``rope_theta``, in Gemma 3 ``rope_local_base_freq`` for layers with a window; it may also be in
+            `rope_parameters`. Channels are paired across the halves of a head.
+        rope_parameters : mapping, optional
+            The dict of that name in config.json (in older files ``rope_scaling``), as `scaling` of
+            `rotary_frequencies`. Its ``rope_theta`` takes precedence over `rotary_base`; with a
+            ``partial_rotary_factor`` only the first part of each head is rotated. Gemma 3 has one for
+            each kind of layer: give the one of this layer, ``config["rope_parameters"][config["layer_types"][layer]]``,
+            or in older files ``rope_scaling`` for the layers without a window alone.
+        max_positions : int, optional
+            ``max_position_embeddings``, which some dicts need.
+        norm_eps : float, optional
+            ``rms_norm_eps``; default 1e-6.
+        prefix : str, default "model."
+            Prefix of the names. If not given, and the names have exactly one other prefix, that is used.
+
+        Returns
+        -------
+        MultiHeadAttention
+            It holds ``is_causal=True``, and the scale, window and soft cap.
+
+        Raises
+        ------
+        ValueError, TypeError, ImportError
+            As for `from_bert`; and if `rope_parameters` has something unknown, or
+            frequencies that change with the length of the sequence; and for Gemma 3n and 4, whose values are normed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> at, rows = "model.layers.0.self_attn", {"q_proj": 16, "k_proj": 4, "v_proj": 4}
+        >>> state = {f"{at}.{name}.weight": np.ones((n, 8), np.float32) for name, n in rows.items()}
+        >>> state |= {f"{at}.o_proj.weight": np.ones((8, 16), np.float32)}
+        >>> state |= {f"{at}.{name}.weight": np.zeros(4, np.float32) for name in ("q_norm", "k_norm")}
+        >>> layer = fastattn.MultiHeadAttention.from_gemma(
+        ...     state, 0, num_heads=4, query_pre_attn_scalar=256, sliding_window=512, rotary_base=1e4
+        ... )
+        >>> layer.q_norm, layer.scale, layer.window_size
+        (array([1., 1., 1., 1.], dtype=float32), 0.0625, (511, None))
+        """
+        num_heads = _heads(num_heads, "num_heads")
+        given = _configuration.merged(
+            "from_gemma",
+            config,
+            layer,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            rope_parameters=rope_parameters,
+            max_positions=max_positions,
+            sliding_window=sliding_window,
+            norm_eps=norm_eps,
+            query_pre_attn_scalar=query_pre_attn_scalar,
+            attn_logit_softcapping=attn_logit_softcapping,
+        )
+        eps = given.pop("norm_eps")
+        arguments = _weights.from_gemma(state, layer, num_heads, prefix=prefix, rotary_base=rotary_base, **given)
+        return cls(num_heads=num_heads, norm_eps=1e-6 if eps is None else eps, **arguments)
 
     @classmethod
     def from_keras(cls, weights: Sequence[Any] | Mapping[str, Any], *, prefix: str = "") -> Self:
@@ -864,23 +1500,29 @@ class MultiHeadAttention:
         """
         return cls(**_weights.from_keras(weights, prefix))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Views would be pickled as separate arrays.
-        return {**self.__dict__, "_weights": self._weights.arrays()}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._weights = Weights.sharing(self.num_heads * self.head_dim, *state["_weights"])
+        self._lock()
 
     def __repr__(self) -> str:
         rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
         if self.rotary_frequencies is not None:
             frequencies, attention_factor = self.rotary_frequencies
             rotary = f", rotary_frequencies=({len(frequencies)} angles, {attention_factor:g})"
+        norms = "".join(f", {name}" for name in self._norms) + (f", norm_eps={self.norm_eps:g}" if self._norms else "")
+        rules = "".join(
+            f", {name} of shape {x.shape}" if isinstance(x, np.ndarray) else f", {name}={x!r}"
+            for name, x in self._held.items()
+        )
         return (
             f"<MultiHeadAttention: {self.d_model} -> {self.num_heads} heads of {self.head_dim} -> {self.d_out}, "
-            f"num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}{rotary}, {self.dtype}>"
+            f"num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}{rotary}{norms}{rules}, {self.dtype}>"
         )
+
+    @property
+    def _weights(self) -> Weights:
+        """As arrays, which are made for this if the layer has them only packed."""
+        return self._stored.weights()
 
     @property
     def w_query(self) -> NDArray[Any]:
@@ -922,6 +1564,56 @@ class MultiHeadAttention:
         """Of shape (d_out,)."""
         return self._weights.b_out
 
+    @property
+    def q_norm(self) -> NDArray[Any] | None:
+        """Of shape (head_dim,)."""
+        return self._norms.get("q_norm")
+
+    @property
+    def k_norm(self) -> NDArray[Any] | None:
+        """Of shape (head_dim,)."""
+        return self._norms.get("k_norm")
+
+    @property
+    def norm_eps(self) -> float:
+        """Added to the mean of squares, by `q_norm` and `k_norm`."""
+        return self._norm_eps
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether calls are causal that do not say."""
+        return bool(self._held.get("is_causal", False))
+
+    @property
+    def window_size(self) -> int | tuple[int | None, int | None] | None:
+        """The window of calls that do not give one."""
+        return cast("int | tuple[int | None, int | None] | None", self._held.get("window_size"))
+
+    @property
+    def relative_bias(self) -> NDArray[Any] | None:
+        """Of calls that do not give one; it broadcasts to (num_heads, 1, left + right + 1)."""
+        return self._held.get("relative_bias")
+
+    @property
+    def alibi_slopes(self) -> NDArray[Any] | None:
+        """Of calls that do not give them; they broadcast to (num_heads,)."""
+        return self._held.get("alibi_slopes")
+
+    @property
+    def scale(self) -> float | None:
+        """Of calls that do not give one; None: ``1 / sqrt(head_dim)``."""
+        return self._held.get("scale")
+
+    @property
+    def softcap(self) -> float | None:
+        """Of calls that do not give one."""
+        return self._held.get("softcap")
+
+    @property
+    def sinks(self) -> NDArray[Any] | None:
+        """Of calls that do not give them; they broadcast to (num_heads,)."""
+        return self._held.get("sinks")
+
     def _named(self, weights: Weights) -> dict[str, NDArray[Any]]:
         """Those that the layer has, by the names of its arguments."""
         n, of_keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -945,9 +1637,10 @@ class MultiHeadAttention:
         Returns
         -------
         dict from str to ndarray
-            ``w_query``, ``w_key``, ``w_value``, and ``w_out``, ``b_query``, ``b_key``, ``b_value`` and ``b_out`` where
-            the layer has them: the names and shapes of its arguments, in the dtype in which they are multiplied
-            (float32 for 16-bit weights). Those that multiply the same input are columns of one array in memory.
+            ``w_query``, ``w_key``, ``w_value``, and ``w_out``, ``b_query``, ``b_key``, ``b_value``, ``b_out``,
+            ``q_norm`` and ``k_norm`` where the layer has them: the names and shapes of its arguments, in the dtype in
+            which they are multiplied (float32 for 16-bit weights). Those that multiply the same input are columns of
+            one array in memory.
 
         Raises
         ------
@@ -962,6 +1655,9 @@ class MultiHeadAttention:
         -----
         Write into the arrays, as in ``parameters["w_query"] -= step`` or ``parameters["w_query"][...] = new``. The dict
         is a new one at each call: an array put into it in place of another never reaches the layer.
+
+        The arrays of rules that the layer holds are not among them: `sinks` or biases that are trained are given in
+        each call, where they take the place of the layer's.
 
         `copy.copy` of a layer shares its memory, as that of a list shares its items; `copy.deepcopy` does not. No other
         thread may be in a call of the layer while it is written to.
@@ -978,10 +1674,12 @@ class MultiHeadAttention:
         >>> layer(np.zeros((1, 4)))
         array([[1., 1., 1., 1.]])
         """
-        self._weights, free = self._weights.unlocked(self.num_heads * self.head_dim)
-        return self._named(free)
+        free = self._stored.unlocked()
+        unlocked = {name: _unlocked(w) for name, w in self._norms.items()}
+        self._norms = {name: w for name, (w, _) in unlocked.items()}
+        return self._named(free) | {name: view for name, (_, view) in unlocked.items()}
 
-    @takes(LayerRules, like=dot_product_attention)
+    @takes(LayerRules, like=dot_product_attention, held=HELD_RULES)
     def __call__(
         self,
         x: ArrayLike,
@@ -1032,7 +1730,8 @@ class MultiHeadAttention:
             As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
         scale, softcap, activation, num_threads : optional
             As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not limit
-            the matrix products, which are NumPy's.
+            the matrix products, which are NumPy's. Of `is_causal`, `window_size`, `relative_bias`, `alibi_slopes`,
+            `scale`, `softcap` and `sinks`, what the layer holds is the default (``<held>``); None or False is none.
         return_weights : bool, "band" or sequence of int, default False
             As for `dot_product_attention`, for each head; or the numbers of those heads whose weights are wanted, in
             any order and as NumPy counts, -1 for the last one. Those of the others are not computed.
@@ -1096,6 +1795,7 @@ class MultiHeadAttention:
         >>> bool(np.allclose(out[0, :2], layer(x[0, :2])) and np.allclose(out[1], layer(x[1])))
         True
         """
+        rules = self._with_held(rules)
         if cu_seqlens is None and cu_seqlens_context is None:
             answer = None
             if cache is not None and context is None:
@@ -1134,7 +1834,7 @@ class MultiHeadAttention:
             raise ValueError(
                 "context and cu_seqlens_context go together: it says where sequences of context begin and end"
             )
-        call = self._checked(x, context, None, rules)
+        call = self._checked(x, context, None, rules, packed=True)
         for a, name in ((call.tokens, "x"), (call.context, "context")):
             if a is not None and a.ndim != 2:
                 raise ValueError(f"{name} has shape {a.shape}; with cu_seqlens it must be (total, {a.shape[-1]})")
@@ -1153,6 +1853,8 @@ class MultiHeadAttention:
                     f"cu_seqlens_context has {len(other)} numbers and cu_seqlens {len(own)}: both must describe "
                     f"the same sequences"
                 )
+        if self._longest is not None:
+            self._check_longest(int(np.diff(other).max(initial=0)), rules)
         return self._carried_out(call._replace(starts=(own, other)), None)
 
     def _carried_out(self, call: _Call, cache: Any) -> NDArray[Any] | tuple[NDArray[Any], ...]:
@@ -1161,9 +1863,9 @@ class MultiHeadAttention:
         step: Any = None
         if cache is not None:
             came, old = self._checked_step(call, cache)
-        weights = self._weights_in(call.accumulation)
+        products = self._products_in(call.accumulation)
         with np.errstate(all="ignore"):
-            query, new_key, new_value, both = self._projected(call, weights)
+            query, new_key, new_value, both = self._projected(call, products)
             if self.rotary_dim is not None:
                 self._rotate(call, cache, query, new_key, both)
             key, value = new_key, new_value
@@ -1171,8 +1873,8 @@ class MultiHeadAttention:
                 step = cache._begin_step(new_key, new_value, came, old)
                 query = query.astype(cache.dtype, copy=False)
                 key, value, call.rules["key_lengths"] = step.key, step.value, step.lengths
-            heads, rest = self._attended(call, weights, query, key, value, step)
-            result = self._joined(call, weights, heads)
+            heads, rest = self._attended(call, products, query, key, value, step)
+            result = self._joined(call, products, heads)
             if cache is not None:
                 cache._end_step(step, new_key, new_value, came)
         return (result, *rest) if rest else result
@@ -1237,17 +1939,18 @@ class MultiHeadAttention:
         if isinstance(lengths, np.ndarray):
             lengths = np.array(lengths[..., 0], np.int64)
         accumulation = accumulation_of(dtype)
-        weights = self._weights_in(accumulation)
-        of_keys = self.num_kv_heads * self.head_dim
+        of_keys, products = self.num_kv_heads * self.head_dim, self._products_in(accumulation)
         with np.errstate(all="ignore"):
-            whole = project(rows_of(tokens, accumulation), weights.context, weights.b_context)
+            whole = project(tokens.reshape(math.prod(axes), self.d_context), products.context)
         key, value = (
             np.array(_by_head(part, axes, self.num_kv_heads, channels), order="C")
             for part, channels in ((whole[:, :of_keys], self.head_dim), (whole[:, of_keys:], self.value_dim))
         )
+        if "k_norm" in self._norms:
+            rms_norm(key, self._norm("k_norm", accumulation), eps=self.norm_eps, out=key)
         return ProjectedContext(key, value, lengths, dtype, self._mark)
 
-    @takes(LayerGradientRules, like=dot_product_attention)
+    @takes(LayerGradientRules, like=dot_product_attention, held=HELD_RULES)
     def vjp(
         self,
         x: ArrayLike,
@@ -1273,10 +1976,10 @@ class MultiHeadAttention:
         backward : callable
             ``backward(grad_out, wrt=None)`` takes the gradient of the loss for `out`, of its shape, and returns a dict
             from names to gradients: "x"; "context" if given; "w_query", "w_key", "w_value", "w_out", "b_query",
-            "b_key", "b_value" and "b_out", those that the layer has; and, only if they are named in `wrt`, "bias",
-            "relative_bias", "alibi_slopes" and "sinks", those that were given. wrt: a name or a tuple of names; only
-            their gradients are computed, and no bit of them depends on the others; ``tuple(layer.parameters())`` leaves
-            out those of x and `context`. It may be called more than once.
+            "b_key", "b_value", "b_out", "q_norm" and "k_norm", those that the layer has; and, only if they are named in
+            `wrt`, "bias", "relative_bias", "alibi_slopes" and "sinks", those that were given or that the layer holds.
+            wrt: a name or a tuple of names; only their gradients are computed, and no bit of them depends on the
+            others; ``tuple(layer.parameters())`` leaves out those of x and `context`. It may be called more than once.
 
         Raises
         ------
@@ -1332,8 +2035,9 @@ class MultiHeadAttention:
             raise TypeError(
                 "MultiHeadAttention.vjp() takes the context itself, whose gradient it gives: not a projected one"
             )
-        call = self._checked(x, context, None, {**rules})
+        call = self._checked(x, context, None, {**self._with_held(rules)})
         weights = self._weights_in(call.accumulation)
+        products = self._products_in(call.accumulation)
         dtypes = {"x": call.tokens.dtype, "context": None if call.context is None else call.context.dtype}
         with np.errstate(all="ignore"):
             # Copies: a residual connection, x += out, may come before the way back.
@@ -1341,20 +2045,21 @@ class MultiHeadAttention:
                 tokens=np.array(call.tokens, call.accumulation, order="C"),
                 context=None if call.context is None else np.array(call.context, call.accumulation, order="C"),
             )
-            query, key, value, both = self._projected(call, weights)
+            raw: dict[str, NDArray[Any]] = {}
+            query, key, value, both = self._projected(call, products, raw)
             if self.rotary_dim is not None:
                 self._rotate(call, None, query, key, both)
             asked = call
             activation = call.rules.get("activation", "softmax")
             if isinstance(activation, str) and activation == "softmax":
                 asked = call._replace(rules={**call.rules, "return_lse": True})
-            heads, rest = self._attended(asked, weights, query, key, value, None)
-            out = self._joined(call, weights, heads)
+            heads, rest = self._attended(asked, products, query, key, value, None)
+            out = self._joined(call, products, heads)
         lse = rest[0] if rest else None
 
         def backward(grad_out: ArrayLike, wrt: str | Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
             """The gradients for the arrays named in `wrt`, by name; see `MultiHeadAttention.vjp`."""
-            return self._back(call, weights, (query, key, value), heads, lse, dtypes, grad_out, wrt)
+            return self._back(call, weights, (query, key, value), raw, heads, lse, dtypes, grad_out, wrt)
 
         return (heads.copy() if out is heads else out), backward
 
@@ -1363,6 +2068,7 @@ class MultiHeadAttention:
         call: _Call,
         weights: Weights,
         attended: tuple[NDArray[Any], ...],
+        raw: dict[str, NDArray[Any]],
         heads: NDArray[Any],
         lse: NDArray[Any] | None,
         dtypes: dict[str, Any],
@@ -1370,9 +2076,10 @@ class MultiHeadAttention:
         wrt: Any,
     ) -> dict[str, NDArray[Any]]:
         """The gradients of a call."""
-        own = self._named(self._weights)
+        named = self._named(self._weights) | self._norms
         given: dict[str, Any] = {"x": call.tokens, "context": call.context}
-        given |= {f"{kind}_{name}": own.get(f"{kind}_{name}") for kind in "wb" for name in (*QUERY_KEY_VALUE, "out")}
+        given |= {f"{kind}_{name}": named.get(f"{kind}_{name}") for kind in "wb" for name in (*QUERY_KEY_VALUE, "out")}
+        given |= {name: named.get(name) for name in NORMS.values()}
         usual = tuple(name for name, a in given.items() if a is not None)
         given |= {name: call.rules.get(name) for name in ADDED}
         names = read_names(usual if wrt is None else wrt, given)
@@ -1386,7 +2093,7 @@ class MultiHeadAttention:
                 gradients["b_out"] = sum_of_rows(grad)
             if set(names) - gradients.keys():
                 d_heads = grad if weights.out is None else np.matmul(grad, weights.out.T)
-                self._back_from_heads(call, weights, attended, heads, lse, d_heads, names, gradients)
+                self._back_from_heads(call, weights, attended, raw, heads, lse, d_heads, names, gradients)
             return {
                 name: d if name in ADDED else d.astype(dtypes.get(name) or self._accumulation, copy=False)
                 for name, d in ((name, gradients[name]) for name in names)
@@ -1397,16 +2104,18 @@ class MultiHeadAttention:
         call: _Call,
         weights: Weights,
         attended: tuple[NDArray[Any], ...],
+        raw: dict[str, NDArray[Any]],
         heads: NDArray[Any],
         lse: NDArray[Any] | None,
         d_heads: NDArray[Any],
         names: tuple[str, ...],
         gradients: dict[str, NDArray[Any]],
     ) -> None:
-        """Add the gradients of everything before the output projection; d_heads: that of the heads, side by side."""
+        """Add the gradients of everything before the output projection; d_heads: that of the heads, side by side; raw:
+        queries and keys before their norms."""
         other = "x" if call.context is None else "context"
         sources = dict(zip(QUERY_KEY_VALUE, ("x", other, other), strict=True))
-        used = [name for name, x in sources.items() if {x, f"w_{name}", f"b_{name}"} & set(names)]
+        used = [name for name, x in sources.items() if {x, f"w_{name}", f"b_{name}", NORMS.get(name)} & set(names)]
         added = [name for name in ADDED if name in names]
 
         # The gradients of query, key and value, side by side where their weights are.
@@ -1439,6 +2148,10 @@ class MultiHeadAttention:
             together = self._query_and_key(whole, axes) if {"query", "key"} <= set(used) else None
             turned = {name: targets[name] for name in used}
             self._rotate(call, None, turned.get("query"), turned.get("key"), together, back=True)
+        for name in used:
+            if name in raw:
+                weight = self._norm(NORMS[name], call.accumulation)
+                gradients[NORMS[name]] = _rms_norm_vjp(targets[name], raw[name], weight, self.norm_eps)
 
         flat = dict(zip(QUERY_KEY_VALUE, (d_query, d_context[:, :of_keys], d_context[:, of_keys:]), strict=True))
         for name in used:
@@ -1456,8 +2169,14 @@ class MultiHeadAttention:
         if call.context is not None and "context" in names:
             gradients["context"] = np.matmul(d_context, weights.context.T).reshape(call.context.shape)
 
-    def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules) -> _Call:
-        """Check the arguments."""
+    def _with_held(self, rules: Any) -> Any:
+        """The rules of a call, and what the layer holds where the call has none."""
+        if not self._held and all(a is not HELD for a in rules.values()):
+            return rules
+        return {**self._held, **{name: a for name, a in rules.items() if a is not HELD}}
+
+    def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules, packed: bool = False) -> _Call:
+        """Check the arguments; rules include those that the layer holds."""
         tokens = _tokens(x, "x", "L", "w_query", self.d_model)
         other = None
         batch, length = tokens.shape[:-2], tokens.shape[-2]
@@ -1493,6 +2212,8 @@ class MultiHeadAttention:
                 f"w_query has {self.d_model} rows and w_key {self.d_context}: this layer needs a context, "
                 f"(..., S, {self.d_context})"
             )
+        if self._longest is not None and cache is None and not packed:
+            self._check_longest(num_keys, rules)
         dtype, others = self.dtype, projected or (tokens if other is None else other)
         if not (tokens.dtype == dtype == others.dtype):
             dtype = common_dtype([tokens.dtype, others.dtype, dtype], ("x", "context", "the weights"))
@@ -1555,6 +2276,8 @@ class MultiHeadAttention:
         columns = columns or call.weights_of is not None
         old = cache._beside(came, columns or rules.get("return_weights", False) not in (False, "band"))
         num_keys = int((old + came).max(initial=0))
+        if self._longest is not None:
+            self._check_longest(int((cache.dropped + cache.lengths + came).max(initial=0)), rules)
         check(
             (*call.batch, self.num_heads, call.length, self.head_dim),
             (*call.batch, self.num_kv_heads, num_keys, self.head_dim),
@@ -1566,6 +2289,24 @@ class MultiHeadAttention:
             _check_reach(cache.window, rules)
         return came, old
 
+    def _check_longest(self, num_keys: int, rules: Any) -> None:
+        """Check that the relative biases that the layer holds reach over all keys, where a call uses them."""
+        longest = self._longest or 0
+        if num_keys > longest and rules.get("relative_bias") is self._held.get("relative_bias"):
+            raise ValueError(
+                f"there are {num_keys} keys; this layer holds the relative biases of sequences of up to "
+                f"max_length={longest} tokens, and would ignore keys further away: load it with a larger max_length"
+            )
+
+    def _norm(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The weight of a norm in the dtype of a call's products."""
+        weight = self._norms[name]
+        if dtype == weight.dtype:
+            return weight
+        with_digits = _digits(self._norms_given[name], weight)
+        assert with_digits is not None
+        return with_digits.astype(dtype)
+
     def _weights_in(self, dtype: np.dtype[Any]) -> Weights:
         """The weights in the dtype of a call's products."""
         weights = self._weights
@@ -1574,27 +2315,49 @@ class MultiHeadAttention:
         b_every, b_out = _digits(self._b_every, weights.b_every), _digits(self._b_out, weights.b_out)
         return Weights.of(self.w_query, (self.w_key, self.w_value), self.w_out, b_every, b_out, dtype)
 
+    def _products_in(self, dtype: np.dtype[Any]) -> Products:
+        """The same, packed."""
+        return self._stored.products() if dtype == self._accumulation else Products.of(self._weights_in(dtype))
+
     def _projected(
-        self, call: _Call, weights: Weights
+        self, call: _Call, products: Products, raw: dict[str, NDArray[Any]] | None = None
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """From tokens to heads: query, key and value; and, to rotate them together, query and key as one array."""
-        accumulation = call.accumulation
-        of_query = self.num_heads * self.head_dim
-        tokens, axes, both = rows_of(call.tokens, accumulation), call.tokens.shape[:-1], None
-        if call.projected is not None:
-            query = _by_head(project(tokens, weights.query, weights.b_query), axes, self.num_heads, self.head_dim)
-            return query, call.projected.key, call.projected.value, None
-        if call.context is None and weights.every is not None:
-            whole = project(tokens, weights.every, weights.b_every)
-            query, context, other_axes = whole[:, :of_query], whole[:, of_query:], axes
+        """From tokens to heads: query, key and value; and, to rotate them together, query and key as one array. raw:
+        receives copies of queries and keys before their norms, if they have norms."""
+        accumulation, num_threads = call.accumulation, call.rules.get("num_threads")
+        of_query, axes, both = products.query.d_out, call.tokens.shape[:-1], None
+        rows = math.prod(axes)
+        tokens = call.tokens.reshape(rows, self.d_model)
+        context, other_axes = tokens, axes
+        if call.context is None and call.projected is None:
+            whole = empty((rows, of_query + products.context.d_out), accumulation)
+            query, other = whole[:, :of_query], whole[:, of_query:]
             if self.rotary_dim is not None:
                 both = self._query_and_key(whole, axes)
         else:
-            assert call.context is not None, "x is its own context where one matrix projects it"
-            query = project(tokens, weights.query, weights.b_query)
-            context = project(rows_of(call.context, accumulation), weights.context, weights.b_context)
-            other_axes = call.context.shape[:-1]
-        return (*self._heads(query, context, axes, other_axes), both)
+            query = empty((rows, of_query), accumulation)
+            if call.context is not None:
+                other_axes = call.context.shape[:-1]
+                context = call.context.reshape(math.prod(other_axes), self.d_context)
+                other = empty((len(context), products.context.d_out), accumulation)
+        project(tokens, products.query, query, num_threads)
+        if call.projected is None:
+            project(context, products.context, other, num_threads)
+            every = self._heads(query, other, axes, other_axes)
+        else:
+            every = (
+                _by_head(query, axes, self.num_heads, self.head_dim),
+                call.projected.key,
+                call.projected.value,
+            )
+        if self._norms:
+            for which, heads in zip(QUERY_KEY_VALUE[:2], every, strict=False):
+                if NORMS[which] in self._norms and not (which == "key" and call.projected is not None):
+                    if raw is not None:
+                        raw[which] = heads.copy()
+                    weight = self._norm(NORMS[which], accumulation)
+                    rms_norm(heads, weight, eps=self.norm_eps, out=heads, num_threads=num_threads)
+        return (*every, both)
 
     def _heads(
         self, query: NDArray[Any], context: NDArray[Any], axes: tuple[int, ...], other_axes: tuple[int, ...]
@@ -1649,12 +2412,12 @@ class MultiHeadAttention:
                 self._turn(key, 0, rules.get("num_threads"), back)
 
     def _attended(
-        self, call: _Call, weights: Weights, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], step: Any
+        self, call: _Call, products: Products, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], step: Any
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...]]:
         """Attention, written with the heads side by side; and whatever else the call returns."""
         shape = (*call.batch, call.length, self.num_heads * self.value_dim)
         heads = call.out
-        if heads is None or weights.out is not None or query.dtype != call.dtype:
+        if heads is None or products.out is not None or query.dtype != call.dtype:
             heads = empty(shape, query.dtype)
         by_head = _by_head(heads, shape[:-1], self.num_heads, self.value_dim)
         before = None if step is None or call.rules.get("chunk_size") is None else step.dropped
@@ -1686,19 +2449,13 @@ class MultiHeadAttention:
         nothing = empty((*key.shape[:-1], 0), key.dtype)
         return attend(query[..., heads, :, :], key, nothing, rules, keys_before=before)[1]
 
-    def _joined(self, call: _Call, weights: Weights, heads: NDArray[Any]) -> NDArray[Any]:
+    def _joined(self, call: _Call, products: Products, heads: NDArray[Any]) -> NDArray[Any]:
         """From heads to tokens."""
         dtype, out = call.dtype, call.out
-        if weights.out is None:
+        if products.out is None:
             return heads if heads.dtype == dtype else rounded(heads, dtype, out)
-        accumulation = call.accumulation
-        flat = rows_of(heads, accumulation)
-        if dtype == accumulation and (out is None or out.flags.c_contiguous):
-            result = empty((*call.batch, call.length, self.d_out), dtype) if out is None else out
-            project(flat, weights.out, weights.b_out, result.reshape(len(flat), self.d_out))
-            return result
-        product = project(flat, weights.out, weights.b_out).reshape(*call.batch, call.length, self.d_out)
-        return rounded(product, dtype, out)
+        result = empty((*call.batch, call.length, self.d_out), dtype) if out is None else out
+        return dense(products.out, heads, dtype, None, None, None, result, call.rules.get("num_threads"))
 
     def _turn(
         self, heads: NDArray[Any], offset: Any, num_threads: int | None, back: bool, positions: Any = None
@@ -1740,6 +2497,40 @@ class MultiHeadAttention:
 def _by_head(flat: NDArray[Any], axes: tuple[int, ...], count: int, channels: int) -> NDArray[Any]:
     """Rows whose heads are side by side, as (..., heads, rows, channels)."""
     return flat.reshape(*axes, count, channels).swapaxes(-2, -3)
+
+
+def _unlocked(a: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A read-only array, or a copy if its memory is read-only itself, and a view through which it can be written to."""
+    try:
+        a.flags.writeable = True
+    except ValueError:
+        a = a.copy()
+    view = a.view()
+    a.flags.writeable = False
+    return a, view
+
+
+def _inverse_rms(x: NDArray[Any], eps: float) -> NDArray[Any]:
+    """1 / sqrt(mean(x**2) + eps) over the last axis, which stays."""
+    mean = np.einsum("...c,...c->...", x, x)[..., None] / x.shape[-1]
+    if np.isfinite(mean).all():
+        return 1 / np.sqrt(mean + eps)
+    # Squares overflow long before numbers do.
+    largest = np.max(np.abs(x), axis=-1, keepdims=True)
+    small = x / largest
+    long_way = 1 / largest / np.sqrt(np.mean(small * small, axis=-1, keepdims=True))
+    return np.where(np.isfinite(mean) | ~np.isfinite(largest), 1 / np.sqrt(mean + eps), long_way)
+
+
+def _rms_norm_vjp(d_y: NDArray[Any], x: NDArray[Any], weight: NDArray[Any], eps: float) -> NDArray[Any]:
+    """The way back: d_y becomes the gradient for x, and that for the weight is returned. A row whose gradient is 0
+    takes no part, whatever it is, as in `outer_sum`."""
+    inverse, used = _inverse_rms(x, eps), d_y != 0
+    unit = x * inverse
+    product = np.where(used, d_y * unit, 0)
+    d_x = (d_y * weight - unit * np.mean(product * weight, axis=-1, keepdims=True)) * inverse
+    d_y[...] = np.where(used.any(axis=-1, keepdims=True), d_x, 0)
+    return sum_of_rows(product.reshape(-1, x.shape[-1]))
 
 
 def _without_padding(call: _Call, grad: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,5 @@
-"""NumPy's matrix products between tokens and heads, and the weights in the form that they need."""
+"""Matrix products between tokens and heads, and the weights in the forms that they need. Those of the way back are
+NumPy's."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import empty
+from fastattn._layers import Matrix, dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ def accumulation_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def rows_of(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """x as (tokens, channels) for BLAS: copied only if it has another dtype or gaps between its channels."""
+    """x as (tokens, channels), as BLAS takes it: copied only if it has another dtype or gaps between its channels."""
     channels = x.shape[-1]
     rows = x.reshape(math.prod(x.shape[:-1]), channels)
     if rows.dtype != dtype:
@@ -35,11 +36,10 @@ def rows_of(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def project(
-    x: NDArray[Any], w: NDArray[Any], b: NDArray[Any] | None = None, out: NDArray[Any] | None = None
+    x: NDArray[Any], matrix: Matrix, out: NDArray[Any] | None = None, num_threads: int | None = None
 ) -> NDArray[Any]:
-    """x @ w + b: one product over all tokens and one pass over its result."""
-    y = np.matmul(x, w, out=empty((len(x), w.shape[1]), x.dtype, "a product") if out is None else out)
-    return y if b is None else np.add(y, b, out=y)
+    """x @ w + b in the dtype of its sums, x of any dtype."""
+    return dense(matrix, x, matrix.dtype, None, None, None, out, num_threads)
 
 
 BLOCK = 256  # tokens of one product: BLAS adds them one after the other
@@ -166,6 +166,65 @@ class Weights(NamedTuple):
         inputs, others = tuple(map(_own, inputs)), [None if a is None else _own(a) for a in others]
         free = [None if a is None else _writeable(a) for a in others]
         return Weights.sharing(n, inputs, *others), Weights.views(n, tuple(map(_writeable, inputs)), *free)
+
+
+class Products(NamedTuple):
+    """The weights as products read them: packed, with their biases."""
+
+    query: Matrix
+    context: Matrix  # of key and value
+    out: Matrix | None
+
+    @classmethod
+    def of(cls, w: Weights) -> Products:
+        dtype = w.query.dtype
+        out = None if w.out is None else Matrix(w.out, w.b_out, dtype)
+        return cls(Matrix(w.query, w.b_query, dtype), Matrix(w.context, w.b_context, dtype), out)
+
+    def unpacked(self) -> Weights:
+        """The weights, in arrays of their own."""
+        query, context = self.query.unpacked(), self.context.unpacked()
+        out, b_out = (None, None) if self.out is None else (self.out.unpacked(), self.out.bias)
+        b_query, b_context = self.query.bias, self.context.bias
+        b_every = None if b_query is None or b_context is None else np.concatenate([b_query, b_context])
+        inputs = (np.concatenate([query, context], axis=1),) if len(query) == len(context) else (query, context)
+        return Weights.sharing(query.shape[1], inputs, out, b_every, b_out)
+
+
+class Stored:
+    """The weights of a layer, which its shallow copies share: packed, until somebody asks for arrays to write to; then
+    these, and each call packs them anew."""
+
+    __slots__ = ("_arrays", "_n", "_products")
+
+    def __init__(self, n: int, weights: Weights) -> None:
+        """n: columns of the query's."""
+        self._n = n
+        self._arrays: Weights | None = None
+        self._products: Products | None = Products.of(weights)
+
+    def weights(self) -> Weights:
+        if self._arrays is not None:
+            return self._arrays
+        assert self._products is not None, "one of the two"
+        return self._products.unpacked()
+
+    def products(self) -> Products:
+        products = self._products
+        return Products.of(self.weights()) if products is None else products
+
+    def unlocked(self) -> Weights:
+        """The arrays that the layer has from now on, to be written to."""
+        self._arrays, free = self.weights().unlocked(self._n)
+        self._products = None
+        return free
+
+    def __reduce__(self) -> Any:
+        return _stored, (self._n, self.weights().arrays())
+
+
+def _stored(n: int, arrays: tuple[Any, ...]) -> Stored:
+    return Stored(n, Weights.sharing(n, *arrays))
 
 
 def _own(a: NDArray[Any]) -> NDArray[Any]:

@@ -888,11 +888,24 @@ def repeat_heads(query, key, value):
     return np.repeat(key, group, axis=-3), np.repeat(value, group, axis=-3)
 
 
-def shows_rules(function, without=(), of=attend_by):
-    """In the signature of a function, for help(), replace its ``**keywords`` by those of another, `of`."""
+class Held:
+    """The default of rules that a layer may hold."""
+
+    def __repr__(self):
+        return "<held>"
+
+
+HELD = Held()
+HELD_RULES = ("is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap", "sinks")
+
+
+def shows_rules(function, without=(), of=attend_by, held=()):
+    """In the signature of a function, for help(), replace its ``**keywords`` by those of another, `of`; held: those
+    whose default is what a layer holds."""
     own = inspect.signature(function).parameters
     rules = inspect.signature(of).parameters
     added = [p for p in rules.values() if p.kind is p.KEYWORD_ONLY and p.name not in (*own, *without)]
+    added = [p.replace(default=HELD) if p.name in held else p for p in added]
     own = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = inspect.Signature([*own, *added])
     return function
@@ -2684,6 +2697,11 @@ class MultiHeadAttention:
     rotary_base, rotary_frequencies, rotary_interleaved, rotary_dim : optional
         Rotate queries and keys by their positions, as `apply_rotary` does with this base, or with this pair of
         frequencies and attention factor; only if one of the two is given.
+    q_norm, k_norm : array_like, shape (head_dim,), optional
+        Weights of `rms_norm`, through which each head of query and of key goes before it is rotated.
+    norm_eps : float
+    is_causal, window_size, relative_bias, alibi_slopes, scale, softcap, sinks : optional
+        Rules of every call that does not give them itself; None or False in a call means none.
     """
 
     def __init__(
@@ -2703,9 +2721,20 @@ class MultiHeadAttention:
         rotary_frequencies=None,
         rotary_interleaved=False,
         rotary_dim=None,
+        q_norm=None,
+        k_norm=None,
+        norm_eps=1e-6,
+        is_causal=False,
+        window_size=None,
+        relative_bias=None,
+        alibi_slopes=None,
+        scale=None,
+        softcap=None,
+        sinks=None,
     ):
         arrays = {"w_query": w_query, "w_key": w_key, "w_value": w_value, "w_out": w_out}
         arrays |= {"b_query": b_query, "b_key": b_key, "b_value": b_value, "b_out": b_out}
+        arrays |= {"q_norm": q_norm, "k_norm": k_norm}
         for name, array in arrays.items():
             setattr(self, name, None if array is None else np.array(array, dtype=np.float64))
         self.num_heads = num_heads
@@ -2714,17 +2743,61 @@ class MultiHeadAttention:
         self.rotary_frequencies = rotary_frequencies
         self.rotary_interleaved = rotary_interleaved
         self.rotary_dim = rotary_dim
+        self.norm_eps = norm_eps
+        self.held = {"is_causal": is_causal, "window_size": window_size, "relative_bias": relative_bias}
+        self.held |= {"alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sinks": sinks}
 
-    @functools.partial(shows_rules, without=("enable_gqa",))
-    def __call__(
+    def ruled(self, rules):
+        """Those of a call, and what the layer holds where the call has none."""
+        return {**self.held, **{name: x for name, x in rules.items() if x is not HELD}}
+
+    @functools.partial(shows_rules, without=("enable_gqa",), of=dot_product_attention, held=HELD_RULES)
+    def __call__(self, x, context=None, *, cache=None, cu_seqlens=None, cu_seqlens_context=None, **rules):
+        """Attend from x to itself, to `context`, or to what is in the cache followed by x.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., L, d_model)
+        context : array_like, shape (..., S, d_context), optional
+        cache : KVCache, optional
+            Keys and values of x are appended after attention, `query_lengths` of them in each sequence. If it has a
+            window w, and there is neither a `window_size` nor a `chunk_size`, `window_size` is ``(w - 1, None)``.
+        cu_seqlens, cu_seqlens_context : array_like of int, optional
+            As of `varlen_attention`: x and context are packed sequences, (total, d_model), each a call of its own.
+        **rules
+            As in `dot_product_attention`, where `return_weights` may also be a sequence of the heads whose weights are
+            wanted; lengths and offsets have the batch axes of x, and no axis for the heads. If x
+            attends to itself, `query_lengths` defaults to `key_lengths`. With a cache, chunks count from the first
+            token ever appended, the columns of masks, biases and weights from the first that is there. Those that the
+            layer holds count where they are not given.
+
+        Returns
+        -------
+        ndarray (..., L, d_out), or a tuple (out[, weights (..., heads, L, S)][, lse (..., heads, L)])
+        """
+        rules = self.ruled(rules)
+        if cu_seqlens is None:
+            return self.answer(x, context, cache, **rules)
+        x = np.asarray(x, dtype=np.float64)
+        others = cu_seqlens if context is None else cu_seqlens_context
+        parts = zip(cu_seqlens[:-1], cu_seqlens[1:], others[:-1], others[1:], strict=True)
+        out = rules.pop("out", None)
+        answers = [
+            self.answer(x[a:b], None if context is None else np.asarray(context)[c:d], None, **rules)
+            for a, b, c, d in parts
+        ] or [self.answer(x, context, None, **rules)]
+        if not isinstance(answers[0], tuple):
+            return _into(out, np.concatenate(answers))
+        outs, lses = zip(*answers, strict=True)
+        return _into(out, np.concatenate(outs)), np.concatenate(lses, axis=-1)
+
+    def answer(
         self,
         x,
-        context=None,
+        context,
+        cache,
         *,
-        cache=None,
-        cu_seqlens=None,
-        cu_seqlens_context=None,
-        window_size=None,
+        window_size,
         chunk_size=None,
         left_chunks=None,
         query_offset=None,
@@ -2736,46 +2809,15 @@ class MultiHeadAttention:
         out=None,
         **rules,
     ):
-        """Attend from x to itself, to `context`, or to what is in the cache followed by x.
-
-        Parameters
-        ----------
-        x : array_like, shape (..., L, d_model)
-        context : array_like, shape (..., S, d_context), optional
-        cache : KVCache, optional
-            Keys and values of x are appended after attention, `query_lengths` of them in each sequence. If it has a
-            window w, and neither `window_size` nor `chunk_size` is given, `window_size` is ``(w - 1, None)``.
-        cu_seqlens, cu_seqlens_context : array_like of int, optional
-            As of `varlen_attention`: x and context are packed sequences, (total, d_model), each a call of its own.
-        return_weights : bool, "band" or sequence of int
-            As in `dot_product_attention`; of a sequence, the weights of these heads.
-        **rules
-            As in `dot_product_attention`; lengths and offsets have the batch axes of x, and no axis for the heads. If x
-            attends to itself, `query_lengths` defaults to `key_lengths`. With a cache, chunks count from the first
-            token ever appended, the columns of masks, biases and weights from the first that is there.
-
-        Returns
-        -------
-        ndarray (..., L, d_out), or a tuple (out[, weights (..., heads, L, S)][, lse (..., heads, L)])
-        """
+        """A call with all its rules."""
         x = np.asarray(x, dtype=np.float64)
-        if cu_seqlens is not None:
-            rules |= {"window_size": window_size, "chunk_size": chunk_size, "left_chunks": left_chunks, "scale": scale}
-            others = cu_seqlens if context is None else cu_seqlens_context
-            answers = [
-                self(x[a:b], None if context is None else np.asarray(context)[c:d], **rules)
-                for a, b, c, d in zip(cu_seqlens[:-1], cu_seqlens[1:], others[:-1], others[1:], strict=True)
-            ] or [self(x, context, **rules)]
-            if not isinstance(answers[0], tuple):
-                return _into(out, np.concatenate(answers))
-            outs, lses = zip(*answers, strict=True)
-            return _into(out, np.concatenate(outs)), np.concatenate(lses, axis=-1)
         some_heads = None if isinstance(return_weights, (bool, str)) else np.asarray(return_weights, dtype=int)
         if context is None and cache is None and query_lengths is None:
             query_lengths = key_lengths
         context = x if context is None else np.asarray(context, dtype=np.float64)
         query_offset, key_lengths, query_lengths = map(per_head, (query_offset, key_lengths, query_lengths))
         query, key, value = self.projected(x, context)
+        query, key = self.normalized(query, self.q_norm), self.normalized(key, self.k_norm)
         if cache is None:
             position = query_positions(query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths)
             position, key_position = position[..., 0], np.arange(key.shape[-2])
@@ -2821,13 +2863,18 @@ class MultiHeadAttention:
         return (result, *rest) if rest else result
 
     def projected(self, x, context):
-        """Query, key and value, ``(..., heads, tokens, channels)``."""
+        """Query, key and value, ``(..., heads, tokens, channels)``; before the norms of heads."""
         with np.errstate(all="ignore"):
             return (
                 split_heads(project(x, self.w_query, self.b_query), self.num_heads),
                 split_heads(project(context, self.w_key, self.b_key), self.num_kv_heads),
                 split_heads(project(context, self.w_value, self.b_value), self.num_kv_heads),
             )
+
+    def normalized(self, heads, weight):
+        """Queries or keys after their norm, if there is one."""
+        with np.errstate(all="ignore"):
+            return heads if weight is None else rms_norm(heads, weight, self.norm_eps)
 
     def rotated(self, heads, positions, inverse=False):
         """Queries or keys, rotated by their positions if the layer rotates at all; inverse: gradients, turned back."""
@@ -2848,20 +2895,16 @@ class MultiHeadAttention:
     def parameters(self):
         """The layer's own arrays by the names of its arguments; the next call uses what is written there."""
         arrays = {f"{kind}_{name}": getattr(self, f"{kind}_{name}") for kind in "wb" for name in (*PARTS, "out")}
+        arrays |= {"q_norm": self.q_norm, "k_norm": self.k_norm}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    @functools.partial(shows_rules, without=("enable_gqa", "return_weights", "return_lse", "out"))
-    def vjp(
-        self,
-        x,
-        context=None,
-        *,
-        query_offset=None,
-        key_lengths=None,
-        query_lengths=None,
-        scale=None,
-        **rules,
-    ):
+    @functools.partial(
+        shows_rules,
+        without=("enable_gqa", "return_weights", "return_lse", "out"),
+        of=dot_product_attention,
+        held=HELD_RULES,
+    )
+    def vjp(self, x, context=None, **rules):
         """A call, and the function that takes the gradient of a loss for its output back to all that led there.
 
         A projection ``y = x @ w + b`` gives ``x.T @ dy`` to w, the sum of dy over all tokens to b, and ``dy @ w.T`` to
@@ -2879,18 +2922,23 @@ class MultiHeadAttention:
             ``backward(grad_out, wrt=None)`` returns a dict from names to gradients: x, context if given, the names of
             `parameters`, and bias, relative_bias, alibi_slopes and sinks if they are named in `wrt`.
         """
+        return self.with_way_back(x, context, **self.ruled(rules))
+
+    def with_way_back(self, x, context, *, query_offset=None, key_lengths=None, query_lengths=None, **rules):
+        """`vjp` with all its rules."""
         x = np.asarray(x, dtype=np.float64)
         itself = context is None
         if itself and query_lengths is None:
             query_lengths = key_lengths
         context = x if itself else np.asarray(context, dtype=np.float64)
         query_offset, key_lengths, query_lengths = map(per_head, (query_offset, key_lengths, query_lengths))
-        query, key, value = self.projected(x, context)
+        raw_query, raw_key, value = self.projected(x, context)
+        query, key = self.normalized(raw_query, self.q_norm), self.normalized(raw_key, self.k_norm)
         position = query_positions(query.shape[-2], key.shape[-2], query_offset, query_lengths, key_lengths)[..., 0]
         key_position = np.arange(key.shape[-2])
         query, key = self.rotated(query, position), self.rotated(key, key_position)
         rules |= {"query_offset": query_offset, "key_lengths": key_lengths, "query_lengths": query_lengths}
-        rules |= {"scale": scale, "enable_gqa": True}
+        rules["enable_gqa"] = True
         heads = join_heads(dot_product_attention(query, key, value, **rules))
         with np.errstate(all="ignore"):
             out = project(heads, self.w_out, self.b_out)
@@ -2908,13 +2956,18 @@ class MultiHeadAttention:
                 d_query, d_key, d_value, *others = dot_product_attention_vjp(
                     split_heads(d_heads, self.num_heads), query, key, value, wrt=(*PARTS, *added), **rules
                 )
-                d_query = join_heads(self.rotated(d_query, position, inverse=True))
-                d_key = join_heads(self.rotated(d_key, key_position, inverse=True))
-                d_value = join_heads(d_value)
+                d_query = self.rotated(d_query, position, inverse=True)
+                d_key = self.rotated(d_key, key_position, inverse=True)
+                norms = {}
+                if self.q_norm is not None:
+                    d_query, norms["q_norm"] = rms_norm_vjp(d_query, raw_query, self.q_norm, self.norm_eps)
+                if self.k_norm is not None:
+                    d_key, norms["k_norm"] = rms_norm_vjp(d_key, raw_key, self.k_norm, self.norm_eps)
+                d_query, d_key, d_value = map(join_heads, (d_query, d_key, d_value))
                 d_x = d_query @ self.w_query.T
                 d_context = d_key @ self.w_key.T + d_value @ self.w_value.T
                 gradients = {"x": d_x + d_context} if itself else {"x": d_x, "context": d_context}
-                gradients |= dict(zip(added, others, strict=True))
+                gradients |= dict(zip(added, others, strict=True)) | norms
                 uses = ((x, d_query), (context, d_key), (context, d_value), (heads, d_out))
                 for name, (tokens, d_y) in zip((*PARTS, "out"), uses, strict=True):
                     gradients[f"w_{name}"] = outer_sum(tokens, d_y)
@@ -2925,6 +2978,21 @@ class MultiHeadAttention:
 
 
 PARTS = ("query", "key", "value")
+
+
+def rms_norm(x, weight, eps):
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last axis (Zhang and Sennrich 2019)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rms_norm_vjp(d_y, x, weight, eps):
+    """The gradients for x and weight. A row whose gradient is 0 takes no part, whatever it is."""
+    root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    unit = x / root
+    product = np.where(d_y != 0, d_y * unit, 0.0)
+    d_x = (d_y * weight - unit * np.mean(product * weight, axis=-1, keepdims=True)) / root
+    d_x = np.where(np.any(d_y != 0, axis=-1, keepdims=True), d_x, 0.0)
+    return d_x, product.reshape(-1, x.shape[-1]).sum(axis=0)
 
 
 def per_head(per_sequence):

@@ -791,9 +791,26 @@ def streamed(left=2, right=1, **arguments):
     return stream.push(X, X, X)
 
 
-def from_llama(layer, num_heads):
+def from_llama(layer=1, num_heads=2, **arguments):
     state = {f"model.layers.1.self_attn.{name}_proj.weight": np.eye(4) for name in "qkvo"}
-    return fastattn.MultiHeadAttention.from_llama(state, layer, num_heads=num_heads)(X)
+    return fastattn.MultiHeadAttention.from_llama(state, layer, num_heads=num_heads, **arguments)(X)
+
+
+def from_gemma(**arguments):
+    state = {f"model.layers.1.self_attn.{name}_proj.weight": np.eye(4) for name in "qkvo"}
+    return fastattn.MultiHeadAttention.from_gemma(state, 1, **{"num_heads": 2, "rotary_base": 9.0} | arguments)(X)
+
+
+def from_t5(**arguments):
+    at = "decoder.block.0.layer.0.SelfAttention."
+    state = {f"{at}{name}.weight": np.eye(4) for name in "qkvo"}
+    state[f"{at}relative_attention_bias.weight"] = np.arange(16.0).reshape(8, 2)
+    given = {"num_heads": 2, "layer": 0, "max_length": 20, "part": "decoder"}
+    return fastattn.MultiHeadAttention.from_t5(state, **given | arguments)(X)
+
+
+def from_packed(num_heads=4, **arguments):
+    return fastattn.MultiHeadAttention.from_packed(np.ones((4, 24)), num_heads=num_heads, **arguments)(X)
 
 
 # Everything that takes an integer: (function, the argument's name, an integer).
@@ -831,6 +848,11 @@ INTEGERS = [
     (lambda **k: layer()(X, **k), "query_offset", 2),
     (lambda n: from_llama(n, 2), "n", 1),
     (lambda n: from_llama(1, n), "n", 2),
+    (lambda **k: from_llama(**k), "sliding_window", 2),
+    (lambda **k: layer(**k)(X), "window_size", 2),
+    (lambda n: layer(window_size=(n, 1))(X), "n", 2),
+    *((from_packed, name, n) for name, n in (("num_heads", 2), ("num_kv_heads", 4))),
+    *((from_t5, name, n) for name, n in (("layer", 0), ("num_heads", 2), ("max_length", 9), ("max_distance", 9))),
 ]  # fmt: skip
 INTEGER_NAMES = [f"{i} {name}" for i, (_, name, _) in enumerate(INTEGERS)]
 
@@ -842,6 +864,10 @@ REALS = [
     (lambda **k: fastattn.apply_rotary(X, **k), "base", 100.0),
     (lambda **k: fastattn.sinusoidal_encoding(3, 4, **k), "base", 100.0),
     (lambda **k: layer(**k)(X), "rotary_base", 100.0),
+    (lambda **k: layer(q_norm=np.ones(2), **k)(X), "norm_eps", 0.5),
+    (lambda **k: layer(**k)(X), "scale", 0.5),
+    (lambda **k: layer(**k)(X), "softcap", 0.5),
+    *((from_gemma, name, 2.0) for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "rotary_base")),
 ]
 REAL_NAMES = [f"{i} {name}" for i, (_, name, _) in enumerate(REALS)]
 
@@ -951,6 +977,30 @@ def test_a_mask_of_tokens_and_padding_shows_how_to_pass_it(dtype):
     np.testing.assert_allclose(by_mask[valid], layer()(tokens, key_lengths=mask.astype(int).sum(-1))[valid])
     with pytest.raises(ERRORS, match=re.escape("mask[:, None, :].astype(bool)")):
         fastattn.dot_product_attention(tokens, tokens, tokens, mask=mask)
+
+
+def test_a_mask_given_as_lengths_shows_how_to_count():
+    """The same mask as key_lengths: what the message says gives the right result."""
+    x = np.ones((2, 3, 6, 4), np.float32) * np.arange(6, dtype=np.float32)[:, None]
+    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match=r"key_lengths=mask\.sum\(-1\)\[:, None\]$"):
+        fastattn.dot_product_attention(x, x, x, key_lengths=mask)
+    fastattn.dot_product_attention(x, x, x, key_lengths=mask.sum(-1)[:, None])
+    for call in (layer(), lambda *x, **k: fastattn.dot_product_attention(*3 * x, **k)):
+        with pytest.raises(ValueError, match=r"key_lengths=mask\.sum\(-1\)$"):
+            call(x[:, 0], key_lengths=mask)
+        call(x[:, 0], key_lengths=mask.sum(-1))
+    for other in (mask[:, :5], mask[:1]):
+        with pytest.raises(ValueError, match="key_lengths has shape") as caught:
+            fastattn.dot_product_attention(x, x, x, key_lengths=other)
+        assert "padding" not in str(caught.value)
+
+
+def test_heads_given_to_a_layer_show_reshape():
+    x = np.ones((2, 6, 2, 2), np.float32)
+    with pytest.raises(ValueError, match=re.escape("x.reshape(2, 6, 4)")):
+        layer()(x)
+    assert layer()(x.reshape(2, 6, 4)).shape == (2, 6, 4)
 
 
 def test_other_masks_are_not_taken_for_padding():

@@ -77,6 +77,15 @@ BERT = {f"encoder.layer.0.attention.{part}.{what}": normal(19, *[8] * (1 + (what
         for part in ("self.query", "self.key", "self.value", "output.dense")
         for what in ("weight", "bias")}  # fmt: skip
 LINEAR = {f"{x}.weight": normal(20, 8, 8) for x in "qkvo"}
+NORMED = {**LLAMA, **{f"layers.1.self_attn.{x}_norm.weight": normal(29, 4) for x in "qk"}}
+GPT2 = {"h.0.attn.c_attn.weight": normal(30, 8, 24), "h.0.attn.c_attn.bias": normal(31, 24),
+        "h.0.attn.c_proj.weight": normal(32, 8, 8)}  # fmt: skip
+DISTILBERT = {f"transformer.layer.0.attention.{x}_lin.weight": normal(33, 8, 8) for x in ("q", "k", "v", "out")}
+VIT = {f"encoder.layer.0.attention.{part}.weight": normal(34, 8, 8)
+       for part in ("attention.query", "attention.key", "attention.value", "output.dense")}  # fmt: skip
+WHISPER = {f"decoder.layers.0.encoder_attn.{x}_proj.weight": normal(35, 8, 8) for x in ("q", "k", "v", "out")}
+T5 = {f"decoder.block.0.layer.0.SelfAttention.{x}.weight": normal(36, 8, 8) for x in "qkvo"}
+T5["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = normal(37, 8, 2)
 KERAS = [normal(21, 8, 2, 4), normal(22, 2, 4), normal(23, 8, 2, 4), normal(24, 2, 4), normal(25, 8, 2, 4),
          normal(26, 2, 4), normal(27, 2, 4, 8), normal(28, 8)]  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
@@ -120,6 +129,54 @@ TARGETS |= {
         {"state": LLAMA, "layer": 1, "num_heads": 2, "rope_parameters": LLAMA3},
     ),
     "from_keras": (lambda: (FROM.from_keras, ()), {"weights": KERAS}),
+    "MultiHeadAttention, held rules": (
+        lambda: (FROM, ()),
+        {
+            **W,
+            "num_heads": 2,
+            "q_norm": normal(38, 4),
+            "window_size": (2, 1),
+            "relative_bias": normal(39, 2, 1, 4),
+            "sinks": normal(40, 2),
+            "scale": 0.5,
+        },
+    ),
+    "from_packed": (
+        lambda: (FROM.from_packed, ()),
+        {
+            "w_qkv": GPT2["h.0.attn.c_attn.weight"],
+            "b_qkv": GPT2["h.0.attn.c_attn.bias"],
+            "w_out": normal(41, 8, 8),
+            "num_heads": 2,
+            "layout": "interleaved",
+        },
+    ),
+    "from_gpt2": (lambda: (FROM.from_gpt2, ()), {"state": GPT2, "layer": 0, "num_heads": 2}),
+    "from_distilbert": (lambda: (FROM.from_distilbert, ()), {"state": DISTILBERT, "layer": 0, "num_heads": 2}),
+    "from_vit": (lambda: (FROM.from_vit, ()), {"state": VIT, "layer": 0, "num_heads": 2}),
+    "from_whisper": (
+        lambda: (FROM.from_whisper, ()),
+        {"state": WHISPER, "layer": 0, "num_heads": 2, "part": "cross"},
+    ),
+    "from_t5": (
+        lambda: (FROM.from_t5, ()),
+        {"state": T5, "layer": 0, "num_heads": 2, "part": "decoder", "max_length": 9},
+    ),
+    "from_qwen": (
+        lambda: (FROM.from_qwen, ()),
+        {"state": NORMED, "layer": 1, "num_heads": 2, "rotary_base": 1e4, "rope_parameters": LLAMA3},
+    ),
+    "from_gemma": (
+        lambda: (FROM.from_gemma, ()),
+        {
+            "state": NORMED,
+            "layer": 1,
+            "num_heads": 2,
+            "rotary_base": 1e4,
+            "query_pre_attn_scalar": 5.0,
+            "sliding_window": 3,
+        },
+    ),
     **{
         f"rotary_frequencies, {kind}": (
             lambda: (fastattn.rotary_frequencies, ()),
@@ -419,6 +476,9 @@ def attempt(name, number):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             result = function(*positional, **given)
+    except FileNotFoundError:
+        assert isinstance(arguments.get("state"), (str, os.PathLike)), "only paths are looked for"
+        return "refused"
     except (TypeError, ValueError, MemoryError) as error:
         text = str(error)
         assert (bits([*watched]), bits(out)) == before, f"touched, and then: {text}"

@@ -438,6 +438,12 @@ def call_layer(dtype, context=False, cache=None, **arguments):
     return layer(x, x[:, :3] if context else None, return_weights=True, alibi_slopes=extreme(2), sinks=extreme(2))
 
 
+def call_normed_vjp(dtype):
+    layer = fastattn.MultiHeadAttention(*3 * [extreme(16, 16, dtype=dtype)], num_heads=2, q_norm=extreme(8))
+    x = extreme(2, 5, 16, dtype=dtype)
+    return tuple(layer.vjp(x)[1](x).values())
+
+
 def call_cache(dtype, cache_dtype, window=None):
     if dtype.name == "bfloat16" and cache_dtype == "float16":
         dtype = np.float64  # these two do not go together
@@ -502,17 +508,39 @@ def call_from(name, dtype):
         state = {"in_proj_weight": extreme(24, 8, dtype=dtype), "in_proj_bias": extreme(24, dtype=dtype),
                  "out_proj.weight": w, "out_proj.bias": b}  # fmt: skip
         layer = make.from_torch(state, num_heads=2)
+    elif name == "from_packed":
+        layer = make.from_packed(extreme(8, 24, dtype=dtype), extreme(24, dtype=dtype), w, b, num_heads=2)
+    elif name == "from_gpt2":
+        state = {"h.0.attn.c_attn.weight": extreme(8, 24, dtype=dtype), "h.0.attn.c_proj.weight": w,
+                 "h.0.attn.c_proj.bias": b}  # fmt: skip
+        layer = make.from_gpt2(state, 0, num_heads=2)
     else:
         at, names = {
             "from_linear": ("", "qkvo"),
             "from_bert": ("encoder.layer.0.attention.", ("self.query", "self.key", "self.value", "output.dense")),
             "from_llama": ("model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
+            "from_qwen": ("model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
+            "from_gemma": ("model.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "o_proj")),
+            "from_whisper": ("model.encoder.layers.0.self_attn.", ("q_proj", "k_proj", "v_proj", "out_proj")),
+            "from_t5": ("encoder.block.0.layer.0.SelfAttention.", "qkvo"),
+            "from_distilbert": ("transformer.layer.0.attention.", ("q_lin", "k_lin", "v_lin", "out_lin")),
+            "from_vit": (
+                "encoder.layer.0.attention.",
+                ("attention.query", "attention.key", "attention.value", "output.dense"),
+            ),
         }[name]
         state = {f"{at}{part}.{kind}": w if kind == "weight" else b for part in names for kind in ("weight", "bias")}
+        more = {}
+        if name in ("from_qwen", "from_gemma"):
+            state |= {f"{at}{c}_norm.weight": extreme(4, dtype=dtype) for c in "qk"}
+            more = {"rotary_base": 1e4}
+        if name == "from_t5":
+            state[f"{at}relative_attention_bias.weight"] = extreme(8, 2, dtype=dtype)
+            more = {"max_length": 3}
         if name == "from_linear":
             layer = make.from_linear(state, *names, num_heads=2)
         else:
-            layer = getattr(make, name)(state, 0, num_heads=2)
+            layer = getattr(make, name)(state, 0, num_heads=2, **more)
     return layer(extreme(3, 8)), layer(extreme(3, 8, dtype=np.float32)), layer(extreme(3, 8, dtype=dtype))
 
 
@@ -623,6 +651,8 @@ CALLS = {
     "MultiHeadAttention, projected context": call_projected_context,
     "MultiHeadAttention, packed": call_packed,
     "MultiHeadAttention, rotary": lambda t: call_layer(t, rotary_base=1e4),
+    "MultiHeadAttention, norms of heads": lambda t: call_layer(t, q_norm=extreme(8), k_norm=extreme(8), scale=1e-300),
+    "MultiHeadAttention.vjp, norms of heads": call_normed_vjp,
     "MultiHeadAttention, float16 cache": lambda t: call_layer(t, cache=np.float16, rotary_base=1e4),
     "MultiHeadAttention, float32 cache": lambda t: call_layer(t, cache=np.float32),
     **{f"KVCache of {to}": functools.partial(call_cache, cache_dtype=to) for to in ("float32", "float16", "float64")},
@@ -637,7 +667,8 @@ CALLS = {
     "relative_position_buckets": lambda t: fastattn.relative_position_buckets(3, 9, max_distance=2**50),
     **{
         name: functools.partial(call_from, name)
-        for name in ("from_torch", "from_linear", "from_bert", "from_llama", "from_keras")
+        for name in dir(fastattn.MultiHeadAttention)
+        if name.startswith("from_")
     },
 }
 

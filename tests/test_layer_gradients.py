@@ -11,7 +11,7 @@ import pickle
 import numpy as np
 import pytest
 from problems import DTYPES, RULES, bits, layouts, rules, sixteen_bits
-from test_multihead import ROTARY, normal, parameters, turned, without_heads
+from test_multihead import ROTARY, held_by, normal, normed, parameters, turned, without_heads
 from tolerances import absolute, accumulation_dtype, assert_within, result_dtype, storage_steps
 
 import fastattn
@@ -39,12 +39,20 @@ def bounds(given, x, context, grad_out, weights, dtype, *, scale=None, softcap=N
     num_heads, kv_heads = given["num_heads"], given["num_kv_heads"] or given["num_heads"]
     rotary = [given.get(name) for name in ("rotary_base", "rotary_frequencies", "rotary_interleaved", "rotary_dim")]
     itself = context is None
-    x, context = (np.abs(np.asarray(a, np.float64)) for a in (x, x if itself else context))
+    x, context = (np.asarray(a, np.float64) for a in (x, x if itself else context))
+    raw_query = reference.split_heads(reference.project(x, given["w_query"], given.get("b_query")), num_heads)
+    raw_key = reference.split_heads(reference.project(context, given["w_key"], given.get("b_key")), kv_heads)
+    x, context = np.abs(x), np.abs(context)
     w = {name: None if given.get(name) is None else np.abs(np.asarray(given[name], np.float64)) for name in NAMES}
 
     query = reference.split_heads(absolute(x, w["w_query"], w["b_query"]), num_heads)
     key = reference.split_heads(absolute(context, w["w_key"], w["b_key"]), kv_heads)
     value = reference.split_heads(absolute(context, w["w_value"], w["b_value"]), kv_heads)
+    raw_sizes, norm_eps = (query, key), given.get("norm_eps", 1e-6)
+    query, key = (
+        normed(raw, size, given.get(name), norm_eps)[1]
+        for raw, size, name in ((raw_query, query, "q_norm"), (raw_key, key, "k_norm"))
+    )
     query, key = turned(query, *rotary), turned(key, *rotary)
     all_keys, all_values = reference.repeat_heads(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
@@ -75,10 +83,14 @@ def bounds(given, x, context, grad_out, weights, dtype, *, scale=None, softcap=N
     )
     # Of broadcast batch axes: the sum, over a batch axis of x or of context that the other lacks.
     d_query, d_key, d_value = (
-        reference.join_heads(summed(turned(d, *rotary) if turns else d, a.shape))
+        summed(turned(d, *rotary) if turns else d, a.shape)
         for d, a, turns in ((d_query, query, True), (d_key, key, True), (d_value, value, False))
     )
+    d_query, d_q_norm = before_norm(d_query, raw_query, raw_sizes[0], given.get("q_norm"), norm_eps)
+    d_key, d_k_norm = before_norm(d_key, raw_key, raw_sizes[1], given.get("k_norm"), norm_eps)
+    d_query, d_key, d_value = map(reference.join_heads, (d_query, d_key, d_value))
     limits = {"w_query": absolute_sum(x, d_query), "w_key": absolute_sum(context, d_key)}
+    limits |= {"q_norm": d_q_norm, "k_norm": d_k_norm}
     limits["w_value"] = absolute_sum(context, d_value)
     for name, d in (("b_query", d_query), ("b_key", d_key), ("b_value", d_value)):
         limits[name] = d.reshape(-1, d.shape[-1]).sum(0)
@@ -94,6 +106,17 @@ def bounds(given, x, context, grad_out, weights, dtype, *, scale=None, softcap=N
         if arguments.get(name) is not None:
             limits[name] = np.full(np.shape(arguments[name]), d_score.sum() * max(weights.shape[-2:]))
     return limits
+
+
+def before_norm(d, raw, size, weight, eps):
+    """How far the gradients of heads before their norm, and of its weight, may be off, where those after it are off by
+    d; d also holds many times eps of their absolute values, which the size of a head over its root multiplies."""
+    if weight is None:
+        return d, None
+    root = np.sqrt(np.mean(raw * raw, axis=-1, keepdims=True) + eps)
+    size, weight = size / root, np.abs(np.asarray(weight, np.float64))
+    before = (d * weight + size * np.mean(size * d * weight, axis=-1, keepdims=True)) / root
+    return before * np.max(1 + size, axis=-1, keepdims=True, initial=1), (d * size).reshape(-1, d.shape[-1]).sum(0)
 
 
 def summed(a, shape):
@@ -119,15 +142,17 @@ def assert_gradients(given, x, context=None, *, rng, layer=None, **arguments):
     _, weights = theory(x, context, **rest, return_weights=True)
     np.testing.assert_array_equal(expected_out, theory(x, context, **rest))
 
-    names = ("x", *(["context"] if context is not None else []), *(n for n in NAMES if given.get(n) is not None))
+    own = (*NAMES, "q_norm", "k_norm")
+    names = ("x", *(["context"] if context is not None else []), *(n for n in own if given.get(n) is not None))
     usual = backward(grad)
     assert tuple(usual) == names
-    names += tuple(name for name in ADDED if name in arguments)
+    held = held_by(given, rest)
+    names += tuple(name for name in ADDED if name in arguments or name in held)
     got, expected = backward(grad, wrt=names), theirs(grad, wrt=names)
     assert tuple(got) == names
     dtype = result_dtype(x, *([] if context is None else [context]), *(given[w] for w in MATRICES if w in given))
-    limits = bounds(given, x, context, grad, weights, dtype, **rest)
-    arrays = {"x": np.asarray(x), "context": context, **arguments, **layer.parameters()}
+    limits = bounds(given, x, context, grad, weights, dtype, **rest, **held)
+    arrays = {"x": np.asarray(x), "context": context, **held, **arguments, **layer.parameters()}
     for name in names:
         array = np.asarray(arrays[name])
         kind = np.dtype(np.float64) if array.dtype.kind in "iub" else array.dtype
@@ -143,6 +168,7 @@ def assert_gradients(given, x, context=None, *, rng, layer=None, **arguments):
 # --------------------------------------------------------------------------------- the reference is right
 
 
+NORMS = np.array([1.0, 0.5, -0.7, 2.0, 0.0, 1.3]), np.array([0.9, 1.1, 0.4, 1.0, -1.0, 0.6])
 LAYERS = {
     "plain": {},
     "no output projection": {"d_out": None},
@@ -150,6 +176,8 @@ LAYERS = {
     "groups": {"num_kv_heads": 2, "value_dim": 5},
     "rotary": {"rotary_base": 30.0},
     "rotary groups": {"num_kv_heads": 1, "rotary_frequencies": ([0.3, 0.1], 1.3), "rotary_dim": 4},
+    "norms of heads": {"num_kv_heads": 2, "q_norm": NORMS[0], "k_norm": NORMS[1], "rotary_base": 30.0},
+    "one norm": {"q_norm": NORMS[0], "norm_eps": 0.3, "value_dim": 5},
 }
 
 
@@ -232,8 +260,8 @@ def test_reference_of_self_attention(rng, rule):
 def test_signatures_are_those_of_the_reference():
     ours = inspect.signature(fastattn.MultiHeadAttention.vjp).parameters
     theirs = inspect.signature(reference.MultiHeadAttention.vjp).parameters
-    assert {(p.name, p.kind, p.default) for p in ours.values()} == {
-        (p.name, p.kind, p.default) for p in theirs.values()
+    assert {(p.name, p.kind, repr(p.default)) for p in ours.values()} == {
+        (p.name, p.kind, repr(p.default)) for p in theirs.values()
     }
     call = inspect.signature(fastattn.MultiHeadAttention.__call__).parameters
     forward_only = {"cache", "cu_seqlens", "cu_seqlens_context", "return_weights", "return_lse", "out"}

@@ -1,5 +1,7 @@
-"""Constructors from the weights of PyTorch, Hugging Face's BERT and LLaMA, Keras; dicts and files."""
+"""Constructors from the weights of PyTorch, Hugging Face's models and Keras; dicts and files. test_transformers.py has
+the models themselves."""
 
+import json
 import subprocess
 import sys
 
@@ -41,8 +43,8 @@ def expected(x, layers, num_heads, num_kv_heads=None, context=None, **arguments)
     names = ("query", "key", "value", "out")
     given = {f"w_{name}": np.asarray(w, np.float64).T for name, (w, _) in zip(names, layers, strict=False)}
     given |= {f"b_{name}": b for name, (_, b) in zip(names, layers, strict=False)}
-    rotary = {name: arguments.pop(name) for name in list(arguments) if name.startswith("rotary")}
-    layer = reference.MultiHeadAttention(**given, num_heads=num_heads, num_kv_heads=num_kv_heads, **rotary)
+    own = {name: arguments.pop(name) for name in list(arguments) if name.startswith("rotary") or "norm" in name}
+    layer = reference.MultiHeadAttention(**given, num_heads=num_heads, num_kv_heads=num_kv_heads, **own)
     return layer(x, context, **arguments)
 
 
@@ -225,6 +227,221 @@ def test_bert_errors(rng):
     refuse("state must be a mapping .* not a list", [], error=TypeError)
 
 
+# ------------------------------------------------------------------------------------- packed, and GPT-2
+
+
+def packed(rng, layout, kv_heads=2, d_model=12):
+    """4 heads of 6 channels: one matrix (in, out) and one bias, and the pairs (weight, bias) of its parts."""
+    sizes = {"q": 24, "k": 6 * kv_heads, "v": 6 * kv_heads}
+    w, b = (
+        {n: normal(rng, d_model, size) for n, size in sizes.items()},
+        {n: normal(rng, size) for n, size in sizes.items()},
+    )
+    if layout == "qkv":
+        both = [np.concatenate([a[n] for n in sizes], axis=-1) for a in (w, b)]
+    else:
+        group = 24 // kv_heads
+        both = [
+            np.concatenate(
+                [part for g in range(kv_heads) for part in (
+                    a["q"][..., g * group : (g + 1) * group], *(a[n][..., 6 * g : 6 * g + 6] for n in "kv")
+                )], axis=-1)
+            for a in (w, b)
+        ]  # fmt: skip
+    return *both, [(w[n].T, b[n]) for n in sizes]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("layout", ["qkv", "interleaved"])
+def test_packed(rng, x, layout, kv_heads, transposed):
+    w, b, layers = packed(rng, layout, kv_heads)
+    w_out, b_out = normal(rng, 24, 7), normal(rng, 7)
+    turned = (lambda a: a.T) if transposed else lambda a: a
+    given = {"num_heads": 4, "num_kv_heads": kv_heads, "layout": layout, "transposed": transposed}
+    make = fastattn.MultiHeadAttention.from_packed
+    agree(make(turned(w), b, turned(w_out), b_out, **given)(x), expected(x, [*layers, (w_out.T, b_out)], 4, kv_heads))
+    bare = make(turned(w), **given, rotary_base=50.0, is_causal=True)
+    assert bare.b_query is bare.w_out is None
+    layers = [(a, None) for a, _ in layers]
+    agree(bare(x), expected(x, layers, 4, kv_heads, rotary_base=50.0, is_causal=True))
+
+
+def test_packed_errors(rng):
+    def refuse(message, w=None, *others, error=ValueError, **arguments):
+        with pytest.raises(error, match=message):
+            fastattn.MultiHeadAttention.from_packed(
+                normal(rng, 12, 36) if w is None else w, *others, **{"num_heads": 4} | arguments
+            )
+
+    refuse("layout must be 'qkv' or 'interleaved', not 'kqv'", layout="kqv")
+    refuse("layout must be 'qkv'", layout=3, error=TypeError)
+    refuse("transposed must be True or False, not 1", transposed=1, error=TypeError)
+    refuse(r"w_qkv has shape \(3, 12, 12\); it must be \(d_model, columns\)", normal(rng, 3, 12, 12))
+    refuse("w_qkv has 37 columns, which 12 heads, 4 of query and 4 each", normal(rng, 12, 37))
+    refuse("w_qkv has 7 columns.*Its other axis fits: transposed=True", normal(rng, 36, 7))
+    refuse("w_qkv has 7 rows.*Its other axis fits: transposed=False", normal(rng, 7, 36), transposed=True)
+    refuse(r"b_qkv has shape \(12,\); it must be \(36,\)", None, np.ones(12))
+    refuse("num_heads=4 is not a whole multiple of num_kv_heads=3", num_kv_heads=3)
+    refuse(r"w_out has shape \(7, 12\)", None, None, np.ones((7, 12)))
+    refuse("unexpected keyword argument 'window'", window=3, error=TypeError)
+    refuse("num_heads must be an integer", num_heads="4", error=TypeError)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_gpt2(rng, x, prefix, scale):
+    w, b, layers = packed(rng, "qkv", 4)
+    at = f"{prefix}h.1.attn."
+    state = {f"{at}c_attn.weight": w, f"{at}c_attn.bias": b, f"{at}c_proj.weight": normal(rng, 24, 12)}
+    # What old files have beside the weights.
+    state |= {f"{at}bias": np.ones((1, 1, 9, 9), bool), f"{at}masked_bias": np.float32(-1e4)}
+    layer = fastattn.MultiHeadAttention.from_gpt2(state, 1, num_heads=4, scale=scale)
+    want = expected(x, [*layers, (state[f"{at}c_proj.weight"].T, None)], 4, is_causal=True, scale=scale)
+    agree(layer(x), want)
+    with pytest.raises(ValueError, match=f"there is '{at}q_attn.weight' beside"):
+        fastattn.MultiHeadAttention.from_gpt2(state | {f"{at}q_attn.weight": w}, 1, num_heads=4)
+    with pytest.raises(ValueError, match=f"{at}c_attn.weight has 72 columns, which 15 heads"):
+        fastattn.MultiHeadAttention.from_gpt2(state, 1, num_heads=5)
+    with pytest.raises(ValueError, match=r"looked for 'h.0.attn.c_attn.weight'"):
+        fastattn.MultiHeadAttention.from_gpt2(state, 0, num_heads=4)
+
+
+# -------------------------------------------------------------------------- DistilBERT, ViT, Whisper, T5
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("name", "at", "parts"),
+    [
+        ("distilbert", "transformer.layer.1.attention", ("q_lin", "k_lin", "v_lin", "out_lin")),
+        (
+            "vit",
+            "encoder.layer.1.attention",
+            ("attention.query", "attention.key", "attention.value", "output.dense"),
+        ),
+        ("vit", "encoder.layer.1.attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("vit", "layers.1.attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ],
+)
+def test_encoders(rng, x, name, at, parts, prefix):
+    names = [f"{prefix}{at}.{part}" for part in parts]
+    state = linear_layers(rng, dict.fromkeys(names, 12))
+    load = getattr(fastattn.MultiHeadAttention, f"from_{name}")
+    agree(load(state, 1, num_heads=4)(x), expected(x, pairs(state, *names), 4))
+    agree(load(state, 1, num_heads=4, prefix=prefix)(x), expected(x, pairs(state, *names), 4))
+    with pytest.raises(ValueError, match=r"looked for .*found none of them among 8 names"):
+        load(state, 0, num_heads=4)
+    with pytest.raises(ValueError, match="relative_position_bias_table' beside the weights of plain attention"):
+        load(state | {f"{prefix}{at}.relative_position_bias_table": x}, 1, num_heads=4)
+    with pytest.raises(TypeError, match="prefix must be a string"):
+        load(state, 1, num_heads=4, prefix=3)
+
+
+WHISPER = {"encoder": "encoder.layers.0.self_attn.", "decoder": "decoder.layers.0.self_attn.",
+           "cross": "decoder.layers.0.encoder_attn."}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["model.", "", "speech.model."])
+@pytest.mark.parametrize("part", WHISPER)
+def test_whisper(rng, x, part, prefix):
+    names = [f"{name}_proj" for name in ("q", "k", "v", "out")]
+    state = linear_layers(rng, {prefix + at + name: 12 for at in WHISPER.values() for name in names})
+    for at in WHISPER.values():
+        del state[f"{prefix}{at}k_proj.bias"]
+    layer = fastattn.MultiHeadAttention.from_whisper(state, 0, num_heads=4, part=part)
+    layers = pairs(state, *(prefix + WHISPER[part] + name for name in names))
+    context = normal(rng, 2, 9, 12) if part == "cross" else None
+    agree(layer(x, context), expected(x, layers, 4, context=context, is_causal=part == "decoder"))
+    for wrong, error in (("both", ValueError), (None, TypeError)):
+        with pytest.raises(error, match="part must be 'encoder', 'decoder', 'cross', not"):
+            fastattn.MultiHeadAttention.from_whisper(state, 0, num_heads=4, part=wrong)
+
+
+T5 = {"encoder": "encoder.block.{}.layer.0.SelfAttention.", "decoder": "decoder.block.{}.layer.0.SelfAttention.",
+      "cross": "decoder.block.{}.layer.1.EncDecAttention."}  # fmt: skip
+TABLE = "relative_attention_bias.weight"
+
+
+def t5_state(rng, prefix="", own=False):
+    """Tables in block 0, or in every block; an old file has one for cross-attention too."""
+    state = linear_layers(
+        rng, {prefix + at.format(i) + name: 12 for at in T5.values() for i in range(2) for name in "qkvo"}, biases=False
+    )
+    for i in range(2 if own else 1):
+        state |= {prefix + T5[part].format(i) + TABLE: normal(rng, 8, 4) * 8 for part in T5}
+    return state
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("part", T5)
+def test_t5(rng, x, part, prefix, number, own):
+    """Unscaled, and with a bias for each distance."""
+    state, at = t5_state(rng, prefix, own), prefix + T5[part].format(number)
+    load = fastattn.MultiHeadAttention.from_t5
+    layers = pairs(state, *(at + name for name in "qkvo"))
+    if part == "cross":
+        context = normal(rng, 2, 9, 12)
+        layer = load(state, number, num_heads=4, part=part)
+        agree(layer(x, context), expected(x, layers, 4, context=context, scale=1.0))
+        assert layer.relative_bias is None
+        return
+    table = state[(at if own else prefix + T5[part].format(0)) + TABLE]
+    buckets = reference.relative_position_buckets(7, 7, num_buckets=8, max_distance=6, bidirectional=part == "encoder")
+    want = expected(x, layers, 4, scale=1.0, bias=np.moveaxis(table[buckets], -1, 0), is_causal=part == "decoder")
+    for length in (7, 30):
+        layer = load(state, number, num_heads=4, max_length=length, max_distance=6, part=part)
+        agree(layer(x), want)
+        assert layer.relative_bias.shape == (4, 1, 2 * length - 1 if part == "encoder" else length)
+        assert layer.scale == 1.0
+    if part == "decoder":
+        layer, cache = (
+            load(state, number, num_heads=4, max_length=7, max_distance=6, part=part),
+            fastattn.KVCache(2, 4, 9, 3),
+        )
+        steps = [layer(x[:, i:j], cache=cache) for i, j in ((0, 4), (4, 5), (5, 7))]
+        agree(np.concatenate(steps, axis=1), want)
+        with pytest.raises(ValueError, match=r"there are 8 keys.*max_length=7"):
+            layer(x[:, :1], cache=cache)
+        assert cache.lengths.max() == 7
+
+
+def test_t5_knows_its_length(rng, x):
+    """Keys further away than the biases reach would be hidden."""
+    layer = fastattn.MultiHeadAttention.from_t5(t5_state(rng), 0, num_heads=4, max_length=6)
+    with pytest.raises(ValueError, match=r"there are 7 keys; this layer holds the relative biases of .* max_length=6"):
+        layer(x)
+    with pytest.raises(ValueError, match="max_length=6"):
+        layer.vjp(x)
+    layer(x[:, :6])
+    layer(x, relative_bias=None, window_size=2)
+
+
+def test_t5_errors(rng):
+    def refuse(message, state=None, error=ValueError, **arguments):
+        with pytest.raises(error, match=message):
+            fastattn.MultiHeadAttention.from_t5(
+                t5_state(rng) if state is None else state, 1, **{"num_heads": 4, "max_length": 9} | arguments
+            )
+
+    refuse("max_length is needed", max_length=None)
+    for length in (0, 1 << 50):
+        refuse(f"max_length must be an integer of at least 1, below .*, not {length}", max_length=length)
+    refuse("max_distance must be", max_distance=1)
+    refuse(r"SelfAttention.relative_attention_bias.weight has shape \(8, 4\); it must be \(buckets, 3\)", num_heads=3)
+    state = t5_state(rng)
+    for part, rows in (("encoder", 3), ("decoder", 1)):
+        refuse(rf"has shape \({rows}, 4\).*at least {rows + 1} buckets", state | {
+            T5[part].format(0) + TABLE: normal(rng, rows, 4)
+        }, part=part)  # fmt: skip
+    del state[T5["encoder"].format(0) + TABLE]
+    refuse(f"did not find|looked for 'encoder.block.0.layer.0.SelfAttention.{TABLE}'", state)
+    refuse("part must be 'encoder', 'decoder', 'cross', not 'self'", part="self")
+    refuse("beside the weights of plain attention", t5_state(rng) | {T5["encoder"].format(1) + "wi.weight": np.ones(3)})
+
+
 # ------------------------------------------------------------------------------------------------- LLaMA
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -251,6 +468,21 @@ def test_llama(rng, x, num_kv_heads, prefix, biases):
     layers = pairs(state, *(f"{prefix}layers.1.self_attn.{name}" for name in LLAMA))
     agree(ours(x, is_causal=True), expected(x, layers, 4, 2, is_causal=True, rotary_base=500.0))
     assert (ours.num_kv_heads, ours.head_dim, ours.rotary_interleaved) == (2, 6, False)
+
+
+def test_rows_in_the_order_of_gguf(rng, x):
+    """Its converter puts the two channels of a pair side by side, in query and key."""
+    state = llama_state(rng)
+    arrays = {name: state[f"model.layers.0.self_attn.{name}.weight"] for name in LLAMA}
+    for name, heads in (("q_proj", 4), ("k_proj", 2)):
+        arrays[name] = arrays[name].reshape(heads, 2, 3, 12).swapaxes(1, 2).reshape(heads * 6, 12)
+    layer = fastattn.MultiHeadAttention.from_linear(
+        {f"{name}.weight": w for name, w in arrays.items()}, *LLAMA, num_heads=4, num_kv_heads=2, rotary_base=500.0,
+        rotary_interleaved=True, is_causal=True,
+    )  # fmt: skip
+    layers = pairs(state, *(f"model.layers.0.self_attn.{name}" for name in LLAMA))
+    layers = [(w, None) for w, _ in layers]
+    agree(layer(x), expected(x, layers, 4, 2, is_causal=True, rotary_base=500.0))
 
 
 ROPE = {
@@ -337,7 +569,9 @@ def test_llama_errors(rng):
 
     state = llama_state(rng)
     refuse("looked for 'model.layers.2.self_attn.q_proj.weight'", state, 2)
-    for other in ("q_norm.weight", "q_proj.weight_scale", "q_proj.lora_A.weight"):
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    refuse(f"there is '{norm}', a norm of heads: from_qwen and from_gemma", state | {norm: normal(rng, 6)})
+    for other in ("q_proj.weight_scale", "q_proj.lora_A.weight"):
         refuse(
             f"there is 'model.layers.0.self_attn.{other}'",
             state | {f"model.layers.0.self_attn.{other}": normal(rng, 6)},
@@ -345,6 +579,140 @@ def test_llama_errors(rng):
     refuse("w_query has 24 columns, which num_heads=5", state, num_heads=5)
     refuse("num_heads must be an integer of at least 1", state, num_heads=0)
     refuse("w_key has 12 columns; it must have 24, num_kv_heads=4", state, num_kv_heads=4)
+
+
+# ------------------------------------------------------------- windows and sinks; norms of Qwen and Gemma
+
+
+def with_norms(rng, state, dtype=np.float32):
+    norms = {
+        f"model.layers.{i}.self_attn.{c}_norm.weight": normal(rng, 6, dtype=dtype) * 4 for i in range(2) for c in "qk"
+    }
+    return state | norms
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_windows_and_sinks(rng, x, window):
+    state = llama_state(rng) | {"model.layers.1.self_attn.sinks": normal(rng, 4) * 4}
+    layers = pairs(state, *(f"model.layers.1.self_attn.{name}" for name in LLAMA))
+    sinks = state["model.layers.1.self_attn.sinks"]
+    rules = {"is_causal": True, "sinks": sinks, "window_size": None if window is None else (window - 1, 0)}
+    want = expected(x, layers, 4, 2, rotary_base=900.0, **rules)
+    for load in ("from_llama", "from_qwen", "from_gemma"):
+        layer = getattr(fastattn.MultiHeadAttention, load)(
+            state, 1, num_heads=4, rotary_base=900.0, sliding_window=window
+        )
+        agree(layer(x), want)
+    with pytest.raises(ValueError, match="sliding_window must be an integer of at least 1, or None, not 0"):
+        fastattn.MultiHeadAttention.from_llama(state, 1, num_heads=4, sliding_window=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *sixteen_bits()])
+@pytest.mark.parametrize("rope", [None, *ROPE])
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_norms_of_heads(rng, x, family, rope, dtype):
+    """Gemma's files have w where 1 + w multiplies."""
+    state = with_norms(rng, llama_state(rng, dtype=dtype), dtype)
+    given = {"num_heads": 4, "rotary_base": 900.0, "norm_eps": 1e-2, "max_positions": 64}
+    own, rules = {"norm_eps": 1e-2}, {"is_causal": True}
+    if family == "gemma":
+        given |= {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 3.0}
+        rules |= {"scale": 5**-0.5, "softcap": 3.0}
+    if rope is None:
+        own["rotary_base"] = 900.0
+    else:
+        given["rope_parameters"] = ROPE[rope]
+        own["rotary_frequencies"] = reference.rotary_frequencies(6, base=900.0, scaling=ROPE[rope], max_positions=64)
+        own["rotary_dim"] = 4 if "part" in rope else 6
+    for c in "qk":
+        own[f"{c}_norm"] = state[f"model.layers.1.self_attn.{c}_norm.weight"].astype(float) + (family == "gemma")
+    layer = getattr(fastattn.MultiHeadAttention, f"from_{family}")(state, 1, **given)
+    layers = pairs(state, *(f"model.layers.1.self_attn.{name}" for name in LLAMA))
+    agree(layer(x), expected(x, layers, 4, 2, **own, **rules))
+    assert layer.dtype == dtype
+
+
+def test_qwen_and_gemma_errors(rng):
+    def refuse(message, state=None, error=ValueError, family="qwen", **arguments):
+        with pytest.raises(error, match=message):
+            getattr(fastattn.MultiHeadAttention, f"from_{family}")(
+                with_norms(rng, llama_state(rng)) if state is None else state,
+                0,
+                **{"num_heads": 4, "rotary_base": 1e4} | arguments,
+            )
+
+    for family in ("qwen", "gemma"):
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+        for rope in (None, yarn):
+            refuse("rotary_base is needed, the rope_theta", family=family, rotary_base=None, rope_parameters=rope)
+        refuse("rope_parameters must be the dict", None, TypeError, family, rope_parameters="yarn")
+        refuse(
+            "'dynamic', whose frequencies change", family=family, rope_parameters={"rope_type": "dynamic", "factor": 2}
+        )
+        each = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}
+        refuse("a dict for each kind of layer", family=family, rope_parameters=each)
+        state = llama_state(rng) | {"model.layers.0.layer_scalar": np.ones(1)}
+        refuse("layer_scalar'.*Gemma 4.*no place", state, family=family)
+    wide = with_norms(rng, llama_state(rng))
+    wide["model.layers.0.self_attn.q_norm.weight"] = np.ones(3)
+    refuse("twice num_heads=4 times the 3 channels of q_norm: half of them are gates", wide)
+    wide["model.layers.0.self_attn.q_norm.weight"] = np.ones(24)
+    refuse(r"q_norm has shape \(24,\); it must be \(6,\)", wide)
+    refuse("query_pre_attn_scalar must be a positive", family="gemma", query_pre_attn_scalar=0)
+    refuse("attn_logit_softcapping must be a positive", family="gemma", attn_logit_softcapping=-1.0)
+    refuse("norm_eps must be a positive", norm_eps=-1.0)
+    refuse(
+        "v_norm.weight' beside",
+        with_norms(rng, llama_state(rng)) | {"model.layers.0.self_attn.v_norm.weight": np.ones(6)},
+    )
+
+
+def test_configurations(rng, x):
+    """The file of a model, whole; what is given beside it takes precedence."""
+    state = with_norms(rng, llama_state(rng))
+    make = fastattn.MultiHeadAttention
+    config = {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 0.1,
+              "rope_theta": 900.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "sliding_window": 3,
+              "use_sliding_window": True, "max_window_layers": 1, "vocab_size": 5}  # fmt: skip
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0}
+    for layer, window in ((0, None), (1, 3)):
+        want = make.from_qwen(state, layer, num_heads=4, rope_parameters=rope, norm_eps=0.1, sliding_window=window)
+        assert bits(make.from_qwen(state, layer, num_heads=4, config=config)(x)) == bits(want(x))
+    want = make.from_qwen(state, 0, num_heads=4, rope_parameters=rope, norm_eps=0.5, sliding_window=2)
+    got = make.from_qwen(state, 0, num_heads=4, config=config, norm_eps=0.5, sliding_window=2)
+    assert bits(got(x)) == bits(want(x))
+    listed = config | {"layer_types": ["sliding_attention", "full_attention"]}
+    assert make.from_qwen(state, 0, num_heads=4, config=listed).window_size == (2, None)
+    assert make.from_qwen(state, 1, num_heads=4, config=listed).window_size is None
+
+
+def test_configuration_errors(rng):
+    state = with_norms(rng, llama_state(rng))
+    gemma = {"model_type": "gemma3_text", "num_attention_heads": 4}
+
+    def refuse(message, config, error=ValueError, family="gemma"):
+        with pytest.raises(error, match=message):
+            getattr(fastattn.MultiHeadAttention, f"from_{family}")(state, 0, num_heads=4, config=config)
+
+    refuse("config must be the dict of a model's config.json, not a str", "config.json", TypeError)
+    refuse("config has model_type None; from_gemma follows gemma, gemma2, gemma3_text", {})
+    for kind in ("gemma4_text", "gemma3n", ["gemma"], "llama"):
+        refuse("config has model_type .*; from_gemma follows", {"model_type": kind})
+    refuse("config has model_type 'qwen3_next'; from_qwen follows", {"model_type": "qwen3_next"}, family="qwen")
+    refuse("config has model_type 'cohere'; from_llama follows", {"model_type": "cohere"}, family="llama")
+    refuse("config has num_attention_heads=8, and num_heads=4 is given", gemma | {"num_attention_heads": 8})
+    refuse("use_bidirectional_attention", gemma | {"use_bidirectional_attention": True})
+    refuse("'chunked_attention' as layer_types", gemma | {"layer_types": ["chunked_attention"]})
+    refuse(r"config has no layer_types\[0\]", gemma | {"layer_types": []})
+    refuse(r"config has no layer_types\[0\]", gemma | {"layer_types": 5})
+    refuse("layer 0 has a window, and has no sliding_window", gemma | {"sliding_window": None})
+    refuse("sliding_window must be an integer", gemma | {"sliding_window": "wide"}, TypeError)
+    refuse("sliding_window_pattern", gemma | {"sliding_window_pattern": 0})
+    refuse(r"no rope_parameters\['sliding_attention'\]", gemma | {"rope_parameters": {"full_attention": {}}})
+    refuse("rope_parameters must be the dict", gemma | {"rope_parameters": 3}, TypeError)
+    refuse("rope_parameters has the key 'mrope_section'", gemma | {"rope_parameters": {"mrope_section": [1, 1, 1]}})
+    refuse("query_pre_attn_scalar must be a positive", gemma | {"query_pre_attn_scalar": -1})
+    refuse("norm_eps must be a positive", gemma | {"rms_norm_eps": 0.0})
 
 
 # ------------------------------------------------------------------------------------------------- Keras
@@ -433,7 +801,7 @@ def test_files_in_sixteen_bits(rng, x, saved, dtype):
     assert layer(x).dtype == np.float32
     assert layer(x.astype(dtype)).dtype == dtype
     layers = pairs(state, *(f"model.layers.0.self_attn.{name}" for name in LLAMA))
-    agree(layer(x), expected(x, layers, 4, 2, rotary_base=10000.0))
+    agree(layer(x), expected(x, layers, 4, 2, is_causal=True, rotary_base=10000.0))
 
 
 def test_only_what_is_needed_is_read(rng, saved):
@@ -448,6 +816,80 @@ def test_only_what_is_needed_is_read(rng, saved):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+@pytest.fixture
+def shards(rng, tmp_path):
+    """A folder with a model in three files and their index, and the same as a dict."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    state = with_norms(rng, llama_state(rng))
+    names, index = sorted(state), {}
+    for i in range(3):
+        file = f"model-0000{i + 1}-of-00003.safetensors"
+        save_file({name: np.ascontiguousarray(state[name]) for name in names[i::3]}, tmp_path / file)
+        index |= dict.fromkeys(names[i::3], file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return tmp_path, state
+
+
+def test_several_files(shards, x):
+    folder, state = shards
+    arguments = {"num_heads": 4, "rotary_base": 100.0}
+    want = bits(fastattn.MultiHeadAttention.from_qwen(state, 1, **arguments)(x))
+    for path in (folder, str(folder), folder / "model.safetensors.index.json"):
+        assert bits(fastattn.MultiHeadAttention.from_qwen(path, 1, **arguments)(x)) == want
+    with pytest.raises(ValueError, match=r"looked for 'model.layers.2.*among 15 names"):
+        fastattn.MultiHeadAttention.from_qwen(folder, 2, **arguments)
+
+
+def test_a_folder_with_one_file(rng, x, saved):
+    state = llama_state(rng)
+    path = saved(state)
+    layer = fastattn.MultiHeadAttention.from_llama(path.parent, 1, num_heads=4)
+    assert bits(layer(x)) == bits(fastattn.MultiHeadAttention.from_llama(state, 1, num_heads=4)(x))
+
+
+def test_only_the_files_that_are_needed_are_opened(shards):
+    folder, _ = shards
+    needed = {f"model.layers.0.self_attn.{c}_proj.weight" for c in "qkvo"}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {n: f if n in needed else "nowhere.safetensors" for n, f in index["weight_map"].items()}
+    (folder / "some.index.json").write_text(json.dumps(index))
+    names = [f"{c}_proj" for c in "qkvo"]
+    path, at = folder / "some.index.json", "model.layers.0.self_attn."
+    fastattn.MultiHeadAttention.from_linear(path, *names, num_heads=4, num_kv_heads=2, prefix=at)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
+        fastattn.MultiHeadAttention.from_qwen(path, 0, num_heads=4, rotary_base=1e4)
+
+
+def test_bad_indices(shards):
+    folder, _ = shards
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+
+    def refuse(message, text, error=ValueError):
+        index.write_text(text)
+        with pytest.raises(error, match=message):
+            fastattn.MultiHeadAttention.from_qwen(folder, 1, num_heads=4, rotary_base=1.0)
+
+    refuse("model.safetensors.index.json' is no index of .safetensors files: Expecting", "no JSON")
+    refuse("must have a 'weight_map'", "[]")
+    refuse("must have a 'weight_map'", '{"weight_map": {"a": 3}}')
+    files = good["weight_map"]
+    name = "model.layers.1.self_attn.k_proj.weight"
+    other = next(file for file in files.values() if file != files[name])
+    refuse(
+        f"says that {name} is in {other}, which has no such array", json.dumps({"weight_map": files | {name: other}})
+    )
+    (folder / "broken.safetensors").write_bytes(bytes(100))
+    refuse("broken.safetensors' is not a .safetensors file", json.dumps(
+        {"weight_map": files | {name: "broken.safetensors"}}
+    ))  # fmt: skip
+    index.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"is a folder without model\.safetensors\.index\.json or model\.safetensors"
+    ):
+        fastattn.MultiHeadAttention.from_qwen(folder, 1, num_heads=4, rotary_base=1.0)
 
 
 def test_bad_files(rng, tmp_path):
