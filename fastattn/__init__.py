@@ -4,11 +4,12 @@ The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
     integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
+    streaming                       attention over a stream, alone or with the projections of a layer
     multihead, projections          layers, and their matrix products
     _step, _context                 of layers: a step over a cache, a context that is projected once
     _weights, _configuration,
         _state                      the weights of other libraries, by the names in their dicts and files
-    streaming, cache                attention over a stream; keys and values for decoding
+    cache                           keys and values for decoding
     layers                          products with what follows them, and norms
     gradients                       of the attention functions
     attention, linear, graph, neighborhood, softmax,
@@ -84,7 +85,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.multihead import MultiHeadAttention, self_attention, self_attention_vjp
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
     from fastattn.packing import pack, unpack
-    from fastattn.streaming import StreamingAttention
+    from fastattn.streaming import StreamingAttention, StreamingMultiHeadAttention
 
 __version__ = "0.2.0"
 
@@ -93,6 +94,7 @@ __all__ = [
     "Linear",
     "MultiHeadAttention",
     "StreamingAttention",
+    "StreamingMultiHeadAttention",
     "additive_attention",
     "additive_attention_vjp",
     "alibi_slopes",
@@ -146,6 +148,7 @@ _LATER = {
     "Linear": "layers",
     "MultiHeadAttention": "multihead",
     "StreamingAttention": "streaming",
+    "StreamingMultiHeadAttention": "streaming",
     "additive_attention_vjp": "gradients",
     "bilinear_attention_vjp": "gradients",
     "dot_product_attention_vjp": "gradients",

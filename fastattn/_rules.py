@@ -26,6 +26,10 @@ class _SharedRules(TypedDict, total=False):
     num_threads: int | None
 
 
+class StreamingLayerRules(_SharedRules, total=False):
+    """Of StreamingMultiHeadAttention, whose layer knows whether heads are grouped."""
+
+
 class StreamRules(_SharedRules, total=False):
     """Of StreamingAttention; the others follow from the stream."""
 

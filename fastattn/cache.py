@@ -111,6 +111,11 @@ class KVCache:
     `MultiHeadAttention` handles all that: its queries attend to what is there and to the new tokens before anything is
     dropped, whatever the capacity, in the window of the cache.
 
+    Padding comes after the tokens of a sequence, and `lengths` says where it begins. Prompts that are padded on the
+    left, or on both sides, are turned into such before they are embedded. With a mask (B, L) that is True for tokens:
+    ``ids = numpy.take_along_axis(ids, numpy.argsort(~mask, axis=1, kind="stable"), axis=1)`` and ``lengths =
+    mask.sum(axis=1)``. A sequence that has ended appends nothing more: its length in a step is 0.
+
     `copy`, `crop` and `select` return new caches, for rollback and for beams. So do ``copy.copy`` and
     ``copy.deepcopy``, and a cache can be pickled: only the tokens that are there, not the free room.
 

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 import fastattn
-from fastattn import KVCache, MultiHeadAttention, StreamingAttention, _runtime
+from fastattn import KVCache, MultiHeadAttention, StreamingAttention, StreamingMultiHeadAttention, _runtime
 from fastattn._scores import PreparedKeys
 
 SENTINEL = 12345.0
@@ -37,7 +37,7 @@ def bits(x):
         seen = [y.reshape(len(ends), *y.shape[-3:])[b, :, i:j].tobytes()
                 for y in (x.key, x.value) for b, (i, j) in enumerate(ends)]  # fmt: skip
         return seen, (x.lengths + x.dropped).tolist()
-    if isinstance(x, StreamingAttention):
+    if isinstance(x, (StreamingAttention, StreamingMultiHeadAttention)):
         return x.pushed, x.returned, x.waiting
     if isinstance(x, PreparedKeys):
         return bits(x.key)
@@ -203,6 +203,19 @@ def object_cases():
         stream.push(*[normal(s, 2, 5, 4) for s in range(3)])
         return stream
 
+    def pushed_with_biases():
+        stream = StreamingAttention(3, 1, relative_bias=normal(51, 5))
+        stream.push(*[normal(s, 2, 5, 4) for s in range(3)], normal(52, 2, 5, 5))
+        return stream
+
+    def layer_stream():
+        return StreamingMultiHeadAttention(layer(), 3, 1)
+
+    def pushed_layer_stream():
+        stream = layer_stream()
+        stream.push(x)
+        return stream
+
     frames = [normal(s + 30, 2, 6, 4) for s in range(3)]
     roomy = lambda: filled(KVCache((3,), 2, 20, 4), 5)  # noqa: E731
     tight = lambda: filled(KVCache((3,), 2, 7, 4, window=4), 6)  # noqa: E731
@@ -231,6 +244,10 @@ def object_cases():
     yield "stream, first push", method(stream_of, "push", *frames)
     yield "stream, push", method(pushed, "push", *frames)
     yield "stream, flush", method(pushed, "flush")
+    yield "stream, push with a bias", method(pushed_with_biases, "push", *frames, normal(53, 2, 6, 5))
+    yield "stream of a layer, first push", method(layer_stream, "push", x)
+    yield "stream of a layer, push", method(pushed_layer_stream, "push", x)
+    yield "stream of a layer, flush", method(pushed_layer_stream, "flush")
 
 
 CASES = {name: function_case(*rest[:2], **rest[2]) for cases in (attention_cases, row_cases) for name, *rest in cases()}

@@ -791,6 +791,10 @@ def streamed(left=2, right=1, **arguments):
     return stream.push(X, X, X)
 
 
+def layer_streamed(left=2, right=1, **arguments):
+    return fastattn.StreamingMultiHeadAttention(layer(), left, right, **arguments).push(X)
+
+
 def from_llama(layer=1, num_heads=2, **arguments):
     state = {f"model.layers.1.self_attn.{name}_proj.weight": np.eye(4) for name in "qkvo"}
     return fastattn.MultiHeadAttention.from_llama(state, layer, num_heads=num_heads, **arguments)(X)
@@ -840,6 +844,7 @@ INTEGERS = [
                                         ("value_dim", 4), ("window", 2), ("lengths", 2))),
     *((streamed, name, n) for name, n in (("left", 1), ("right", 2), ("chunk_size", 3), ("num_threads", 2))),
     (lambda n: streamed(chunk_size=2, left_chunks=n), "n", 1),
+    *((layer_streamed, name, n) for name, n in (("left", 1), ("right", 2), ("chunk_size", 3), ("num_threads", 2))),
     (lambda n: layer(n)(X), "n", 2),
     (lambda **k: layer(**k)(X), "num_kv_heads", 2),
     (lambda **k: layer(rotary_base=10.0, **k)(X), "rotary_dim", 2),
@@ -861,6 +866,7 @@ REALS = [
     (lambda **k: fastattn.dot_product_attention(X, X, X, **k), "softcap", 0.5),
     (lambda **k: streamed(**k), "scale", 0.5),
     (lambda **k: streamed(**k), "softcap", 0.5),
+    (lambda **k: layer_streamed(**k), "scale", 0.5),
     (lambda **k: fastattn.apply_rotary(X, **k), "base", 100.0),
     (lambda **k: fastattn.sinusoidal_encoding(3, 4, **k), "base", 100.0),
     (lambda **k: layer(**k)(X), "rotary_base", 100.0),

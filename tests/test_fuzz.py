@@ -69,6 +69,12 @@ def stream():
     return made
 
 
+def layer_stream():
+    made = fastattn.StreamingMultiHeadAttention(LAYER, 3, 1)
+    made.push(TOKENS, normal(30, 2, 3, 5))
+    return made
+
+
 PAIR = {"key": normal(12, 2, 2, 3, 4), "value": normal(13, 2, 2, 3, 4)}
 TORCH = {"in_proj_weight": normal(14, 24, 8), "in_proj_bias": normal(15, 24), "out_proj.weight": normal(16, 8, 8),
          "out_proj.bias": normal(17, 8)}  # fmt: skip
@@ -107,6 +113,19 @@ TARGETS |= {
     "StreamingAttention.push": (
         lambda: (lambda s: (s.push, (s,)))(stream()),
         {name: normal(s, 2, 4, 4) for s, name in enumerate(("query", "key", "value"))},
+    ),
+    "StreamingAttention.push, first": (
+        lambda: (lambda s: (s.push, (s,)))(fastattn.StreamingAttention(3, 1)),
+        {name: normal(s, 2, 4, 4) for s, name in enumerate(("query", "key", "value"))}
+        | {"relative_bias": normal(30, 2, 4, 5)},
+    ),
+    "StreamingMultiHeadAttention": (
+        lambda: (fastattn.StreamingMultiHeadAttention, ()),
+        {"layer": LAYER, "left": 3, "right": 1},
+    ),
+    "StreamingMultiHeadAttention.push": (
+        lambda: (lambda s: (s.push, (s,)))(layer_stream()),
+        {"x": TOKENS, "relative_bias": normal(31, 2, 3, 5)},
     ),
     "MultiHeadAttention": (lambda: (FROM, ()), {**W, "num_heads": 2}),
     "MultiHeadAttention()": (lambda: (LAYER, ()), {"x": TOKENS}),

@@ -458,7 +458,15 @@ def call_stream(dtype):
         3, 1, alibi_slopes=extreme(2), sinks=extreme(2), relative_bias=extreme(5, dtype=np.float32)
     )
     x = extreme(2, 9, 8, dtype=dtype)
-    return stream.push(x, x.astype(np.float32) if dtype == np.float16 else x, x), stream.flush()
+    bias = extreme(2, 9, 5, dtype=dtype)
+    return stream.push(x, x.astype(np.float32) if dtype == np.float16 else x, x, bias), stream.flush()
+
+
+def call_layer_stream(dtype):
+    w, b = extreme(16, 16, dtype=dtype), extreme(16)
+    layer = fastattn.MultiHeadAttention(w, w, w, w, num_heads=2, b_query=b, b_out=b, rotary_base=1e4)
+    stream = fastattn.StreamingMultiHeadAttention(layer, 3, 1, alibi_slopes=extreme(2), relative_bias=extreme(5))
+    return stream.push(extreme(9, 16, dtype=dtype), extreme(2, 9, 5)), stream.flush()
 
 
 def call_projected(function, dtype):
@@ -658,6 +666,7 @@ CALLS = {
     **{f"KVCache of {to}": functools.partial(call_cache, cache_dtype=to) for to in ("float32", "float16", "float64")},
     "KVCache, window": lambda t: call_cache(t, "float16", 4),
     "StreamingAttention": call_stream,
+    "StreamingMultiHeadAttention": call_layer_stream,
     "sinusoidal_encoding": lambda t: fastattn.sinusoidal_encoding(9, 300, base=1e300, offset=2**53 - 9, dtype=t),
     "apply_rotary": lambda t: fastattn.apply_rotary(extreme(3, 16, dtype=t), offset=2**40, base=1e-300),
     "alibi_slopes": lambda t: fastattn.alibi_slopes(1000),
@@ -716,6 +725,8 @@ OUTS = {
     "MultiHeadAttention": "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1)(x, key_lengths=[2], out=1 * x)",
     "KVCache": "fastattn.KVCache(1, 1, 9, 4).append(x[None], x[None], [2])",
     "StreamingAttention": "fastattn.StreamingAttention(2, sinks=[0.5]).push(x, x, x)",
+    "StreamingMultiHeadAttention": "fastattn.StreamingMultiHeadAttention("
+    "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1), 2).push(x)",
 }
 
 

@@ -672,6 +672,53 @@ def test_ragged_steps(rng, rotary):
     np.testing.assert_array_equal(cache.lengths[:, 0], there)
 
 
+PADDINGS = {"left": (0, 0, 0, 0), "right": (9, 9, 9, 9), "both": (3, 1, 2, 0), "mixed": (0, 9, 4, 9)}
+
+
+@pytest.mark.parametrize("sides", PADDINGS.values(), ids=PADDINGS)
+@pytest.mark.parametrize(
+    ("window", "rules"),
+    [(None, {}), (6, {}), (8, {"chunk_size": 4, "left_chunks": 1})],
+    ids=["all", "window", "chunks"],
+)
+def test_padded_prompts(rng, window, rules, sides):
+    """Padding anywhere, brought to the end as the guide says; sequences that end early, by a length of 0 and by leaving
+    the batch; one that gets a second prompt while others decode. Each is as alone."""
+    given = parameters(rng, num_kv_heads=2, dtype=np.float64, rotary_base=30.0)
+    layer, table = fastattn.MultiHeadAttention(**given), normal(rng, 40, 24, dtype=np.float64)
+    counts = np.array([9, 2, 7, 11])
+    texts = [list(rng.integers(1, 40, n)) for n in counts]
+    ids = np.zeros((4, 11), int)
+    for b, text in enumerate(texts):
+        free = 11 - len(text)
+        after = min(sides[b], free)
+        ids[b, free - after : 11 - after] = text
+    mask = ids != 0
+    ids = np.take_along_axis(ids, np.argsort(~mask, axis=1, kind="stable"), axis=1)
+    lengths, cache = mask.sum(axis=1), KVCache(4, 2, 60 if window is None else 10, 6, dtype=np.float64, window=window)
+    out = layer(table[ids], cache=cache, query_lengths=lengths, is_causal=True, **rules)
+    found = [list(out[b, : counts[b]]) for b in range(4)]
+
+    alive = np.arange(4)
+    for step in range(14):
+        came = np.ones(len(alive), int)
+        came[alive == 1] = step < 4  # it ends, and stays
+        came[alive == 2] = (1, 5, 0)[step % 3]  # as in serving: more text comes for a sequence that waits
+        if step == 7:  # another ends, and leaves
+            cache, came, alive = cache.select(alive != 3), came[alive != 3], alive[alive != 3]
+        ids = np.zeros((len(alive), came.max()), int)
+        for row, b in enumerate(alive):
+            ids[row, : came[row]] = new = rng.integers(1, 40, came[row])
+            texts[b].extend(new)
+        out = layer(table[ids], cache=cache, query_lengths=came, is_causal=True, **rules)
+        for row, b in enumerate(alive):
+            found[b].extend(out[row, : came[row]])
+    bound = rules or ({} if window is None else {"window_size": (window - 1, 0)})
+    for b in range(4):
+        alone = layer(table[texts[b]], is_causal=True, **bound)
+        np.testing.assert_allclose(found[b], alone, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("rotary", [{}, {"rotary_base": 30.0}], ids=["plain", "rotary"])
 @pytest.mark.parametrize("capacity", [8, 9, 20])
 def test_steps_in_a_window(rng, capacity, rotary):

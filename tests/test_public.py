@@ -51,7 +51,7 @@ def test_classes_are_loaded_when_asked_for():
     """Without cached byte code, reading them is most of an import."""
     fresh_process.run("""
         import sys, fastattn
-        classes = {"cache": ["KVCache"], "streaming": ["StreamingAttention"],
+        classes = {"cache": ["KVCache"], "streaming": ["StreamingAttention", "StreamingMultiHeadAttention"],
                    "multihead": ["self_attention", "MultiHeadAttention"]}
         for module in classes:
             assert f"fastattn.{module}" not in sys.modules, module
@@ -100,6 +100,7 @@ def test_lists_of_rules_agree():
         (fastattn.self_attention, _rules.LayerRules, set()),
         (fastattn.MultiHeadAttention.__call__, _rules.LayerRules, {"cache", "cu_seqlens", "cu_seqlens_context"}),
         (fastattn.StreamingAttention, _rules.StreamRules, set()),
+        (fastattn.StreamingMultiHeadAttention, _rules.StreamingLayerRules, set()),
     ],
 )
 def test_layers_show_the_rules_that_they_hand_on(function, kind, own):
@@ -117,6 +118,7 @@ def test_layers_refuse_keywords_that_they_do_not_have():
         "self_attention": functools.partial(fastattn.self_attention, x, np.eye(2), np.eye(2), np.eye(2)),
         "MultiHeadAttention.__call__": functools.partial(layer, x),
         "StreamingAttention": functools.partial(fastattn.StreamingAttention, 1),
+        "StreamingMultiHeadAttention": functools.partial(fastattn.StreamingMultiHeadAttention, layer, 1),
     }
     for name, call in calls.items():
         other = "mask" if name == "StreamingAttention" else "enable_gqa"

@@ -185,12 +185,17 @@ def test_bits_of_any_stream(data):
     names = draw(st.sets(st.sampled_from(sorted(rules))))
     if "activation" in names:
         names.discard("sinks")
-    arguments = {name: rules[name] for name in names}
+    arguments, of_calls, pushed = {name: rules[name] for name in names}, {}, arrays
+    if left is not None and right is not None and draw(st.booleans()):
+        bias_dtype = draw(st.sampled_from([np.float32, np.float64, np.float16]))
+        axes = draw(st.sampled_from([batch, (1,) * len(batch), ()]))
+        bias = rng.standard_normal((*axes, frames, left + right + 1), np.float32).astype(bias_dtype)
+        of_calls, pushed = {"relative_bias": arguments.get("relative_bias", 0) + bias}, (*arrays, bias)
     pieces = draw(st.lists(st.one_of(st.integers(1, 9), st.integers(10, 3000)), min_size=1, max_size=5))
     if frames > 1000:
         pieces.append(500)
-    whole = offline(arrays, *shape, **arguments, enable_gqa=grouped)
-    assert bits(run(stream_of(*shape, **arguments, enable_gqa=grouped), arrays, pieces)) == bits(whole)
+    whole = offline(arrays, *shape, **{**arguments, **of_calls}, enable_gqa=grouped)
+    assert bits(run(stream_of(*shape, **arguments, enable_gqa=grouped), pushed, pieces)) == bits(whole)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, *sixteen_bits()])
@@ -219,6 +224,155 @@ def test_grouped_heads_frame_by_frame(rng):
         "enable_gqa": True,
     }
     assert bits(run(StreamingAttention(100, 3, **arguments), arrays, [1])) == bits(offline(arrays, 100, 3, **arguments))
+
+
+# ------------------------------------------------------------------- relative biases that come with each push
+
+BANDS = {name: shape for name, shape in SHAPES.items() if None not in shape[:2]}
+
+
+def banded(rng, frames, left, right, batch=(2,), dtype=np.float32, heads=None):
+    """Query, key, value and a relative bias of each query."""
+    bias = rng.standard_normal((*(batch if heads is None else heads), frames, left + right + 1)).astype(dtype)
+    return (*qkv(rng, batch, frames, frames, 3, 2, dtype), bias)
+
+
+@pytest.mark.parametrize("pieces", [[1], [64, 0], [1, 700, 2, 5, 0, 3000], [10_000]], ids=str)
+@pytest.mark.parametrize("shape", BANDS.values(), ids=BANDS)
+def test_bits_with_a_bias_of_each_query(rng, shape, pieces):
+    *arrays, bias = banded(rng, 600 if pieces == [1] else 2600, *shape[:2])
+    whole = offline(arrays, *shape, relative_bias=bias)
+    assert bits(run(stream_of(*shape), (*arrays, bias), pieces)) == bits(whole)
+    assert shape == (0, 0) or bits(whole) != bits(offline(arrays, *shape))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, *sixteen_bits()])
+def test_a_bias_keeps_its_dtype(rng, dtype):
+    """As offline: that of 16-bit frames is not rounded to 16 bits first."""
+    for of_frames in (np.float32, *sixteen_bits()):
+        *arrays, bias = banded(rng, 300, 20, 3)
+        arrays, bias = [x.astype(of_frames) for x in arrays], bias.astype(dtype)
+        rows = run(StreamingAttention(20, 3), (*arrays, bias), [7])
+        assert rows.dtype == of_frames
+        assert bits(rows) == bits(offline(arrays, 20, 3, relative_bias=bias))
+
+
+@pytest.mark.parametrize("constant", [(24,), (1, 24), (4, 1, 24), (2, 1, 1, 24)], ids=str)
+def test_both_biases(rng, constant):
+    """That of the stream and those of queries: their sum, as NumPy adds them."""
+    *arrays, bias = banded(rng, 300, 20, 3, (2, 4), heads=(4,))
+    own = rng.standard_normal(constant).astype(np.float32)
+    whole = offline(arrays, 20, 3, relative_bias=own + bias)
+    assert bits(run(StreamingAttention(20, 3, relative_bias=own), (*arrays, bias), [1, 30])) == bits(whole)
+
+
+def test_a_bias_of_grouped_heads(rng):
+    arrays = qkv(rng, (2, 6), 400, 400, 16, 12, kv_batch=(1, 2))
+    bias = rng.standard_normal((6, 400, 104)).astype(np.float32)
+    whole = offline(arrays, 100, 3, relative_bias=bias, enable_gqa=True)
+    assert bits(run(StreamingAttention(100, 3, enable_gqa=True), (*arrays, bias), [1])) == bits(whole)
+
+
+def test_transformer_xl(rng):
+    """Scores (q + u) k_j + (q + v) r_{i - j}, in float64 and without bands: each pair of frames by itself."""
+    left, right, frames = 6, 2, 40
+    query, key, value = rng.standard_normal((3, 4, frames, 8))
+    u, v = rng.standard_normal((2, 4, 1, 8))
+    positions = rng.standard_normal((4, left + right + 1, 8))  # of the distances -left ... right
+    scores = np.full((4, frames, frames), -np.inf)
+    for i in range(frames):
+        for j in range(max(0, i - left), min(frames, i + right + 1)):
+            content = ((query + u)[:, i] * key[:, j]).sum(-1)
+            scores[:, i, j] = content + ((query + v)[:, i] * positions[:, j - i + left]).sum(-1)
+    weights = np.exp(scores / np.sqrt(8))
+    weights /= weights.sum(-1, keepdims=True)
+    bias = (query + v) @ positions.swapaxes(-1, -2) / np.sqrt(8)
+    rows = run(StreamingAttention(left, right), (query + u, key, value, bias), [3])
+    np.testing.assert_allclose(rows, weights @ value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+def test_copies_have_biases_of_their_own(rng, of):
+    one, other = (banded(rng, 700, 30, 40) for _ in range(2))
+    for begun in (0, 1, 400):
+        for x, y in zip(one, other, strict=True):
+            y[..., :begun, :] = x[..., :begun, :]
+        stream = StreamingAttention(30, 40)
+        rows = stream.push(*(x[..., :begun, :] for x in one))
+        streams = [(stream, one, [rows]), (of(stream), other, [rows])]
+        for at in range(begun, 700, 50):
+            for each, arrays, found in streams:
+                found.append(each.push(*(x[..., at : min(at + 50, 700), :] for x in arrays)))
+        for each, (*arrays, bias), found in streams:
+            whole = offline(arrays, 30, 40, relative_bias=bias)
+            assert bits(np.concatenate([*found, each.flush()], axis=-2)) == bits(whole)
+
+
+def test_memory_of_biases_is_constant(rng):
+    arrays, stream, held = banded(rng, 10, 30, 4), StreamingAttention(30, 4), []
+    for _ in range(2000):
+        stream.push(*arrays)
+        held.append(stream.nbytes)
+    assert held[-1] == max(held) == max(held[:200])
+
+
+def test_biases_may_be_overwritten(rng):
+    *arrays, bias = banded(rng, 60, 9, 8)
+    whole, stream, rows = offline(arrays, 9, 8, relative_bias=bias), StreamingAttention(9, 8), []
+    for at in range(0, 60, 5):
+        part = bias[:, at : at + 5].copy()
+        rows.append(stream.push(*(x[:, at : at + 5] for x in arrays), relative_bias=part))
+        part[...] = np.nan
+    assert bits(np.concatenate([*rows, stream.flush()], axis=-2)) == bits(whole)
+
+
+BAD_BIASES = {
+    "rows": (ValueError, r"relative_bias has shape \(2, 2, 12\); with 3 frames it must be", lambda b: b[:, :2]),
+    "one row": (ValueError, r"relative_bias has shape \(2, 1, 12\); with 3 frames", lambda b: b[:, :1]),
+    "width": (ValueError, r"must be \(..., 3, 12\), one row for each query", lambda b: b[..., :11]),
+    "one axis": (ValueError, r"relative_bias has shape \(12,\)", lambda b: b[0, 0]),
+    "batch": (ValueError, r"relative_bias has shape \(1, 3, 12\); the stream began with \(2, n, 12\)", lambda b: b[:1]),
+    "dtype": (TypeError, "relative_bias has dtype float64; the stream began with float32", lambda b: b.astype(float)),
+    "masked": (TypeError, "relative_bias is a masked array", np.ma.masked_array),
+    "none": (ValueError, "relative_bias is missing: the stream began with one", lambda b: None),
+}
+
+
+@pytest.mark.parametrize("error, message, change", BAD_BIASES.values(), ids=BAD_BIASES)
+def test_bad_biases_leave_the_stream_alone(rng, error, message, change):
+    *arrays, bias = banded(rng, 30, 9, 2)
+    stream, rows = StreamingAttention(9, 2), []
+    for at in range(0, 30, 3):
+        part = [x[:, at : at + 3] for x in arrays]
+        rows.append(stream.push(*part, bias[:, at : at + 3]))
+        before = stream.pushed, stream.returned
+        with pytest.raises(error, match=message):
+            stream.push(*part, change(bias[:, at : at + 3]))
+        assert (stream.pushed, stream.returned) == before
+    rows.append(stream.flush())
+    assert bits(np.concatenate(rows, axis=-2)) == bits(offline(arrays, 9, 2, relative_bias=bias))
+
+
+def test_bad_biases_of_the_first_push(rng):
+    *arrays, bias = banded(rng, 12, 9, 2, (3,))
+    for stream, error, message, bad in (
+        (StreamingAttention(9, 2), TypeError, "relative_bias must be floating, not of dtype int", bias.astype(int)),
+        (StreamingAttention(9, 2), ValueError, r"relative_bias has shape \(2, 12, 12\), which does not", bias[:2]),
+        (StreamingAttention(None, 2), ValueError, "needs left and right to be bounded, not left=None", bias),
+        (
+            StreamingAttention(9, 2, relative_bias=np.zeros((2, 1, 12))),
+            ValueError,
+            r"that of the stream itself \(2, 1, 12\): their batch axes do not broadcast",
+            bias,
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            stream.push(*arrays, bad)
+        assert stream.pushed == stream.nbytes == 0
+    stream = StreamingAttention(9, 2)
+    stream.push(*arrays)
+    with pytest.raises(ValueError, match="relative_bias came, but the stream began without one"):
+        stream.push(*arrays, bias)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -580,3 +734,245 @@ def test_streams_in_threads(rng):
     for thread in threads:
         thread.join()
     assert list(found.values()) == [whole] * 3
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+LAYERS = {
+    "plain": {},
+    "rotary": {"rotary_base": 100.0},
+    "rotary, interleaved, in part": {"rotary_base": 100.0, "rotary_interleaved": True, "rotary_dim": 4},
+    "frequencies": {"rotary_frequencies": (np.array([1.0, 0.1, 0.01]), 1.2)},
+    "grouped": {"num_kv_heads": 2, "rotary_base": 100.0},
+    "no output projection": {"w_out": None, "b_out": None},
+}
+MANY = {name: shape for name, shape in SHAPES.items() if name in ("causal", "look-ahead", "far", "only ahead",
+        "chunks of 3", "chunks of 17", "chunks in a wide window", "chunks of 1000, all before")}  # fmt: skip
+
+
+def layer_of(rng, dtype=np.float32, **changes):
+    """24 channels, 4 heads of 6 and values of 5 channels, 10 channels out."""
+    kv = changes.get("num_kv_heads", 4)
+    shapes = {"w_query": (24, 24), "w_key": (24, 6 * kv), "w_value": (24, 5 * kv), "w_out": (20, 10)}
+    shapes |= {"b_query": (24,), "b_value": (5 * kv,), "b_out": (10,)}
+    given = {name: (rng.standard_normal(shape) / 5).astype(dtype) for name, shape in shapes.items()}
+    return fastattn.MultiHeadAttention(**{**given, "num_heads": 4, **changes})
+
+
+def layer_stream(layer, left, right, chunk_size=None, left_chunks=None, **arguments):
+    return fastattn.StreamingMultiHeadAttention(
+        layer, left, right, chunk_size=chunk_size, left_chunks=left_chunks, **arguments
+    )
+
+
+@pytest.mark.parametrize("pieces", [[1], [0, 50], [1, 700, 2, 5, 0, 3000], [10_000]], ids=str)
+@pytest.mark.parametrize("shape", MANY.values(), ids=MANY)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_bits_of_a_layer(rng, batch, shape, pieces):
+    layer = layer_of(rng, rotary_base=100.0)
+    x = rng.standard_normal((*batch, 500 if pieces == [1] else 4700, 24)).astype(np.float32)
+    rows = run(layer_stream(layer, *shape), (x,), pieces)
+    assert bits(rows) == bits(layer(x, **rules_of(*shape)))
+
+
+@pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
+def test_layers(rng, changes):
+    layer = layer_of(rng, **changes)
+    x = rng.standard_normal((2, 300, 24)).astype(np.float32)
+    for shape in ((20, 5), (None, None, 16, 2)):
+        rows = run(layer_stream(layer, *shape), (x,), [1, 9, 40])
+        assert bits(rows) == bits(layer(x, **rules_of(*shape)))
+
+
+def test_rules_of_a_layer(rng):
+    rules = {
+        "scale": 0.3,
+        "softcap": 2.0,
+        "alibi_slopes": np.linspace(0.1, 0.5, 4).astype(np.float32),
+        "sinks": rng.standard_normal(4).astype(np.float32),
+        "relative_bias": rng.standard_normal((4, 1, 26)).astype(np.float32),
+    }
+    layer, x = layer_of(rng, num_kv_heads=2), rng.standard_normal((3, 300, 24)).astype(np.float32)
+    whole = layer(x, window_size=(20, 5), **rules)
+    assert bits(run(layer_stream(layer, 20, 5, **rules, num_threads=2), (x,), [1, 30])) == bits(whole)
+    sparse = {"activation": "sparsemax"}
+    whole = layer(x, window_size=(20, 5), **sparse)
+    assert bits(run(layer_stream(layer, 20, 5, **sparse), (x,), [1, 30])) == bits(whole)
+
+
+def test_a_layer_with_a_bias_of_each_query(rng):
+    """In small pushes, and in one that is processed in pieces."""
+    for frames, size in ((300, 7), (2300, 2300)):
+        layer, x = layer_of(rng), rng.standard_normal((2, frames, 24)).astype(np.float32)
+        bias, own = (rng.standard_normal((4, n, 26)).astype(np.float32) for n in (frames, 1))
+        stream, rows = layer_stream(layer, 20, 5, relative_bias=own), []
+        for at in range(0, frames, size):
+            rows.append(stream.push(x[:, at : at + size], bias[:, at : at + size]))
+        whole = layer(x, window_size=(20, 5), relative_bias=own + bias)
+        assert bits(np.concatenate([*rows, stream.flush()], axis=-2)) == bits(whole)
+
+
+@pytest.mark.parametrize("dtype", [*sixteen_bits(), np.int64])
+def test_dtypes_of_frames(rng, dtype):
+    """Sixteen bits are projected and attended to in float32; integers are float64."""
+    layer = layer_of(rng, np.float32 if dtype == np.int64 else dtype)
+    x = (3 * rng.standard_normal((2, 100, 24))).astype(dtype)
+    rows, whole = run(layer_stream(layer, 20, 5), (x,), [1, 9]), layer(x, window_size=(20, 5))
+    assert rows.dtype == whole.dtype == (np.float64 if dtype == np.int64 else dtype)
+    assert bits(rows) == bits(whole)
+
+
+def test_the_latency_of_a_layer(rng):
+    layer, x = layer_of(rng), rng.standard_normal((130, 24))
+    for shape in MANY.values():
+        stream, done = layer_stream(layer, *shape), 0
+        assert stream.layer is layer
+        assert stream.latency == stream_of(*shape).latency
+        for at in range(130):
+            done += len(stream.push(x[at : at + 1]))
+            assert stream.returned == done == complete_rows(at + 1, *shape)
+            assert stream.waiting == at + 1 - done <= stream.latency
+        assert len(stream.flush()) == 130 - done
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (0,)], ids=str)
+def test_a_layer_and_no_frames(rng, batch):
+    layer, x = layer_of(rng), rng.standard_normal((*batch, 6, 24)).astype(np.float32)
+    stream = layer_stream(layer, 5, 2)
+    with pytest.raises(ValueError, match="flush before any push"):
+        stream.flush()
+    first = stream.push(x[..., :0, :])
+    assert first.shape == (*batch, 0, 10) and first.dtype == np.float32
+    assert stream.push(x).shape == (*batch, 4, 10)
+    assert stream.push(x[..., :0, :]).shape == (*batch, 0, 10)
+    assert stream.flush().shape == (*batch, 2, 10)
+    assert stream.flush().shape == (*batch, 0, 10)
+    with pytest.raises(ValueError, match=r"push after flush.*reset\(\)"):
+        stream.push(x)
+    stream.reset()
+    assert stream.push(x.astype(float)).dtype == np.float64
+
+
+@pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
+def test_copies_of_a_layer_s_stream(rng, of):
+    layer = layer_of(rng, rotary_base=100.0)
+    one, other = rng.standard_normal((2, 400, 24)).astype(np.float32)
+    for begun in (0, 1, 300):
+        other[:begun] = one[:begun]
+        stream = layer_stream(layer, 30, 4)
+        rows = stream.push(one[:begun])
+        streams = [(stream, one, [rows]), (of(stream), other, [rows])]
+        for at in range(begun, 400, 50):
+            for each, x, found in streams:
+                found.append(each.push(x[at : min(at + 50, 400)]))
+        for each, x, found in streams:
+            assert bits(np.concatenate([*found, each.flush()])) == bits(layer(x, window_size=(30, 4)))
+    assert (of(stream).layer is layer) == (of is copy.copy)
+
+
+def test_memory_of_a_layer_s_stream(rng):
+    """Constant over pushes, and beside its rows a long push needs no more than a piece of it."""
+    layer = layer_of(rng)
+    stream, x = layer_stream(layer, 100, 4), rng.standard_normal((40_000, 24)).astype(np.float32)
+    stream.push(x[:3000])
+    held = stream.nbytes
+    for at in range(3000, 9000, 100):
+        stream.push(x[at : at + 100])
+    assert stream.nbytes == held
+    tracemalloc.start()
+    try:
+        rows = stream.push(x)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3.1 * rows.nbytes + 8 * 2048 * 24 * 4 * 3 + held  # heads have twice the channels of a row
+
+
+def test_bad_layers(rng):
+    layer = layer_of(rng)
+    for error, message, arguments in (
+        (TypeError, "layer must be a fastattn.MultiHeadAttention, not ndarray", {"layer": np.eye(4)}),
+        (ValueError, "a context of 3: in a stream", {"layer": layer_of(rng, w_key=np.ones((3, 24)),
+                                                                      w_value=np.ones((3, 20)), b_value=None)}),
+        (ValueError, "left must be an integer", {"left": -2}),
+        (ValueError, "right=None.*needs chunk_size", {"right": None}),
+        (ValueError, r"alibi_slopes has shape \(3,\)", {"alibi_slopes": np.ones(3)}),
+        (ValueError, r"relative_bias has shape \(3, 1, 12\)", {"relative_bias": np.ones((3, 1, 12))}),
+        (TypeError, "unexpected keyword argument 'enable_gqa'", {"enable_gqa": True}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            fastattn.StreamingMultiHeadAttention(**{"layer": layer, "left": 9, "right": 2, **arguments})
+
+
+BAD_TOKENS = {
+    "channels": (ValueError, r"x has shape \(2, 3, 23\); it must be \(..., L, 24\)", lambda x: x[..., :23]),
+    "one axis": (ValueError, r"x has shape \(24,\)", lambda x: x[0, 0]),
+    "batch": (ValueError, r"x has shape \(1, 3, 24\); the stream began with \(2, n, 24\)", lambda x: x[:1]),
+    "dtype": (TypeError, "x has dtype float64; the stream began with float32", lambda x: x.astype(float)),
+    "complex": (TypeError, "x has dtype complex64", lambda x: x.astype(np.complex64)),
+    "masked": (TypeError, "x is a masked array", np.ma.masked_array),
+}
+
+
+@pytest.mark.parametrize("error, message, change", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_bad_frames_leave_a_layer_s_stream_alone(rng, error, message, change):
+    layer, x = layer_of(rng, rotary_base=100.0), rng.standard_normal((2, 60, 24)).astype(np.float32)
+    stream, rows = layer_stream(layer, 9, 2), []
+    for at in range(0, 60, 3):
+        rows.append(stream.push(x[:, at : at + 3]))
+        before = stream.pushed, stream.returned
+        with pytest.raises(error, match=message):
+            stream.push(change(x[:, at : at + 3]))
+        with pytest.raises(ValueError, match="relative_bias came, but the stream began without one"):
+            stream.push(x[:, at : at + 3], np.zeros((4, 3, 12)))
+        assert (stream.pushed, stream.returned) == before
+    assert bits(np.concatenate([*rows, stream.flush()], axis=-2)) == bits(layer(x, window_size=(9, 2)))
+
+
+@pytest.mark.parametrize("name", ["project", "apply_rotary", "attend"])
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+def test_interrupted_pushes_of_a_layer(rng, monkeypatch, name, fails_at):
+    """Wherever a push or a flush ends too early, it can be repeated: also in the last product, after attention."""
+    layer, x = layer_of(rng, rotary_base=100.0), rng.standard_normal((2, 5000, 24)).astype(np.float32)
+    module = streaming if name == "attend" else fastattn.multihead
+    stream, call, rows = layer_stream(layer, 300, 20), getattr(module, name), []
+    for step in (lambda: stream.push(x[:, :700]), lambda: stream.push(x[:, 700:]), stream.flush):
+        before, calls = (stream.pushed, stream.returned, stream.nbytes), []
+
+        def interrupted(*arguments, calls=calls, **others):
+            calls.append(1)
+            if len(calls) > fails_at:
+                raise KeyboardInterrupt
+            return call(*arguments, **others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            try:
+                rows.append(step())
+                continue  # it had so many calls or fewer
+            except KeyboardInterrupt:
+                assert (stream.pushed, stream.returned, stream.nbytes) == before
+        rows.append(step())
+    assert bits(np.concatenate(rows, axis=-2)) == bits(layer(x, window_size=(300, 20)))
+
+
+def test_a_stack_of_layers(rng):
+    """Latencies add up; with chunks of one size they do not."""
+    layers = [layer_of(rng, w_out=rng.standard_normal((20, 24)).astype(np.float32), b_out=None) for _ in range(3)]
+    x = rng.standard_normal((200, 24)).astype(np.float32)
+    for shape, latency in (((20, 2), 6), ((None, None, 8, 2), 7)):
+        streams, done, expected = [layer_stream(layer, *shape) for layer in layers], [], x
+        for layer in layers:
+            expected = layer(expected, **rules_of(*shape))
+        for at in range(200):
+            rows = x[at : at + 1]
+            for stream in streams:
+                rows = stream.push(rows)
+            done.append(rows)
+            assert at + 1 - sum(map(len, done)) <= latency
+        for n in range(3):
+            rows = streams[n].flush()
+            for stream in streams[n + 1 :]:
+                rows = stream.push(rows)
+            done.append(rows)
+        assert bits(np.concatenate(done)) == bits(expected)

@@ -100,6 +100,17 @@ def streamed(rng, n):
     return call
 
 
+def streamed_layer(rng, n):
+    x, weights = normal(rng, 90, 16), normal(rng, 4, 16, 16)
+    of = fastattn.MultiHeadAttention(*weights, num_heads=2, rotary_base=1e4)
+
+    def call(**k):
+        stream = fastattn.StreamingMultiHeadAttention(of, 5 + n, 2, **k)
+        return np.concatenate([*(stream.push(x[i : i + 11]) for i in range(0, 90, 11)), stream.flush()])
+
+    return call
+
+
 def rows(function):
     def make(rng, n):
         x = normal(rng, 30 + n, 20 + 150 * n)
@@ -173,6 +184,7 @@ FAMILIES = {
     "additive": additive,
     "bilinear": bilinear,
     "streams": streamed,
+    "streams of a layer": streamed_layer,
     "softmax": rows("softmax"),
     "logsumexp": rows("logsumexp"),
     "sparsemax": rows("sparsemax"),
