@@ -132,7 +132,7 @@ static ALWAYS_INLINE void additive_sums(const real *restrict q, const real *rest
     vec sum[ROWS];
     UNROLL(8)
     for (int r = 0; r < rows; r++)
-        sum[r] = v_load(s + r * FA_BLOCK);
+        sum[r] = v_load(s + r * SCORE_ROW);
     for (int h = 0; h < n; h += SHARE) {
         const real *k_h = k + h * LANES;
         vec w_h[SHARE];
@@ -156,7 +156,7 @@ static ALWAYS_INLINE void additive_sums(const real *restrict q, const real *rest
     }
     UNROLL(8)
     for (int r = 0; r < rows; r++)
-        v_store(s + r * FA_BLOCK, sum[r]);
+        v_store(s + r * SCORE_ROW, sum[r]);
 }
 
 typedef void (*additive_function)(const real *q, const real *k, const real *w, int n, real *s);
@@ -203,7 +203,7 @@ static void additive_scores(const struct tile *tile, int64_t first, int rows, in
         const int64_t key = v * LANES * channels, raw_key = v / VECS * PANEL * channels + v % VECS * LANES;
         const unsigned wide = bits_at(&additive->wide_keys, v * LANES, LANES);
         for (int r = 0; r < rows; r++)
-            v_store(s + r * FA_BLOCK + v * LANES, v_fill(additive->w_sum));
+            v_store(s + r * SCORE_ROW + v * LANES, v_fill(additive->w_sum));
         for (int64_t c = 0; c < channels; c += STRIP) {
             const int n = channels - c < STRIP ? (int)(channels - c) : STRIP;
             additive_rows[rows - 1](tile->q + group + c * ROWS, tile->k + key + c * LANES, additive->w + c, n,
@@ -212,7 +212,7 @@ static void additive_scores(const struct tile *tile, int64_t first, int rows, in
         for (int r = 0; r < rows; r++) {
             const unsigned direct = additive->row_is_wide[first + r] ? (1u << LANES) - 1u : wide;
             if (direct) {
-                real *s_v = s + r * FA_BLOCK + v * LANES;
+                real *s_v = s + r * SCORE_ROW + v * LANES;
                 const vec x = additive_direct(additive->q_raw + group + r * STRIP, additive->k_raw + raw_key,
                                               additive->w, channels);
                 v_store(s_v, v_pick_bits(direct, x, v_load(s_v)));

@@ -13,6 +13,9 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define MOST_ROWS 768
 #define WINDOW_ROWS 384
 #define KEYS_A_ROW 4
+#define GROUPS 1
+#define WORTH_PACKING 256
+#define PACK_ALIGNED 0
 #define DENSE_ROWS 192
 #define DENSE_COLUMNS 512
 #define DECODE_ROWS 4

@@ -17,6 +17,9 @@
 #define MOST_ROWS 768
 #define WINDOW_ROWS 384
 #define KEYS_A_ROW 4
+#define GROUPS 1
+#define WORTH_PACKING 32
+#define PACK_ALIGNED 1
 #define DENSE_ROWS 96
 #define DENSE_COLUMNS 256
 #define DECODE_ROWS 2

@@ -52,7 +52,7 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
             const int begin = visible[g].lo > c ? visible[g].lo - c : 0,
                       end = visible[g].hi - c < last ? visible[g].hi - c : last;
             const real *q = tile->q + g * group_size(tile->channels);
-            real *s_g = s + g * tile->group * FA_BLOCK + c;
+            real *s_g = s + g * tile->group * SCORE_ROW + c;
             if (begin >= end)
                 continue;
             if (in_place)
@@ -86,7 +86,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
     for (int b = 0; b < run->blocks; b++) {
         const int64_t block = run->from + b * FA_BLOCK;
         struct visible *visible = run->visible + b * groups;
-        real *s = tile->s + b * rows * FA_BLOCK;
+        real *s = tile->s + b * block_of_scores(rows);
         int lo = FA_BLOCK, hi = 0;
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             const int group = rows_of_group(tile, rows, g, many_groups);
@@ -115,12 +115,12 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
             if (visible[g].lo >= visible[g].hi)
                 continue;
             run->partial[b * groups + g] =
-                rule_tile(problem, head, row + first, group, block, visible + g, tile, s + first * FA_BLOCK);
+                rule_tile(problem, head, row + first, group, block, visible + g, tile, s + first * SCORE_ROW);
             for (int r = first; r < first + group; r++) {
                 vec *most = run->most + b * rows + r;
                 run->shrink[b * rows + r] = 1;
                 if (problem->activation == FA_SOFTMAX) {
-                    *most = row_maximum(s + r * FA_BLOCK, v_first, v_last);
+                    *most = row_maximum(s + r * SCORE_ROW, v_first, v_last);
                     run->shrink[b * rows + r] = raise_maximum(tile->m + r, most, natural_log)[0];
                 }
             }
@@ -139,12 +139,12 @@ static ALWAYS_INLINE void weights_of_run(const fa_problem *problem, const fa_hea
             const int group = rows_of_group(tile, rows, g, many_groups);
             struct visible *visible = run->visible + b * groups + g;
             const int v_first = visible->lo / LANES, v_last = (visible->hi + LANES - 1) / LANES;
-            real *s = tile->s + (b * rows + first) * FA_BLOCK, *l = tile->l + first * LANES;
+            real *s = tile->s + b * block_of_scores(rows) + first * SCORE_ROW, *l = tile->l + first * LANES;
             if (visible->lo >= visible->hi)
                 continue;
             if (problem->activation != FA_SOFTMAX)
                 weigh_pointwise(problem, head, row + first, group, run->from + b * FA_BLOCK, visible, s, l);
-            for (int r = 0; r < group && problem->activation == FA_SOFTMAX; r++, s += FA_BLOCK, l += LANES) {
+            for (int r = 0; r < group && problem->activation == FA_SOFTMAX; r++, s += SCORE_ROW, l += LANES) {
                 const vec sum = row_weights(s, v_first, v_last, run->most[b * rows + first + r], natural_log);
                 const vec keep = v_fill(run->shrink[b * rows + first + r]);
                 v_store(l, v_fma(v_load(l), keep, sum));
@@ -177,8 +177,8 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
             for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
                 const int from = begin[g] > t ? begin[g] : t, to = end[g] < stop ? end[g] : stop;
                 if (from < to) {
-                    weighted_columns(p + first * FA_BLOCK, rows_from(tile, first, rows), value, from, to, c, columns,
-                                     value_row, sum[g], from > begin[g], &prefetch);
+                    weighted_columns(p + first * SCORE_ROW, rows_from(tile, first, rows), value, from, to, c, columns,
+                                     value_row, sum[g], from > begin[g], &prefetch, 1, 0);
                 }
             }
         }
@@ -200,7 +200,7 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
         const int begin = b ? 0 : (int)(run->begin - run->from);
         const int end = b + 1 < run->blocks ? FA_BLOCK : (int)(run->end - block);
         struct visible *visible = run->visible + b * groups;
-        real *s = tile->s + b * rows * FA_BLOCK, *sum[MOST_GROUPS];
+        real *s = tile->s + b * block_of_scores(rows), *sum[MOST_GROUPS];
         int some = 0, finite = -1, from[MOST_GROUPS], to[MOST_GROUPS];
         for (int g = 0; g < groups; g++)
             some |= visible[g].lo < visible[g].hi;
@@ -211,7 +211,7 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
         const int in_chunks =
             !many_groups && rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
         const struct value_rows value =
-            in_chunks ? (struct value_rows){NULL, 0} : values_of(problem, head, block, begin, end, rows, tile);
+            in_chunks ? rows_at(NULL, 0) : values_of(problem, head, block, begin, end, rows, 0, tile);
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             sum[g] = (run->span_begins[g] ? tile->o : tile->part) + first * value_row;
             from[g] = to[g] = 0;
@@ -222,7 +222,7 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             if (run->partial[b * groups + g] && !finite) {
                 const int group = rows_of_group(tile, rows, g, many_groups);
                 make_bits(visible + g, group);
-                weighted_sum_of_seen(s + first * FA_BLOCK, group, visible[g].bits, value, visible[g].lo, visible[g].hi,
+                weighted_sum_of_seen(s + first * SCORE_ROW, group, visible[g].bits, value, visible[g].lo, visible[g].hi,
                                      value_row, sum[g]);
             } else {
                 from[g] = term_begin(visible[g].lo), to[g] = term_end(visible[g].hi);
@@ -264,7 +264,7 @@ static NEVER_INLINE void keep_run(const fa_problem *problem, int rows, const str
             if (visible->lo < visible->hi)
                 keep_scores(problem, first, rows_of_group(tile, rows, g, many_groups), run->from + b * FA_BLOCK,
                             visible->lo / LANES, (visible->hi + LANES - 1) / LANES,
-                            tile->s + (b * rows + first) * FA_BLOCK, &tile->sparse);
+                            tile->s + b * block_of_scores(rows) + first * SCORE_ROW, &tile->sparse);
         }
 }
 

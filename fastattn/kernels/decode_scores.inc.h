@@ -104,7 +104,7 @@ static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++)
-            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * SCORE_ROW + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
@@ -155,7 +155,7 @@ static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, p
         }
         UNROLL(2)
         for (int r = 0; r < rows; r++)
-            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * SCORE_ROW + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
@@ -201,7 +201,7 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
         keys += 3 * key_row;
         UNROLL(8)
         for (int r = 0; r < rows; r++)
-            v_four_totals(s + r * FA_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            v_four_totals(s + r * SCORE_ROW + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     }
 }
 
@@ -293,7 +293,7 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
         }
         for (int r = 0, together; r < rows; r += together, distance = 0) {
             const real *q_r = q + r * STRIP;
-            real *s_r = s + r * FA_BLOCK + j;
+            real *s_r = s + r * SCORE_ROW + j;
             together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
             if (together == 1)
                 scores_of_one(q_r, k, k_row, channels, n, distance, s_r);

@@ -13,7 +13,7 @@ static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahea
         const vec v_c = v_load(v + c * VECTOR_BYTES);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
-            const vec p_r = v_fill(p[r * FA_BLOCK]);
+            const vec p_r = v_fill(p[r * SCORE_ROW]);
             if (first)
                 term[r][c] = p_r * v_c;
             else
@@ -140,7 +140,7 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
         for (int r = 0; r < rows; r++) {
             UNROLL(8)
             for (int k = 0; k < LINKS; k++)
-                w[r][k] = v_fill(p[r * FA_BLOCK + t + k]);
+                w[r][k] = v_fill(p[r * SCORE_ROW + t + k]);
         }
         for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, next += step) {
             vec v_k[2][LINKS];
@@ -222,7 +222,7 @@ static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows
 static NEVER_INLINE void copied_sum(const fa_problem *problem, const fa_view *value, const char *values, const real *p,
                                     int rows, int begin, int end, int from, int to, const struct tile *tile, real *part)
 {
-    const struct value_rows copy = {(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+    const struct value_rows copy = rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
     const ptrdiff_t ahead =
         needs_prefetch(problem, rows, problem->value_dim, value) ? rows_ahead(problem->value_dim) * value->row : 0;
     for (int t = from, stop; t < to; t = stop) {

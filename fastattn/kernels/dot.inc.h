@@ -98,9 +98,10 @@ static void pack_keys(int64_t channels, const char *keys, const fa_view *key, in
     }
 }
 
-/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]. */
-static void dot_scores(const real *q, int64_t channels, int rows, const real *k, int first, int last,
-                       struct prefetch *prefetch, real *s)
+/* Scores of a group of rows against the vectors [first, last) of a packed block, into s[row][key]; or of several
+ * groups, whose queries are q_group numbers apart. */
+static void dot_scores(const real *q, int64_t channels, int rows, int groups, int64_t q_group, const real *k, int first,
+                       int last, struct prefetch *prefetch, real *s)
 {
     int64_t c = 0;
     do {
@@ -111,8 +112,8 @@ static void dot_scores(const real *q, int64_t channels, int rows, const real *k,
             const int vecs = left < VECS - in_panel ? left : VECS - in_panel;
             const product_function product = query_products[rows - 1][vecs - 1];
             const real *panel = k + v / VECS * PANEL * channels + c * PANEL + in_panel * LANES;
-            product(q, (const char *)panel, PANEL * sizeof(real), PANEL * channels * (ptrdiff_t)sizeof(real), panels, 0,
-                    n, s + v * LANES, FA_BLOCK, c > 0, prefetch);
+            product(q, (const char *)panel, PACKED_ROW, channels * PACKED_ROW, panels, 0, n, s + v * LANES, SCORE_ROW,
+                    c > 0, prefetch, groups, q_group, ROWS * SCORE_ROW);
             v += panels * vecs;
         }
         c += STRIP;

@@ -437,7 +437,7 @@ static void score_tile(const fa_problem *problem, int rows, struct back *back)
             continue;
         additive_scores(&back->tile, g * ROWS, group, from, to, back->tile.s);
         for (int r = 0; r < group; r++)
-            memcpy(back->s + (g * ROWS + r) * GRADIENT_ROW + from * LANES, back->tile.s + r * FA_BLOCK + from * LANES,
+            memcpy(back->s + (g * ROWS + r) * GRADIENT_ROW + from * LANES, back->tile.s + r * SCORE_ROW + from * LANES,
                    (size_t)((to - from) * LANES) * sizeof(real));
     }
 }

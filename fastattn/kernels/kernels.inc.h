@@ -1,9 +1,11 @@
 /* All kernels for one instruction set and one dtype, and their table: fa_<isa>_f32 or fa_<isa>_f64.
  *
  * Expects BITS (32 or 64) and, from the header of the instruction set: ISA, VECTOR_BYTES, ROWS x VECS (sums in
- * registers), STEPS and CHUNK (product.inc.h), TOKENS (linear.inc.h), DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS,
- * MOST_ROWS, WINDOW_ROWS, KEYS_A_ROW, DENSE_ROWS and DENSE_COLUMNS (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys
- * from memory: decode.inc.h, decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
+ * registers), STEPS and CHUNK (product.inc.h), GROUPS (of rows that share a panel while it is in L1: prefill.inc.h),
+ * WORTH_PACKING (rows from which on values are packed, if misaligned or PACK_ALIGNED), TOKENS (linear.inc.h),
+ * DECODE_QUERIES, MANY_QUERIES, LEAST_ROWS, MOST_ROWS, WINDOW_ROWS, KEYS_A_ROW, DENSE_ROWS and DENSE_COLUMNS
+ * (fa_tuning), DECODE_ROWS and PLACE_ROWS (most rows that share a load of keys from memory: decode.inc.h,
+ * decode_scores.inc.h), and the operations that it implements itself (vector.inc.h).
  */
 #include "contract.h"
 #include <float.h>
@@ -23,18 +25,18 @@
 _Static_assert(ROWS == 4 || ROWS == 6 || ROWS == 8, "rows of a product for which there are functions");
 _Static_assert(DECODE_ROWS == 2 || DECODE_ROWS == 4, "rows that share a load for which there are functions");
 _Static_assert(PLACE_ROWS == 2 || PLACE_ROWS == 6, "the same, of scores");
+_Static_assert(GROUPS == 1 || GROUPS == 2, "groups that may go together");
 _Static_assert(VECS >= 1 && VECS <= 4, "vectors of a product for which there are functions");
 
 enum {
     PREFETCH_BYTES = 10240, /* prefetch distance in decode, in bytes */
     DECODE_VECS =
         4, /* decode_scores.inc.h: keys of up to this many vectors are read two at a time, longer ones singly */
-    MOST_VECS = 16,      /* most vectors of all rows together, for lengths known to the compiler (FOR_USUAL) */
-    LONG_VECS = 8,       /* from this many vectors on, one key or value per iteration: prefetchers track few loads */
-    LINKS = 4,           /* decode_sums.inc.h: values added to a sum per load and store of it; a multiple of STEPS */
-    CHAIN = 64,          /* decode_scores.inc.h: vectors of a key accumulated in one chain */
-    WORTH_COPYING = 256, /* values shared by this many rows or more are copied if their vectors are misaligned */
-    STRIP = 64,          /* channels of a query stored together (product.inc.h) */
+    MOST_VECS = 16, /* most vectors of all rows together, for lengths known to the compiler (FOR_USUAL) */
+    LONG_VECS = 8,  /* from this many vectors on, one key or value per iteration: prefetchers track few loads */
+    LINKS = 4,      /* decode_sums.inc.h: values added to a sum per load and store of it; a multiple of STEPS */
+    CHAIN = 64,     /* decode_scores.inc.h: vectors of a key accumulated in one chain */
+    STRIP = 64,     /* channels of a query stored together (product.inc.h) */
     PREFETCH_AT_ONCE = 3072, /* bytes of the next block that a group prefetches at once, before it multiplies */
     PASS_BYTES = 8192,       /* decode.inc.h: bytes of keys that several groups pass over in turn, or PASS_KEYS keys */
     PASS_KEYS = 64,

@@ -68,11 +68,12 @@ static ALWAYS_INLINE void prefetch_lines(struct prefetch *prefetch, int lines)
     }
 }
 
-/* How many prefetch steps a product over this many vectors of b and values of t makes. */
+/* How many prefetch steps a product over this many vectors of b and values of t makes, at least. */
 static ALWAYS_INLINE int64_t prefetches_of_product(int64_t vectors, int64_t numbers)
 {
-    const int rows_per_step = STEPS > 1 ? 2 : VECS;
-    return (vectors + rows_per_step - 1) / rows_per_step * (numbers / STEPS);
+    if (STEPS > 1)
+        return (vectors + 1) / 2 * (numbers / STEPS);
+    return (vectors + VECS - 1) / VECS * ((numbers + CHUNK - 1) / CHUNK);
 }
 
 /* The prefetches of `rows` rows from `data` on, in `times` equal steps. */

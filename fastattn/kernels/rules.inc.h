@@ -157,7 +157,7 @@ static ALWAYS_INLINE int rule_tile(const fa_problem *problem, const fa_head *hea
                                    struct visible *visible, struct tile *tile, real *s)
 {
     const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row), tile->extra,
-                                    s, FA_BLOCK, NULL);
+                                    s, SCORE_ROW, NULL);
     if (head->view[FA_WEIGHTS].data && (problem->activation == FA_SOFTMAX || is_sparse(problem)))
         keep_weights(problem, head, i, group, block, s);
     return partial;

@@ -53,13 +53,13 @@ static void exponentials(real *s, int rows, int first, int last, const int natur
     vec most[ROWS], keep[ROWS];
     /* Row by row each step would wait for the one before; in loops over all rows the latencies overlap. */
     for (int r = 0; r < rows; r++)
-        most[r] = row_maximum(s + r * FA_BLOCK, first, last);
+        most[r] = row_maximum(s + r * SCORE_ROW, first, last);
     for (int r = 0; r < rows; r++) {
         keep[r] = raise_maximum(m + r, most + r, natural_log);
         shrink[r] = keep[r][0];
     }
     for (int r = 0; r < rows; r++) {
-        const vec sum = row_weights(s + r * FA_BLOCK, first, last, most[r], natural_log);
+        const vec sum = row_weights(s + r * SCORE_ROW, first, last, most[r], natural_log);
         real *l_r = l + r * LANES;
         v_store(l_r, v_fma(v_load(l_r), keep[r], sum));
     }
@@ -71,7 +71,7 @@ static void pointwise(const fa_problem *problem, real *s, int rows, int first, i
     const vec infinite = v_fill((real)INFINITY), zero = {0};
     for (int r = 0; r < rows; r++) {
         for (int v = first; v < last; v++) {
-            real *s_v = s + r * FA_BLOCK + v * LANES;
+            real *s_v = s + r * SCORE_ROW + v * LANES;
             vec x = v_load(s_v), p;
             if (problem->activation == FA_RELU) {
                 p = v_max(zero, x);

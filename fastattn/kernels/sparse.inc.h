@@ -35,7 +35,7 @@ static void keep_scores(const fa_problem *problem, int64_t r, int group, int64_t
 {
     const uint32_t place = (uint32_t)((block - sparse->first) / LANES);
     const vec least = v_fill(is_square(problem) ? -2 : -1), none = v_fill(-(real)INFINITY);
-    for (const int64_t end = r + group; r < end; r++, s += FA_BLOCK) {
+    for (const int64_t end = r + group; r < end; r++, s += SCORE_ROW) {
         const vec most = v_max(row_maximum(s, first, last), v_fill(sparse->most[r]));
         const vec base = v_pick(most == none, (vec){0}, most);
         real *scores = scores_of(sparse, r);
@@ -182,8 +182,8 @@ static void sum_of_group(const key_bits *keys, int group, int lo, int hi, struct
     for (int r = 0; r < group; r++)
         for (int j = 0; j < FA_BLOCK; j += LANES)
             if (!bits_at(&keys[r], j, LANES))
-                v_store(p + r * FA_BLOCK + j, (vec){0});
-    weighted_columns(p, group, value, term_begin(lo), term_end(hi), 0, value_row, value_row, sum, 0, NULL);
+                v_store(p + r * SCORE_ROW + j, (vec){0});
+    weighted_columns(p, group, value, term_begin(lo), term_end(hi), 0, value_row, value_row, sum, 0, NULL, 1, 0);
 }
 
 /* Weights of the rows [first, first + group), group g, times the values of a block, into its state. [begin, end): what
@@ -196,7 +196,7 @@ static void add_block(const fa_problem *problem, const fa_head *head, int64_t g,
     real ones[ROWS], *o = tile->o + first * value_row, *p = tile->s;
     int count = 0, lo = FA_BLOCK, hi = 0;
     for (int r = 0; r < group; r++) {
-        keys[r] = take_weights(&tile->sparse, first + r, block - tile->sparse.first, p + r * FA_BLOCK);
+        keys[r] = take_weights(&tile->sparse, first + r, block - tile->sparse.first, p + r * SCORE_ROW);
         count += bits_count(&keys[r]);
         ones[r] = 1;
         for (int w = 0; w < WORDS; w++)
@@ -213,7 +213,7 @@ static void add_block(const fa_problem *problem, const fa_head *head, int64_t g,
     const int many = DENSE * count > group * (hi - lo);
     real *sum = span_begins ? o : tile->part;
     if (many && values->finite < 0) {
-        values->rows = values_of(problem, head, block, begin, end, 1, tile);
+        values->rows = values_of(problem, head, block, begin, end, 1, 0, tile);
         values->finite = all_finite(values->rows, begin, end, value_row);
         values->in_place = 1; /* or copied as a whole */
     }
@@ -223,7 +223,7 @@ static void add_block(const fa_problem *problem, const fa_head *head, int64_t g,
         if (!values->in_place)
             copy_weighed(problem, head, block, &all, values, tile);
         for (int r = 0; r < group; r++)
-            sum_of_weighed(p + r * FA_BLOCK, &keys[r], values->rows, value_row, sum + r * value_row);
+            sum_of_weighed(p + r * SCORE_ROW, &keys[r], values->rows, value_row, sum + r * value_row);
     }
     if (!span_begins)
         join_sum(o, sum, group, value_row, ones);
@@ -246,11 +246,11 @@ static NEVER_INLINE void weigh_sparse(const fa_problem *problem, const fa_head *
             weigh_rows(0, r, count, sparse);
     }
     for (int64_t block = begin / FA_BLOCK * FA_BLOCK; block < end; block += FA_BLOCK) {
-        struct sparse_values values = {{(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)}, 0, -1, {{0}}};
+        struct sparse_values values = {rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real)), 0, -1, {{0}}};
         const int from = begin > block ? (int)(begin - block) : 0;
         const int to = end - block < FA_BLOCK ? (int)(end - block) : FA_BLOCK;
         if (in_place) {
-            values.rows = (struct value_rows){value->data + block * value->row, value->row};
+            values.rows = rows_at(value->data + block * value->row, value->row);
             values.in_place = 1;
         }
         for (int64_t g = 0, first = 0; first < rows; g++, first += tile->group)

@@ -34,15 +34,16 @@ struct tile {
     int64_t value_row; /* row length of o: value_dim rounded up to whole vectors */
     real *q;           /* packed queries: [group][strip of channels][row][STRIP] */
     real *k;           /* a packed block of keys, [panel][channel][key], VECS vectors per panel; a few keys in decode */
-    real *v;           /* a block of values that cannot be read in place, in rows of v_row numbers */
-    int64_t v_row;
-    real *s;       /* [ROWS][FA_BLOCK] scores, then weights, of a group and block; [block][rows][FA_BLOCK] in decode */
-    real *part;    /* [ROWS][value_row] the weighted sum; [rows][value_row] in decode */
-    real *chunk;   /* [DECODE_ROWS][value_row] a partial sum, in decode */
-    real *extra;   /* [2][FA_BLOCK] the bias of one row, and one of its terms */
-    double *after; /* [rows] factor of the scores after the product, if any (scale_after_product) */
-    int64_t row;   /* the first row of the tile */
-    int64_t *span; /* [groups] the span of a group's state; with NO_SPAN its rows of o are not set */
+    real *v;           /* a block of values that are not read in place: packed as [panel of columns][key][PANEL], or in
+                          rows of v_row numbers (decode, sparse weights) */
+    int64_t v_row, v_panel;
+    real *s;     /* [ROWS][SCORE_ROW] scores, then weights, of a group and block; [block][rows][SCORE_ROW] in decode */
+    real *part;  /* [ROWS][value_row] the weighted sum; [rows][value_row] in decode */
+    real *chunk; /* [DECODE_ROWS][value_row] a partial sum, in decode */
+    real *extra; /* [2][FA_BLOCK] the bias of one row, and one of its terms */
+    double *after;   /* [rows] factor of the scores after the product, if any (scale_after_product) */
+    int64_t row;     /* the first row of the tile */
+    int64_t *span;   /* [groups] the span of a group's state; with NO_SPAN its rows of o are not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
     /* The same for the spans before it, with rounding errors, for groups that have seen several. */
     char *many_spans; /* [groups] */
@@ -51,7 +52,11 @@ struct tile {
     struct sparse sparse;
 };
 
-enum { PANEL = VECS * LANES }; /* keys in a panel */
+enum {
+    PANEL = VECS * LANES,      /* keys in a panel, or columns of values */
+    SCORE_ROW = FA_BLOCK + 16, /* numbers from a row of scores to the next: with FA_BLOCK, rows 4 KiB apart would wait
+                                  for each other where one is stored and the other loaded */
+};
 
 /* Most rows of scores in a run: rows times blocks (keys_of_run). */
 enum {
@@ -65,6 +70,9 @@ static ALWAYS_INLINE int64_t keys_of_run(int64_t rows)
     const int64_t keys = rows <= DECODE_ROWS ? FA_SPAN : FA_SPAN * DECODE_ROWS / rows / FA_BLOCK * FA_BLOCK;
     return keys > FA_BLOCK ? keys : FA_BLOCK;
 }
+
+/* Numbers from a block of scores to the next in decode: those of a single row are contiguous. */
+static ALWAYS_INLINE int64_t block_of_scores(int64_t rows) { return rows == 1 ? FA_BLOCK : rows * SCORE_ROW; }
 
 /* Where the terms of a weighted sum, of STEPS keys each, that cover keys [lo, hi) of a block begin and end. */
 static ALWAYS_INLINE int term_begin(int lo) { return lo / STEPS * STEPS; }
@@ -114,7 +122,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
-    int64_t scores = !problem->decode ? ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
+    int64_t scores = !problem->decode ? GROUPS * ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
     int64_t groups = (rows + ROWS - 1) / ROWS;
     tile->group = problem->decode && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + PANEL - 1) / PANEL;
@@ -124,9 +132,11 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     tile->v_row = value_row * (int64_t)sizeof(real) % 1024 ? value_row : value_row + LANES;
     tile->q = (real *)take(&at, groups * group_size(channels));
     tile->k = (real *)take(&at, problem->decode ? (4 + PASS_KEYS) * channels : panels * PANEL * channels);
-    tile->v = (real *)take(&at, block * tile->v_row);
-    tile->s = (real *)take(&at, scores * FA_BLOCK);
-    tile->part = (real *)take(&at, (problem->decode ? rows : ROWS) * value_row);
+    const int64_t v_columns = (value_row + PANEL - 1) / PANEL * PANEL;
+    tile->v_panel = block * PANEL;
+    tile->v = (real *)take(&at, block * (tile->v_row > v_columns ? tile->v_row : v_columns));
+    tile->s = (real *)take(&at, scores * SCORE_ROW);
+    tile->part = (real *)take(&at, (problem->decode ? rows : GROUPS * ROWS) * value_row);
     tile->chunk = (real *)take(&at, problem->decode ? DECODE_ROWS * value_row : 0);
     tile->extra = (real *)take(&at, 2 * FA_BLOCK);
     tile->after =

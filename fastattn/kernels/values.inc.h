@@ -1,8 +1,13 @@
 /* The weighted sum of values, read in place if their layout allows it, else from a copy of the block. */
 struct value_rows {
-    const char *data; /* the value of the block's key 0; only visible rows may be read */
-    ptrdiff_t row;
+    const char *data;     /* the value of the block's key 0; only visible rows may be read */
+    ptrdiff_t row, panel; /* from a value to the next, and from PANEL of its columns to the next */
 };
+
+static ALWAYS_INLINE struct value_rows rows_at(const void *data, ptrdiff_t row)
+{
+    return (struct value_rows){data, row, PACKED_ROW};
+}
 
 /* The factor that keeps a sum of values from overflowing; usually 1. */
 static ALWAYS_INLINE real value_factor(const fa_problem *problem) { return (real)ldexp(1, -problem->value_shift); }
@@ -17,8 +22,9 @@ static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_vie
     /* Such rows would map to a few sets of the cache. */
     if (value->row % 1024 == 0)
         return 0;
-    /* Vectors that straddle cache lines take two loads. */
-    return rows < WORTH_COPYING || ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0;
+    /* In place, vectors may straddle cache lines: these take two loads, and columns of them twice the lines. */
+    return rows < WORTH_PACKING ||
+           (!PACK_ALIGNED && ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0);
 }
 
 /* Copies rows [begin, end) of a block of values, times 2**-value_shift, padded with zeros to whole vectors and whole
@@ -45,21 +51,49 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
     }
 }
 
-/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:], in whole terms, for
- * `columns` columns from `from` on. */
-static void weighted_columns(const real *p, int rows, struct value_rows value, int begin, int end, int64_t from,
-                             int64_t columns, int64_t value_row, real *part, int add, struct prefetch *prefetch)
+/* Packs rows [begin, end) of a block of values, times 2**-value_shift, as [panel of columns][key][PANEL], panels
+ * v_panel numbers apart; padded with zeros to whole vectors and whole terms. row: scratch for a value. */
+static void pack_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
+                        int64_t v_panel, int64_t value_row, real *row, real *restrict to)
 {
-    const product_function *products = weight_products[rows - 1];
+    const int shrunk = problem->value_shift != 0;
+    const int direct = readable(value) && problem->value_dim % LANES == 0 && !shrunk;
+    const real factor = shrunk ? value_factor(problem) : 1;
+    memset(row, 0, (size_t)value_row * sizeof(real));
+    for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
+        const char *from = values + j * value->row;
+        if (j < begin || j >= end) {
+            for (int64_t c = 0; c < value_row; c += LANES)
+                v_store(to + c / PANEL * v_panel + j * PANEL + c % PANEL, (vec){0});
+            continue;
+        }
+        if (!direct) {
+            gather(row, from, value->col, problem->value_dim, value->dtype);
+            for (int64_t c = 0; shrunk && c < problem->value_dim; c++)
+                row[c] *= factor;
+            from = (const char *)row;
+        }
+        for (int64_t c = 0; c < value_row; c += LANES)
+            v_store(to + c / PANEL * v_panel + j * PANEL + c % PANEL, v_load(from + c * (int64_t)sizeof(real)));
+    }
+}
+
+/* part[row][:] (+)= sum over keys [begin, end) of the block of p[row][key] * value[key][:], in whole terms, for
+ * `columns` columns from `from` on, a multiple of PANEL. groups: of rows, with sums part_group numbers apart. */
+static void weighted_columns(const real *p, int rows, struct value_rows value, int begin, int end, int64_t from,
+                             int64_t columns, int64_t value_row, real *part, int add, struct prefetch *prefetch,
+                             int groups, int64_t part_group)
+{
+    const product_function *products = value.row == PACKED_ROW ? packed_products[rows - 1] : weight_products[rows - 1];
     const int panels = (int)(columns / PANEL), left = (int)(columns % PANEL) / LANES;
-    const char *v = value.data + from * (int64_t)sizeof(real);
-    const int64_t done = panels * PANEL;
+    const char *v = value.data + from / PANEL * value.panel;
     part += from;
     if (panels)
-        products[VECS - 1](p, v, value.row, VECS * VECTOR_BYTES, panels, begin, end, part, value_row, add, prefetch);
+        products[VECS - 1](p, v, value.row, value.panel, panels, begin, end, part, value_row, add, prefetch, groups,
+                           ROWS * SCORE_ROW, part_group);
     if (left)
-        products[left - 1](p, v + done * (int64_t)sizeof(real), value.row, 0, 1, begin, end, part + done, value_row,
-                           add, panels ? NULL : prefetch);
+        products[left - 1](p, v + panels * value.panel, value.row, 0, 1, begin, end, part + panels * PANEL, value_row,
+                           add, panels ? NULL : prefetch, groups, ROWS * SCORE_ROW, part_group);
 }
 
 /* The same, in the same order, for values that are not all finite: 0 * inf and 0 * NaN are NaN, so a hidden key must be
@@ -72,8 +106,9 @@ static NEVER_INLINE void weighted_sum_of_seen(const real *p, int rows, const key
             vec all = {0}, sum = {0}, term = {0};
             for (int j = begin; j < end; j++) {
                 if (seen[r].word[j / 64] >> j % 64 & 1) {
-                    const vec p_rj = v_fill(p[r * FA_BLOCK + j]);
-                    const vec v_j = v_load(value.data + j * value.row + c * (int64_t)sizeof(real));
+                    const vec p_rj = v_fill(p[r * SCORE_ROW + j]);
+                    const vec v_j = v_load(value.data + j * value.row + c / PANEL * value.panel +
+                                           c % PANEL * (int64_t)sizeof(real));
                     if (STEPS > 1)
                         term = v_fma(p_rj, v_j, term);
                     else
@@ -91,16 +126,20 @@ static NEVER_INLINE void weighted_sum_of_seen(const real *p, int rows, const key
 static int all_finite(struct value_rows value, int begin, int end, int64_t value_row)
 {
     vec sum[4] = {{0}}; /* several, since one would be limited by latency */
-    for (int j = begin; j < end; j++) {
-        const real *v = (const real *)(value.data + j * value.row);
-        int64_t c = 0;
-        for (; c + 4 * LANES <= value_row; c += 4 * LANES) {
-            UNROLL(4)
-            for (int i = 0; i < 4; i++)
-                sum[i] = v_fma(v_load(v + c + i * LANES), (vec){0}, sum[i]);
+    for (int64_t c = 0; c < value_row; c += PANEL) {
+        const char *v = value.data + c / PANEL * value.panel;
+        const int vecs = value_row - c < PANEL ? (int)(value_row - c) / LANES : VECS;
+        int j = begin;
+        for (; j + 4 <= end; j += 4) {
+            for (int i = 0; i < vecs; i++) {
+                UNROLL(4)
+                for (int k = 0; k < 4; k++)
+                    sum[k] = v_fma(v_load(v + (j + k) * value.row + i * VECTOR_BYTES), (vec){0}, sum[k]);
+            }
         }
-        for (; c < value_row; c += LANES)
-            sum[0] = v_fma(v_load(v + c), (vec){0}, sum[0]);
+        for (; j < end; j++)
+            for (int i = 0; i < vecs; i++)
+                sum[0] = v_fma(v_load(v + j * value.row + i * VECTOR_BYTES), (vec){0}, sum[0]);
     }
     sum[0] += sum[1] + sum[2] + sum[3];
     for (int i = 0; i < LANES; i++)
@@ -115,15 +154,22 @@ static ALWAYS_INLINE int sum_in_place(const fa_problem *problem, const fa_view *
     return begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, value, rows);
 }
 
-/* The values of the keys [begin, end) of a block, in place or copied. rows: how many share a value. */
+/* The values of the keys [begin, end) of a block, in place or copied: for few rows as rows, for many packed. rows: how
+ * many share a value. */
 static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
-                                                 int begin, int end, int64_t rows, const struct tile *tile)
+                                                 int begin, int end, int64_t rows, const int packed,
+                                                 const struct tile *tile)
 {
-    const char *values = head->view[FA_VALUE].data + block * head->view[FA_VALUE].row;
-    if (sum_in_place(problem, &head->view[FA_VALUE], begin, end, rows))
-        return (struct value_rows){values, head->view[FA_VALUE].row};
-    copy_values(problem, values, &head->view[FA_VALUE], begin, end, tile->v, tile->v_row, tile->value_row);
-    return (struct value_rows){(const char *)tile->v, tile->v_row * (ptrdiff_t)sizeof(real)};
+    const fa_view *value = &head->view[FA_VALUE];
+    const char *values = value->data + block * value->row;
+    if (sum_in_place(problem, value, begin, end, rows))
+        return rows_at(values, value->row);
+    if (packed) {
+        pack_values(problem, values, value, begin, end, tile->v_panel, tile->value_row, tile->part, tile->v);
+        return (struct value_rows){(const char *)tile->v, PACKED_ROW, tile->v_panel * (ptrdiff_t)sizeof(real)};
+    }
+    copy_values(problem, values, value, begin, end, tile->v, tile->v_row, tile->value_row);
+    return rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
 }
 
 /* Adds the weighted sum of a block to the output of `rows` rows, after rescaling their earlier output. */

@@ -76,7 +76,7 @@ static void keep_weights(const fa_problem *problem, const fa_head *head, int64_t
         int begin, end;
         char *w = weights_block(problem, head, i + r, block, &begin, &end);
         if (w)
-            store_weights(w, head->view[FA_WEIGHTS].col, s + r * FA_BLOCK + begin, end - begin);
+            store_weights(w, head->view[FA_WEIGHTS].col, s + r * SCORE_ROW + begin, end - begin);
     }
 }
 
