@@ -74,7 +74,7 @@ class Llama:
         self.real = np.result_type(self.dtype, np.float32)  # of everything that is no weight
         try:
             reader = GGUFReader(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError, KeyError) as error:  # the last two where it ends too early
             raise ModelError(f"{path} cannot be read as a GGUF file: {error}") from error
         self.metadata = Metadata(reader)
         architecture = self.metadata["general.architecture"]
@@ -89,6 +89,8 @@ class Llama:
         # The table of embeddings stays as it is in the file: few of its rows are ever needed at once.
         self.embedding = stored.pop("token_embd.weight")
         output = stored.pop("output.weight", self.embedding)  # often the same table
+        # Numbers that each token is multiplied with.
+        self.num_weights = sum(int(tensor.n_elements) for tensor in [*stored.values(), output])
         self.eps = self.metadata["llama.attention.layer_norm_rms_epsilon"]
         self.layers = [Layer(stored, i, self) for i in range(self.metadata["llama.block_count"])]
         self.norm = numbers(stored.pop("output_norm.weight"), self.real)
@@ -101,11 +103,6 @@ class Llama:
         ends = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
         ends = {*ends, self.tokenizer.token_to_id("<|endoftext|>")} - {None}
         self.ends = sorted(ends)
-
-    @property
-    def num_weights(self):
-        """Numbers that a token is multiplied with: all but the table of embeddings, which is counted once."""
-        return sum(weight.size for layer in self.layers for weight in layer.weights) + self.head.weight.size
 
     @property
     def nbytes(self):
@@ -192,13 +189,6 @@ class Layer:
         )
         self.gate, self.up, self.down = (Linear(numbers(take(name), model.dtype).T) for name in FEED_FORWARD)
         self.eps, self.real = model.eps, model.real
-
-    @property
-    def weights(self):
-        """The matrices."""
-        attention = self.attention
-        yield from (attention.w_query, attention.w_key, attention.w_value, attention.w_out)
-        yield from (self.gate.weight, self.up.weight, self.down.weight)
 
     def cache(self, batch, capacity):
         """Return an empty cache for the keys and values of B sequences."""
@@ -328,7 +318,9 @@ def beam_search(model, prompt, most, ends=(), beams=4, length_penalty=1.0):
     for length in range(1, most + 1):
         sums = sums[:, None] + log_softmax(logits.astype(np.float64))
         # Those that end here are done, however likely: their scores decide, and they take no place from the others.
-        closed = [(total, beam, end) for beam, row in enumerate(sums) for end, total in zip(ends, row[ends], strict=True)]
+        closed = [
+            (total, beam, end) for beam, row in enumerate(sums) for end, total in zip(ends, row[ends], strict=True)
+        ]
         sums[:, ends] = -np.inf
         best = np.argsort(-sums, axis=None, kind="stable")[:beams]
         parents, tokens = np.divmod(best, sums.shape[1])
