@@ -2,9 +2,9 @@
 
     python examples/generate.py "Why is the sky blue?"
 
-prints the answer as it is written, and how fast that went: tokens a second for reading the question and for writing the
-answer, and how near that comes to the speed of this machine's memory, since every token takes all the weights once. With
-several questions, all are answered in one batch. The model is in `llama.py`.
+prints the answer as it is written, and how fast that went: tokens a second for reading the question and for writing
+the answer, and how near that comes to the speed of this machine's memory, since every token takes all the weights once.
+With several questions, all are answered in one batch. The model is in `llama.py`.
 """
 
 import argparse
@@ -166,8 +166,8 @@ def write_beams(model, prompts, options):
             print(f"\n> {text}", end="")
         print(f"\n{model.decode(answer).strip()}\n")
         print(
-            f"{len(answer)} tokens, mean logarithm of their probabilities {score:.3f}, found with {options.beams} beams in "
-            f"{time.perf_counter() - start:.1f} s.",
+            f"{len(answer)} tokens, mean logarithm of their probabilities {score:.3f}, found with {options.beams} "
+            f"beams in {time.perf_counter() - start:.1f} s.",
             flush=True,
         )
 
@@ -216,8 +216,8 @@ class Report:
             used = self.nbytes * len(self.steps) / seconds
             lines.append(
                 f"Wrote {tokens} more, {tokens / seconds:,.1f} a second. Each step takes {self.nbytes / 1e6:.0f} MB of "
-                f"weights: {used / 1e9:.1f} GB/s, {used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s at which this "
-                f"machine reads memory."
+                f"weights: {used / 1e9:.1f} GB/s, {used / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s at which "
+                f"this machine reads memory."
             )
         return "\n".join(lines)
 
