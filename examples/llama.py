@@ -1,9 +1,9 @@
 """A language model of the Llama family, read from a GGUF file, in NumPy and fastattn; greedy and beam search.
 
 This is the model behind `generate.py`. SmolLM2, whose file it finds if its package is installed, has 30 layers of
-self-attention and feed-forward, 576 numbers a token, 9 query heads on 3 heads of keys and values. The attention of a layer
-is a `fastattn.MultiHeadAttention` over a `fastattn.KVCache`, the other products are `fastattn.Linear`; the package gguf
-reads the file, and tokenizers cuts text into tokens.
+self-attention and feed-forward, 576 numbers a token, 9 query heads on 3 heads of keys and values. The attention of a
+layer is a `fastattn.MultiHeadAttention` over a `fastattn.KVCache`, the other products are `fastattn.Linear`; the
+package gguf reads the file, and tokenizers cuts text into tokens.
 
 Shapes, in the words used below: B sequences, L tokens in the longest of those that come in a call, d_model numbers a
 token, V tokens in the vocabulary.
@@ -59,8 +59,8 @@ class Llama:
         A GGUF file of the architecture "llama", in any quantization that the package gguf knows. Default: the installed
         package's.
     dtype : dtype, optional
-        In which the weights of products are kept: float32 or, for half of the memory, float16; float64 for a slow and exact
-        run.
+        In which the weights of products are kept: float32 or, for half of the memory, float16; float64 for a slow and
+        exact run.
 
     Raises
     ------
@@ -153,7 +153,7 @@ class Llama:
         return self.tokenizer.decode(tokens)
 
     def chat(self, text, system=None):
-        """Return what the model is to continue if someone says `text` in a conversation, as the file's template has it."""
+        """Return what the model is to continue if someone says `text` in a conversation, in the file's own form."""
         template = self.metadata.get("tokenizer.chat_template")
         if template is None:
             raise ModelError("the file has no template of conversations: it can only continue texts")
@@ -177,7 +177,7 @@ class Layer:
         get = model.metadata
         num_heads = get["llama.attention.head_count"]
         self.attention_norm, self.feed_forward_norm = (numbers(take(name), model.real) for name in NORMS)
-        # The file has weights as (out, in), which from_linear expects. Channels that rotate together are adjacent in it.
+        # The file has weights as (out, in), as from_linear takes them. Channels that rotate together are adjacent.
         self.attention = MultiHeadAttention.from_linear(
             {f"{name}.weight": numbers(take(name), model.dtype) for name in PROJECTIONS},
             *PROJECTIONS,
@@ -318,9 +318,7 @@ def beam_search(model, prompt, most, ends=(), beams=4, length_penalty=1.0):
     for length in range(1, most + 1):
         sums = sums[:, None] + log_softmax(logits.astype(np.float64))
         # Those that end here are done, however likely: their scores decide, and they take no place from the others.
-        closed = [
-            (total, beam, end) for beam, row in enumerate(sums) for end, total in zip(ends, row[ends], strict=True)
-        ]
+        closed = [(row[end], beam, end) for beam, row in enumerate(sums) for end in ends]
         sums[:, ends] = -np.inf
         best = np.argsort(-sums, axis=None, kind="stable")[:beams]
         parents, tokens = np.divmod(best, sums.shape[1])

@@ -169,9 +169,9 @@ def read_wav(path):
 def resample(samples, rate):
     """Return the samples at the model's rate.
 
-    A new sample is a sum of the old ones around its time, weighted with a windowed sinc that keeps out what the lower of the
-    two rates cannot hold. Times repeat, relative to the old samples, after `up` new ones, so there are as many sets of
-    weights.
+    A new sample is a sum of the old ones around its time, weighted with a windowed sinc that keeps out what the lower
+    of the two rates cannot hold. Times repeat, relative to the old samples, after `up` new ones, so there are as many
+    sets of weights.
     """
     import numpy as np
     from whisper import RATE

@@ -1,9 +1,9 @@
 """Whisper, a model that writes down speech, in NumPy and fastattn, from a model in the format of CTranslate2.
 
-This is the model behind `transcribe.py`: 30 seconds of sound become a picture of 80 bands, an encoder makes 1500 vectors
-of it, and a decoder writes the text token by token, looking at those vectors and at what it has written. All attention is
-`fastattn.MultiHeadAttention`: to the sound itself, to the text so far over a `fastattn.KVCache`, and from the text to the
-sound, whose keys and values are made once (`project_context`). The other products are `fastattn.Linear`.
+This is the model behind `transcribe.py`: 30 seconds of sound become a picture of 80 bands, an encoder makes 1500
+vectors of it, and a decoder writes the text token by token, looking at those vectors and at what it has written. All
+attention is `fastattn.MultiHeadAttention`: within the sound, over a `fastattn.KVCache` to the text so far, and from the
+text to the sound, whose keys and values are made once (`project_context`). The other products are `fastattn.Linear`.
 
 Shapes, in the words used below: F frames of 10 ms, S vectors of sound, L tokens, d_model numbers a vector or token, V
 tokens in the vocabulary.
@@ -65,8 +65,9 @@ def find_files(folders, pattern):
 def read_ctranslate2(data, name):
     """Return the arrays of a model.bin by their names.
 
-    After the file's version come the model's name and revision, then each array with its name, shape and dtype, then other
-    names for some of them. All integers are little-endian, and a text is preceded by its length and ends with a zero.
+    After the file's version come the model's name and revision, then each array with its name, shape and dtype, then
+    other names for some of them. All integers are little-endian, and a text is preceded by its length and ends with a
+    zero.
     """
     position = 0
 
@@ -143,12 +144,8 @@ class Weights:
         weights = np.concatenate([self(f"{part}/weight") for part in parts])
         biases = np.concatenate([self(f"{part}/bias") for part in parts])
         weights, biases = (np.split(x, 4) for x in (weights, biases))
-        names = "query", "key", "value", "out"
-        return MultiHeadAttention(
-            *(w.T for w in weights),
-            num_heads=num_heads,
-            **{f"b_{name}": b for name, b in zip(names, biases, strict=True)},
-        )
+        named = dict(zip(("b_query", "b_key", "b_value", "b_out"), biases, strict=True))
+        return MultiHeadAttention(*(w.T for w in weights), num_heads=num_heads, **named)
 
 
 # ----------------------------------------------------------------------------------------------- the sound

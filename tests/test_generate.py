@@ -1,7 +1,7 @@
-"""The example that answers with a language model: what it reads from a file, its numbers, both searches, and the script.
+"""The example that answers with a language model: what it reads from a file, its numbers, both searches, the script.
 
-Needs the packages of the `examples` extra; a tiny model with random weights is written for most of it, and the real one is
-used where its package is installed. Tests for what is not installed are skipped, with the reason.
+Needs the packages of the `examples` extra; a tiny model with random weights is written for most of it, and the real one
+is used where its package is installed. Tests for what is not installed are skipped, with the reason.
 """
 
 import importlib.util
@@ -25,8 +25,9 @@ needs_model = pytest.mark.skipif(
 )
 
 EPS = {np.dtype(name): np.finfo(name).eps for name in ("float32", "float64")}
-# Allowed error of logits: the norm of a row's difference, over the norm of the row. Each of two layers rounds in about ten
-# steps (two norms, the products, scores, softmax, the gate, two residual sums), by about eps of the result's size each.
+# Allowed error of logits: the norm of a row's difference, over the norm of the row. Each of two layers rounds in about
+# ten steps (two norms, the products, scores, softmax, the gate, two residual sums), by about eps of the result's size,
+# and a norm restores the size.
 STEPS = 64
 
 D_MODEL, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS = 32, 4, 2, 8, 64, 2
@@ -133,7 +134,7 @@ def write_model(path, tokens=None, merges=(), change=None, seed=0, **settings):
 
 
 def reference(weights, tokens):
-    """The logits (L, V) of a sequence in float64, written out for one head and one token at a time where that is plainer."""
+    """The logits (L, V) of a sequence in float64, written out head by head."""
 
     def norm(x, name):
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.float32(RMS_EPS)) * weights[f"{name}.weight"]
