@@ -30,14 +30,17 @@ def main(arguments=None):
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(options.threads)))
     start = time.perf_counter()
     try:
-        from llama import Llama, ModelError
+        from llama import Llama, ModelError, find_model
 
         from fastattn import get_num_threads
 
-        model = Llama(options.model, options.dtype)
+        path = options.model or find_model()
     except ModuleNotFoundError as error:
         print(explain_missing(error), file=sys.stderr)
         return 1
+    try:
+        model = Llama(path, options.dtype)
+        texts = options.texts if options.plain else [model.chat(text, options.system) for text in options.texts]
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,11 +49,6 @@ def main(arguments=None):
         f"loaded in {time.perf_counter() - start:.1f} s",
         flush=True,
     )
-    try:
-        texts = options.texts if options.plain else [model.chat(text, options.system) for text in options.texts]
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     prompts = [model.encode(text) for text in texts]
     longest = max(map(len, prompts)) + options.tokens
     if longest > model.context_length:

@@ -42,12 +42,14 @@ def main(arguments=None):
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(options.threads)))
     start = time.perf_counter()
     try:
-        from whisper import RATE, ModelError, Whisper, cut
+        from whisper import RATE, ModelError, Whisper, cut, find_model
 
-        model = Whisper(options.model)
+        folders = options.model or find_model()
     except ModuleNotFoundError as error:
         print(explain_missing(error), file=sys.stderr)
         return 1
+    try:
+        model = Whisper(folders)
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
