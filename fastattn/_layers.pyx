@@ -1,5 +1,7 @@
 """Layers from Python: calls of Linear and of norms, checked, as plain fa_dense and fa_norm for the drivers
 (kernels/drive_dense.c)."""
+import mmap
+
 import numpy as np
 
 cimport numpy as cnp
@@ -97,14 +99,40 @@ cdef fa_dense_activation read_activation(object activation) except *:
         raise ValueError(f"activation must be one of {names}, not {activation!r}") from None
 
 
+cdef enum:
+    LINE = 64
+    HUGE_PAGE = 1 << 21
+
+
+cdef object huge_pages(object size):
+    """Zeros in memory of its own, in pages of 2 MB if the system has them, but for an end that would use little of its
+    page; else None. A matrix is read a third faster from them than from pages of 4 KB."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    pages = (size + HUGE_PAGE - 1) // HUGE_PAGE
+    if pages * HUGE_PAGE - size > size // 4:
+        pages -= 1
+    try:
+        memory = mmap.mmap(-1, size + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+        memory.madvise(mmap.MADV_HUGEPAGE, start, pages * HUGE_PAGE)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return np.frombuffer(memory, np.uint8)[start:start + size]
+
+
 cdef cnp.ndarray aligned(tuple shape, object dtype):
     """Zeros that begin at a line of the cache."""
     size = dtype.itemsize
     for n in shape:
         size *= n
-    cdef cnp.ndarray memory = empty((size + 64,), np.dtype(np.uint8), "a packed matrix", True)
-    cdef int64_t start = <int64_t> ((64 - <size_t> cnp.PyArray_DATA(memory) % 64) % 64)
-    return (<object> memory)[start:start + size].view(dtype).reshape(shape)
+    bytes_of = huge_pages(size) if size >= HUGE_PAGE else None
+    cdef cnp.ndarray memory
+    if bytes_of is None:
+        memory = empty((size + LINE,), np.dtype(np.uint8), "a packed matrix", True)
+        start = -<size_t> cnp.PyArray_DATA(memory) % LINE
+        bytes_of = (<object> memory)[start:start + size]
+    return bytes_of.view(dtype).reshape(shape)
 
 
 cdef int pack(cnp.ndarray w, cnp.ndarray panels, int width) except -1:

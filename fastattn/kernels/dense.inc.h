@@ -13,7 +13,7 @@ enum {
     DENSE_LINK = 128,                       /* channels in one chain of additions */
     FEW_LINK = 64,                          /* the same for few rows, in two chains */
     FEW_AT_ONCE = 2,                        /* of few rows, how many share a load */
-    FEW_AHEAD = 4096                        /* bytes that the matrix is asked for ahead */
+    FEW_AHEAD = 16384                       /* bytes that the matrix is asked for ahead */
 };
 _Static_assert(DENSE_DEPTH % DENSE_LINK == 0 && FEW_LINK % 2 == 0, "whole links");
 
@@ -240,9 +240,11 @@ static ALWAYS_INLINE vec load_panel(const char *at, const fa_dtype dtype)
     return v_load(at);
 }
 
-/* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart. */
+/* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart; meanwhile `lines`
+ * lines are fetched for each channel, from `ahead` on. */
 static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const char *restrict b, int64_t depth,
-                                   real *restrict out, int add, int64_t ahead, const int rows, const fa_dtype dtype)
+                                   real *restrict out, int add, const char *ahead, int lines, const int rows,
+                                   const fa_dtype dtype)
 {
     const int size = dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : 2;
     vec sum[2][FEW_AT_ONCE][VECS];
@@ -255,25 +257,23 @@ static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const c
                 sum[k][r][v] = (vec){0};
         }
     }
-#define FEW_STEP(k)                                                     \
-    do {                                                                \
-        vec b_v[VECS];                                                  \
-        UNROLL(4)                                                       \
-        for (int v = 0; v < VECS; v++)                                  \
-            b_v[v] = load_panel(b + v * LANES * size, dtype);           \
-        UNROLL(4)                                                       \
-        for (int r = 0; r < rows; r++) {                                \
-            const vec x_r = v_fill(x[r * d_in + t + (k)]);              \
-            UNROLL(4)                                                   \
-            for (int v = 0; v < VECS; v++)                              \
-                sum[k][r][v] = v_fma(x_r, b_v[v], sum[k][r][v]);        \
-        }                                                               \
-        if (ahead) {                                                    \
-            UNROLL(4)                                                   \
-            for (int line = 0; line < (PANEL * size + 63) / 64; line++) \
-                __builtin_prefetch(b + ahead + line * 64, 0, 3);        \
-        }                                                               \
-        b += PANEL * size;                                              \
+#define FEW_STEP(k)                                              \
+    do {                                                         \
+        vec b_v[VECS];                                           \
+        UNROLL(4)                                                \
+        for (int v = 0; v < VECS; v++)                           \
+            b_v[v] = load_panel(b + v * LANES * size, dtype);    \
+        UNROLL(4)                                                \
+        for (int r = 0; r < rows; r++) {                         \
+            const vec x_r = v_fill(x[r * d_in + t + (k)]);       \
+            UNROLL(4)                                            \
+            for (int v = 0; v < VECS; v++)                       \
+                sum[k][r][v] = v_fma(x_r, b_v[v], sum[k][r][v]); \
+        }                                                        \
+        NOT_UNROLLED                                             \
+        for (int line = 0; line < lines; line++, ahead += 64)    \
+            __builtin_prefetch(ahead, 0, 2);                     \
+        b += PANEL * size;                                       \
     } while (0)
     int64_t t = 0;
     for (; t + 2 <= depth; t += 2) {
@@ -294,12 +294,12 @@ static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const c
     }
 }
 typedef void (*few_function)(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, int add,
-                             int64_t ahead);
+                             const char *ahead, int lines);
 #define FEW_TILE(rows, name, dtype)                                                                              \
     static NEVER_INLINE void name##_##rows(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, \
-                                           int add, int64_t ahead)                                               \
+                                           int add, const char *ahead, int lines)                                \
     {                                                                                                            \
-        few_tile(x, d_in, b, depth, out, add, ahead, rows, dtype);                                               \
+        few_tile(x, d_in, b, depth, out, add, ahead, lines, rows, dtype);                                        \
     }
 #define FEW_TILES(name, dtype) FEW_TILE(1, name, dtype) FEW_TILE(2, name, dtype)
 FEW_TILES(few_real, REAL_DTYPE)
@@ -327,18 +327,22 @@ static const few_function *few_functions(fa_dtype dtype)
 static void dense_few(const fa_dense *d, const void *x, int64_t panel_begin, int64_t panel_end)
 {
     const few_function *const tiles = few_functions(d->dtype);
-    const int64_t size = panel_bytes(d), d_in = d->d_in;
+    const int64_t size = panel_bytes(d), d_in = d->d_in, row = PANEL * size;
+    const int64_t passes = (d->rows + FEW_AT_ONCE - 1) / FEW_AT_ONCE;
+    /* Each pass of rows over a part of a panel fetches its share of the lines FEW_AHEAD bytes further on. */
+    const int64_t of_channel = row / 64 > 1 ? row / 64 : 1, sharing = passes < of_channel ? passes : of_channel;
+    const int lines = d->prefetch ? (int)((of_channel + sharing - 1) / sharing) : 0;
     for (int64_t p = panel_begin; p < panel_end; p++) {
-        const char *const panel = (const char *)d->panels + p * d_in * PANEL * size;
+        const char *const panel = (const char *)d->panels + p * d_in * row;
         real sums[FA_DENSE_FEW][PANEL];
         int64_t c = 0;
         do {
             const int64_t depth = d_in - c < FEW_LINK ? d_in - c : FEW_LINK;
-            for (int64_t r = 0; r < d->rows; r += FEW_AT_ONCE) {
+            const char *ahead = panel + c * row + FEW_AHEAD;
+            for (int64_t r = 0; r < d->rows; r += FEW_AT_ONCE, ahead += depth * lines * 64) {
                 const int64_t rows = d->rows - r < FEW_AT_ONCE ? d->rows - r : FEW_AT_ONCE;
-                /* The first rows bring the numbers to the first cache for the others. */
-                tiles[rows - 1]((const real *)x + r * d_in + c, d_in, panel + c * PANEL * size, depth, sums[r], c > 0,
-                                r == 0 && d->prefetch ? FEW_AHEAD : 0);
+                tiles[rows - 1]((const real *)x + r * d_in + c, d_in, panel + c * row, depth, sums[r], c > 0, ahead,
+                                r / FEW_AT_ONCE < sharing ? lines : 0);
             }
             c += depth;
         } while (c < d_in);
