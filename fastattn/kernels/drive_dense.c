@@ -38,9 +38,9 @@ void fa_plan_dense(const fa_dense *d, const fa_kernels *kernels, int threads, fa
     int64_t blocks = ceiling(d->rows, tuning->dense_rows);
     plan->columns = fa_most(1, tuning->dense_columns / tuning->panel);
     plan->ranges = ceiling(plan->panels, plan->columns);
-    if (blocks * plan->ranges < 4 * (int64_t)threads && threads > 1) {
-        plan->ranges = fa_least(plan->panels, ceiling(4 * (int64_t)threads, blocks));
-        if (blocks * plan->ranges < 2 * (int64_t)threads)
+    if (blocks * plan->ranges < 8 * (int64_t)threads && threads > 1) {
+        plan->ranges = fa_least(plan->panels, ceiling(8 * (int64_t)threads, blocks));
+        if (blocks * plan->ranges < 4 * (int64_t)threads)
             blocks = fa_least(ceiling(d->rows, tuning->group_rows), ceiling(4 * (int64_t)threads, plan->ranges));
     }
     plan->columns = ceiling(plan->panels, plan->ranges);
