@@ -398,6 +398,19 @@ def test_a_step_is_a_call(rng, kind, dtype, stored, window, ragged):
         at += n
 
 
+@pytest.mark.parametrize("dtype", [np.float32, *sixteen_bits()])
+def test_a_cache_with_more_digits_than_its_layer(rng, dtype):
+    """Heads in float64 go through products in float32."""
+    given = {name: x.astype(dtype) if isinstance(x, np.ndarray) else x for name, x in parameters(rng).items()}
+    layer, plain = fastattn.MultiHeadAttention(**given), reference.MultiHeadAttention(**given)
+    caches = [KVCache((), 4, 30, 6, dtype=np.float64) for _ in range(2)]
+    for n in (1, 2, 3, 8, 9):
+        x = normal(rng, n, 24).astype(dtype)
+        out, expected = layer(x, cache=caches[0]), plain(x, cache=caches[1])
+        tolerance = (2e-5 if dtype == np.float32 else 2e-2) * np.abs(expected).max()
+        np.testing.assert_allclose(out.astype(np.float64), expected, rtol=0, atol=tolerance)
+
+
 def test_a_step_is_what_it_is_called():
     """The usual call is taken the short way; one with anything else is not."""
     rng = np.random.default_rng(0)

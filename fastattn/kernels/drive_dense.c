@@ -130,7 +130,7 @@ static int run_few(const fa_dense *given, const fa_kernels *kernels, const fa_de
     fa_dense own = *given;
     const fa_dense *const d = &own;
     own.prefetch = fa_prefetching_helps();
-    const size_t size = d->out.dtype == FA_F64 || d->x.dtype == FA_F64 || d->dtype == FA_F64 ? 8 : 4;
+    const size_t size = d->dtype == FA_F64 ? 8 : 4; /* of the kernels' numbers, whatever x has */
     for (int64_t r = 0; r < d->rows; r++)
         kernels->gather(memory + (size_t)(r * d->d_in) * size, d->x.data + r * d->x.row, d->x.col, d->d_in, d->x.dtype);
 #if defined(_OPENMP)
