@@ -1732,6 +1732,7 @@ class MultiHeadAttention:
             As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not limit
             the matrix products, which are NumPy's. Of `is_causal`, `window_size`, `relative_bias`, `alibi_slopes`,
             `scale`, `softcap` and `sinks`, what the layer holds is the default (``<held>``); None or False is none.
+            Another window than the layer's needs another `relative_bias` than the layer's, or None.
         return_weights : bool, "band" or sequence of int, default False
             As for `dot_product_attention`, for each head; or the numbers of those heads whose weights are wanted, in
             any order and as NumPy counts, -1 for the last one. Those of the others are not computed.
@@ -2173,7 +2174,16 @@ class MultiHeadAttention:
         """The rules of a call, and what the layer holds where the call has none."""
         if not self._held and all(a is not HELD for a in rules.values()):
             return rules
-        return {**self._held, **{name: a for name, a in rules.items() if a is not HELD}}
+        rules = {**self._held, **{name: a for name, a in rules.items() if a is not HELD}}
+        bias, window = self._held.get("relative_bias"), self._held.get("window_size")
+        if bias is not None and rules["relative_bias"] is bias and rules["window_size"] is not window:
+            given = _sides(rules["window_size"], rules.get("is_causal"))
+            if given != _sides(window, self.is_causal):
+                raise ValueError(
+                    f"window_size={rules['window_size']!r} does not go with the relative_bias that the layer holds, "
+                    f"which is for window_size={window!r}: give a relative_bias too, or None for none"
+                )
+        return rules
 
     def _checked(self, x: Any, context: Any, cache: Any, rules: LayerRules, packed: bool = False) -> _Call:
         """Check the arguments; rules include those that the layer holds."""
@@ -2548,6 +2558,15 @@ def _digits(given: NDArray[Any] | None, now: NDArray[Any] | None) -> NDArray[Any
         return now
     with np.errstate(all="ignore"):
         return np.where(given.astype(now.dtype) == now, given, now)
+
+
+def _sides(window_size: Any, is_causal: Any) -> Any:
+    """A window in a form that can be compared; what is none is left as it is."""
+    pair = isinstance(window_size, (tuple, list)) or getattr(window_size, "ndim", 0) == 1
+    sides = list(window_size) if pair else [window_size, window_size]
+    if is_causal is not None and is_one_number(is_causal) and is_causal:
+        sides[1:] = [0]
+    return [None if n is None or (is_one_number(n) and n == -1) else n for n in sides]
 
 
 def _check_reach(window: int, given: Rules) -> None:

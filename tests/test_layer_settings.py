@@ -103,6 +103,25 @@ def test_a_call_overrides(rng, rule):
     assert bits(layer(x, **own)) == bits(plain(x, **held | own))
 
 
+def test_held_biases_belong_to_the_held_window(rng):
+    """Biases of five distances, of which a window of other sides would take those of other distances."""
+    bias = normal(rng, 3, 1, 5)
+    layer, _ = layer_of(rng, window_size=(3, 1), relative_bias=bias)
+    x = normal(rng, 6, 16)
+    expected = layer(x)
+    for window in ([3, 1], np.array([3, 1])):
+        assert bits(layer(x, window_size=window)) == bits(expected)
+    for window in ((4, 0), (1, 3), (2, 1), 2, None, (3, None), (3, -1)):
+        with pytest.raises(ValueError, match=r"does not go with the relative_bias that the layer holds.*\(3, 1\)"):
+            layer(x, window_size=window)
+        with pytest.raises(ValueError, match="does not go with the relative_bias"):
+            layer(x[:1], cache=fastattn.KVCache((), 3, 9, layer.head_dim), window_size=window)
+        assert layer(x, window_size=window, relative_bias=None).shape == x.shape[:1] + (layer.d_out,)
+    assert bits(layer(x, window_size=(4, 0), relative_bias=bias)) != bits(expected)
+    causal, _ = layer_of(rng, window_size=(4, None), is_causal=True, relative_bias=bias)
+    assert bits(causal(x, window_size=(4, 0))) == bits(causal(x)) == bits(causal(x, window_size=4))
+
+
 @pytest.mark.parametrize("held", HELD_SETS)
 @pytest.mark.parametrize("of", COPIES.values(), ids=COPIES)
 def test_copies_hold_the_same(rng, of, held):
