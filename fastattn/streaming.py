@@ -634,7 +634,8 @@ class StreamingMultiHeadAttention(_Stream):
     ----------
     layer : MultiHeadAttention
         For self-attention: ``d_context == d_model``. It is not copied: what is written into its parameters counts from
-        the next push on.
+        the next push on. One that holds ``is_causal=True`` needs ``right=0``; one that holds a `relative_bias`, its
+        window, unless another bias or None is given.
     left : int or None
     right : int or None, default 0
     chunk_size, left_chunks : int, optional
@@ -698,9 +699,13 @@ class StreamingMultiHeadAttention(_Stream):
                 f"attend to each other"
             )
         self._layer = layer
-        held: Any = {name: x for name, x in layer._held.items() if name in StreamingLayerRules.__annotations__}
-        rules = {**held, **rules}
-        super().__init__(left, right, {**rules, "enable_gqa": layer.num_heads != layer.num_kv_heads}, layer.num_heads)
+        every = layer._with_held({**rules, "window_size": (left, right)})
+        held: Any = {name: x for name, x in every.items() if name in StreamingLayerRules.__annotations__}
+        super().__init__(left, right, {**held, "enable_gqa": layer.num_heads != layer.num_kv_heads}, layer.num_heads)
+        if layer.is_causal and self._right != 0:
+            raise ValueError(
+                f"right must be 0, not {self._right}: the layer holds is_causal=True, so no frame sees those after it"
+            )
 
     @property
     def layer(self) -> MultiHeadAttention:
@@ -756,7 +761,7 @@ class StreamingMultiHeadAttention(_Stream):
     def _pushed(self, x: Any, relative_bias: Any) -> NDArray[Any]:
         state, layer = self._open(), self._layer
         pushed = {"x": as_array(x, "x", _INSTEAD)}
-        call = layer._checked(pushed["x"], None, None, {}, packed=True)
+        call = layer._checked(pushed["x"], None, None, self._own_rules(), packed=True)
         tokens, count, begin, bias = call.tokens, call.length, state.pushed, None
         if relative_bias is not None:
             bias = pushed["relative_bias"] = self._checked_bias(relative_bias, count)
@@ -774,6 +779,10 @@ class StreamingMultiHeadAttention(_Stream):
         out = self._joined(call, products, rows)
         self._state = state
         return out
+
+    def _own_rules(self) -> Any:
+        """Those that count for products and norms."""
+        return {"num_threads": self._rules.get("num_threads")}
 
     def _projected(self, call: _Call, products: Products, position: int) -> Sequence[NDArray[Any]]:
         """Query, key and value of a call's frames, of which the first has that position."""
@@ -799,6 +808,6 @@ class StreamingMultiHeadAttention(_Stream):
 
     def _output(self, state: _State, rows: NDArray[Any]) -> NDArray[Any]:
         _, (*batch, channels), dtype = state.frames[0]
-        call = self._layer._checked(np.empty((*batch, 0, channels), dtype), None, None, {}, packed=True)
+        call = self._layer._checked(np.empty((*batch, 0, channels), dtype), None, None, self._own_rules(), packed=True)
         with np.errstate(all="ignore"):
             return self._joined(call, self._layer._products_in(call.accumulation), rows)

@@ -888,6 +888,36 @@ def test_memory_of_a_layer_s_stream(rng):
     assert peak < 3.1 * rows.nbytes + 8 * 2048 * 24 * 4 * 3 + held  # heads have twice the channels of a row
 
 
+def test_threads_of_a_layers_products(rng, monkeypatch):
+    seen = []
+    project = fastattn.multihead.project
+    monkeypatch.setattr(fastattn.multihead, "project", lambda *a: seen.append(a[3]) or project(*a))
+    stream = layer_stream(layer_of(rng), 3, 1, num_threads=1)
+    stream.push(rng.standard_normal((40, 24)).astype(np.float32))
+    assert seen and set(seen) == {1}
+
+
+def test_a_causal_layer_looks_not_ahead(rng):
+    layer = layer_of(rng, is_causal=True)
+    x = rng.standard_normal((40, 24)).astype(np.float32)
+    assert bits(run(layer_stream(layer, 5, 0), (x,), [1, 9])) == bits(layer(x, window_size=(5, 2)))
+    for right, more in ((2, {}), (None, {"chunk_size": 4, "left_chunks": 1})):
+        with pytest.raises(ValueError, match=f"right must be 0, not {right}: the layer holds is_causal=True"):
+            layer_stream(layer, 5, right, **more)
+
+
+def test_held_biases_belong_to_the_held_window(rng):
+    bias = rng.standard_normal((4, 1, 8)).astype(np.float32)
+    layer = layer_of(rng, window_size=(5, 2), relative_bias=bias)
+    x = rng.standard_normal((40, 24)).astype(np.float32)
+    assert bits(run(layer_stream(layer, 5, 2), (x,), [1, 9])) == bits(layer(x))
+    with pytest.raises(ValueError, match="does not go with the relative_bias that the layer holds"):
+        layer_stream(layer, 6, 1)
+    assert bits(run(layer_stream(layer, 6, 1, relative_bias=None), (x,), [9])) == bits(
+        layer(x, window_size=(6, 1), relative_bias=None)
+    )
+
+
 def test_bad_layers(rng):
     layer = layer_of(rng)
     for error, message, arguments in (
