@@ -105,6 +105,19 @@ def test_scores_that_grow_along_the_row(rng):
         assert_attention(query[:1], key, value, bias=bias)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("norm", [fastattn.layer_norm, fastattn.rms_norm])
+def test_norms_of_denormal_rows(norm, dtype):
+    row = np.array([3.0, -1.0, 0.0, 5.0, -7.0])  # its sum is 0
+    expected = row / np.sqrt(np.mean(row * row))
+    step = np.finfo(dtype).smallest_subnormal
+    got = norm(row.astype(dtype) * step, eps=0)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-14)
+    np.testing.assert_array_equal(norm(np.zeros(5, dtype), eps=0), np.zeros(5))
+    for eps in (0, 5e-324, 1e-300, 1e-100, 1e-30):
+        np.testing.assert_allclose(norm(row.astype(dtype), eps=eps), expected, rtol=1e-6, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_denormal_values(rng, dtype):
     """Values below the normal range are right to within a few of the smallest steps."""

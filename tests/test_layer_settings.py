@@ -116,7 +116,7 @@ def test_held_biases_belong_to_the_held_window(rng):
             layer(x, window_size=window)
         with pytest.raises(ValueError, match="does not go with the relative_bias"):
             layer(x[:1], cache=fastattn.KVCache((), 3, 9, layer.head_dim), window_size=window)
-        assert layer(x, window_size=window, relative_bias=None).shape == x.shape[:1] + (layer.d_out,)
+        assert layer(x, window_size=window, relative_bias=None).shape == (*x.shape[:1], layer.d_out)
     assert bits(layer(x, window_size=(4, 0), relative_bias=bias)) != bits(expected)
     causal, _ = layer_of(rng, window_size=(4, None), is_causal=True, relative_bias=bias)
     assert bits(causal(x, window_size=(4, 0))) == bits(causal(x)) == bits(causal(x, window_size=4))

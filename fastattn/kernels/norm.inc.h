@@ -76,14 +76,12 @@ static void norm_rows(const fa_norm *norm, int64_t begin, int64_t end, void *wor
             int exponent;
             frexp((double)top, &exponent);
             if (top <= (BITS == 32 ? (real)FLT_MAX : (real)DBL_MAX)) { /* not infinite */
-                exponent = exponent < -500 ? -500 : exponent;          /* its square is finite */
+                if (norm->eps > 0 && exponent < -500) /* beside eps their squares are nothing; its own is finite */
+                    exponent = -500;
                 scale = ldexp(1.0, -exponent);
-                if (BITS == 32) { /* in two steps: the power may be beyond float */
-                    multiply_row(x, n, (real)ldexp(1.0, -exponent / 2));
-                    multiply_row(x, n, (real)ldexp(1.0, -exponent - -exponent / 2));
-                } else {
-                    multiply_row(x, n, (real)scale);
-                }
+                /* In two steps: the power may be beyond the dtype. */
+                multiply_row(x, n, (real)ldexp(1.0, -exponent / 2));
+                multiply_row(x, n, (real)ldexp(1.0, -exponent - -exponent / 2));
             }
         }
         double lost = 0, square;
@@ -96,8 +94,9 @@ static void norm_rows(const fa_norm *norm, int64_t begin, int64_t end, void *wor
             lost = total_of_row(x, n, 0) / (double)n;
         }
         square = total_of_row(x, n, 1) / (double)n - lost * lost;
-        /* eps * scale * scale may be infinite or 0; then it is all that counts, or nothing. */
-        const double deviation = sqrt((square > 0 || square != square ? square : 0) + norm->eps * scale * scale);
+        /* This may be infinite or 0; then it is all that counts, or nothing. */
+        const double least = norm->eps > 0 ? norm->eps * scale * scale : 0;
+        const double deviation = sqrt((square > 0 || square != square ? square : 0) + least);
         const double factor = 1 / deviation;
         const vec less = v_fill((real)lost);
         vec times = v_fill((real)factor);
