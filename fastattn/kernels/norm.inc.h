@@ -100,7 +100,8 @@ static void norm_rows(const fa_norm *norm, int64_t begin, int64_t end, void *wor
         const double factor = 1 / deviation;
         const vec less = v_fill((real)lost);
         vec times = v_fill((real)factor);
-        if (deviation == 0) /* a constant row without eps: 0, not NaN, times infinity */
+        /* A constant row, without eps or with next to none: 0, not NaN, times infinity. */
+        if (deviation < 1 / (BITS == 32 ? (double)FLT_MAX : DBL_MAX))
             times = (vec){0};
         for (int64_t i = 0; i < n; i += LANES) {
             vec y = (v_load(x + i) - less) * times;
