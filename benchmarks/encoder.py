@@ -3,12 +3,21 @@
 Each PyTorch version is a function of the model's folder that returns a function of token numbers (B, S) and lengths
 (B,). Each ONNX graph is built by a function of the folder and S, and has these two as its int64 inputs "ids" and
 "lengths". All return embeddings of norm 1, (B, d_model).
+
+    python benchmarks/encoder.py [--threads 1 2] [--plot FILE.png]
+
+encodes the documentation of Python's standard library and less with the example and with ONNX Runtime (onnx and
+onnxruntime must be installed), in turn and in one process, and prints a table. It takes about a minute.
 """
 
+import argparse
 import functools
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +102,33 @@ def model():
 @functools.cache
 def inputs(case):
     """The case's sentences as lists of token numbers; the model's folder; the padded lists, and their lengths."""
-    minilm = load_example()
     batch = model().tokenize(SENTENCES[: case.batch])
-    return batch, minilm.find_model(), *minilm.pad(batch)
+    return batch, load_example().find_model(), *pad(batch)
+
+
+def pad(batch):
+    """Token numbers as an array (B, S), filled up with 0, and the lengths (B,) that count."""
+    lengths = np.array([len(ids) for ids in batch])
+    padded = np.zeros((len(batch), lengths.max()), np.int64)
+    for row, ids in zip(padded, batch, strict=True):
+        row[: len(ids)] = ids
+    return padded, lengths
+
+
+def make_padded_batches(tokens, batch_tokens):
+    """Lists of row numbers, the longest first: batches of at most batch_tokens, padding included.
+
+    Sorting by length puts sentences of similar length together; counting tokens rather than sentences keeps the few
+    long ones, whose lengths differ most, in batches of their own.
+    """
+    batches = []
+    longest = 0
+    for row in sorted(range(len(tokens)), key=lambda row: -len(tokens[row])):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+            longest = len(tokens[row])
+        batches[-1].append(row)
+    return batches
 
 
 def expected(case):
@@ -109,7 +142,12 @@ def reference_attention(layer):
     from fastattn import reference
 
     names = ("w_query", "w_key", "w_value", "w_out", "b_query", "b_key", "b_value", "b_out")
-    return reference.MultiHeadAttention(**{name: getattr(layer, name) for name in names}, num_heads=layer.num_heads)
+    exact = reference.MultiHeadAttention(**{name: getattr(layer, name) for name in names}, num_heads=layer.num_heads)
+
+    def attend(x, *, cu_seqlens):
+        return np.concatenate([exact(x[None, begin:end])[0] for begin, end in itertools.pairwise(cu_seqlens)])
+
+    return attend
 
 
 def _stored(folder):
@@ -231,7 +269,7 @@ PYTORCH = {"linear, scaled_dot_product_attention": pytorch_functions, "nn.Transf
 
 
 class _Graph:
-    """The encoder in standard ONNX operators; the runtime fuses what it can."""
+    """The encoder in standard ONNX operators; the runtime fuses what it can. S is None if calls differ in it."""
 
     def __init__(self, folder, seqlen):
         self.config, self.stored = _stored(folder)
@@ -245,7 +283,8 @@ class _Graph:
             return helper.make_tensor_value_info(name, kind, shape)
 
         # If the length is known, the runtime sees that two arrays have the same shape, and fuses sum and norm.
-        inputs = [described("ids", TensorProto.INT64, "B", self.seqlen), described("lengths", TensorProto.INT64, "B")]
+        ids = described("ids", TensorProto.INT64, "B", self.seqlen or "S")
+        inputs = [ids, described("lengths", TensorProto.INT64, "B")]
         outputs = [described(self.encode(), TensorProto.FLOAT, "B", self.config["hidden_size"])]
         graph = helper.make_graph(self.nodes, "encoder", inputs, outputs, self.constants)
         domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
@@ -273,10 +312,15 @@ class _Graph:
 
     def encode(self):
         node, eps = self.node, self.config["layer_norm_eps"]
-        valid = node("Less", np.arange(self.seqlen), node("Unsqueeze", "lengths", [1]))
-        mask = self.mask(valid)
-        position = self.stored["embeddings.position_embeddings.weight"][: self.seqlen]
+        position = self.stored["embeddings.position_embeddings.weight"]
         position = position + self.stored["embeddings.token_type_embeddings.weight"][0]
+        if self.seqlen is None:
+            numbers = node("Range", 0, node("Squeeze", node("Shape", "ids", start=1, end=2)), 1)
+            position = node("Gather", position, numbers)
+        else:
+            numbers, position = np.arange(self.seqlen), position[: self.seqlen]
+        valid = node("Less", numbers, node("Unsqueeze", "lengths", [1]))
+        mask = self.mask(valid)
         x = node("Add", node("Gather", self.stored["embeddings.word_embeddings.weight"], "ids"), position)
         norm = self.weight("embeddings.LayerNorm"), self.bias("embeddings.LayerNorm")
         x = node("LayerNormalization", x, *norm, epsilon=eps)
@@ -347,3 +391,138 @@ ONNX = {
     "MatMul, Softmax, Gelu": lambda folder, seqlen: _Graph(folder, seqlen).model(),
     "Attention, SkipLayerNormalization, BiasGelu": lambda folder, seqlen: _FusedGraph(folder, seqlen).model(),
 }
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+# Of batches of docstrings, the fastest for each (of 256 to 4096); here it hardly matters.
+BATCH_TOKENS = 1024
+PADDED_TOKENS = 512
+EVERY = 10  # of this many docstrings one is encoded
+TURNS = 6  # of each in a round over them
+PAUSE = 0.05  # seconds between turns on several threads: ONNX Runtime's go on spinning for a while
+LABELS = "fastattn", "ONNX Runtime"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="MiniLM beside ONNX Runtime's.")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default 1 2")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="their medians count (default 3)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
+    options = parser.parse_args(arguments)
+    absent = [*missing(), *(name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None)]
+    if absent:
+        print(f"not installed: {', '.join(absent)}", file=sys.stderr)
+        return 1
+    import onnxruntime
+
+    import compare
+
+    jobs = side_by_side()
+    results = [
+        (title, threads, *measured(threads, options.rounds, *job))
+        for threads in options.threads
+        for title, *job in jobs
+    ]
+    cpu = compare.machine()["cpu"]
+    print(f"{cpu}, ONNX Runtime {onnxruntime.__version__}, medians of {options.rounds} interleaved rounds\n")
+    print(f"| milliseconds | threads | {' | '.join(LABELS)} | its time : ours |\n| --- | ---: | ---: | ---: | ---: |")
+    for title, threads, *seconds, ratio in results:
+        ours, theirs = (f"{1e3 * each:,.{1 if each < 0.1 else 0}f}" for each in seconds)
+        print(f"| {title} | {threads} | {ours} | {theirs} | {ratio:.2f} |")
+    if options.plot:
+        import plot
+
+        plot.draw_encoder(results, LABELS, cpu, options.plot)
+    return 0
+
+
+def side_by_side():
+    """Jobs: a title, sentences as token numbers for each turn, and how they are batched here and in ONNX Runtime."""
+    minilm = load_example()
+    import semantic_search
+
+    docs = model().tokenize([text for _, text in semantic_search.read_corpus()][::EVERY])
+    whole = list(itertools.chain.from_iterable(docs))
+    sentence, *_ = model().tokenize(SENTENCES[:1])
+
+    def packed(tokens):
+        return [range(len(tokens))[batch] for batch in minilm.make_batches(tokens, BATCH_TOKENS)]
+
+    def padded(tokens):
+        return make_padded_batches(tokens, PADDED_TOKENS)
+
+    def at_once(tokens):
+        return [range(len(tokens))]
+
+    def one_by_one(tokens):
+        return [[row] for row in range(len(tokens))]
+
+    size = sum(map(len, docs))
+    return [
+        (f"{len(docs)} docstrings, {size} tokens", [docs[i::TURNS] for i in range(TURNS)], packed, padded),
+        ("4 times 32 docstrings as they come", [docs[i : i + 32] for i in range(0, 128, 32)], at_once, at_once),
+        (
+            "2 times 32 sentences of 64 tokens",
+            [[whole[i + j : i + j + 64] for j in range(0, 2048, 64)] for i in (0, 2048)],
+            at_once,
+            at_once,
+        ),
+        (f"one sentence of {len(sentence)} tokens, 10 times", [[sentence] * 10] * 2, one_by_one, one_by_one),
+    ]
+
+
+def measured(threads, rounds, turns, ours, theirs):
+    """Seconds of a round over all turns, here and in the faster of ONNX Runtime's graphs, and the ratio: medians."""
+    import fastattn
+
+    fastattn.set_num_threads(threads)
+    here = [[[tokens[row] for row in rows] for rows in ours(tokens)] for tokens in turns]
+    there = [[pad([tokens[row] for row in rows]) for rows in theirs(tokens)] for tokens in turns]
+
+    def encode(turn):
+        for batch in here[turn]:
+            model().encode_tokens(batch)
+
+    def run(session, turn):
+        for ids, lengths in there[turn]:
+            session.run(None, {"ids": ids, "lengths": lengths})
+
+    def seconds(call, turn):
+        if threads > 1:
+            time.sleep(PAUSE)
+        start = time.perf_counter()
+        call(turn)
+        return time.perf_counter() - start
+
+    graphs = [functools.partial(run, session) for session in _sessions(threads)]
+    for call in graphs:
+        call(0)  # the first run is slower
+    call = min(graphs, key=lambda call: seconds(call, 0))
+    encode(0)
+    taken = []
+    for number in range(rounds):
+        total = {encode: 0.0, call: 0.0}
+        for turn in range(len(turns)):
+            for each in list(total)[:: -1 if (number + turn) % 2 else 1]:
+                total[each] += seconds(each, turn)
+        taken.append(tuple(total.values()))
+    here, there = (statistics.median(column) for column in zip(*taken, strict=True))
+    return here, there, statistics.median(b / a for a, b in taken)
+
+
+@functools.cache
+def _sessions(threads):
+    """For batches of any shape."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    folder = load_example().find_model()
+    graphs = [make(folder, None).SerializeToString() for make in ONNX.values()]
+    return [onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]) for graph in graphs]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

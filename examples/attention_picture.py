@@ -44,14 +44,14 @@ def main(arguments=None):
 
 def attention_weights(model, sentence, layer):
     """Return the sentence's tokens, and the weights (heads, tokens, tokens) of one layer of the model."""
-    from minilm import pad
+    from minilm import pack_tokens
 
     encoding = model.tokenizer.encode(sentence)
-    ids, lengths = pad([encoding.ids])  # a batch of one
-    x = model.embed(ids)
+    ids, cu_seqlens = pack_tokens([encoding.ids])
+    x = model.embed(ids, cu_seqlens)
     for before in model.layers[:layer]:
-        before(x, lengths)
-    _, weights = model.layers[layer].attention(x, key_lengths=lengths, return_weights=True)
+        before(x, cu_seqlens)
+    _, weights = model.layers[layer].attention(x[None], return_weights=True)  # a batch of one
     return encoding.tokens, weights[0]
 
 
