@@ -460,15 +460,15 @@ def side_by_side():
 
     size = sum(map(len, docs))
     return [
-        (f"{len(docs)} docstrings, {size} tokens", [docs[i::TURNS] for i in range(TURNS)], packed, padded),
-        ("4 times 32 docstrings as they come", [docs[i : i + 32] for i in range(0, 128, 32)], at_once, at_once),
+        (f"Documentation: {len(docs)} texts, {size:,} tokens", [docs[i::TURNS] for i in range(TURNS)], packed, padded),
+        ("4 batches of 32 texts as they come", [docs[i : i + 32] for i in range(0, 128, 32)], at_once, at_once),
         (
-            "2 times 32 sentences of 64 tokens",
+            "2 batches of 32 texts of 64 tokens",
             [[whole[i + j : i + j + 64] for j in range(0, 2048, 64)] for i in (0, 2048)],
             at_once,
             at_once,
         ),
-        (f"one sentence of {len(sentence)} tokens, 10 times", [[sentence] * 10] * 2, one_by_one, one_by_one),
+        (f"10 single sentences of {len(sentence)} tokens", [[sentence] * 10], one_by_one, one_by_one),
     ]
 
 

@@ -1,4 +1,7 @@
-"""Plots of compare.py's results: shares of the machine's limits, four jobs in milliseconds, the cost of windows."""
+"""Plots of compare.py's results: shares of the machine's limits, four jobs in milliseconds, the cost of windows.
+
+And of encoder.py's: a whole model beside ONNX Runtime.
+"""
 
 import statistics
 
@@ -49,20 +52,47 @@ def _draw_jobs(everything, path):
     for axis, (case, title) in zip(figure.subplots(2, 2).flat, JOBS.items(), strict=True):
         samples = records[case]["seconds"]
         times = sorted((1e3 * measure.median(samples, name), name) for name in COLOURS if name in samples)
-        for row, (time, name) in enumerate(times):
-            axis.barh(row, time, 0.78, color=COLOURS[name], zorder=2)
-            style = {"color": COLOURS["fastattn"], "weight": "bold"} if name == "fastattn" else {"color": "#555555"}
-            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-            axis.annotate(f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f} ms", (time, row), **place, **style)
-        axis.set_yticks(range(len(times)), [name for _, name in times], fontsize=9)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.18 * times[-1][0])
-        axis.set_xticks([])
-        axis.set_title(title, loc="left", fontsize=10.5)
-        axis.tick_params(which="both", length=0)
-        for side in ("top", "right", "bottom"):
-            axis.spines[side].set_visible(False)
-    figure.text(0.99, 0.02, f"one thread, float32, {everything['machine']['cpu']}", ha="right", **SMALL_PRINT)
+        _job(axis, title, [(time, name, name) for time, name in times])
+    _save_jobs(figure, f"one thread, float32, {everything['machine']['cpu']}", path)
+
+
+def draw_encoder(results, libraries, machine, path):
+    """Writes encoder.py's results, (title, threads, seconds of each library, ratio), to `path`, one panel per job."""
+    panels = {}
+    for title, threads, *seconds, _ in results:
+        bars = panels.setdefault(title, [])
+        words = threads_in_words(threads)
+        bars += [(1e3 * time, name, f"{name}, {words}") for name, time in zip(libraries, seconds, strict=True)]
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(11.0, 0.7 + 1.75 * rows))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for axis, (title, bars) in zip(axes.flat, panels.items(), strict=False):
+        _job(axis, title, bars)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    _save_jobs(figure, f"float32, {machine}", path)
+
+
+def _job(axis, title, bars):
+    """One panel of bars: milliseconds, library, label."""
+    for row, (time, name, _) in enumerate(bars):
+        axis.barh(row, time, 0.78, color=COLOURS[name], zorder=2)
+        style = {"color": COLOURS["fastattn"], "weight": "bold"} if name == "fastattn" else {"color": "#555555"}
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axis.annotate(f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f} ms", (time, row), **place, **style)
+    axis.set_yticks(range(len(bars)), [label for *_, label in bars], fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.18 * max(time for time, *_ in bars))
+    axis.set_xticks([])
+    axis.set_title(title, loc="left", fontsize=10.5)
+    axis.tick_params(which="both", length=0)
+    for side in ("top", "right", "bottom"):
+        axis.spines[side].set_visible(False)
+
+
+def _save_jobs(figure, small_print, path):
+    figure.text(0.99, 0.02, small_print, ha="right", **SMALL_PRINT)
     figure.tight_layout(rect=(0, 0.04, 1, 1), h_pad=1.6, w_pad=2.0)
     figure.savefig(path, dpi=120)
 

@@ -3,8 +3,8 @@
     python examples/semantic_search.py "open a compressed file"
 
 encodes the docstrings of Python's standard library with MiniLM (see `minilm.py`), prints those nearest to the
-query, and says how fast that went and how much of it fastattn saved over attention in plain NumPy. `benchmarks/encoder.py` times the same beside ONNX
-Runtime.
+query, and says how fast that went and how much of it fastattn saved over attention in plain NumPy. For the same
+beside ONNX Runtime there is `benchmarks/encoder.py`.
 """
 
 import argparse
