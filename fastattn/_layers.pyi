@@ -1,24 +1,24 @@
 from typing import Any
 
-from numpy import dtype
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FEW: int
 
 class Matrix:
-    dtype: dtype[Any]
+    dtype: np.dtype[Any]
     d_in: int
     d_out: int
-    def __init__(self, w: NDArray[Any], bias: ArrayLike | None, wanted: dtype[Any]) -> None: ...
+    def __init__(self, w: NDArray[Any], bias: ArrayLike | None, wanted: np.dtype[Any]) -> None: ...
     @property
     def bias(self) -> NDArray[Any] | None: ...
     def unpacked(self) -> NDArray[Any]: ...
 
-def dense_dtypes(x: NDArray[Any], weight_dtype: dtype[Any]) -> tuple[dtype[Any], dtype[Any]]: ...
+def dense_dtypes(x: NDArray[Any], weight_dtype: np.dtype[Any]) -> tuple[np.dtype[Any], np.dtype[Any]]: ...
 def dense(
     matrix: Matrix,
     x: NDArray[Any],
-    result: dtype[Any],
+    result: np.dtype[Any],
     activation: str | None,
     multiply: ArrayLike | None,
     residual: ArrayLike | None,

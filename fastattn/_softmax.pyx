@@ -3,8 +3,8 @@
 import numpy as np
 
 cimport numpy as cnp
-from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer, same_place,
-                               shape_of, storage_of)
+from fastattn._checks cimport (accumulation, as_array, checked_out, checked_threads, flag, floating, integer,
+                               same_place, shape_of, storage_of)
 from fastattn._rows cimport ROW_GRAD, ROW_MASK, ROW_OPERANDS, ROW_OUT, ROW_X
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_ROW_ENTMAX15, FA_ROW_ENTMAX15_BACK, FA_ROW_LOG_SOFTMAX,
                                 FA_ROW_LOG_SOFTMAX_BACK, FA_ROW_LOGSUMEXP, FA_ROW_LOGSUMEXP_BACK, FA_ROW_SOFTMAX,

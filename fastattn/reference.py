@@ -20,10 +20,12 @@ rows are i, keys are j. Arguments are checked only as far as the result requires
 
 import functools
 import inspect
+import math
 
 import numpy as np
 
 __all__ = [
+    "Linear",
     "MultiHeadAttention",
     "additive_attention",
     "additive_attention_vjp",
@@ -37,6 +39,7 @@ __all__ = [
     "entmax15_vjp",
     "graph_attention",
     "graph_attention_vjp",
+    "layer_norm",
     "linear_attention",
     "linear_attention_vjp",
     "log_softmax",
@@ -49,6 +52,7 @@ __all__ = [
     "neighborhood_attention_vjp",
     "pack",
     "relative_position_buckets",
+    "rms_norm",
     "rotary_frequencies",
     "self_attention",
     "self_attention_vjp",
@@ -2675,6 +2679,141 @@ def outer_sum(x, d_y):
     return total
 
 
+class Linear:
+    """A matrix that multiplies rows, and what follows: ``activation(x @ weight + bias) * multiply + residual``.
+
+    Parameters
+    ----------
+    weight : array_like, shape (d_in, d_out)
+    bias : array_like, shape (d_out,), optional
+    """
+
+    def __init__(self, weight, bias=None):
+        self.weight = np.array(weight, dtype=np.float64)
+        self.bias = None if bias is None else np.array(bias, dtype=np.float64)
+        self.d_in, self.d_out = self.weight.shape
+        self.dtype = self.weight.dtype
+
+    def __call__(self, x, *, activation=None, multiply=None, residual=None, out=None, num_threads=None):
+        """The product of rows.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., d_in)
+        activation : {None, "relu", "gelu", "gelu_tanh", "silu"}, optional
+        multiply, residual : array_like, shape (..., d_out), optional
+        out : ndarray, optional
+            Receives the result and is returned.
+        num_threads : int, optional
+            Accepted and ignored here.
+
+        Returns
+        -------
+        ndarray, shape (..., d_out)
+        """
+        with np.errstate(all="ignore"):
+            y = ACTIVATIONS[activation](project(np.asarray(x, dtype=np.float64), self.weight, self.bias))
+            if multiply is not None:
+                y = y * np.asarray(multiply, dtype=np.float64)
+            if residual is not None:
+                y = y + np.asarray(residual, dtype=np.float64)
+        return _into(out, y)
+
+
+def fading(share):
+    """The function ``x * share(x)`` of a share that falls to 0 faster than x grows, so that -inf gives 0."""
+    return lambda x: np.where(x == -np.inf, -0.0, x * share(x))
+
+
+ERFC = np.vectorize(math.erfc, otypes=[np.float64])
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": lambda x: np.maximum(x, 0.0),
+    # Each share is written such that it keeps its digits where it is small.
+    "gelu": fading(lambda x: ERFC(-x / math.sqrt(2)) / 2),
+    "gelu_tanh": fading(lambda x: 1 / (1 + np.exp(-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)))),
+    "silu": fading(lambda x: 1 / (1 + np.exp(-x))),
+}
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, return_sum=False, out=None, num_threads=None):
+    """``(s - mean) / sqrt(variance + eps) * weight + bias`` over the last axis, with ``s = x + residual``.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., channels)
+    weight, bias : array_like, shape (channels,), optional
+    eps : float, default: 1e-5
+    residual : array_like, shape (..., channels), optional
+    return_sum : bool, default: False
+        Whether to return s too.
+    out : ndarray, optional
+        Receives the result and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray, shape (..., channels), or a pair of them
+    """
+    s = sum_of(x, residual)
+    with np.errstate(all="ignore"):
+        size = size_of(s)
+        centred = s - size * np.mean(s / size, axis=-1, keepdims=True)
+        y = scaled(centred, eps, weight) + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))
+    y = _into(out, y)
+    return (y, s) if return_sum else y
+
+
+def rms_norm(x, weight=None, *, eps=1e-6, offset=0.0, residual=None, return_sum=False, out=None, num_threads=None):
+    """``s / sqrt(mean(s**2) + eps) * (weight + offset)`` over the last axis, with ``s = x + residual``.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., channels)
+    weight : array_like, shape (channels,), optional
+        Without it nothing is multiplied.
+    eps : float, default: 1e-6
+    offset : float, default: 0
+    residual : array_like, shape (..., channels), optional
+    return_sum : bool, default: False
+        Whether to return s too.
+    out : ndarray, optional
+        Receives the result and is returned.
+    num_threads : int, optional
+        Accepted and ignored here.
+
+    Returns
+    -------
+    ndarray, shape (..., channels), or a pair of them
+    """
+    s = sum_of(x, residual)
+    with np.errstate(all="ignore"):
+        y = scaled(s, eps, None if weight is None else np.asarray(weight, dtype=np.float64) + offset)
+    y = _into(out, y)
+    return (y, s) if return_sum else y
+
+
+def sum_of(x, residual):
+    s = np.array(x, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        return s if residual is None else s + np.asarray(residual, dtype=np.float64)
+
+
+def size_of(s):
+    """The largest number of each row, by which it can be divided: squares of the quotients are in range."""
+    size = np.max(np.abs(s), axis=-1, keepdims=True, initial=0.0)
+    return np.where(np.isfinite(size) & (size > 0), size, 1.0)
+
+
+def scaled(s, eps, weight):
+    """``s / sqrt(mean(s**2) + eps) * weight``; 0 where that is 0 / 0."""
+    size = size_of(s)
+    root = np.hypot(size * np.sqrt(np.mean((s / size) ** 2, axis=-1, keepdims=True)), math.sqrt(eps))
+    y = np.where(root == 0, 0.0, s / root)
+    return y if weight is None else y * np.asarray(weight, dtype=np.float64)
+
+
 class MultiHeadAttention:
     """Several heads with projections before and after them (Vaswani et al. 2017, section 3.2.2).
 
@@ -2874,7 +3013,7 @@ class MultiHeadAttention:
     def normalized(self, heads, weight):
         """Queries or keys after their norm, if there is one."""
         with np.errstate(all="ignore"):
-            return heads if weight is None else rms_norm(heads, weight, self.norm_eps)
+            return heads if weight is None else rms_norm(heads, weight, eps=self.norm_eps)
 
     def rotated(self, heads, positions, inverse=False):
         """Queries or keys, rotated by their positions if the layer rotates at all; inverse: gradients, turned back."""
@@ -2978,11 +3117,6 @@ class MultiHeadAttention:
 
 
 PARTS = ("query", "key", "value")
-
-
-def rms_norm(x, weight, eps):
-    """``x / sqrt(mean(x**2) + eps) * weight`` over the last axis (Zhang and Sennrich 2019)."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
 def rms_norm_vjp(d_y, x, weight, eps):

@@ -16,7 +16,7 @@ import numpy as np
 from fastattn._attention import dot_product_attention as attend
 from fastattn._call import check
 from fastattn._checks import Turn, as_array, common_dtype, converted, empty, floating, integer
-from fastattn._rules import StreamingLayerRules, StreamRules, refuse_others, takes
+from fastattn._rules import HELD, HELD_RULES, StreamingLayerRules, StreamRules, refuse_others, takes
 from fastattn.attention import dot_product_attention
 from fastattn.multihead import MultiHeadAttention
 
@@ -641,7 +641,7 @@ class StreamingMultiHeadAttention(_Stream):
     chunk_size, left_chunks : int, optional
         What a frame sees, as for `StreamingAttention`.
     scale, softcap, alibi_slopes, sinks, activation, num_threads : optional
-        As for a call of the layer; what it holds counts where they are not given. None is none.
+        As for a call of the layer; what it holds is the default (``<held>``); None is none.
     relative_bias : array_like of floats, shape (num_heads, 1, left + right + 1) or (left + right + 1,), optional
         As for `StreamingAttention`. One that depends on the query too comes with each `push`.
 
@@ -686,7 +686,7 @@ class StreamingMultiHeadAttention(_Stream):
     True
     """
 
-    @takes(StreamingLayerRules, like=dot_product_attention)
+    @takes(StreamingLayerRules, like=dot_product_attention, held=HELD_RULES)
     def __init__(
         self, layer: MultiHeadAttention, left: int | None, right: int | None = 0, **rules: Unpack[StreamingLayerRules]
     ) -> None:

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 import fastattn
-from fastattn import KVCache, MultiHeadAttention, StreamingAttention, StreamingMultiHeadAttention, _runtime
+from fastattn import KVCache, Linear, MultiHeadAttention, StreamingAttention, StreamingMultiHeadAttention, _runtime
 from fastattn._scores import PreparedKeys
 
 SENTINEL = 12345.0
@@ -148,6 +148,11 @@ def row_cases():
     yield "rotary, scattered", "apply_rotary", [x.shape], {"x": x, "positions": np.arange(9)[::-1] * 7}
     yield "pack", "pack", [], {"x": x, "lengths": np.arange(len(x)) % 3}
     yield "unpack", "unpack", [], {"packed": x, "cu_seqlens": [0, 1, len(x)]}
+    for name, more in (("layer_norm", {"bias": normal(4, 20)}), ("rms_norm", {"offset": 1.0})):
+        rows = {"x": x, "weight": normal(3, 20).astype(np.float64), "residual": grad, **more}
+        yield name, name, [x.shape], rows
+        yield f"{name} and the sum", name, [], {**rows, "return_sum": True}
+        yield f"{name} by threads", name, [long.shape], {"x": long, "num_threads": 3}
     yield "merge", "merge_attention", [], {"outs": [x, grad], "lses": [x[..., 0], grad[..., 0]]}
     yield "gradients, merge", "merge_attention_vjp", [], {
         "grad_out": x, "outs": [x, grad], "lses": [x[..., 0], grad[..., 0]]}  # fmt: skip
@@ -221,6 +226,22 @@ def object_cases():
     tight = lambda: filled(KVCache((3,), 2, 7, 4, window=4), 6)  # noqa: E731
     exact = lambda: filled(KVCache((3,), 2, 4, 4, window=4), 4)  # noqa: E731
     new = normal(40, 3, 2, 3, 4)
+    weight, bias, many = normal(54, 8, 40), normal(55, 40), normal(56, 300, 8)
+
+    def product_call(rows, dtype=np.float32, scattered=False, **more):
+        def make():
+            out = blank(len(rows), 80, dtype=dtype)[:, ::2] if scattered else blank(len(rows), 40, dtype=dtype)
+            product = Linear(weight, bias)
+            return Case(lambda: product(rows.astype(dtype), out=out, **more), out)
+
+        return make
+
+    yield "product, new", lambda: Case(lambda: Linear(weight, bias).weight)
+    yield "product, few rows", product_call(many[:3], activation="silu", residual=many[:3] @ weight)
+    yield "product, many rows", product_call(many, multiply=np.asfortranarray(many @ weight), num_threads=3)
+    yield "product in float64", product_call(many[:20], np.float64)
+    yield "product, scattered", product_call(many[:20], scattered=True, activation="gelu")
+    yield "product, of lists", lambda: Case(lambda: Linear(weight.tolist())(many[:9].tolist()))
     yield "layer, new", lambda: Case(lambda: layer().parameters())
     yield "layer", layer_call(lambda: None)
     yield "layer, vjp", lambda: Case(lambda: made.vjp(x)[1](x))

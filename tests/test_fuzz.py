@@ -41,6 +41,8 @@ ROWS = {
     "pack": {"x": normal(3, 2, 5, 4), "lengths": [3, 5]},
     "unpack": {"packed": normal(3, 8, 4), "cu_seqlens": [0, 3, 8]},
     "prepare_additive_keys": {"key": normal(3, 2, 5, 4), "w_key": normal(4, 4, 6)},
+    "layer_norm": {"x": X, "weight": normal(3, 5), "bias": normal(4, 5), "residual": GRAD, "eps": 1e-3},
+    "rms_norm": {"x": X, "weight": normal(3, 5), "residual": GRAD, "eps": 1e-3, "offset": 1.0},
     "merge_attention": {"outs": [X, GRAD], "lses": [X[..., 0], GRAD[..., 0]]},
     "merge_attention_vjp": {"grad_out": X, "outs": [X, GRAD], "lses": [X[..., 0], GRAD[..., 0]]},
     "alibi_slopes": {"num_heads": 4},
@@ -53,6 +55,7 @@ W = {name: normal(3 + i, 8, 8) for i, name in enumerate(("w_query", "w_key", "w_
 LAYER = fastattn.MultiHeadAttention(**W, num_heads=2, rotary_base=1e4)
 UNTURNED = fastattn.MultiHeadAttention(**W, num_heads=2)
 TOKENS = normal(9, 2, 3, 8)
+PRODUCT = fastattn.Linear(normal(32, 8, 5), normal(33, 5))
 PROJECTED = UNTURNED.project_context(TOKENS)
 PREPARED = fastattn.prepare_additive_keys(normal(6, 2, 5, 4))
 
@@ -128,6 +131,11 @@ TARGETS |= {
         {"x": TOKENS, "relative_bias": normal(31, 2, 3, 5)},
     ),
     "MultiHeadAttention": (lambda: (FROM, ()), {**W, "num_heads": 2}),
+    "Linear": (lambda: (fastattn.Linear, ()), {"weight": normal(32, 8, 5), "bias": normal(33, 5)}),
+    "Linear()": (
+        lambda: (PRODUCT, ()),
+        {"x": TOKENS, "activation": "silu", "multiply": normal(34, 2, 3, 5), "residual": normal(35, 2, 3, 5)},
+    ),
     "MultiHeadAttention()": (lambda: (LAYER, ()), {"x": TOKENS}),
     "MultiHeadAttention(), packed": (lambda: (LAYER, ()), {"x": TOKENS[0], "cu_seqlens": [0, 1, len(TOKENS[0])]}),
     "MultiHeadAttention(), projected": (lambda: (UNTURNED, ()), {"x": TOKENS, "context": PROJECTED}),

@@ -350,6 +350,48 @@ def walk_back(dtype, at_end):
         back("varlen_attention", value, call, tokens)
 
 
+def walk_layers(dtype, at_end):
+    """The same for products and norms; the matrix and its bias are guarded while they are packed."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return guarded(rng.standard_normal(shape).astype(dtype), at_end)
+
+    placed = (lambda x: guarded(x, at_end), lambda x: guarded_rows(x, at_end), lambda x: guarded_columns(x, at_end))
+    for d_in in (0, 1, 5, 16, 33, 130, 600):
+        for d_out in (1, 7, 16, 31, 64, 65, 100, 193):
+            linear = fastattn.Linear(normal(d_in, d_out), normal(d_out))
+            for rows in (1, 2, 5, 8, 9, 13, 30):
+                x, out, multiply, residual = (normal(rows, n) for n in (d_in, d_out, d_out, d_out))
+                for place in placed if d_in else placed[:1]:
+                    arrays = {"multiply": place(multiply), "residual": place(residual), "out": place(out)}
+                    for activation in (None, "gelu"):
+                        result = linear(place(x), activation=activation, **arrays)
+                        assert result is arrays["out"] and np.isfinite(result).all()
+                    linear(place(x), out=arrays["residual"], residual=arrays["residual"])
+            wide = rng.standard_normal((9, d_in))
+            linear(guarded(wide, at_end), out=guarded(np.zeros((9, d_out)), at_end))
+    for channels in (1, 3, 8, 15, 16, 17, 31, 33, 64, 65, 129, 1000):
+        x, out, residual = (normal(5, channels) for _ in range(3))
+        for place in placed:
+            arrays = {"residual": place(residual), "out": place(out)}
+            weight, bias = normal(channels), normal(channels)
+            for _ in range(2):
+                fastattn.layer_norm(place(x), weight, bias, **arrays)
+                fastattn.rms_norm(place(x), weight, offset=1, return_sum=True, **arrays)
+                assert np.isfinite(arrays["out"]).all()
+                arrays["out"] = arrays["residual"]
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_no_access_outside_the_arrays_of_layers(dtype, at_end):
+    fresh_process.run(
+        f"import faulthandler; faulthandler.enable()\n"
+        f"import test_guard_pages; test_guard_pages.walk_layers({dtype!r}, {at_end})",
+    )
+
+
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_no_access_outside_the_arrays_of_gradients(dtype, at_end):

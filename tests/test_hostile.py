@@ -585,6 +585,17 @@ def call_packed(dtype):
     return layer(extreme(9, 8, dtype=dtype), cu_seqlens=[0, 4, 4, 9])
 
 
+def call_linear(activation, dtype, rows=3):
+    linear = fastattn.Linear(extreme(8, 5, dtype=dtype), extreme(5))
+    more = extreme(rows, 5)
+    return linear(extreme(rows, 8, dtype=dtype), activation=activation, multiply=more, residual=more)
+
+
+def call_norm(norm, dtype, **more):
+    x = extreme(3, 16, dtype=dtype)
+    return norm(x, extreme(16), residual=extreme(3, 16), eps=1e-300, return_sum=True, **more)
+
+
 CALLS = {
     "softmax": lambda t: fastattn.softmax(extreme(3, 16, dtype=t)),
     "softmax along axis 0": lambda t: fastattn.softmax(extreme(16, 3, dtype=t), 0),
@@ -649,6 +660,11 @@ CALLS = {
     "additive_attention": lambda t: call_projected("additive_attention", t),
     "bilinear_attention": lambda t: call_projected("bilinear_attention", t),
     "prepare_additive_keys": call_prepared,
+    **{f"Linear, {name}": functools.partial(call_linear, name) for name in ("relu", "gelu", "gelu_tanh", "silu")},
+    "Linear, many rows": lambda t: call_linear(None, t, rows=20),
+    "Linear, widened": lambda t: fastattn.Linear(extreme(8, 5, dtype=t), extreme(5))(extreme(3, 8)),
+    "layer_norm": lambda t: call_norm(fastattn.layer_norm, t, bias=extreme(16)),
+    "rms_norm": lambda t: call_norm(fastattn.rms_norm, t, offset=1e300),
     "pack, unpack": lambda t: fastattn.unpack(*fastattn.pack(extreme(2, 5, 4, dtype=t), [3, 5])),
     "merge_attention": call_merge,
     "merge_attention_vjp": call_merge_vjp,
@@ -734,6 +750,8 @@ OUTS = {
     "softmax": "fastattn.softmax(x, out=np.empty_like(x))",
     "rotary": "fastattn.apply_rotary(x, out=np.empty_like(x))",
     "lists": "fastattn.dot_product_attention(x.tolist(), x.tolist(), x.tolist(), key_lengths=[2])",
+    "Linear": "fastattn.Linear(x[0])(x, activation='gelu', residual=x, out=np.empty_like(x))",
+    "layer_norm": "fastattn.layer_norm(x, residual=x, out=np.empty_like(x))",
     "self_attention": "fastattn.self_attention(x, x[0], x[0], x[0], out=np.empty_like(x))",
     "MultiHeadAttention": "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1)(x, key_lengths=[2], out=1 * x)",
     "KVCache": "fastattn.KVCache(1, 1, 9, 4).append(x[None], x[None], [2])",
@@ -751,7 +769,7 @@ def test_a_first_call_imports_nothing(name):
         import sys
         import numpy as np
         import fastattn
-        fastattn.KVCache, fastattn.MultiHeadAttention, fastattn.StreamingAttention
+        fastattn.KVCache, fastattn.MultiHeadAttention, fastattn.StreamingAttention, fastattn.Linear
         x = np.ones((1, 4, 4))
         before = set(sys.modules)
         {OUTS[name]}

@@ -52,7 +52,8 @@ def test_classes_are_loaded_when_asked_for():
     fresh_process.run("""
         import sys, fastattn
         classes = {"cache": ["KVCache"], "streaming": ["StreamingAttention", "StreamingMultiHeadAttention"],
-                   "multihead": ["self_attention", "MultiHeadAttention"]}
+                   "multihead": ["self_attention", "MultiHeadAttention"],
+                   "layers": ["Linear", "layer_norm", "rms_norm"]}
         for module in classes:
             assert f"fastattn.{module}" not in sys.modules, module
         for module, names in classes.items():
@@ -184,9 +185,9 @@ def test_there_are_examples():
 
 
 def test_reference_stands_alone():
-    """The reference uses NumPy, two standard modules, and nothing of the library."""
+    """The reference uses NumPy, three standard modules, and nothing of the library."""
     modules = {x.__name__ for x in vars(reference).values() if isinstance(x, types.ModuleType)}
-    assert modules == {"numpy", "functools", "inspect"}
+    assert modules == {"numpy", "functools", "inspect", "math"}
     owners = {x.__module__ for x in vars(reference).values() if isinstance(x, types.FunctionType)}
     assert owners == {"fastattn.reference"}
 

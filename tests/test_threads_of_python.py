@@ -177,6 +177,26 @@ def layer(rng, n):
     return call
 
 
+def product(rng, n):
+    of = fastattn.Linear(normal(rng, 24, 30 + 40 * n), normal(rng, 30 + 40 * n))
+    x = normal(rng, (5, 40, 300)[n], 24)
+
+    def call(**k):
+        # The form in float64 is made by the first call that needs it.
+        return of(x, activation="gelu", **k), of(x.astype(np.float64), **k)
+
+    return call
+
+
+def norms(rng, n):
+    x, w = normal(rng, 40 + 100 * n, 33), normal(rng, 33)
+
+    def call(**k):
+        return fastattn.layer_norm(x, w, residual=x, **k), fastattn.rms_norm(x, w, **k)
+
+    return call
+
+
 FAMILIES = {
     "attention": attention,
     "long attention": long_attention,
@@ -197,6 +217,8 @@ FAMILIES = {
     "gradients": gradients,
     "linear gradients": linear_gradients,
     "layer": layer,
+    "product": product,
+    "norms": norms,
 }
 
 
