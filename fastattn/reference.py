@@ -2759,8 +2759,9 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, return_sum
     s = sum_of(x, residual)
     with np.errstate(all="ignore"):
         size = size_of(s)
-        centred = s - size * np.mean(s / size, axis=-1, keepdims=True)
-        y = scaled(centred, eps, weight) + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))
+        unit = s / size
+        y = scaled(unit - np.mean(unit, axis=-1, keepdims=True), size, eps, weight)
+        y = y + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))
     y = _into(out, y)
     return (y, s) if return_sum else y
 
@@ -2789,7 +2790,8 @@ def rms_norm(x, weight=None, *, eps=1e-6, offset=0.0, residual=None, return_sum=
     """
     s = sum_of(x, residual)
     with np.errstate(all="ignore"):
-        y = scaled(s, eps, None if weight is None else np.asarray(weight, dtype=np.float64) + offset)
+        size = size_of(s)
+        y = scaled(s / size, size, eps, None if weight is None else np.asarray(weight, dtype=np.float64) + offset)
     y = _into(out, y)
     return (y, s) if return_sum else y
 
@@ -2806,11 +2808,10 @@ def size_of(s):
     return np.where(np.isfinite(size) & (size > 0), size, 1.0)
 
 
-def scaled(s, eps, weight):
-    """``s / sqrt(mean(s**2) + eps) * weight``; 0 where that is 0 / 0."""
-    size = size_of(s)
-    root = np.hypot(size * np.sqrt(np.mean((s / size) ** 2, axis=-1, keepdims=True)), math.sqrt(eps))
-    y = np.where(root == 0, 0.0, s / root)
+def scaled(unit, size, eps, weight):
+    """``s / sqrt(mean(s**2) + eps) * weight`` of ``s = unit * size``; 0 where that is 0 / 0."""
+    root = np.hypot(np.sqrt(np.mean(unit**2, axis=-1, keepdims=True)), math.sqrt(eps) / size)
+    y = np.where(root == 0, 0.0, unit / root)
     return y if weight is None else y * np.asarray(weight, dtype=np.float64)
 
 
