@@ -299,8 +299,8 @@ def additive_attention(
     for that (43 in float32, 350 in float64) use a plain tanh, which is several times slower. The error of a score is at
     most ``eps * (hidden + 8) * sum(abs(w_score))``, plus that of the projections.
 
-    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
-    not depend on threads and padding only holds from their results on.
+    The projections are those of `Linear`: from query and key on, the bits of a row do not depend on the batch, threads
+    and padding, but for projections of at most 8 rows, counted over all axes but the last, which use other loops.
 
     References
     ----------
@@ -383,7 +383,7 @@ def prepare_additive_keys(
     w_key : array_like, shape (D_key, hidden), optional
         Projection; without it D_key is `hidden`.
     num_threads : int, optional
-        Upper limit on threads, but for the product, which is NumPy's. Default `get_num_threads`.
+        Upper limit on threads. Default `get_num_threads`.
 
     Returns
     -------
@@ -507,8 +507,8 @@ def bilinear_attention(
 
     Notes
     -----
-    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
-    not depend on threads and padding only holds from their results on.
+    The projections are those of `Linear`: from query and key on, the bits of a row do not depend on the batch, threads
+    and padding, but for projections of at most 8 rows, counted over all axes but the last, which use other loops.
 
     References
     ----------

@@ -189,8 +189,8 @@ def additive_attention_vjp(
 
     Those of w_query, b_hidden and query are ``query.T @ dq``, ``sum(dq)`` and ``dq @ w_query.T``: products of NumPy,
     always of 128 rows, blocks of which are added in float64. Nothing of a row without effect, be it NaN, reaches them.
-    The promise that bits do not depend on threads and padding holds from the results of the projections on, which are
-    NumPy's, and for these products as far as its BLAS keeps the order of their sums.
+    The promise that bits do not depend on threads and padding holds for these products as far as NumPy's BLAS keeps the
+    order of their sums.
 
     The gradient of `scale` is ``np.vdot(w_score, d_w_score) / scale``.
 

@@ -222,9 +222,9 @@ def self_attention(
 
     Notes
     -----
-    The projections are NumPy matrix products, which use the threads of its BLAS; the promise that the bits of a row do
-    not depend on threads, batch and padding only holds from their results on. 16-bit arrays are projected, and attended
-    to, in float32; only the output is rounded.
+    The projections are those of `Linear`: from the tokens on, the bits of a row do not depend on the batch, threads and
+    padding, but calls of at most 8 rows, counted over all axes but the last, use other loops. 16-bit arrays are
+    projected, and attended to, in float32; only the output is rounded.
 
     The matrices are multiplied one by one: to be side by side, as `MultiHeadAttention` stores them, they would have to
     be copied in each call.
@@ -1729,10 +1729,10 @@ class MultiHeadAttention:
         alibi_slopes, sinks : array_like, optional
             As for `dot_product_attention`; ``(num_heads,)`` or broadcasting to (..., num_heads).
         scale, softcap, activation, num_threads : optional
-            As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``; `num_threads` does not limit
-            the matrix products, which are NumPy's. Of `is_causal`, `window_size`, `relative_bias`, `alibi_slopes`,
-            `scale`, `softcap` and `sinks`, what the layer holds is the default (``<held>``); None or False is none.
-            Another window than the layer's needs another `relative_bias` than the layer's, or None.
+            As for `dot_product_attention`. `scale` is by default ``1 / sqrt(head_dim)``. Of `is_causal`, `window_size`,
+            `relative_bias`, `alibi_slopes`, `scale`, `softcap` and `sinks`, what the layer holds is the default
+            (``<held>``); None or False is none. Another window than the layer's needs another `relative_bias` than
+            the layer's, or None.
         return_weights : bool, "band" or sequence of int, default False
             As for `dot_product_attention`, for each head; or the numbers of those heads whose weights are wanted, in
             any order and as NumPy counts, -1 for the last one. Those of the others are not computed.
@@ -1776,8 +1776,9 @@ class MultiHeadAttention:
         in the cache's dtype: query, key and value are rounded to it, and so is the output of the heads. Everything else
         is in the accumulation dtype, float64 for float64 and otherwise float32.
 
-        The projections use the threads of NumPy's BLAS; the promise that the bits of a row do not depend on threads,
-        batch and padding only holds from their results on.
+        The projections are those of `Linear`: from the tokens on, the bits of a row do not depend on the batch, threads
+        and padding, but calls of at most 8 rows of x or of `context`, counted over all axes but the last, use other
+        loops.
 
         A layer keeps the projected arrays of its last step over a cache, up to 256 KiB, for the next one; threads that
         are in calls at the same time have arrays of their own, and results are always new ones.

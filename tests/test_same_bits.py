@@ -343,3 +343,56 @@ def test_unseen_values_that_are_not_finite(rng, dtype, garbage):
     value[:, 77] = garbage
     key[:, 77] = garbage
     np.testing.assert_array_equal(fastattn.dot_product_attention(query, key, value, mask=mask), expected)
+
+
+# ---------------------------------------------------------------------------------- from the tokens on
+
+
+def normal(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def projected_calls(rng, dtype):
+    """By name: a call of (x, lengths, ...) that begins with products."""
+    w = [(normal(rng, 24, 24) / 5).astype(dtype) for _ in range(4)]
+    layer = fastattn.MultiHeadAttention(*w, num_heads=4, b_query=normal(rng, 24), rotary_base=1e4)
+    w_score = normal(rng, 24, dtype=dtype)
+
+    def of_layer(x, lengths, **more):
+        return layer(x, key_lengths=lengths, query_lengths=lengths, is_causal=True, **more)
+
+    def scored(function, *first, **matrices):
+        return lambda x, lengths, **more: getattr(fastattn, function)(
+            x, x, x, *first, **matrices, key_lengths=lengths, query_lengths=lengths, **more
+        )
+
+    return {
+        "MultiHeadAttention": of_layer,
+        "self_attention": lambda x, lengths, **more: fastattn.self_attention(
+            x, *w[:3], key_lengths=lengths, query_lengths=lengths, **more
+        ),
+        "additive_attention": scored("additive_attention", w_score, w_query=w[0], w_key=w[1]),
+        "bilinear_attention": scored("bilinear_attention", w[0], w[1]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16])
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "self_attention", "additive_attention", "bilinear_attention"])
+def test_rows_of_projected_tokens(rng, name, dtype):
+    """Padded or cut, alone or in a batch, on any threads: from the tokens on, with more than eight of them a call."""
+    call = projected_calls(rng, dtype)[name]
+    x, lengths = normal(rng, 3, 70, 24, dtype=dtype), np.array([70, 9, 33])
+    expected = call(x, lengths, num_threads=1)
+    for num_threads in THREADS[1:]:
+        assert bits(call(x, lengths, num_threads=num_threads)) == bits(expected), num_threads
+    spoiled = x.copy()
+    for b, n in enumerate(lengths):
+        spoiled[b, n:] = np.nan
+    padded = call(spoiled, lengths)
+    for b, n in enumerate(lengths):
+        assert bits(padded[b, :n]) == bits(expected[b, :n]), "what padding holds"
+        alone = call(x[b, :n], int(n))
+        assert bits(alone) == bits(expected[b, :n]), f"sequence {b} without padding and batch"
+        assert bits(call(x[b], int(n))[:n]) == bits(alone), f"sequence {b} alone"
+    for layout, other in layouts(x):
+        assert bits(call(other, lengths)) == bits(expected), layout
