@@ -101,16 +101,22 @@ def conformer_source(conformer):
     return sys.modules["streaming_speech"].Babble(1)
 
 
-def test_rows_of_numpy_s_products(conformer):
-    """As the script has them: equal, or within its tolerance."""
+def test_a_difference_is_seen(conformer):
     options = options_of(conformer, "--seconds 3 --blocks 4")
     source, model = conformer_source(conformer), conformer.Conformer(options, fastattn)
     rows, _ = conformer.listen(source, options, conformer.ConformerStream(model, fastattn))
     assert conformer.compare_offline(source, options, model, rows)[1]
-    rows[5, 7] += 10 * conformer.TOLERANCE
+    rows[5, 7] += 0.001
     verdict, same = conformer.compare_offline(source, options, model, rows)
-    assert not same and "largest difference 0.001" in verdict
+    assert not same and "1 numbers of" in verdict and "by up to 0.001" in verdict
     assert not conformer.compare_offline(source, options, model, rows[1:])[1]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 30])
+def test_products_of_any_number_of_rows(conformer, rows):
+    rng = np.random.default_rng(rows)
+    x, linear = rng.standard_normal((40, 24), dtype=np.float32), fastattn.Linear(rng.standard_normal((24, 9)))
+    assert bits(conformer.product(x[:rows], linear)) == bits(linear(x)[:rows])
 
 
 def test_memory_does_not_grow(conformer):
