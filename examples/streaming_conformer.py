@@ -109,8 +109,8 @@ def parse_arguments(arguments):
 
 
 def product(x, linear, activation=None):
-    """Return linear(x), whose rows have the bits of a product of all frames at once: loops of their own would multiply up
-    to 8 rows, and round in another way, so zeros stand in for missing ones."""
+    """Return linear(x), whose rows have the bits of a product of all frames at once: loops of their own would multiply
+    up to 8 rows, and round in another way, so zeros stand in for missing ones."""
     if len(x) >= MANY:
         return linear(x, activation=activation)
     more = np.zeros((MANY - len(x), x.shape[1]), x.dtype)
