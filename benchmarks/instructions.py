@@ -103,6 +103,15 @@ def calls():
     yield "softmax, mask", softmax(rows, mask=rows > 0)
     yield "sparsemax", one(fastattn.sparsemax)(rows)
 
+    product, gate = one(fastattn.Linear(numbers(130, 200), numbers(200))), numbers(61, 200)
+    yield "product, 1 row", product(numbers(1, 130))
+    yield "product, 5 rows", product(numbers(5, 130))
+    yield "product, 61 rows", product(numbers(61, 130))
+    yield "product, silu and a gate", product(numbers(61, 130), activation="silu", multiply=gate)
+    yield "product, float16 weight", one(fastattn.Linear(numbers(130, 200, dtype=np.float16)))(numbers(3, 130))
+    yield "layer norm", one(fastattn.layer_norm)(rows, rows[0], rows[1])
+    yield "RMS norm, residual", one(fastattn.rms_norm)(rows, rows[0], residual=rows, return_sum=True)
+
     stream = fastattn.StreamingAttention(32, 0, num_threads=1)
     yield "stream, a frame", functools.partial(stream.push, *3 * [numbers(4, 1, 64)])
     yield "cache, append and attend", cache_step(numbers(4, 1, 64))

@@ -665,3 +665,36 @@ def expected_truncated_attention(query, key, value, left, right):
         scores = key[seen] @ query[(*head, row)] * query.shape[-1] ** -0.5
         output[(*head, row)] = _add_up(scores, value[seen])
     return output
+
+
+def product(x, weight, bias, activation=None):
+    y = x @ weight
+    y += bias
+    if activation is None:
+        return y
+    if activation == "silu":
+        share = np.negative(y)
+    else:  # the form with tanh, as NumPy has no erf
+        share = y * y
+        share *= -0.0713548162726
+        share -= 1.5957691216057
+        share *= y
+    np.exp(share, out=share)
+    share += 1
+    y /= share
+    return y
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    y = x - x.mean(axis=-1, keepdims=True)
+    y /= np.sqrt(np.einsum("...i,...i->...", y, y)[..., None] / y.dtype.type(y.shape[-1]) + y.dtype.type(eps))
+    y *= weight
+    y += bias
+    return y
+
+
+def rms_norm(x, weight, eps=1e-6):
+    square = np.einsum("...i,...i->...", x, x)[..., None] / x.dtype.type(x.shape[-1])
+    y = x / np.sqrt(square + x.dtype.type(eps))
+    y *= weight
+    return y

@@ -459,6 +459,47 @@ class Rotary(Case):
 
 
 @dataclass(frozen=True)
+class Product(Case):
+    """Rows of d_in channels times (d_in, d_out), a bias and what follows."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    activation: str | None = None
+    dtype: str = "float32"
+    kind = "product"
+    fields = ("rows", "d_in", "d_out")
+
+    @property
+    def words(self):
+        return () if self.activation is None else (self.activation,)
+
+    def inputs(self):
+        weight = _normal((self.d_in, self.d_out), self.dtype) / np.dtype(self.dtype).type(math.sqrt(self.d_in))
+        return _normal((self.rows, self.d_in), self.dtype), weight, _normal((self.d_out,), self.dtype)
+
+
+@dataclass(frozen=True)
+class Norm(Case):
+    """Layer norm or RMS norm of rows."""
+
+    rows: int
+    channels: int
+    function: str = "layer_norm"
+    dtype: str = "float32"
+    kind = "norm"
+    fields = ("rows", "channels")
+
+    @property
+    def words(self):
+        return (self.function,)
+
+    def inputs(self):
+        weights = (_normal((self.channels,), self.dtype), _normal((self.channels,), self.dtype))
+        return _normal((self.rows, self.channels), self.dtype), *weights[: 2 if self.function == "layer_norm" else 1]
+
+
+@dataclass(frozen=True)
 class Blocks(Attention):
     """BigBird's pattern in blocks of 64: three neighbours, the first and the last block, three random ones a row."""
 
@@ -952,6 +993,17 @@ ADDITIVE_STEPS = (AdditiveStep(500, 1024, 256), AdditiveStep(50, 1024, 256))
 # The queries of a page, of one token in a large model, of a batch.
 ROTARY_SHAPES = ((1, 12, 512, 64), (1, 32, 1, 128), (8, 12, 128, 64))
 ROTARY = tuple(Rotary(*shape) for shape in ROTARY_SHAPES)
+
+# A page in an encoder, into and out of the wide layer; a batch of a small one; a token, and four, in a decoder.
+PRODUCTS = (
+    Product(512, 768, 768),
+    Product(512, 768, 3072, "gelu"),
+    Product(512, 3072, 768),
+    Product(2048, 384, 1536, "silu"),
+    Product(1, 768, 3072),
+    Product(4, 2048, 2048),
+)
+NORMS = tuple(Norm(rows, 768, name) for name in ("layer_norm", "rms_norm") for rows in (1, 512))
 
 # A layer, one long head, a batch of wide heads, a stream sixteen times as long; and a layer of a gated delta net.
 LINEAR_SHAPES = ((1, 8, 4096, 64), (1, 1, 16384, 64), (2, 4, 2048, 128), (1, 1, 65536, 64))
