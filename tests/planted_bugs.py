@@ -47,6 +47,48 @@ class Bug:
 
 BUGS = (
     Bug(
+        "a gate is added",
+        "dense.inc.h",
+        "y *= v_load(m + v * LANES);",
+        "y += v_load(m + v * LANES);",
+        "test_layers.py -k test_product",
+    ),
+    Bug(
+        "few rows lose every second channel",
+        "dense.inc.h",
+        "const vec s = sum[0][r][v] + sum[1][r][v];",
+        "const vec s = sum[0][r][v];",
+        "test_layers.py -k test_product",
+    ),
+    Bug(
+        "deep products keep only their last part",
+        "dense.inc.h",
+        "depth, to, c > 0, ahead, lines);",
+        "depth, to, 0, ahead, lines);",
+        "test_layers.py -k test_product",
+    ),
+    Bug(
+        "silu of -inf is NaN",
+        "activation.inc.h",
+        "return times_sigmoid(y, y);",
+        "return times_sigmoid(x, x);",
+        "test_layers.py -k infinity",
+    ),
+    Bug(
+        "denormal rows have no deviation",
+        "norm.inc.h",
+        "norm->eps > 0 ? -500 : -1000;",
+        "norm->eps > 0 ? -500 : -500;",
+        "test_layers.py -k any_size",
+    ),
+    Bug(
+        "the offset of a norm is lost",
+        "norm.inc.h",
+        "y *= load_up_to(weight + i, rest) + offset;",
+        "y *= load_up_to(weight + i, rest);",
+        "test_layers.py -k test_norms",
+    ),
+    Bug(
         "prepared keys are never wide",
         "additive.inc.h",
         "memcpy(to, &tile->additive.wide_keys, sizeof tile->additive.wide_keys);",
