@@ -16,7 +16,7 @@ import numpy as np
 from fastattn._attention import dot_product_attention as attend
 from fastattn._call import check
 from fastattn._checks import Turn, as_array, common_dtype, converted, empty, floating, integer
-from fastattn._rules import HELD, HELD_RULES, StreamingLayerRules, StreamRules, refuse_others, takes
+from fastattn._rules import HELD_RULES, StreamingLayerRules, StreamRules, refuse_others, takes
 from fastattn.attention import dot_product_attention
 from fastattn.multihead import MultiHeadAttention
 
