@@ -50,8 +50,8 @@ MEANINGS = {
     "what grows is the time in which longer arrays come from slower memory.",
     "Few queries over a cache": "What a decoder does for each token: with one query the time is that of reading keys "
     "and values once, and the speed of reading those very arrays is the limit.",
-    "Multi-head attention": "Most of a layer's time is its four matrix products, which are NumPy's here (OpenBLAS); a "
-    "library whose products are faster has the faster layer.",
+    "Multi-head attention": "Most of a layer's time is its four matrix products. Products and attention, beside it: "
+    "NumPy's products (OpenBLAS) and fastattn's attention, without biases and checks.",
     "Rotary positions": "Turning has to read and write each number once, so a copy of the array is its limit.",
     "Causal linear attention": "Each number of a head's state is updated and read once a token, which is the least "
     "work known; the share is of what the multipliers can do.",

@@ -652,7 +652,7 @@ class MultiHeadAttention:
         self._has_bias = b_query is not None, b_key is not None, b_value is not None
         self._accumulation = accumulation_of(self.dtype)
         weights = Weights.of(query, (key, value), out, self._b_every, self._b_out, self._accumulation)
-        self._stored = Stored(query.shape[1], weights)
+        self._stored = Stored(query.shape[1], weights, self.dtype)
         self._scratch = Scratch()
         self._mark = os.urandom(16)  # shared with copies, and with what this layer has projected
 

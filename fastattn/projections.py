@@ -39,7 +39,7 @@ def project(
     x: NDArray[Any], matrix: Matrix, out: NDArray[Any] | None = None, num_threads: int | None = None
 ) -> NDArray[Any]:
     """x @ w + b in the dtype of its sums, x of any dtype."""
-    return dense(matrix, x, matrix.dtype, None, None, None, out, num_threads)
+    return dense(matrix, x, accumulation_of(matrix.dtype), None, None, None, out, num_threads)
 
 
 BLOCK = 256  # tokens of one product: BLAS adds them one after the other
@@ -176,15 +176,19 @@ class Products(NamedTuple):
     out: Matrix | None
 
     @classmethod
-    def of(cls, w: Weights) -> Products:
-        dtype = w.query.dtype
+    def of(cls, w: Weights, dtype: np.dtype[Any] | None = None) -> Products:
+        """dtype: of the matrices in memory, if it is not that of the weights; 16 bits are widened as they are read."""
+        dtype = w.query.dtype if dtype is None else dtype
         out = None if w.out is None else Matrix(w.out, w.b_out, dtype)
         return cls(Matrix(w.query, w.b_query, dtype), Matrix(w.context, w.b_context, dtype), out)
 
     def unpacked(self) -> Weights:
         """The weights, in arrays of their own."""
-        query, context = self.query.unpacked(), self.context.unpacked()
-        out, b_out = (None, None) if self.out is None else (self.out.unpacked(), self.out.bias)
+        dtype = accumulation_of(self.query.dtype)
+        query, context = (m.unpacked().astype(dtype, copy=False) for m in (self.query, self.context))
+        out, b_out = None, None
+        if self.out is not None:
+            out, b_out = self.out.unpacked().astype(dtype, copy=False), self.out.bias
         b_query, b_context = self.query.bias, self.context.bias
         b_every = None if b_query is None or b_context is None else np.concatenate([b_query, b_context])
         inputs = (np.concatenate([query, context], axis=1),) if len(query) == len(context) else (query, context)
@@ -197,11 +201,11 @@ class Stored:
 
     __slots__ = ("_arrays", "_n", "_products")
 
-    def __init__(self, n: int, weights: Weights) -> None:
-        """n: columns of the query's."""
+    def __init__(self, n: int, weights: Weights, dtype: np.dtype[Any] | None = None) -> None:
+        """n: columns of the query's. dtype: that in which all matrices were given, if it is not theirs now."""
         self._n = n
         self._arrays: Weights | None = None
-        self._products: Products | None = Products.of(weights)
+        self._products: Products | None = Products.of(weights, dtype)
 
     def weights(self) -> Weights:
         if self._arrays is not None:
@@ -220,11 +224,12 @@ class Stored:
         return free
 
     def __reduce__(self) -> Any:
-        return _stored, (self._n, self.weights().arrays())
+        dtype = None if self._products is None else self._products.query.dtype
+        return _stored, (self._n, self.weights().arrays(), dtype)
 
 
-def _stored(n: int, arrays: tuple[Any, ...]) -> Stored:
-    return Stored(n, Weights.sharing(n, *arrays))
+def _stored(n: int, arrays: tuple[Any, ...], dtype: np.dtype[Any] | None) -> Stored:
+    return Stored(n, Weights.sharing(n, *arrays), dtype)
 
 
 def _own(a: NDArray[Any]) -> NDArray[Any]:

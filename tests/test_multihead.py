@@ -237,6 +237,30 @@ def test_weights_are_copied(rng):
     assert bits(layer(x)) == bits(before)
 
 
+@pytest.mark.parametrize("dtype", sixteen_bits())
+def test_weights_of_16_bits_stay_so(rng, dtype):
+    """In memory; products widen them as they read, to the bits of the same numbers in float32."""
+    given = parameters(rng, 96, 4, 24, d_out=96, dtype=np.float32)
+    given = {name: x.astype(dtype) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+    same = {name: x.astype(np.float32) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+    sizes = []
+    for arguments in (given, same):
+        fastattn.MultiHeadAttention(**arguments)
+        tracemalloc.start()
+        layer = fastattn.MultiHeadAttention(**arguments)
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert sizes[0] < 0.6 * sizes[1]
+    x = normal(rng, 2, 20, 96).astype(np.float32)
+    narrow, wide = fastattn.MultiHeadAttention(**given), layer
+    for tokens in (x, x[:1, :5]):
+        assert bits(narrow(tokens)) == bits(wide(tokens))
+    again = pickle.loads(pickle.dumps(narrow))
+    assert bits(again(x)) == bits(narrow(x))
+    narrow.parameters()["w_out"][...] *= 2
+    assert bits(narrow(x)) != bits(wide(x))
+
+
 COPIES = {
     "copy.copy": copy.copy,
     "copy.deepcopy": copy.deepcopy,
