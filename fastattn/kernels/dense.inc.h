@@ -114,10 +114,12 @@ static void (*const finish[])(const fa_dense *d, const real *sums, int64_t row, 
                                                 [FA_DENSE_GELU_TANH] = finish_gelu_tanh,
                                                 [FA_DENSE_SILU] = finish_silu};
 
-/* out (+)= a times b, `rows` rows DENSE_DEPTH numbers apart against a panel; lines at `ahead` are fetched meanwhile. */
+/* out (+)= a times b, `rows` rows DENSE_DEPTH numbers apart against a panel; lines at `ahead` are fetched meanwhile,
+ * one at each fourth channel or, if there are as `many`, several. */
 static ALWAYS_INLINE void dense_tile(const real *restrict a, const real *restrict b, int64_t depth, real *restrict out,
-                                     int add, const char *ahead, int64_t lines, const int rows)
+                                     int add, const char *ahead, int64_t lines, const int rows, const int many)
 {
+    const int64_t pace = many ? lines / (depth / 4) + 1 : 1; /* lines at each fourth channel */
     int64_t t = 0;
     do {
         const int64_t stop = depth - t < DENSE_LINK ? depth : t + DENSE_LINK;
@@ -144,8 +146,15 @@ static ALWAYS_INLINE void dense_tile(const real *restrict a, const real *restric
     } while (0)
         for (; t + 4 <= stop; t += 4) {
             if (lines > 0) {
-                __builtin_prefetch(ahead, 0, 2);
-                ahead += 64, lines--;
+                if (many) {
+                    NOT_UNROLLED
+                    for (int64_t line = 0; line < pace; line++)
+                        __builtin_prefetch(ahead + line * 64, 0, 2);
+                    ahead += pace * 64, lines -= pace;
+                } else {
+                    __builtin_prefetch(ahead, 0, 2);
+                    ahead += 64, lines--;
+                }
             }
             DENSE_STEP(0);
             DENSE_STEP(1);
@@ -168,15 +177,17 @@ static ALWAYS_INLINE void dense_tile(const real *restrict a, const real *restric
 }
 typedef void (*dense_function)(const real *a, const real *b, int64_t depth, real *out, int add, const char *ahead,
                                int64_t lines);
-#define DENSE_TILE(rows, name)                                                                              \
+#define DENSE_TILE(rows, name, many)                                                                        \
     static NEVER_INLINE void name##_##rows(const real *a, const real *b, int64_t depth, real *out, int add, \
                                            const char *ahead, int64_t lines)                                \
     {                                                                                                       \
-        dense_tile(a, b, depth, out, add, ahead, lines, rows);                                              \
+        dense_tile(a, b, depth, out, add, ahead, lines, rows, many);                                        \
     }
 #define DENSE_NAME(rows, name) name##_##rows,
-FOR_ROWS(DENSE_TILE, dense_tile)
-static const dense_function dense_tiles[ROWS] = {FOR_ROWS(DENSE_NAME, dense_tile)};
+FOR_ROWS(DENSE_TILE, dense_tile, 0)
+FOR_ROWS(DENSE_TILE, hasty_tile, 1)
+static const dense_function dense_tiles[2][ROWS] = {{FOR_ROWS(DENSE_NAME, dense_tile)},
+                                                    {FOR_ROWS(DENSE_NAME, hasty_tile)}};
 
 /* Bytes of a number in the panels. */
 static ALWAYS_INLINE int64_t panel_bytes(const fa_dense *d)
@@ -210,6 +221,7 @@ static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void
                 const int64_t left = p + 1 < panel_end || d_in - next >= depth ? depth : d_in - next;
                 lines = (left * PANEL * size / 64 + groups - 1) / groups;
             }
+            const int hasty = depth >= 4 && lines > depth / 4; /* few groups have all of the next panel to fetch */
             if (d->dtype != REAL_DTYPE) {
                 gather(widened, panel, size, depth * PANEL, d->dtype);
                 b = widened;
@@ -217,8 +229,8 @@ static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void
             for (int64_t g = 0; g < groups; g++, ahead += lines * 64) {
                 const int64_t here = rows - g * ROWS < ROWS ? rows - g * ROWS : ROWS;
                 real *const to = sums + ((p - panel_begin) * groups + g) * ROWS * PANEL;
-                dense_tiles[here - 1]((const real *)packed + (c / DENSE_DEPTH * groups + g) * ROWS * DENSE_DEPTH, b,
-                                      depth, to, c > 0, ahead, lines);
+                dense_tiles[hasty][here - 1]((const real *)packed + (c / DENSE_DEPTH * groups + g) * ROWS * DENSE_DEPTH,
+                                             b, depth, to, c > 0, ahead, lines);
                 if (next >= d_in)
                     finish[d->activation](d, to, row + g * ROWS, here, p);
             }

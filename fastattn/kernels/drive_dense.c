@@ -9,6 +9,9 @@
  * microseconds. */
 enum { LEAST_WORK = 1 << 20, SMALL_WORK = 1 << 17, READ = 16, NORM_TASK = 1 << 14 };
 
+/* Numbers of x that one thread packs sooner than several, which would have to wait for each other then. */
+enum { PACKED_ALONE = 1 << 15 };
+
 static size_t aligned(size_t n) { return (n + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN; }
 static int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -87,6 +90,9 @@ static int run_blocks(const fa_dense *d, const fa_kernels *kernels, const fa_den
     if (plan->threads > 1) {
         void *team;
         int growing, stopped = 0;
+        const int is_packed = d->rows <= round && d->rows * d->d_in <= PACKED_ALONE;
+        if (is_packed)
+            pack_rows(d, kernels, plan, 0, 0, d->rows, memory);
         const int threads = fa_gather(plan->threads, &team, &growing);
 #pragma omp parallel num_threads(threads) reduction(| : stopped)
         {
@@ -95,11 +101,13 @@ static int run_blocks(const fa_dense *d, const fa_kernels *kernels, const fa_den
             for (int64_t first = 0; first < d->rows; first += round) {
                 const int64_t rows = fa_least(round, d->rows - first), tasks = ceiling(rows, plan->rows) * plan->ranges;
                 const int64_t part = ceiling(rows, 4 * (int64_t)plan->threads), parts = ceiling(rows, part);
+                if (!is_packed) {
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t p = 0; p < parts; p++)
-                    if (!fa_interrupted(watch, 0))
-                        pack_rows(d, kernels, plan, first, p * part, fa_least(rows, (p + 1) * part), memory);
-                        /* Whoever has stopped: not all is packed. The watch says so to each thread from then on. */
+                    for (int64_t p = 0; p < parts; p++)
+                        if (!fa_interrupted(watch, 0))
+                            pack_rows(d, kernels, plan, first, p * part, fa_least(rows, (p + 1) * part), memory);
+                }
+                /* Whoever has stopped: not all is packed. The watch says so to each thread from then on. */
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < tasks; task++) {
                     if (fa_interrupted(watch, thread == 0))
