@@ -5,9 +5,10 @@
 #include <omp.h>
 #endif
 
-/* What a thread must have to do, in numbers multiplied or, divided by READ, read from memory: a region costs a few
- * microseconds. */
-enum { LEAST_WORK = 1 << 20, SMALL_WORK = 1 << 17, READ = 16, NORM_TASK = 1 << 14 };
+/* What a thread must have to do, in numbers multiplied or, divided by READ, read from memory: about 0.1 ms. A region
+ * costs a few microseconds if one has just ended, but 0.1 ms if threads sleep, as they do between the layers of a
+ * model. */
+enum { LEAST_WORK = 1 << 23, SMALL_WORK = 1 << 17, READ = 16, NORM_TASK = 1 << 14 };
 
 /* Numbers of x that one thread packs sooner than several, which would have to wait for each other then. */
 enum { PACKED_ALONE = 1 << 15 };
