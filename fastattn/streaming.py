@@ -222,6 +222,13 @@ class _Stream:
         state = self._state
         return state.pushed - state.returned
 
+    def __repr__(self) -> str:
+        chunks = "" if self._chunk_size is None else f", chunk_size={self._chunk_size}"
+        return (
+            f"<{type(self).__name__}: left={self._left}, right={self._right}{chunks}, latency={self.latency}, "
+            f"pushed={self.pushed}, returned={self.returned}>"
+        )
+
     @property
     def latency(self) -> int:
         """

@@ -1006,3 +1006,11 @@ def test_a_stack_of_layers(rng):
                 rows = stream.push(rows)
             done.append(rows)
         assert bits(np.concatenate(done)) == bits(expected)
+
+
+def test_a_stream_says_where_it_is(rng):
+    stream = fastattn.StreamingMultiHeadAttention(layer_of(rng), 20, 5)
+    stream.push(rng.standard_normal((9, 24)).astype(np.float32))
+    assert repr(stream) == "<StreamingMultiHeadAttention: left=20, right=5, latency=5, pushed=9, returned=4>"
+    chunks = fastattn.StreamingAttention(None, None, chunk_size=16, left_chunks=2)
+    assert repr(chunks).startswith("<StreamingAttention: left=None, right=None, chunk_size=16, latency=15, pushed=0")
