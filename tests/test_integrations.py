@@ -104,6 +104,12 @@ def same(ours, expected):
     assert bits(ours) == bits(expected)
 
 
+def near(ours, expected):
+    """Within some roundings of float32, of numbers about 1 in sums of a few terms."""
+    assert np.asarray(ours).dtype == expected.dtype
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 class Spy:
     """Stands for a function of fastattn and counts its calls."""
 
@@ -564,8 +570,10 @@ MAPPED = {  # a case, and what is mapped in it
 
 @pytest.mark.parametrize("name", [name for name, (case, _) in MAPPED.items() if case in CASES])
 def test_jax_vmap(jax, name):
-    """Values and all gradients are those of single calls, whichever arguments are mapped."""
+    """Values and all gradients are those of single calls, whichever arguments are mapped; where rows are projected, to
+    the bit only if both calls have more than eight, or neither."""
     case, mapped = MAPPED[name]
+    compare = near if "w_query" in cases(np.float32)[case][1] else same
     function, given = cases(np.float32)[case]
     mapped = axes_of(jax, {n: given[n] for n in mapped.split()})
     if "cu_seqlens_k" in mapped:
@@ -582,9 +590,9 @@ def test_jax_vmap(jax, name):
     outs, gradients = jax.vmap(results)(values, mapped)
     for i in range(3):
         single = {**given, **{n: x[i] for n, x in {**values, **mapped}.items()}}
-        same(outs[i], getattr(fastattn, function)(**single))
+        compare(outs[i], getattr(fastattn, function)(**single))
         for n, expected in zip(names, numpy_gradients(function, single, names, weight), strict=True):
-            same(gradients[n][i], expected)
+            compare(gradients[n][i], expected)
 
 
 def test_jax_vmap_is_one_call(jax, spy):
