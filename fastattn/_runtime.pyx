@@ -302,76 +302,68 @@ cdef int carry_out(fa_call *call, bint decode, object num_threads) except -1:
     return 0
 
 
-cdef int run_rows(const fa_rows *rows, object num_threads) except -1:
-    cdef const fa_kernels *kernels = fa_kernels_for(rows.dtypes[<int> FA_ROW_X])
-    cdef fa_rows_plan plan
+# A driver's run function, of whatever it runs.
+ctypedef int (*Runner)(const void *of, const fa_kernels *kernels, const void *plan, void *scratch,
+                       const fa_watch *watch) noexcept nogil
+
+
+cdef int run_planned(Runner run, const void *of, const fa_kernels *kernels, const void *plan, size_t size,
+                     bint small) except -1:
+    """Runs a plan with `size` bytes of scratch; small: with the GIL, and without a look for Ctrl-C."""
     cdef Watch watch = Watch(0, 0)
     cdef fa_watch asked
     cdef void *scratch
-    cdef bint small = fa_rows_are_few(rows)
-    fa_plan_rows(rows, kernels, 1 if small else allowed_threads(num_threads), &plan)
-    if plan.size == 0:
+    if size == 0:
         return 0
-    scratch = take_workspace(plan.size, <double> plan.size)
+    scratch = take_workspace(size, <double> size)
     try:
         if small:
-            fa_run_rows(rows, kernels, &plan, scratch, NULL)
+            run(of, kernels, plan, scratch, NULL)
         else:
             asked.interrupted, asked.of = &asks, &watch
             with nogil:
-                fa_run_rows(rows, kernels, &plan, scratch, &asked)
+                run(of, kernels, plan, scratch, &asked)
     finally:
         give_workspace(scratch)
     if watch.stop:
         raise_pending()
     return 0
+
+
+cdef int rows_run(const void *of, const fa_kernels *kernels, const void *plan, void *scratch,
+                  const fa_watch *watch) noexcept nogil:
+    return fa_run_rows(<const fa_rows *> of, kernels, <const fa_rows_plan *> plan, scratch, watch)
+
+
+cdef int dense_run(const void *of, const fa_kernels *kernels, const void *plan, void *scratch,
+                   const fa_watch *watch) noexcept nogil:
+    return fa_run_dense(<const fa_dense *> of, kernels, <const fa_dense_plan *> plan, scratch, watch)
+
+
+cdef int norm_run(const void *of, const fa_kernels *kernels, const void *plan, void *scratch,
+                  const fa_watch *watch) noexcept nogil:
+    return fa_run_norm(<const fa_norm *> of, kernels, <const fa_norm_plan *> plan, scratch, watch)
+
+
+cdef int run_rows(const fa_rows *rows, object num_threads) except -1:
+    cdef const fa_kernels *kernels = fa_kernels_for(rows.dtypes[<int> FA_ROW_X])
+    cdef fa_rows_plan plan
+    cdef bint small = fa_rows_are_few(rows)
+    fa_plan_rows(rows, kernels, 1 if small else allowed_threads(num_threads), &plan)
+    return run_planned(rows_run, rows, kernels, &plan, plan.size, small)
 
 
 cdef int run_dense(const fa_dense *dense, fa_dtype dtype, object num_threads) except -1:
     cdef const fa_kernels *kernels = fa_kernels_for(dtype)
     cdef fa_dense_plan plan
-    cdef Watch watch = Watch(0, 0)
-    cdef fa_watch asked
-    cdef void *scratch
     cdef bint small = fa_dense_is_small(dense)
     fa_plan_dense(dense, kernels, 1 if small else allowed_threads(num_threads), &plan)
-    if plan.size == 0:
-        return 0
-    scratch = take_workspace(plan.size, <double> plan.size)
-    try:
-        if small:
-            fa_run_dense(dense, kernels, &plan, scratch, NULL)
-        else:
-            asked.interrupted, asked.of = &asks, &watch
-            with nogil:
-                fa_run_dense(dense, kernels, &plan, scratch, &asked)
-    finally:
-        give_workspace(scratch)
-    if watch.stop:
-        raise_pending()
-    return 0
+    return run_planned(dense_run, dense, kernels, &plan, plan.size, small)
 
 
 cdef int run_norm(const fa_norm *norm, fa_dtype dtype, object num_threads) except -1:
     cdef const fa_kernels *kernels = fa_kernels_for(dtype)
     cdef fa_norm_plan plan
-    cdef Watch watch = Watch(0, 0)
-    cdef fa_watch asked
-    cdef void *scratch
     cdef bint small = fa_norm_is_small(norm)
     fa_plan_norm(norm, kernels, 1 if small else allowed_threads(num_threads), &plan)
-    if plan.size == 0:
-        return 0
-    scratch = take_workspace(plan.size, <double> plan.size)
-    try:
-        if small:
-            fa_run_norm(norm, kernels, &plan, scratch, NULL)
-        else:
-            asked.interrupted, asked.of = &asks, &watch
-            with nogil:
-                fa_run_norm(norm, kernels, &plan, scratch, &asked)
-    finally:
-        give_workspace(scratch)
-    if watch.stop:
-        raise_pending()
-    return 0
+    return run_planned(norm_run, norm, kernels, &plan, plan.size, small)
