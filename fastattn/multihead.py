@@ -226,8 +226,7 @@ def self_attention(
     padding, but calls of at most 8 rows, counted over all axes but the last, use other loops. 16-bit arrays are
     projected, and attended to, in float32; only the output is rounded.
 
-    The matrices are multiplied one by one: to be side by side, as `MultiHeadAttention` stores them, they would have to
-    be copied in each call.
+    The matrices are packed in each call: `MultiHeadAttention` keeps them so.
 
     References
     ----------
@@ -534,12 +533,12 @@ class MultiHeadAttention:
 
     Notes
     -----
-    Weights that multiply the same input are side by side in memory, so query, key and value come from one matrix
-    product. The heads are views of its result, and attention writes its output where the last product reads it: nothing
-    is copied in between.
+    The matrices are packed as those of `Linear`, that of query, and those of key and value together; after
+    `parameters`, whose arrays may be written to, each call packs them. Projections are written side by side, the heads
+    are views of them, and attention writes its output where the last product reads it: nothing is copied in between.
 
-    16-bit weights are stored in float32, and weights that x promotes to another dtype are converted in each call: give
-    them the dtype of x.
+    16-bit weights stay 16 bits in memory. Weights that x promotes to another accumulation dtype are converted and
+    packed in each call: give them the dtype of x.
 
     References
     ----------
