@@ -19,6 +19,7 @@ cdef extern from "kernels/contract.h" nogil:
         FA_F64
         FA_F16
         FA_BF16
+        FA_I8
         FA_DTYPES
 
     ctypedef enum fa_score:

@@ -31,7 +31,16 @@
 #if defined(__SSE2__)
 #define HAS_MAX
 #define HAS_MIN
+#define HAS_WIDEN_I8
 #if BITS == 32
+static ALWAYS_INLINE __m128 v_widen_i8(const void *p)
+{
+    int four;
+    __builtin_memcpy(&four, p, 4);
+    __m128i x = _mm_cvtsi32_si128(four);
+    x = _mm_unpacklo_epi8(x, x);
+    return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(x, x), 24)); /* the highest byte keeps its sign */
+}
 static ALWAYS_INLINE __m128 v_max(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
 static ALWAYS_INLINE __m128 v_min(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
 #else

@@ -22,7 +22,8 @@ enum {
     FA_ROW_AXES = 66     /* NumPy's 64, plus one when the head axis is split into groups */
 };
 
-typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16 } fa_dtype;
+/* FA_I8 is one of stored numbers only, which scales multiply: no result has it. */
+typedef enum { FA_F32, FA_F64, FA_F16, FA_BF16, FA_I8 } fa_dtype;
 enum { FA_DTYPES = FA_BF16 + 1 };
 typedef enum { FA_DOT, FA_ADDITIVE } fa_score;
 typedef enum { FA_SOFTMAX, FA_RELU, FA_SIGMOID, FA_SPARSEMAX, FA_ENTMAX15 } fa_activation;

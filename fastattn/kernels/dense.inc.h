@@ -239,26 +239,13 @@ static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void
     } while (c < d_in);
 }
 
-static ALWAYS_INLINE vec load_panel(const char *at, const fa_dtype dtype)
-{
-#if BITS == 32
-    if (dtype == FA_F16)
-        return v_widen_f16(at);
-    if (dtype == FA_BF16)
-        return v_widen_bf16(at);
-#else
-    (void)dtype;
-#endif
-    return v_load(at);
-}
-
 /* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart; meanwhile `lines`
  * lines are fetched for each channel, from `ahead` on. */
 static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const char *restrict b, int64_t depth,
                                    real *restrict out, int add, const char *ahead, int lines, const int rows,
                                    const fa_dtype dtype)
 {
-    const int size = dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : 2;
+    const int size = size_of(dtype);
     vec sum[2][FEW_AT_ONCE][VECS];
     UNROLL(2)
     for (int k = 0; k < 2; k++) {
@@ -274,7 +261,7 @@ static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const c
         vec b_v[VECS];                                           \
         UNROLL(4)                                                \
         for (int v = 0; v < VECS; v++)                           \
-            b_v[v] = load_panel(b + v * LANES * size, dtype);    \
+            b_v[v] = v_load_as(b + v * LANES * size, dtype);     \
         UNROLL(4)                                                \
         for (int r = 0; r < rows; r++) {                         \
             const vec x_r = v_fill(x[r * d_in + t + (k)]);       \

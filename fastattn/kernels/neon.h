@@ -27,6 +27,7 @@
 #define HAS_MULTIPLIER /* multiplies by one lane: broadcasting would take a place among the multiplications */
 #define HAS_WIDEN_F16
 #define HAS_WIDEN_BF16
+#define HAS_WIDEN_I8
 #define HAS_TRUE_BITS
 #define HAS_TAKE_LANES
 #define HAS_FLOOR
@@ -56,6 +57,13 @@ static ALWAYS_INLINE float32x4_t v_fma_multiplier(float a, float32x4_t b, float3
 }
 static ALWAYS_INLINE float32x4_t v_widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static ALWAYS_INLINE float32x4_t v_widen_bf16(const void *p) { return (float32x4_t)vshll_n_u16(vld1_u16(p), 16); }
+static ALWAYS_INLINE float32x4_t v_widen_i8(const void *p)
+{
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    const int16x8_t x = vmovl_s8(vcreate_s8((uint64_t)(uint32_t)four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(x)));
+}
 static ALWAYS_INLINE unsigned v_true_bits(int32x4_t where)
 {
     static const uint32_t lane_bit[] = {1, 2, 4, 8};

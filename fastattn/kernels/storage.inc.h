@@ -1,5 +1,5 @@
 /* From numbers in memory (strided, perhaps misaligned, of a storage dtype) to numbers in kernels (contiguous, of type
- * real) and back. Only this file and the widening operations of vector.inc.h know the bits of 16-bit dtypes. A new
+ * real) and back. Only this file and the widening operations of vector.inc.h know the bits of smaller dtypes. A new
  * dtype is a pair of cases here. */
 
 static ALWAYS_INLINE float from_f16(uint16_t h)
@@ -70,6 +70,8 @@ static ALWAYS_INLINE real read_number(const char *from, const fa_dtype dtype)
     case FA_F16:
         memcpy(&h, from, 2);
         return (real)from_f16(h);
+    case FA_I8:
+        return (real) * (const int8_t *)from;
     default:
         memcpy(&h, from, 2);
         return (real)from_bf16(h);
@@ -96,7 +98,31 @@ static ALWAYS_INLINE void write_number(char *to, real x, const fa_dtype dtype)
         h = to_bf16(f);
         memcpy(to, &h, 2);
         break;
+    case FA_I8: /* is only read */
+        break;
     }
+}
+
+/* Bytes of a number. */
+static ALWAYS_INLINE int size_of(const fa_dtype dtype)
+{
+    return dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : dtype == FA_I8 ? 1 : 2;
+}
+
+/* LANES contiguous numbers of type real or, if that is float, of a smaller dtype. */
+static ALWAYS_INLINE vec v_load_as(const void *p, const fa_dtype dtype)
+{
+#if BITS == 32
+    if (dtype == FA_F16)
+        return v_widen_f16(p);
+    if (dtype == FA_BF16)
+        return v_widen_bf16(p);
+    if (dtype == FA_I8)
+        return v_widen_i8(p);
+#else
+    (void)dtype;
+#endif
+    return v_load(p);
 }
 
 /* One loop for each dtype, which is a constant in it. */
@@ -113,6 +139,9 @@ static ALWAYS_INLINE void write_number(char *to, real x, const fa_dtype dtype)
         break;                  \
     case FA_BF16:               \
         do_it(FA_BF16);         \
+        break;                  \
+    case FA_I8:                 \
+        do_it(FA_I8);           \
         break;                  \
     }
 #define READ_ALL(dtype)             \
@@ -131,13 +160,15 @@ static void gather(void *to_, const char *from, ptrdiff_t stride, int64_t n, fa_
         return;
     }
 #if BITS == 32
-    if (stride == 2 && (dtype == FA_F16 || dtype == FA_BF16)) {
+    if (stride == size_of(dtype) && dtype != FA_F64) {
         int64_t i = 0;
         for (; dtype == FA_F16 && i + LANES <= n; i += LANES)
             v_store(to + i, v_widen_f16(from + 2 * i));
         for (; dtype == FA_BF16 && i + LANES <= n; i += LANES)
             v_store(to + i, v_widen_bf16(from + 2 * i));
-        to += i, from += 2 * i, n -= i;
+        for (; dtype == FA_I8 && i + LANES <= n; i += LANES)
+            v_store(to + i, v_widen_i8(from + i));
+        to += i, from += stride * i, n -= i;
     }
 #endif
     FOR_DTYPE(dtype, READ_ALL)

@@ -63,10 +63,19 @@ static ALWAYS_INLINE vec v_lane_numbers(void)
 }
 
 #if BITS == 32
-/* LANES numbers of a 16-bit dtype. */
+/* LANES numbers of a smaller dtype. */
 typedef uint16_t hvec __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t uhvec __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
 static ALWAYS_INLINE ivec v_halves(const void *p) { return __builtin_convertvector((hvec) * (const uhvec *)p, ivec); }
+
+#ifndef HAS_WIDEN_I8
+typedef int8_t bvec __attribute__((vector_size(VECTOR_BYTES / 4)));
+typedef int8_t ubvec __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias));
+static ALWAYS_INLINE vec v_widen_i8(const void *p)
+{
+    return __builtin_convertvector(__builtin_convertvector((bvec) * (const ubvec *)p, ivec), vec);
+}
+#endif
 
 #ifndef HAS_WIDEN_BF16
 static ALWAYS_INLINE vec v_widen_bf16(const void *p) { return (vec)(v_halves(p) << 16); }
