@@ -16,6 +16,7 @@ cdef class Problem:
     cdef object num_threads
     cdef object score_weights             # the array that call.problem.score_weights points to
     cdef object prepared                  # of the keys, or None: as (..., bytes), with the batch axes of key
+    cdef tuple quantized                  # key_scale, value_scale and key_center of int8 keys and values, or None
     cdef object dtype                     # of the result
     cdef list kept                        # keeps the arrays alive that the call points to
     cdef readonly object out, weights, lse
@@ -33,7 +34,7 @@ cdef int read_activation(fa_call *call, object activation, object sinks, bint re
 cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value, tuple inputs, tuple names,
                        const Rules *r, object keys_before)
 cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=*,
-                              cnp.ndarray own=*)
+                              cnp.ndarray own=*, tuple quantized=*)
 cdef Problem read_varlen(object query, object key, object value, object cu_seqlens_q, object cu_seqlens_k, Rules r,
                          cnp.ndarray own=*)
 cdef tuple checked_sides(object left, object right)

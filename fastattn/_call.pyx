@@ -16,16 +16,17 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
 from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERANDS, FA_DOT, FA_ENTMAX15, FA_F16, FA_F32,
-                                FA_F64, FA_KEY, FA_KEYS_BEFORE, FA_KEY_LENGTHS, FA_LSE, FA_MASK, FA_OFFSETS,
+                                FA_F64, FA_I8, FA_KEY, FA_KEYS_BEFORE, FA_KEY_CENTER, FA_KEY_LENGTHS, FA_KEY_SCALE, FA_LSE, FA_MASK, FA_OFFSETS,
                                 FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU,
-                                FA_ROW_AXES, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE,
-                                FA_WEIGHTS, fa_call, fa_dtype, fa_head, fa_layout, fa_problem, give_memory, take_memory)
+                                FA_ROW_AXES, FA_SCALE_BLOCKS, FA_SCALE_CHANNELS, FA_SCALE_TOKENS, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_VALUE_SCALE,
+                                FA_WEIGHTS, fa_call, fa_dtype, fa_head, fa_layout, fa_problem, fa_scales, give_memory, take_memory)
 
 cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "out", "weights", "lse",
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "key_scale", "value_scale", "key_center",
+    "out", "weights", "lse",
     "alibi_slopes", "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
 
 
@@ -167,6 +168,8 @@ cdef inline fa_dtype dtype_of(cnp.ndarray a) noexcept:
         return FA_F64
     if number == cnp.NPY_FLOAT16:
         return FA_F16
+    if number == cnp.NPY_INT8:
+        return FA_I8
     # Of NumPy's own dtypes only float16 is a float of 2 bytes; as for masks and integers, kernels do not ask.
     return FA_BF16 if cnp.PyArray_ITEMSIZE(a) == 2 else FA_F32
 
@@ -213,7 +216,7 @@ cdef int split_heads(fa_call *call) except -1:
     for n in range(call.operand_count):
         operand = call.operands[n]
         stride = call.layouts[operand].batch[last]
-        if operand == FA_KEY or operand == FA_VALUE or operand == FA_PREPARED:
+        if operand in (FA_KEY, FA_VALUE, FA_PREPARED, FA_KEY_SCALE, FA_VALUE_SCALE, FA_KEY_CENTER):
             call.layouts[operand].batch[last + 1] = 0
         else:
             call.layouts[operand].batch[last] = stride * call.group
@@ -549,6 +552,8 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
     place(p, FA_QUERY, query, 2)
     place(p, FA_KEY, key, 2)
     place(p, FA_VALUE, value, 2)
+    if p.quantized is not None:
+        read_quantized(p, p.quantized, key, value)
     if p.prepared is not None:
         place(p, FA_PREPARED, p.prepared, 1)
     read_rules(p, r, keys_before)
@@ -557,21 +562,120 @@ cdef Problem read_call(Problem p, cnp.ndarray query, cnp.ndarray key, cnp.ndarra
     return p
 
 
+# int8 keys and values
+
+cdef bint is_quantized(tuple quantized) noexcept:
+    return quantized is not None and not (quantized[0] is None and quantized[1] is None and quantized[2] is None)
+
+
+cdef cnp.ndarray number_of(object x, str name, cnp.ndarray of, str whose):
+    """A scale or a centre as an array of at least two axes whose batch axes broadcast to those of its matrix."""
+    cdef cnp.ndarray a = as_array(x, name)
+    cdef int axis, number = cnp.PyArray_TYPE(a)
+    if cnp.PyArray_NDIM(a) == 0 and (number == cnp.NPY_FLOAT64 or a.dtype.kind in "iu"):
+        a = converted(a, np.float32)
+    elif number == cnp.NPY_FLOAT64 or a.dtype.kind in "biu":
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, not of dtype {a.dtype}")
+    else:
+        storage_of(a, name)
+    a = widened(a, 2)
+    for axis in range(3, cnp.PyArray_NDIM(a) + 1):
+        n = cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - axis)
+        if n != 1 and n != from_right(dims_of(of), axis):
+            raise ValueError(f"the batch axes of {name} {shape_of(a)} do not broadcast to those of {whose} "
+                             f"{shape_of(of)}")
+    return a
+
+
+cdef int read_scale(Problem p, int operand, object x, str name, cnp.ndarray of, str whose, fa_scales *form,
+                    int64_t *each) except -1:
+    cdef cnp.ndarray a = number_of(x, name, of, whose)
+    cdef Py_ssize_t rows = from_right(dims_of(a), 2), n = from_right(dims_of(a), 1)
+    cdef Py_ssize_t tokens = from_right(dims_of(of), 2), channels = from_right(dims_of(of), 1)
+    place(p, operand, a, 2)
+    each[0] = max(channels, 1)
+    if rows == 1 and (n == 1 or n == channels):
+        form[0] = FA_SCALE_CHANNELS
+        if n == 1:
+            p.call.layouts[operand].col = 0
+    elif rows == tokens and n == 1:
+        form[0] = FA_SCALE_TOKENS
+    elif rows == tokens and n > 0 and channels % n == 0:
+        form[0] = FA_SCALE_BLOCKS
+        each[0] = max(channels // n, 1)
+    else:
+        raise ValueError(f"{name} has shape {shape_of(as_array(x, name))}; for a {whose} of shape {shape_of(of)} it "
+                         f"must be (..., {tokens}, 1), one for each token; (..., 1, {channels}) or ({channels},), one "
+                         f"for each channel; one number; or (..., {tokens}, n), one for each of n blocks of channels, "
+                         f"where {channels} is a multiple of n")
+    return 0
+
+
+cdef int read_center(Problem p, object x, cnp.ndarray key) except -1:
+    cdef cnp.ndarray a = number_of(x, "key_center", key, "key")
+    cdef Py_ssize_t channels = from_right(dims_of(key), 1)
+    if from_right(dims_of(a), 2) != 1 or from_right(dims_of(a), 1) != channels:
+        raise ValueError(f"key_center has shape {shape_of(as_array(x, 'key_center'))}; it must be (..., 1, {channels}) "
+                         f"or ({channels},), one number for each channel of a key")
+    a = converted(a, np.float32)
+    if not np.isfinite(a).all():
+        raise ValueError("key_center must be finite: NaN or infinity in it would make every score NaN")
+    place(p, FA_KEY_CENTER, a, 2)
+    p.call.problem.has_center = 1
+    return 0
+
+
+cdef int read_quantized(Problem p, tuple quantized, cnp.ndarray key, cnp.ndarray value) except -1:
+    """quantized: key_scale, value_scale and key_center."""
+    read_scale(p, FA_KEY_SCALE, quantized[0], "key_scale", key, "key", &p.call.problem.key_scales,
+               &p.call.problem.key_each)
+    read_scale(p, FA_VALUE_SCALE, quantized[1], "value_scale", value, "value", &p.call.problem.value_scales,
+               &p.call.problem.value_each)
+    if quantized[2] is not None:
+        read_center(p, quantized[2], key)
+    return 0
+
+
+cdef list quantized_arrays(object query, object key, object value, tuple quantized):
+    """The arrays of a call with scales, whose dtypes are checked."""
+    cdef cnp.ndarray q = as_array(query, "query"), a
+    for name, x, scale in (("key", key, quantized[0]), ("value", value, quantized[1])):
+        a = as_array(x, name)
+        if scale is None:
+            raise ValueError(f"{name}_scale is missing: int8 key and value both need their scales")
+        if cnp.PyArray_TYPE(a) != cnp.NPY_INT8:
+            raise TypeError(f"key_scale, value_scale and key_center are for int8 key and value: {name} has dtype "
+                            f"{a.dtype}")
+    if q.dtype.kind in "biu" or storage_of(q, "query") == FA_F64:
+        raise TypeError(f"query has dtype {q.dtype}: with int8 key and value it must be float32, float16 or bfloat16")
+    return [q, as_array(key, "key"), as_array(value, "value")]
+
+
 cdef Problem read_dot_product(object query, object key, object value, Rules r, object keys_before=None,
-                              cnp.ndarray own=None):
-    """own: a layer's array for the output, of the right shape and dtype, in memory that nobody else has."""
+                              cnp.ndarray own=None, tuple quantized=None):
+    """own: a layer's array for the output, of the right shape and dtype, in memory that nobody else has.
+    quantized: key_scale, value_scale and key_center, each of which may be None."""
     cdef Problem p = new_problem()
     p.out = own
-    cdef list arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
+    cdef bint scaled = is_quantized(quantized)
+    cdef list arrays
     cdef cnp.ndarray q
-    p.dtype = promoted(arrays, ("query", "key", "value"), &p.call.problem.dtype)
+    cdef tuple names = ("query", "key", "value"), inputs = (query, key, value) if given(r.out) else None
+    if scaled:
+        arrays = quantized_arrays(query, key, value, quantized)
+        p.dtype = promoted(arrays[:1], ("query",), &p.call.problem.dtype)
+        if inputs is not None:
+            inputs, names = inputs + quantized, names + ("key_scale", "value_scale", "key_center")
+    else:
+        arrays = [floating(query, "query"), floating(key, "key"), floating(value, "value")]
+        p.dtype = promoted(arrays, names, &p.call.problem.dtype)
     p.call.problem.score = FA_DOT
     q = arrays[0]
     p.call.problem.scale = 1
     if not given(r.scale) and cnp.PyArray_NDIM(q) > 0:
         p.call.problem.scale = 1.0 / sqrt(<double> max(cnp.PyArray_DIM(q, cnp.PyArray_NDIM(q) - 1), 1))
-    return read_call(p, q, arrays[1], arrays[2], (query, key, value) if given(r.out) else None,
-                     ("query", "key", "value"), &r, keys_before)
+    p.quantized = quantized if scaled else None
+    return read_call(p, q, arrays[1], arrays[2], inputs, names, &r, keys_before)
 
 
 def check(tuple query, tuple key, tuple value, dtype, dict some):

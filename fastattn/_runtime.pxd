@@ -79,6 +79,9 @@ cdef extern from "kernels/contract.h" nogil:
         FA_BLOCK_MASK
         FA_RELATIVE_BIAS
         FA_PREPARED
+        FA_KEY_SCALE
+        FA_VALUE_SCALE
+        FA_KEY_CENTER
         FA_OUT
         FA_WEIGHTS
         FA_LSE
@@ -118,6 +121,12 @@ cdef extern from "kernels/contract.h" nogil:
         int adds[<int> FA_GRAPH_GRADIENTS]
         double *totals[<int> FA_GRAPH_GRADIENTS]
 
+    ctypedef enum fa_scales:
+        FA_NO_SCALES
+        FA_SCALE_TOKENS
+        FA_SCALE_CHANNELS
+        FA_SCALE_BLOCKS
+
     ctypedef struct fa_problem:
         int64_t head_dim, value_dim, left, right
         fa_score score
@@ -125,7 +134,9 @@ cdef extern from "kernels/contract.h" nogil:
         double scale, softcap
         fa_dtype dtype
         fa_activation activation
-        int has_slope, has_sink
+        int has_slope, has_sink, has_center
+        fa_scales key_scales, value_scales
+        int64_t key_each, value_each
         int64_t chunk, left_chunks
         int64_t block_rows, block_columns
         int band, decode, prefetch

@@ -47,6 +47,9 @@ def dot_product_attention(
     sinks: ArrayLike | None = None,
     activation: str = "softmax",
     enable_gqa: bool = False,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    key_center: ArrayLike | None = None,
     return_weights: bool | str = False,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
@@ -61,7 +64,8 @@ def dot_product_attention(
     key : array_like, shape (..., S, D)
     value : array_like, shape (..., S, E)
         float32, float64, float16 or bfloat16 (sums in float32); integers and bools become float64. They promote
-        together as `numpy.result_type` says. Leading axes are batch axes and broadcast; by convention axis -3 is the
+        together as `numpy.result_type` says, and each is read as it is: a float32 query over a float16 cache makes no
+        copy of it. int8 key and value with `key_scale` and `value_scale`. Leading axes are batch axes and broadcast; by convention axis -3 is the
         head axis. Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``, without a copy.
     is_causal : bool, default False
         A query sees no key after its own position.
@@ -112,6 +116,15 @@ def dot_product_attention(
         tile. Only softmax has `sinks` and `return_lse`.
     enable_gqa : bool, default False
         Query may have g times the heads (axis -3) of key and value; query head h reads key head h // g.
+    key_scale, value_scale : float or array_like, optional
+        For int8 key and value (with a query of float32, float16 or bfloat16, whose dtype the output has): the numbers
+        that they are multiples of, ``key * key_scale`` and ``value * value_scale``, as `quantize_kv` makes them. Of
+        shape (..., S, 1), one for each token and head; (..., 1, D) or (D,), one for each channel; one number; or
+        (..., S, n), one for each of n blocks of D / n channels (for values: E). Batch axes broadcast to those of key
+        and value. float32, float16 or bfloat16.
+    key_center : array_like, shape (..., 1, D) or (D,), optional
+        For int8 keys: what was subtracted from them before they were rounded; the keys are
+        ``key * key_scale + key_center``. Finite.
     return_weights : bool or 'band', default False
         Also return the weights, (..., L, S). They take the memory that this function otherwise avoids. 'band': only
         those in the window of `window_size`, (..., L, left + right + 1), placed as in `relative_bias`; 0 where the
@@ -202,6 +215,9 @@ def dot_product_attention(
                 out=out,
                 num_threads=num_threads,
             ),
+            None,
+            None,
+            (key_scale, value_scale, key_center),
         )
     )
 
@@ -585,6 +601,9 @@ def truncated_attention(
     sinks: ArrayLike | None = None,
     activation: str = "softmax",
     enable_gqa: bool = False,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
+    key_center: ArrayLike | None = None,
     return_weights: bool | str = False,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
@@ -610,7 +629,7 @@ def truncated_attention(
     is_causal, query_offset, key_lengths, query_lengths, mask, block_mask, block_size, bias, alibi_slopes, scale,
     softcap, sinks, activation
         As for `dot_product_attention`.
-    enable_gqa, return_lse, out, num_threads
+    enable_gqa, key_scale, value_scale, key_center, return_lse, out, num_threads
         As for `dot_product_attention`.
 
     Returns
@@ -678,6 +697,9 @@ def truncated_attention(
                 out=out,
                 num_threads=num_threads,
             ),
+            None,
+            None,
+            (key_scale, value_scale, key_center),
         )
     )
 

@@ -58,7 +58,7 @@ static void additive_keys(const fa_problem *problem, const char *keys, const fa_
     struct additive *additive = &tile->additive;
     const int64_t channels = tile->channels;
     const vec limit = v_fill(ADDITIVE_LIMIT);
-    pack_keys(problem->head_dim, keys, key, begin, end, channels, additive->k_raw);
+    pack_keys(problem->head_dim, keys, key, &no_scales, begin, end, channels, additive->k_raw);
     memset(&additive->wide_keys, 0, sizeof additive->wide_keys);
     for (int j = begin / LANES * LANES; j < end; j += LANES) {
         const int64_t at = j / PANEL * PANEL * channels + j % PANEL;
@@ -121,7 +121,8 @@ static void additive_prepared(const fa_problem *problem, const fa_head *head, in
     memcpy(&additive->wide_keys, from, sizeof additive->wide_keys);
     tile->k = (real *)(from + PREPARED_HEAD); /* which nothing writes to */
     if (bits_any(&additive->wide_keys) || memchr(additive->row_is_wide, 1, (size_t)rows))
-        pack_keys(problem->head_dim, key->data + block * key->row, key, begin, end, tile->channels, additive->k_raw);
+        pack_keys(problem->head_dim, key->data + block * key->row, key, &no_scales, begin, end, tile->channels,
+                  additive->k_raw);
 }
 
 /* s[row][key] += the terms of n channels, for one vector of keys. */

@@ -21,6 +21,8 @@ static void open_tile(const fa_problem *problem, const fa_head *head, int64_t ro
         pack_wide_queries(problem, head, row, rows, tile->group, tile->channels, tile->q, tile->after);
     } else
         pack_queries(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
+    if (problem->has_center)
+        find_centers(problem, head, row, rows, tile->center);
     reset_state(problem, rows, tile->m, tile->l);
     if (is_sparse(problem))
         open_sparse(problem, head, row, rows, &tile->sparse);
@@ -118,6 +120,8 @@ static void gather_keys(const fa_problem *problem, const fa_head *head, int64_t 
         v_store(tile->l + r * LANES, (vec){0});
         tile->l[r * LANES] = tile->sparse.total[r];
     }
+    for (int64_t r = 0; problem->value_scales == FA_SCALE_CHANNELS && r < rows; r++)
+        scale_channels(&head->view[FA_VALUE_SCALE], 0, problem->value_dim, tile->o + r * tile->value_row);
 }
 
 /* Recomputes the rows with values scaled by 2**-64, and takes the outputs that were not finite from there: sums that

@@ -82,6 +82,9 @@ enum {
     FA_BLOCK_MASK,    /* (ceil(queries / block_rows), ceil(keys / block_columns)), optional: bytes as of FA_MASK */
     FA_RELATIVE_BIAS, /* (queries, left + right + 1), optional: for the keys from position - left on */
     FA_PREPARED,      /* what prepare_keys found in FA_KEY, optional: for FA_ADDITIVE */
+    FA_KEY_SCALE,     /* (keys, scales of a row), by fa_problem.key_scales */
+    FA_VALUE_SCALE,   /* the same of values */
+    FA_KEY_CENTER,    /* (1, head_dim), finite: what was subtracted from the keys; if has_center */
     FA_OUT,           /* (queries, value_dim) */
     FA_WEIGHTS,       /* optional, accumulation dtype: (queries, keys), or shaped like FA_RELATIVE_BIAS if band */
     FA_LSE,           /* (queries, 1), optional, accumulation dtype */
@@ -89,6 +92,10 @@ enum {
     FA_SINKS,         /* one double per row; optional */
     FA_OPERANDS
 };
+
+/* What the numbers of int8 keys or values are multiplied by: one number for each row, for each channel or, in each row,
+ * for each so many channels. */
+typedef enum { FA_NO_SCALES, FA_SCALE_TOKENS, FA_SCALE_CHANNELS, FA_SCALE_BLOCKS } fa_scales;
 
 /* What all heads of a call share. Sums are accumulated in double for FA_F64, otherwise in float. */
 typedef struct {
@@ -101,8 +108,10 @@ typedef struct {
     double softcap; /* 0: none */
     fa_dtype dtype; /* of the result: drivers select the kernels by it; the kernels only look at the dtypes of views */
     fa_activation activation;
-    int has_slope, has_sink;
-    int64_t chunk, left_chunks; /* a query sees its own chunk of keys and left_chunks before it; chunk 0: no chunks */
+    int has_slope, has_sink, has_center;
+    fa_scales key_scales, value_scales;
+    int64_t key_each, value_each; /* channels that share a scale: all of a row, or those of a block */
+    int64_t chunk, left_chunks;   /* a query sees its own chunk of keys and left_chunks before it; chunk 0: no chunks */
     int64_t block_rows, block_columns; /* of FA_BLOCK_MASK */
     int band;                          /* only the window of the weights is wanted */
     int decode;                        /* few queries: keys are read in place instead of packed */

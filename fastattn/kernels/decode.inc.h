@@ -36,6 +36,7 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
     const int64_t channels = problem->head_dim, bytes = channels * (int64_t)sizeof(real);
     const int64_t fitting = bytes ? PASS_BYTES / bytes / LANES * LANES : PASS_KEYS;
     const int pass = fitting < LANES ? LANES : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
+    const struct scales scales = scales_of_copies(problem, head, FA_KEY, block);
     const int in_place = readable(key);
     const ptrdiff_t ahead = rows_ahead(channels) * key->row;
     /* behind the four keys that row_scores copies at a time if the others are readable */
@@ -46,6 +47,8 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
         for (int j = lo > c ? lo - c : 0; j < last && !in_place; j++) {
             prefetch_bytes(keys + j * key->row + ahead, bytes_of(key, channels));
             gather((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, key->dtype);
+            if (scales.data)
+                scale_numbers((real *)(gathered.data + j * bytes), 0, channels, &scales, c + j);
         }
         for (int g = 0; g < groups_of(tile, rows, 1); g++) {
             const int group = rows_of_group(tile, rows, g, 1);
@@ -56,9 +59,9 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
             if (begin >= end)
                 continue;
             if (in_place)
-                row_scores(problem, q, group, keys, key, begin, end, ahead, tile->k, s_g);
+                row_scores(problem, q, group, keys, key, &no_scales, begin, end, ahead, tile->k, s_g);
             else
-                row_scores(problem, q, group, gathered.data, &gathered, begin, end, 0, tile->k, s_g);
+                row_scores(problem, q, group, gathered.data, &gathered, &no_scales, begin, end, 0, tile->k, s_g);
         }
     }
 }
@@ -79,8 +82,9 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
         fa_visible_keys(problem, head, row, rows, &lo, &hi);
         lo = (lo > run->begin ? lo : run->begin) - run->from, hi = (hi < run->end ? hi : run->end) - run->from;
         if (lo < hi) {
+            const struct scales scales = scales_of_copies(problem, head, FA_KEY, run->from);
             row_scores(problem, tile->q, 1, head->view[FA_KEY].data + run->from * head->view[FA_KEY].row,
-                       &head->view[FA_KEY], (int)lo, (int)hi, ahead, tile->k, tile->s);
+                       &head->view[FA_KEY], &scales, (int)lo, (int)hi, ahead, tile->k, tile->s);
         }
     }
     for (int b = 0; b < run->blocks; b++) {
@@ -106,9 +110,12 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
         if (many_groups) {
             pass_keys(problem, head, rows, block, visible, lo, hi, tile, s);
         } else if (lo < hi && !at_once) {
+            const struct scales scales = scales_of_copies(problem, head, FA_KEY, block);
             row_scores(problem, tile->q, rows, head->view[FA_KEY].data + block * head->view[FA_KEY].row,
-                       &head->view[FA_KEY], lo, hi, ahead, tile->k, s);
+                       &head->view[FA_KEY], &scales, lo, hi, ahead, tile->k, s);
         }
+        if (lo < hi && problem->key_scales == FA_SCALE_TOKENS)
+            scale_scores(head, block, lo, hi, rows, tile->extra, s);
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             const int group = rows_of_group(tile, rows, g, many_groups);
             const int v_first = visible[g].lo / LANES, v_last = (visible[g].hi + LANES - 1) / LANES;
@@ -153,11 +160,12 @@ static ALWAYS_INLINE void weights_of_run(const fa_problem *problem, const fa_hea
 }
 
 /* Weighted sums for groups of rows: of the weights p and the values [begin[g], end[g]) of a block, whole terms, into
- * sum[g]. Values stay in L1 until all groups have used them. Meanwhile the corresponding rows from `next` on, of
- * `bytes` bytes and next_row apart, are prefetched. */
+ * sum[g]. Values stay in L1 until all groups have used them; if `copied`, they are copied there chunk by chunk, from a
+ * block of which [copied->begin, copied->end) may be read. Meanwhile the corresponding rows from `next` on, of `bytes`
+ * bytes and next_row apart, are prefetched. */
 static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const real *p, struct value_rows value,
-                                     const int *begin, const int *end, real *const *sum, const char *next,
-                                     ptrdiff_t next_row, int64_t bytes)
+                                     const struct copied *copied, const int *begin, const int *end, real *const *sum,
+                                     const char *next, ptrdiff_t next_row, int64_t bytes)
 {
     const int64_t value_row = tile->value_row;
     const int groups = groups_of(tile, rows, 1);
@@ -172,6 +180,11 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
                                                 groups * prefetches_of_product(value_row / LANES, hi - lo));
     for (int t = lo, stop; t < hi; t = stop) {
         stop = (t | (CHUNK - 1)) + 1 < hi ? (t | (CHUNK - 1)) + 1 : hi;
+        if (copied) {
+            const struct value_rows copy = rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
+            copy_chunk(copied, t, stop, tile);
+            value = rows_at(copy.data - t * copy.row, copy.row);
+        }
         for (int64_t c = 0; c < value_row; c += PANEL) {
             const int64_t columns = value_row - c < PANEL ? value_row - c : PANEL;
             for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
@@ -206,21 +219,32 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             some |= visible[g].lo < visible[g].hi;
         if (!some)
             continue;
-        /* Few rows copy what they cannot read in place chunk by chunk, unless the whole block must be checked for NaN.
-         */
-        const int in_chunks =
-            !many_groups && rows <= DECODE_ROWS && !run->partial[b] && !sum_in_place(problem, view, begin, end, rows);
-        const struct value_rows value =
-            in_chunks ? rows_at(NULL, 0) : values_of(problem, head, block, begin, end, rows, 0, tile);
+        /* int8 numbers are finite, but their products with scales need not be. */
+        const int checked = view->dtype != FA_I8 || scaled_in_copies(problem, FA_VALUE);
+        int partial = 0;
+        for (int g = 0; g < groups && checked; g++)
+            partial |= visible[g].lo < visible[g].hi && run->partial[b * groups + g];
+        /* Few rows widen values in registers. What cannot be read in place is copied chunk by chunk, unless the whole
+         * block must be checked for NaN. */
+        const int few = !many_groups && rows <= DECODE_ROWS;
+        const int widened = few && !partial && sum_widens(problem, view, begin, end);
+        const int in_chunks = !partial && !widened && !sum_in_place(problem, view, begin, end, rows);
+        const struct value_rows value = widened     ? rows_at(values, view->row)
+                                        : in_chunks ? rows_at(NULL, 0)
+                                                    : values_of(problem, head, block, begin, end, rows, 0, tile);
+        const struct copied copied = {problem, values, view, scales_of_copies(problem, head, FA_VALUE, block),
+                                      begin,   end};
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             sum[g] = (run->span_begins[g] ? tile->o : tile->part) + first * value_row;
             from[g] = to[g] = 0;
             if (visible[g].lo >= visible[g].hi)
                 continue;
-            if (run->partial[b * groups + g] && finite < 0)
+            const int group = rows_of_group(tile, rows, g, many_groups);
+            if (problem->value_scales == FA_SCALE_TOKENS)
+                scale_weights(head, block, visible + g, group, tile->extra, s + first * SCORE_ROW);
+            if (partial && run->partial[b * groups + g] && finite < 0)
                 finite = all_finite(value, begin, end, value_row);
-            if (run->partial[b * groups + g] && !finite) {
-                const int group = rows_of_group(tile, rows, g, many_groups);
+            if (partial && run->partial[b * groups + g] && !finite) {
                 make_bits(visible + g, group);
                 weighted_sum_of_seen(s + first * SCORE_ROW, group, visible[g].bits, value, visible[g].lo, visible[g].hi,
                                      value_row, sum[g]);
@@ -229,17 +253,18 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
             }
         }
         if (rows > DECODE_ROWS) {
-            /* Copied values have been read already: prefetch those of the next block. */
-            const int copied = value.data == (const char *)tile->v;
-            const ptrdiff_t ahead = copied ? FA_BLOCK : VALUES_AHEAD * rows_of_prefetch;
-            pass_values(tile, rows, s, value, from, to, sum, values + ahead * view->row, view->row,
-                        bytes_of(view, problem->value_dim));
+            /* Values of a block that is copied have been read already: prefetch those of the next one. */
+            const int whole = value.data == (const char *)tile->v;
+            const ptrdiff_t ahead = whole ? FA_BLOCK : VALUES_AHEAD * rows_of_prefetch;
+            pass_values(tile, rows, s, value, in_chunks ? &copied : NULL, from, to, sum, values + ahead * view->row,
+                        view->row, bytes_of(view, problem->value_dim));
         } else if (in_chunks) {
-            copied_sum(problem, view, values, s, rows, begin, end, from[0], to[0], tile, sum[0]);
+            copied_sum(&copied, s, rows, from[0], to[0], tile, sum[0]);
         } else if (from[0] < to[0]) {
             const ptrdiff_t ahead =
                 needs_prefetch(problem, rows, problem->value_dim, view) ? rows_of_prefetch * value.row : 0;
-            streamed_sum(s, rows, value, from[0], to[0], 1, ahead, value_row, sum[0], tile->chunk);
+            streamed_sum(s, rows, value, widened ? view->dtype : REAL_DTYPE, from[0], to[0], 1, ahead, value_row,
+                         sum[0], tile->chunk);
         }
         for (int g = 0, first = 0; g < groups; g++, first += tile->group) {
             if (visible[g].lo >= visible[g].hi)

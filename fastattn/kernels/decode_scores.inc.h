@@ -1,5 +1,5 @@
 /* Dot-product scores against keys in place, up to PLACE_ROWS rows at a time: with few rows the time goes into reading
- * the keys, and packing them would double it. */
+ * the keys, and packing them would double it. Keys of smaller dtypes are widened in registers. */
 
 /* Address of channel c of the first row's query; those of the next rows follow STRIP numbers apart. */
 static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
@@ -10,13 +10,13 @@ static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
 /* Adds the products of one vector of `rows` queries and of `count` keys, lane by lane; at the end of a key it has fewer
  * than LANES numbers. */
 static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t key_row, int numbers, vec (*sum)[4],
-                                       const int rows, const int count)
+                                       const fa_dtype dtype, const int rows, const int count)
 {
     vec k_c[4];
     UNROLL(4)
     for (int i = 0; i < count; i++) {
         if (numbers == LANES)
-            k_c[i] = v_load(k + i * key_row);
+            k_c[i] = v_load_as(k + i * key_row, dtype);
         else
             k_c[i] = v_load_some(k + i * key_row, numbers);
         if (rows > 2)
@@ -37,11 +37,12 @@ static ALWAYS_INLINE void add_products(const real *q_c, const char *k, ptrdiff_t
  * to whole vectors; keys are not. ahead: prefetch distance in bytes (0: no prefetch). whole: keys are contiguous. */
 static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t begin,
                                             int64_t end, ptrdiff_t ahead, vec (*sum)[4], const int whole,
-                                            const int rows, const int count)
+                                            const fa_dtype dtype, const int rows, const int count)
 {
-    const ptrdiff_t apart = whole ? VECTOR_BYTES : key_row;
-    const char *k = keys + begin * (int64_t)sizeof(real);
-    const char *next = keys + ahead + begin * (int64_t)sizeof(real) * (whole ? count : 1);
+    const int size = size_of(dtype), step = LANES * size;
+    const ptrdiff_t apart = whole ? step : key_row;
+    const char *k = keys + begin * size;
+    const char *next = keys + ahead + begin * size * (whole ? count : 1);
     UNROLL(8)
     for (int r = 0; r < rows; r++) {
         UNROLL(4)
@@ -51,15 +52,15 @@ static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptr
     for (int64_t c = begin, stop; c < end; c = stop) {
         const real *q_c = query_at(q, c);
         stop = end - c < STRIP ? end : c + STRIP;
-        for (; c < stop; c += LANES, q_c += LANES, k += VECTOR_BYTES) {
+        for (; c < stop; c += LANES, q_c += LANES, k += step) {
             if (stop - c < LANES) {
-                add_products(q_c, k, key_row, (int)(stop - c), sum, rows, count);
+                add_products(q_c, k, key_row, (int)(stop - c), sum, dtype, rows, count);
                 break;
             }
-            add_products(q_c, k, key_row, LANES, sum, rows, count);
+            add_products(q_c, k, key_row, LANES, sum, dtype, rows, count);
             if (ahead) { /* after what is needed now */
-                prefetch_vectors(next, apart, count);
-                next += whole ? count * VECTOR_BYTES : VECTOR_BYTES;
+                prefetch_vectors(next, apart, count, step);
+                next += whole ? count * step : step;
             }
         }
     }
@@ -67,14 +68,15 @@ static ALWAYS_INLINE void chain_of_products(const real *q, const char *keys, ptr
 
 /* The same over all channels: the sum of chains of CHAIN vectors. */
 static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels,
-                                       ptrdiff_t ahead, vec (*sum)[4], const int whole, const int rows, const int count)
+                                       ptrdiff_t ahead, vec (*sum)[4], const int whole, const fa_dtype dtype,
+                                       const int rows, const int count)
 {
     const int64_t chain = CHAIN * LANES;
-    chain_of_products(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, rows, count);
+    chain_of_products(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, dtype, rows, count);
     for (int64_t c = chain; c < channels; c += chain) {
         vec part[PLACE_ROWS][4];
         const int64_t end = channels - c < chain ? channels : c + chain;
-        chain_of_products(q, keys, key_row, c, end, ahead, part, whole, rows, count);
+        chain_of_products(q, keys, key_row, c, end, ahead, part, whole, dtype, rows, count);
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -88,13 +90,14 @@ static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_
  * (0: no prefetch). `count` keys are read at a time, in a loop that is not unrolled: memory then sees one stream, and
  * the hardware prefetchers few instructions with short strides. */
 static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
-                                        ptrdiff_t ahead, real *s, const int whole, const int rows, const int count)
+                                        ptrdiff_t ahead, real *s, const int whole, const fa_dtype dtype, const int rows,
+                                        const int count)
 {
     for (int j = 0; j < n; j += 4) {
         vec sum[PLACE_ROWS][4], some[PLACE_ROWS][4];
         NOT_UNROLLED
         for (int i = 0; i < 4; i += count, keys += count * key_row) {
-            key_products(q, keys, key_row, channels, ahead, some, whole, rows, count);
+            key_products(q, keys, key_row, channels, ahead, some, whole, dtype, rows, count);
             UNROLL(8)
             for (int r = 0; r < rows; r++) {
                 UNROLL(4)
@@ -110,15 +113,16 @@ static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff
 
 /* Products with one key, the i-th of four, summed by lanes. */
 static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const char *key, ptrdiff_t ahead, vec (*sum)[4],
-                                                int i, const int rows, const int vecs)
+                                                int i, const fa_dtype dtype, const int rows, const int vecs)
 {
+    const int step = LANES * size_of(dtype);
     IN_ORDER(key);
     UNROLL(16)
     for (int c = 0; c < vecs; c++) {
-        const char *k = key + c * VECTOR_BYTES;
-        if (ahead && c * VECTOR_BYTES % 64 == 0)
+        const char *k = key + c * step;
+        if (ahead && c * step % 64 == 0)
             __builtin_prefetch(k + ahead, 0, 3);
-        const vec k_c = v_load(k);
+        const vec k_c = v_load_as(k, dtype);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
             if (c == 0)
@@ -133,7 +137,8 @@ static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const cha
  * Keys are read in order, and few instructions wait for each: how many a CPU can hold waiting seems to limit how far
  * ahead it loads (docs/notebook, page 10). */
 static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, ptrdiff_t key_row, int n,
-                                              ptrdiff_t ahead, real *s, const int rows, const int vecs)
+                                              ptrdiff_t ahead, real *s, const fa_dtype dtype, const int rows,
+                                              const int vecs)
 {
     vec q_c[2][MOST_VECS];
     UNROLL(16)
@@ -147,11 +152,11 @@ static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, p
         if (vecs < LONG_VECS) {
             UNROLL(4)
             for (int i = 0; i < 4; i++, keys += key_row)
-                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
+                products_in_registers(q_c, keys, ahead, sum, i, dtype, rows, vecs);
         } else {
             NOT_UNROLLED
             for (int i = 0; i < 4; i++, keys += key_row)
-                products_in_registers(q_c, keys, ahead, sum, i, rows, vecs);
+                products_in_registers(q_c, keys, ahead, sum, i, dtype, rows, vecs);
         }
         UNROLL(2)
         for (int r = 0; r < rows; r++)
@@ -162,8 +167,9 @@ static ALWAYS_INLINE void scores_in_registers(const real *q, const char *keys, p
 /* The same for an even number of vectors, up to CHAIN, and contiguous keys: each iteration reads two vectors of each of
  * four keys. */
 static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_t key_row, int n, ptrdiff_t ahead,
-                                       real *s, const int rows)
+                                       real *s, const fa_dtype dtype, const int rows)
 {
+    const int size = size_of(dtype), step = LANES * size;
     for (int j = 0; j < n; j += 4) {
         vec sum[PLACE_ROWS][4];
         UNROLL(8)
@@ -173,20 +179,20 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
                 sum[r][i] = (vec){0};
         }
         const char *next = keys + ahead;
-        for (int64_t c = 0; c < key_row; c += 2 * VECTOR_BYTES, keys += 2 * VECTOR_BYTES) {
-            const real *q_c = query_at(q, c / (int64_t)sizeof(real));
+        for (int64_t c = 0; c < key_row; c += 2 * step, keys += 2 * step) {
+            const real *q_c = query_at(q, c / size);
             vec k_c[2][4];
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
                 UNROLL(4)
                 for (int i = 0; i < 4; i++) {
-                    k_c[v][i] = v_load(keys + i * key_row + v * VECTOR_BYTES);
+                    k_c[v][i] = v_load_as(keys + i * key_row + v * step, dtype);
                     HOLD(k_c[v][i]);
                 }
             }
             if (ahead)
-                prefetch_vectors(next, VECTOR_BYTES, 8);
-            next += 8 * VECTOR_BYTES;
+                prefetch_vectors(next, step, 8, step);
+            next += 8 * step;
             UNROLL(2)
             for (int v = 0; v < 2; v++) {
                 UNROLL(8)
@@ -208,67 +214,92 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
 /* Scores of `rows` rows against n keys. With more than two rows, arithmetic takes longer than reading, so they share
  * loads. For one and two rows the usual numbers of channels have code of their own, up to three times as fast. */
 static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
-                                         ptrdiff_t ahead, real *s, const int rows)
+                                         ptrdiff_t ahead, real *s, const fa_dtype dtype, const int rows)
 {
-    const int whole = key_row == channels * (ptrdiff_t)sizeof(real);
+    const int whole = key_row == channels * size_of(dtype);
     /* Two vectors of four keys and the sums of more than four rows do not fit in the registers. */
     const int in_pairs = rows <= 4 && whole && channels % (2 * LANES) == 0 && channels <= CHAIN * LANES;
     if (rows <= 2 && channels % LANES == 0)
         switch (channels / LANES) {
-#define IN_REGISTERS(vecs)                                              \
-    case vecs:                                                          \
-        if (rows > MOST_VECS / vecs)                                    \
-            break;                                                      \
-        scores_in_registers(q, keys, key_row, n, ahead, s, rows, vecs); \
+#define IN_REGISTERS(vecs)                                                     \
+    case vecs:                                                                 \
+        if (rows > MOST_VECS / vecs)                                           \
+            break;                                                             \
+        scores_in_registers(q, keys, key_row, n, ahead, s, dtype, rows, vecs); \
         return;
             FOR_USUAL(IN_REGISTERS)
 #undef IN_REGISTERS
         }
     if (rows <= 2 && channels <= DECODE_VECS * LANES)
-        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 2);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 2);
     else if (rows <= 2)
-        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 1);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 1);
     else if (in_pairs && ahead) /* the compiler knows whether to prefetch: one test less */
-        run_of_pairs(q, keys, key_row, n, ahead, s, rows);
+        run_of_pairs(q, keys, key_row, n, ahead, s, dtype, rows);
     else if (in_pairs)
-        run_of_pairs(q, keys, key_row, n, 0, s, rows);
+        run_of_pairs(q, keys, key_row, n, 0, s, dtype, rows);
     else if (whole)
-        run_of_scores(q, keys, key_row, channels, n, ahead, s, 1, rows, 4);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 1, dtype, rows, 4);
     else
-        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, rows, 4);
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 4);
 }
 
 /* Not inlined: in one large function compilers run out of registers, and clang does not unroll all loops. */
-#define SCORES_OF(name, rows)                                                                                  \
-    static NEVER_INLINE void name(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n, \
-                                  ptrdiff_t ahead, real *s)                                                    \
-    {                                                                                                          \
-        scores_of_rows(q, keys, key_row, channels, n, ahead, s, rows);                                         \
+typedef void (*scores_function)(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, int n,
+                                ptrdiff_t ahead, real *s);
+#define SCORES_OF(name, dtype, rows)                                                                             \
+    static NEVER_INLINE void name##_##rows(const real *q, const char *keys, ptrdiff_t key_row, int64_t channels, \
+                                           int n, ptrdiff_t ahead, real *s)                                      \
+    {                                                                                                            \
+        scores_of_rows(q, keys, key_row, channels, n, ahead, s, dtype, rows);                                    \
     }
-SCORES_OF(scores_of_one, 1)
-SCORES_OF(scores_of_two, 2)
 #if PLACE_ROWS > 2
-SCORES_OF(scores_of_three, 3)
-SCORES_OF(scores_of_four, 4)
-SCORES_OF(scores_of_five, 5)
-SCORES_OF(scores_of_six, 6)
+#define SCORES(name, dtype)                                                                            \
+    SCORES_OF(name, dtype, 1)                                                                          \
+    SCORES_OF(name, dtype, 2)                                                                          \
+    SCORES_OF(name, dtype, 3) SCORES_OF(name, dtype, 4) SCORES_OF(name, dtype, 5)                      \
+        SCORES_OF(name, dtype, 6) static const scores_function name[] = {name##_1, name##_2, name##_3, \
+                                                                         name##_4, name##_5, name##_6};
+#else
+#define SCORES(name, dtype) \
+    SCORES_OF(name, dtype, 1) SCORES_OF(name, dtype, 2) static const scores_function name[] = {name##_1, name##_2};
 #endif
+SCORES(scores_of_real, REAL_DTYPE)
+#if BITS == 32
+SCORES(scores_of_f16, FA_F16)
+SCORES(scores_of_bf16, FA_BF16)
+SCORES(scores_of_i8, FA_I8)
+#endif
+#undef SCORES
 #undef SCORES_OF
+
+/* By the number of rows, less one. */
+static ALWAYS_INLINE const scores_function *scores_functions(fa_dtype dtype)
+{
+#if BITS == 32
+    if (dtype != REAL_DTYPE)
+        return dtype == FA_F16 ? scores_of_f16 : dtype == FA_BF16 ? scores_of_bf16 : scores_of_i8;
+#else
+    (void)dtype;
+#endif
+    return scores_of_real;
+}
 
 /* Scores of a group of rows against the keys [begin, end) of a block, or of a single row against several blocks. Keys
  * up to the next whole vector also get scores, which mean nothing. The order of additions depends on row and key alone.
  * ahead: prefetch distance in bytes (0: no prefetch). scratch: room for KEYS_AT_ONCE keys; keys that cannot be read in
- * place are copied there and widened. */
+ * place are copied there, times `scales`, which are those of the first of `keys`. */
 enum { KEYS_AT_ONCE = 16 };
 
 static void row_scores(const fa_problem *problem, const real *q, int rows, const char *keys, const fa_view *key,
-                       int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
+                       const struct scales *scales, int begin, int end, ptrdiff_t ahead, real *scratch, real *s)
 {
     const int64_t channels = problem->head_dim;
-    const int in_place = readable(key);
+    const int in_place = readable(key) || (widenable(key, channels) && !scales->data);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, distance = ahead;
+        const scores_function *score = scores_functions(key->dtype);
         n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
         if (rows > PLACE_ROWS && n > 16) /* they stay in L1 for all rows */
             n = 16;
@@ -281,34 +312,24 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
                     prefetch_bytes(k + ahead, n * key->row);
                 gather(scratch, k, key->col, n * channels, key->dtype);
             }
+            for (int i = 0; i < n && whole && scales->data; i++)
+                scale_numbers(scratch + i * channels, 0, channels, scales, j + i);
             for (int i = 0; i < n && !whole; i++) {
                 const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
                 if (ahead)
                     prefetch_bytes(k + i * key->row + ahead, bytes_of(key, channels));
                 gather(scratch + i * channels, keys + seen * key->row, key->col, channels, key->dtype);
+                if (scales->data)
+                    scale_numbers(scratch + i * channels, 0, channels, scales, seen);
             }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
             distance = 0;
+            score = scores_of_real;
         }
         for (int r = 0, together; r < rows; r += together, distance = 0) {
-            const real *q_r = q + r * STRIP;
-            real *s_r = s + r * SCORE_ROW + j;
             together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
-            if (together == 1)
-                scores_of_one(q_r, k, k_row, channels, n, distance, s_r);
-            else if (together == 2)
-                scores_of_two(q_r, k, k_row, channels, n, distance, s_r);
-#if PLACE_ROWS > 2
-            else if (together == 3)
-                scores_of_three(q_r, k, k_row, channels, n, distance, s_r);
-            else if (together == 4)
-                scores_of_four(q_r, k, k_row, channels, n, distance, s_r);
-            else if (together == 5)
-                scores_of_five(q_r, k, k_row, channels, n, distance, s_r);
-            else
-                scores_of_six(q_r, k, k_row, channels, n, distance, s_r);
-#endif
+            score[together - 1](q + r * STRIP, k, k_row, channels, n, distance, s + r * SCORE_ROW + j);
         }
     }
 }

@@ -1,16 +1,17 @@
 /* The weighted sum of values for few rows, where reading the values takes the time: value by value, in memory order.
- * The same bits as the products of values.inc.h. */
+ * Values of smaller dtypes are widened in registers. The same bits as the products of values.inc.h. */
 
 /* Adds one weighted value to a term, or starts the term with it (first). ahead: prefetch distance in bytes (0: no
  * prefetch). */
 static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahead, int first, vec (*term)[MOST_VECS],
-                                    const int rows, const int vecs)
+                                    const fa_dtype dtype, const int rows, const int vecs)
 {
+    const int step = LANES * size_of(dtype);
     UNROLL(16)
     for (int c = 0; c < vecs; c++) {
-        if (ahead && c * VECTOR_BYTES % 64 == 0)
-            __builtin_prefetch(v + c * VECTOR_BYTES + ahead, 0, 3);
-        const vec v_c = v_load(v + c * VECTOR_BYTES);
+        if (ahead && c * step % 64 == 0)
+            __builtin_prefetch(v + c * step + ahead, 0, 3);
+        const vec v_c = v_load_as(v + c * step, dtype);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
             const vec p_r = v_fill(p[r * SCORE_ROW]);
@@ -25,7 +26,8 @@ static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahea
 /* Some columns of the weighted sum over the values [begin, end), whole terms, for up to two rows: added to `part`, or
  * stored there (first). */
 static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
-                                      ptrdiff_t ahead, real *part, int64_t value_row, const int rows, const int vecs)
+                                      ptrdiff_t ahead, real *part, int64_t value_row, const fa_dtype dtype,
+                                      const int rows, const int vecs)
 {
     const int in_memory = STEPS > 1 && rows * vecs > 8; /* the sum of a chunk: terms need the registers */
     vec sum[2][MOST_VECS], term[2][MOST_VECS];
@@ -40,13 +42,13 @@ static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_
         }
         for (; t < stop; t += STEPS) {
             if (STEPS == 1) {
-                add_value(p + t, v, ahead, 0, sum, rows, vecs);
+                add_value(p + t, v, ahead, 0, sum, dtype, rows, vecs);
                 v += v_row;
             } else if (vecs < LONG_VECS && !in_memory) {
                 UNROLL(4)
                 for (int k = 0; k < STEPS; k++, v += v_row) {
                     IN_ORDER(v);
-                    add_value(p + t + k, v, ahead, k == 0, term, rows, vecs);
+                    add_value(p + t + k, v, ahead, k == 0, term, dtype, rows, vecs);
                 }
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++)
@@ -57,7 +59,7 @@ static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_
                     term[i / vecs][i % vecs] = (vec){0};
                 NOT_UNROLLED
                 for (int k = 0; k < STEPS; k++, v += v_row)
-                    add_value(p + t + k, v, ahead, 0, term, rows, vecs);
+                    add_value(p + t + k, v, ahead, 0, term, dtype, rows, vecs);
                 UNROLL(16)
                 for (int i = 0; i < rows * vecs; i++) {
                     real *at = chunk + i * LANES;
@@ -80,14 +82,16 @@ static ALWAYS_INLINE void sum_columns(const real *p, const char *v, ptrdiff_t v_
 
 /* The same for whole values: usual lengths in one pass, others chunk by chunk, while a chunk is in L1. */
 static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
-                                     ptrdiff_t ahead, real *part, int64_t value_row, const int rows)
+                                     ptrdiff_t ahead, real *part, int64_t value_row, const fa_dtype dtype,
+                                     const int rows)
 {
+    const int step = LANES * size_of(dtype);
     switch (value_row / LANES) {
-#define AT_ONCE(vecs)                                                                      \
-    case vecs:                                                                             \
-        if (rows > MOST_VECS / vecs)                                                       \
-            break;                                                                         \
-        sum_columns(p, v, v_row, begin, end, first, ahead, part, vecs *LANES, rows, vecs); \
+#define AT_ONCE(vecs)                                                                             \
+    case vecs:                                                                                    \
+        if (rows > MOST_VECS / vecs)                                                              \
+            break;                                                                                \
+        sum_columns(p, v, v_row, begin, end, first, ahead, part, vecs *LANES, dtype, rows, vecs); \
         return;
         FOR_USUAL(AT_ONCE)
 #undef AT_ONCE
@@ -96,30 +100,11 @@ static ALWAYS_INLINE void sum_values(const real *p, const char *v, ptrdiff_t v_r
         const char *v_c = v;
         int64_t c = 0;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
-        for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * VECTOR_BYTES)
-            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, rows, 8);
-        for (; c < value_row; c += LANES, v_c += VECTOR_BYTES)
-            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, rows, 1);
+        for (; c + 8 * LANES <= value_row; c += 8 * LANES, v_c += 8 * step)
+            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, dtype, rows, 8);
+        for (; c < value_row; c += LANES, v_c += step)
+            sum_columns(p, v_c, v_row, t, stop, first, ahead, part + c, value_row, dtype, rows, 1);
     }
-}
-
-/* Versions for one and for two rows, with and without prefetch; not inlined, so that each exists once. */
-static NEVER_INLINE void sum_of_one(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
-                                    ptrdiff_t ahead, real *part, int64_t value_row)
-{
-    if (ahead)
-        sum_values(p, v, v_row, begin, end, first, ahead, part, value_row, 1);
-    else
-        sum_values(p, v, v_row, begin, end, first, 0, part, value_row, 1);
-}
-
-static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
-                                    ptrdiff_t ahead, real *part, int64_t value_row)
-{
-    if (ahead)
-        sum_values(p, v, v_row, begin, end, first, ahead, part, value_row, 2);
-    else
-        sum_values(p, v, v_row, begin, end, first, 0, part, value_row, 2);
 }
 
 #if DECODE_ROWS > 2
@@ -127,12 +112,13 @@ static NEVER_INLINE void sum_of_two(const real *p, const char *v, ptrdiff_t v_ro
  * whole: values are contiguous. */
 _Static_assert(STEPS % LINKS == 0, "chunks are whole terms, so there are no fewer values");
 static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead,
-                                             real *to, int64_t value_row, const int rows, const int whole,
-                                             const int count)
+                                             real *to, int64_t value_row, const fa_dtype dtype, const int rows,
+                                             const int whole, const int count)
 {
+    const int size = LANES * size_of(dtype);
     for (int64_t c = 0; c < rows * value_row; c += LANES)
         v_store(to + c, (vec){0});
-    const ptrdiff_t apart = whole ? VECTOR_BYTES : v_row, step = (whole ? LINKS : 1) * count * VECTOR_BYTES;
+    const ptrdiff_t apart = whole ? size : v_row, step = (whole ? LINKS : 1) * count * size;
     for (int t = 0; t < n; t += LINKS, v += LINKS * v_row) {
         const char *v_c = v, *next = v + ahead;
         vec w[DECODE_ROWS][LINKS];
@@ -142,18 +128,18 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
             for (int k = 0; k < LINKS; k++)
                 w[r][k] = v_fill(p[r * SCORE_ROW + t + k]);
         }
-        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * VECTOR_BYTES, next += step) {
+        for (int64_t c = 0; c < value_row; c += count * LANES, v_c += count * size, next += step) {
             vec v_k[2][LINKS];
             UNROLL(2)
             for (int i = 0; i < count; i++) {
                 UNROLL(8)
                 for (int k = 0; k < LINKS; k++) {
-                    v_k[i][k] = v_load(v_c + k * v_row + i * VECTOR_BYTES);
+                    v_k[i][k] = v_load_as(v_c + k * v_row + i * size, dtype);
                     HOLD(v_k[i][k]);
                 }
             }
             if (ahead)
-                prefetch_vectors(next, apart, LINKS * count);
+                prefetch_vectors(next, apart, LINKS * count, size);
             UNROLL(2)
             for (int i = 0; i < count; i++) {
                 UNROLL(8)
@@ -170,68 +156,140 @@ static ALWAYS_INLINE void sum_values_at_once(const real *p, const char *v, ptrdi
     }
 }
 
-/* In the usual case the compiler knows whether to prefetch: a test in the loop would cost 4 %. */
-#define SUM_OF(name, rows)                                                                                         \
-    static NEVER_INLINE void name(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, real *to, \
-                                  int64_t value_row)                                                               \
-    {                                                                                                              \
-        const int whole = v_row == value_row * (ptrdiff_t)sizeof(real);                                            \
-        if (whole && ahead && value_row % (2 * LANES) == 0)                                                        \
-            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 2);                                  \
-        else if (whole && value_row % (2 * LANES) == 0)                                                            \
-            sum_values_at_once(p, v, v_row, n, 0, to, value_row, rows, 1, 2);                                      \
-        else if (whole)                                                                                            \
-            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 1, 1);                                  \
-        else                                                                                                       \
-            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, rows, 0, 1);                                  \
-    }
-SUM_OF(sum_of_three, 3)
-SUM_OF(sum_of_four, 4)
-#undef SUM_OF
 #endif
 
-/* The same for up to DECODE_ROWS rows. first: `part` holds nothing yet. chunk: scratch, [rows][value_row] numbers. */
-static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows value, int begin, int end, int first,
-                                      ptrdiff_t ahead, int64_t value_row, real *part, real *chunk)
-{
-    if (rows == 1) {
-        sum_of_one(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
-        return;
+/* In the usual case the compiler knows whether to prefetch: a test in the loop would cost 4 %. Not inlined, so that
+ * each exists once. */
+typedef void (*sum_function)(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, int first,
+                             ptrdiff_t ahead, real *part, int64_t value_row);
+#define SUM_OF_FEW(name, dtype, rows)                                                                         \
+    static NEVER_INLINE void name##_##rows(const real *p, const char *v, ptrdiff_t v_row, int begin, int end, \
+                                           int first, ptrdiff_t ahead, real *part, int64_t value_row)         \
+    {                                                                                                         \
+        if (ahead)                                                                                            \
+            sum_values(p, v, v_row, begin, end, first, ahead, part, value_row, dtype, rows);                  \
+        else                                                                                                  \
+            sum_values(p, v, v_row, begin, end, first, 0, part, value_row, dtype, rows);                      \
     }
-    if (rows == 2) {
-        sum_of_two(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
-        return;
-    }
-    (void)chunk; /* only more rows need it */
 #if DECODE_ROWS > 2
+typedef void (*chunk_function)(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, real *to,
+                               int64_t value_row);
+#define SUM_OF_CHUNK(name, dtype, rows)                                                                           \
+    static NEVER_INLINE void name##_##rows(const real *p, const char *v, ptrdiff_t v_row, int n, ptrdiff_t ahead, \
+                                           real *to, int64_t value_row)                                           \
+    {                                                                                                             \
+        const int whole = v_row == value_row * size_of(dtype);                                                    \
+        if (whole && ahead && value_row % (2 * LANES) == 0)                                                       \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, dtype, rows, 1, 2);                          \
+        else if (whole && value_row % (2 * LANES) == 0)                                                           \
+            sum_values_at_once(p, v, v_row, n, 0, to, value_row, dtype, rows, 1, 2);                              \
+        else if (whole)                                                                                           \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, dtype, rows, 1, 1);                          \
+        else                                                                                                      \
+            sum_values_at_once(p, v, v_row, n, ahead, to, value_row, dtype, rows, 0, 1);                          \
+    }
+#define SUMS(name, dtype)                                                                                              \
+    SUM_OF_FEW(name, dtype, 1)                                                                                         \
+    SUM_OF_FEW(name, dtype, 2)                                                                                         \
+    SUM_OF_CHUNK(name, dtype, 3) SUM_OF_CHUNK(name, dtype, 4) static const sum_function name[] = {name##_1, name##_2}; \
+    static const chunk_function name##_chunk[] = {name##_3, name##_4};
+#else
+#define SUMS(name, dtype) \
+    SUM_OF_FEW(name, dtype, 1) SUM_OF_FEW(name, dtype, 2) static const sum_function name[] = {name##_1, name##_2};
+#endif
+SUMS(sums_of_real, REAL_DTYPE)
+#if BITS == 32
+SUMS(sums_of_f16, FA_F16)
+SUMS(sums_of_bf16, FA_BF16)
+SUMS(sums_of_i8, FA_I8)
+#endif
+#undef SUMS
+#undef SUM_OF_CHUNK
+#undef SUM_OF_FEW
+
+/* By the number of rows, less one. */
+static ALWAYS_INLINE const sum_function *sum_functions(fa_dtype dtype)
+{
+#if BITS == 32
+    if (dtype != REAL_DTYPE)
+        return dtype == FA_F16 ? sums_of_f16 : dtype == FA_BF16 ? sums_of_bf16 : sums_of_i8;
+#else
+    (void)dtype;
+#endif
+    return sums_of_real;
+}
+
+#if DECODE_ROWS > 2
+/* By the number of rows, less three. */
+static ALWAYS_INLINE const chunk_function *chunk_functions(fa_dtype dtype)
+{
+#if BITS == 32
+    if (dtype != REAL_DTYPE)
+        return dtype == FA_F16 ? sums_of_f16_chunk : dtype == FA_BF16 ? sums_of_bf16_chunk : sums_of_i8_chunk;
+#else
+    (void)dtype;
+#endif
+    return sums_of_real_chunk;
+}
+#endif
+
+/* The weighted sum for up to DECODE_ROWS rows, of values of type real or of a smaller dtype. first: `part` holds
+ * nothing yet. chunk: scratch, [rows][value_row] numbers. */
+static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows value, fa_dtype dtype, int begin,
+                                      int end, int first, ptrdiff_t ahead, int64_t value_row, real *part, real *chunk)
+{
+    (void)chunk; /* only more rows need it */
+    if (rows <= 2) {
+        const sum_function sum = sum_functions(dtype)[rows == 2];
+        sum(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
+        return;
+    }
+#if DECODE_ROWS > 2
+    const chunk_function sum = chunk_functions(dtype)[rows == 4];
     for (int t = begin, stop; t < end; t = stop, first = 0) {
-        const char *v = value.data + t * value.row;
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
-        if (rows == 3)
-            sum_of_three(p + t, v, value.row, stop - t, ahead, chunk, value_row);
-        else
-            sum_of_four(p + t, v, value.row, stop - t, ahead, chunk, value_row);
+        sum(p + t, value.data + t * value.row, value.row, stop - t, ahead, chunk, value_row);
         for (int64_t c = 0; c < rows * value_row; c += LANES)
             v_store(part + c, first ? v_load(chunk + c) : v_load(part + c) + v_load(chunk + c));
     }
 #endif
 }
 
-/* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied, stays
- * in L1, and is summed there. Only the values [begin, end) may be read; the others count as zeros. */
-static NEVER_INLINE void copied_sum(const fa_problem *problem, const fa_view *value, const char *values, const real *p,
-                                    int rows, int begin, int end, int from, int to, const struct tile *tile, real *part)
+/* A block of values that cannot be read in place, and what of it may be read. */
+struct copied {
+    const fa_problem *problem;
+    const char *values;
+    const fa_view *view;
+    struct scales scales;
+    int begin, end;
+};
+
+/* The values [from, to) of the block, in tile->v; those that may not be read count as zeros. */
+static void copy_chunk(const struct copied *copied, int from, int to, const struct tile *tile)
 {
+    const int lo = from < copied->begin ? copied->begin : from, hi = to < copied->end ? to : copied->end;
+    struct scales scales = copied->scales;
+    if (scales.data)
+        scales.data += from * scales.row;
+    copy_values(copied->problem, copied->values + from * copied->view->row, copied->view, &scales, lo - from, hi - from,
+                tile->v, tile->v_row, tile->value_row);
+}
+
+/* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied, stays
+ * in L1, and is summed there. */
+static NEVER_INLINE void copied_sum(const struct copied *copied, const real *p, int rows, int from, int to,
+                                    const struct tile *tile, real *part)
+{
+    const fa_problem *problem = copied->problem;
+    const fa_view *value = copied->view;
     const struct value_rows copy = rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
     const ptrdiff_t ahead =
         needs_prefetch(problem, rows, problem->value_dim, value) ? rows_ahead(problem->value_dim) * value->row : 0;
     for (int t = from, stop; t < to; t = stop) {
         stop = (t | (CHUNK - 1)) + 1 < to ? (t | (CHUNK - 1)) + 1 : to;
-        const int lo = t < begin ? begin : t, hi = stop < end ? stop : end;
-        const char *v = values + t * value->row;
-        for (int j = lo - t; ahead && j < hi - t; j++)
-            prefetch_bytes(v + j * value->row + ahead, bytes_of(value, problem->value_dim));
-        copy_values(problem, v, value, lo - t, hi - t, tile->v, tile->v_row, tile->value_row);
-        streamed_sum(p + t, rows, copy, 0, stop - t, t == from, 0, tile->value_row, part, tile->chunk);
+        for (int j = t; ahead && j < stop; j++)
+            prefetch_bytes(copied->values + j * value->row + ahead, bytes_of(value, problem->value_dim));
+        copy_chunk(copied, t, stop, tile);
+        streamed_sum(p + t, rows, copy, REAL_DTYPE, 0, stop - t, t == from, 0, tile->value_row, part, tile->chunk);
     }
 }

@@ -27,6 +27,8 @@ static void pack_queries(const fa_problem *problem, const fa_head *head, int64_t
                     memcpy(&x, from + k, sizeof x); /* may lie at any address */
                 q[k] = k < live ? x * factor : 0;
             }
+            if (problem->key_scales == FA_SCALE_CHANNELS)
+                scale_channels(&head->view[FA_KEY_SCALE], c, live, q);
         }
     }
 }
@@ -65,10 +67,10 @@ static NEVER_INLINE void pack_wide_queries(const fa_problem *problem, const fa_h
     }
 }
 
-/* Packs keys [begin, end) of the block that starts at `keys` into panels, [panel][channel][key of the panel]. Whole
- * vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
-static void pack_keys(int64_t channels, const char *keys, const fa_view *key, int begin, int end, int64_t padded,
-                      real *restrict to)
+/* Packs keys [begin, end) of the block that starts at `keys`, times their scales, into panels, [panel][channel][key of
+ * the panel]. Whole vectors of LANES keys are written; other lanes, and channels past head_dim, are zero. */
+static void pack_keys(int64_t channels, const char *keys, const fa_view *key, const struct scales *scales, int begin,
+                      int end, int64_t padded, real *restrict to)
 {
     const int in_place = readable(key);
     real square[LANES * LANES];
@@ -84,8 +86,11 @@ static void pack_keys(int64_t channels, const char *keys, const fa_view *key, in
             }
             for (int i = 0; i < LANES; i++)
                 v_store(square + i * LANES, (vec){0});
-            for (int i = begin > j ? begin - j : 0; i < live; i++)
+            for (int i = begin > j ? begin - j : 0; i < live; i++) {
                 gather(square + i * LANES, k_j + i * key->row + c * key->col, key->col, n, key->dtype);
+                if (scales->data)
+                    scale_numbers(square + i * LANES, c, n, scales, j + i);
+            }
             if (n == LANES)
                 v_transpose(panel + c * PANEL, PANEL, (const char *)square, sizeof(real) * LANES);
             else

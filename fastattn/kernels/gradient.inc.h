@@ -386,7 +386,7 @@ static void open_keys(const fa_problem *problem, const fa_head *head, int64_t ro
                 find_far_keys(back->tile.additive.k_raw, back->tile.channels, begin / LANES, (end + LANES - 1) / LANES);
             back->k_finite = 1; /* additive_back looks after what is not */
         } else {
-            pack_keys(problem->head_dim, keys, key, begin, end, back->channels, back->k);
+            pack_keys(problem->head_dim, keys, key, &no_scales, begin, end, back->channels, back->k);
             scale_keys(back, begin / LANES, (end + LANES - 1) / LANES, (real)key_factor(problem, head));
             back->k_finite =
                 copy_rows(key, back->block, begin, end, problem->head_dim, back->channels, back->k_rows, back->k_row);
@@ -395,7 +395,7 @@ static void open_keys(const fa_problem *problem, const fa_head *head, int64_t ro
         back->key = key->data, back->begin = begin, back->end = end;
     }
     if (with_values && back->value != value->data) {
-        pack_keys(problem->value_dim, value->data + back->block * value->row, value, back->begin, back->end,
+        pack_keys(problem->value_dim, value->data + back->block * value->row, value, &no_scales, back->begin, back->end,
                   back->columns, back->v);
         back->value = value->data;
     }
@@ -447,7 +447,7 @@ static ALWAYS_INLINE void rule_group(const fa_problem *problem, const fa_head *h
                                      struct back *back)
 {
     const int group = rows - g * ROWS < ROWS ? rows - g * ROWS : ROWS;
-    rule_scores(problem, head, row + g * ROWS, group, back->block, back->visible + g, back->tile.after + g * ROWS,
+    rule_scores(problem, head, row + g * ROWS, group, back->block, back->visible + g, back->tile.after + g * ROWS, NULL,
                 back->tile.extra, back->s + g * ROWS * GRADIENT_ROW, GRADIENT_ROW,
                 problem->softcap != 0 ? back->steep : NULL);
 }

@@ -60,6 +60,8 @@ enum { NO_SPAN = -1, JOINED_SPAN = -2 }; /* in place of a state's span number */
 
 #include "tile.inc.h"
 
+#include "scales.inc.h"
+
 #include "prefetch.inc.h"
 
 #include "product.inc.h"

@@ -33,14 +33,14 @@ static ALWAYS_INLINE void prefetch_bytes(const char *row, int64_t bytes)
         __builtin_prefetch(row + at, 0, 3);
 }
 
-/* Prefetches the cache lines in which `count` vectors, `apart` bytes from each other, begin, unless the vector before
- * begins in the same line. For contiguous rows that are read together, prefetching in memory order is fastest: the next
- * `count` vectors, rather than one per row. */
-static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count)
+/* Prefetches the cache lines in which `count` vectors of some bytes, `apart` bytes from each other, begin, unless the
+ * vector before begins in the same line. For contiguous rows that are read together, prefetching in memory order is
+ * fastest: the next `count` vectors, rather than one per row. */
+static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, const int count, const int bytes)
 {
     UNROLL(8)
     for (int i = 0; i < count; i++, at += apart)
-        if (VECTOR_BYTES == 64 || (uintptr_t)at % 64 < VECTOR_BYTES)
+        if (bytes == 64 || (uintptr_t)at % 64 < (unsigned)bytes)
             __builtin_prefetch(at, 0, 3);
 }
 

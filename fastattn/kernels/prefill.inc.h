@@ -71,8 +71,10 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
                 additive_prepared(problem, head, rows, block, begin, end, tile);
             else if (problem->score == FA_ADDITIVE)
                 additive_keys(problem, keys, &head->view[FA_KEY], begin, end, tile);
-            else
-                pack_keys(problem->head_dim, keys, &head->view[FA_KEY], begin, end, tile->channels, tile->k);
+            else {
+                const struct scales scales = scales_of_copies(problem, head, FA_KEY, block);
+                pack_keys(problem->head_dim, keys, &head->view[FA_KEY], &scales, begin, end, tile->channels, tile->k);
+            }
             if (!is_sparse(problem))
                 value = values_of(problem, head, block, begin, end, sharing, 1, tile);
             packed = 1;

@@ -15,7 +15,7 @@ static ALWAYS_INLINE double per_row(const fa_head *head, const fa_view *numbers,
 static ALWAYS_INLINE int scores_change(const fa_problem *problem, const fa_head *head)
 {
     return problem->softcap != 0 || problem->has_slope || head->view[FA_BIAS].data ||
-           head->view[FA_RELATIVE_BIAS].data || scale_after_product(problem);
+           head->view[FA_RELATIVE_BIAS].data || scale_after_product(problem) || adds_center(problem);
 }
 
 static ALWAYS_INLINE int scores_in_nats(const fa_problem *problem, const fa_head *head)
@@ -55,10 +55,10 @@ static ALWAYS_INLINE void hide_outside(int first, int last, int from, int to, re
 }
 
 /* Everything between raw score and activation for row i, over the vectors [first, last) of the block at key `block`, if
- * more than hiding is needed. after: factor of the raw score. Hidden keys become -inf, even if score or bias is NaN.
- * steep: receives the derivative of the softcap, if that is wanted; else NULL. */
+ * more than hiding is needed. after: factor of the raw score; center: is then added to it. Hidden keys become -inf,
+ * even if score or bias is NaN. steep: receives the derivative of the softcap, if that is wanted; else NULL. */
 static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t i, int64_t block, int first, int last,
-                        double after, key_bits *seen, real *s, real *extra, real *steep)
+                        double after, real center, key_bits *seen, real *s, real *extra, real *steep)
 {
     const vec hidden = v_fill(-(real)INFINITY);
     real *other = extra + FA_BLOCK;
@@ -103,6 +103,8 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
         vec x = v_load(s_v);
         if (late)
             x = x * root * scale;
+        if (center != 0)
+            x += center;
         if (capped) {
             const vec part = v_tanh(x * per_cap);
             x = cap * part;
@@ -122,11 +124,12 @@ static void apply_rules(const fa_problem *problem, const fa_head *head, int64_t 
     }
 }
 
-/* Applies softcap, biases and masks to the scores of a group, in rows of s_row numbers. after: factors of raw scores;
- * extra: room for two rows; steep: as in apply_rules. Returns whether terms of the weighted sum include hidden keys. */
+/* Applies softcap, biases and masks to the scores of a group, in rows of s_row numbers. after: factors of raw
+ * scores, if any; center: what is added to them, or NULL; extra: room for two rows; steep: as in apply_rules. Returns
+ * whether terms of the weighted sum include hidden keys. */
 static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *head, int64_t i, int group,
-                                     int64_t block, struct visible *visible, const double *after, real *extra, real *s,
-                                     const int s_row, real *steep)
+                                     int64_t block, struct visible *visible, const double *after, const double *center,
+                                     real *extra, real *s, const int s_row, real *steep)
 {
     const int rules = scores_change(problem, head);
     const int v_first = visible->lo / LANES, v_last = (visible->hi + LANES - 1) / LANES;
@@ -138,7 +141,8 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
         for (int r = 0; r < group; r++) {
             if (rules)
                 apply_rules(problem, head, i + r, block, v_first, v_last, scale_after_product(problem) ? after[r] : 1,
-                            &visible->bits[r], s + r * s_row, extra, steep ? steep + r * s_row : NULL);
+                            center ? (real)center[r] : 0, &visible->bits[r], s + r * s_row, extra,
+                            steep ? steep + r * s_row : NULL);
             else
                 hide(&whole, &visible->bits[r], s + r * s_row);
             partial |= !bits_equal(&visible->bits[r], &terms);
@@ -156,8 +160,9 @@ static ALWAYS_INLINE int rule_scores(const fa_problem *problem, const fa_head *h
 static ALWAYS_INLINE int rule_tile(const fa_problem *problem, const fa_head *head, int64_t i, int group, int64_t block,
                                    struct visible *visible, struct tile *tile, real *s)
 {
-    const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row), tile->extra,
-                                    s, SCORE_ROW, NULL);
+    const double *center = adds_center(problem) ? tile->center + (i - tile->row) : NULL;
+    const int partial = rule_scores(problem, head, i, group, block, visible, tile->after + (i - tile->row), center,
+                                    tile->extra, s, SCORE_ROW, NULL);
     if (head->view[FA_WEIGHTS].data && (problem->activation == FA_SOFTMAX || is_sparse(problem)))
         keep_weights(problem, head, i, group, block, s);
     return partial;

@@ -107,12 +107,15 @@ static NEVER_INLINE void copy_weighed(const fa_problem *problem, const fa_head *
                                       const key_bits *keys, struct sparse_values *values, struct tile *tile)
 {
     const fa_view *value = &head->view[FA_VALUE];
+    const struct scales scales = scales_of_copies(problem, head, FA_VALUE, block);
     const real factor = value_factor(problem);
     for (int w = 0; w < WORDS; w++) {
         for (uint64_t left = keys->word[w] & ~values->copied.word[w]; left; left &= left - 1) {
             const int j = w * 64 + __builtin_ctzll(left);
             real *to = tile->v + j * tile->v_row;
             gather(to, value->data + (block + j) * value->row, value->col, problem->value_dim, value->dtype);
+            if (scales.data)
+                scale_numbers(to, 0, problem->value_dim, &scales, j);
             for (int64_t c = 0; problem->value_shift && c < problem->value_dim; c++)
                 to[c] *= factor;
             for (int64_t c = problem->value_dim; c < tile->value_row; c++)

@@ -117,7 +117,8 @@ static ALWAYS_INLINE real row_factor(const fa_problem *problem, const fa_head *h
     *lse = sum == 0 ? -INFINITY : 0;
     if (head->view[FA_LSE].data || problem->has_sink) {
         if (sum != 0)
-            *lse = (double)tile->m[r] * (natural_log ? 1 : 0.69314718055994530942) + log((double)sum);
+            *lse = (double)tile->m[r] * (natural_log ? 1 : 0.69314718055994530942) + log((double)sum) +
+                   (problem->has_center && !adds_center(problem) ? tile->center[r] : 0);
         const double sink = problem->has_sink ? per_row(head, &head->view[FA_SINKS], tile->row + r) : -INFINITY;
         if (sink != -INFINITY) {
             const double keys_lse = *lse;

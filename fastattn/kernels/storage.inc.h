@@ -188,6 +188,13 @@ static void scatter(char *to, ptrdiff_t stride, const void *from_, int64_t n, fa
 #undef READ_ALL
 #undef WRITE_ALL
 
+/* Whether rows of n numbers of a smaller dtype are whole vectors that v_load_as reads. */
+static ALWAYS_INLINE int widenable(const fa_view *matrix, int64_t n)
+{
+    return BITS == 32 && (matrix->dtype == FA_F16 || matrix->dtype == FA_BF16 || matrix->dtype == FA_I8) &&
+           matrix->col == size_of(matrix->dtype) && n % LANES == 0;
+}
+
 /* Whether rows of a matrix are contiguous numbers of type real, each at a multiple of its size. */
 static ALWAYS_INLINE int readable(const fa_view *matrix)
 {

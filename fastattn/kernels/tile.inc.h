@@ -42,6 +42,7 @@ struct tile {
     real *chunk; /* [DECODE_ROWS][value_row] a partial sum, in decode */
     real *extra; /* [2][FA_BLOCK] the bias of one row, and one of its terms */
     double *after;   /* [rows] factor of the scores after the product, if any (scale_after_product) */
+    double *center;  /* [rows] what the centre of the keys adds to a score, if there is one (scales.inc.h) */
     int64_t row;     /* the first row of the tile */
     int64_t *span;   /* [groups] the span of a group's state; with NO_SPAN its rows of o are not set */
     real *m, *l, *o; /* the running state: [rows] maximum, [rows][LANES] sum, [rows][value_row] output */
@@ -141,6 +142,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     tile->extra = (real *)take(&at, 2 * FA_BLOCK);
     tile->after =
         (double *)take(&at, scale_after_product(problem) ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);
+    tile->center = (double *)take(&at, problem->has_center ? rows * (int64_t)(sizeof(double) / sizeof(real)) : 0);
     tile->span = (int64_t *)take(&at, groups * (int64_t)(sizeof(int64_t) / sizeof(real)));
     tile->many_spans = take(&at, groups);
     tile->m = (real *)take(&at, rows);

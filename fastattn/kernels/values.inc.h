@@ -27,10 +27,10 @@ static ALWAYS_INLINE int values_in_place(const fa_problem *problem, const fa_vie
            (!PACK_ALIGNED && ((uintptr_t)value->data | (uintptr_t)value->row) % VECTOR_BYTES == 0);
 }
 
-/* Copies rows [begin, end) of a block of values, times 2**-value_shift, padded with zeros to whole vectors and whole
- * terms. */
-static void copy_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
-                        real *to, int64_t to_row, int64_t value_row)
+/* Copies rows [begin, end) of a block of values, times their scales and 2**-value_shift, padded with zeros to whole
+ * vectors and whole terms. */
+static void copy_values(const fa_problem *problem, const char *values, const fa_view *value,
+                        const struct scales *scales, int begin, int end, real *to, int64_t to_row, int64_t value_row)
 {
     const int shrunk = problem->value_shift != 0;
     const real factor = shrunk ? value_factor(problem) : 1;
@@ -42,6 +42,8 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
         if (j >= begin && j < end) {
             if (!whole)
                 gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, value->dtype);
+            if (scales->data)
+                scale_numbers(to + j * to_row, 0, problem->value_dim, scales, j);
             for (; shrunk && c < problem->value_dim; c++)
                 to[j * to_row + c] *= factor;
             c = problem->value_dim;
@@ -51,10 +53,12 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
     }
 }
 
-/* Packs rows [begin, end) of a block of values, times 2**-value_shift, as [panel of columns][key][PANEL], panels
- * v_panel numbers apart; padded with zeros to whole vectors and whole terms. row: scratch for a value. */
-static void pack_values(const fa_problem *problem, const char *values, const fa_view *value, int begin, int end,
-                        int64_t v_panel, int64_t value_row, real *row, real *restrict to)
+/* Packs rows [begin, end) of a block of values, times their scales and 2**-value_shift, as [panel of columns][key]
+ * [PANEL], panels v_panel numbers apart; padded with zeros to whole vectors and whole terms. row: scratch for a value.
+ */
+static void pack_values(const fa_problem *problem, const char *values, const fa_view *value,
+                        const struct scales *scales, int begin, int end, int64_t v_panel, int64_t value_row, real *row,
+                        real *restrict to)
 {
     const int shrunk = problem->value_shift != 0;
     const int direct = readable(value) && problem->value_dim % LANES == 0 && !shrunk;
@@ -69,6 +73,8 @@ static void pack_values(const fa_problem *problem, const char *values, const fa_
         }
         if (!direct) {
             gather(row, from, value->col, problem->value_dim, value->dtype);
+            if (scales->data)
+                scale_numbers(row, 0, problem->value_dim, scales, j);
             for (int64_t c = 0; shrunk && c < problem->value_dim; c++)
                 row[c] *= factor;
             from = (const char *)row;
@@ -154,6 +160,13 @@ static ALWAYS_INLINE int sum_in_place(const fa_problem *problem, const fa_view *
     return begin % STEPS == 0 && end % STEPS == 0 && values_in_place(problem, value, rows);
 }
 
+/* Whether decode can widen them in registers instead. */
+static ALWAYS_INLINE int sum_widens(const fa_problem *problem, const fa_view *value, int begin, int end)
+{
+    return begin % STEPS == 0 && end % STEPS == 0 && widenable(value, problem->value_dim) && !problem->value_shift &&
+           !scaled_in_copies(problem, FA_VALUE);
+}
+
 /* The values of the keys [begin, end) of a block, in place or copied: for few rows as rows, for many packed. rows: how
  * many share a value. */
 static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, const fa_head *head, int64_t block,
@@ -162,13 +175,14 @@ static ALWAYS_INLINE struct value_rows values_of(const fa_problem *problem, cons
 {
     const fa_view *value = &head->view[FA_VALUE];
     const char *values = value->data + block * value->row;
+    const struct scales scales = scales_of_copies(problem, head, FA_VALUE, block);
     if (sum_in_place(problem, value, begin, end, rows))
         return rows_at(values, value->row);
     if (packed) {
-        pack_values(problem, values, value, begin, end, tile->v_panel, tile->value_row, tile->part, tile->v);
+        pack_values(problem, values, value, &scales, begin, end, tile->v_panel, tile->value_row, tile->part, tile->v);
         return (struct value_rows){(const char *)tile->v, PACKED_ROW, tile->v_panel * (ptrdiff_t)sizeof(real)};
     }
-    copy_values(problem, values, value, begin, end, tile->v, tile->v_row, tile->value_row);
+    copy_values(problem, values, value, &scales, begin, end, tile->v, tile->v_row, tile->value_row);
     return rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
 }
 
