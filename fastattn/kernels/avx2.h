@@ -28,6 +28,7 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
+#define HAS_WIDEN_BF16
 #define HAS_WIDEN_I8
 #define HAS_RECIPROCAL (BITS == 32) /* a step doubles the digits of an estimate of 12 bits */
 #define HAS_MAX
@@ -49,6 +50,10 @@ TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,popcnt")
 
 #if BITS == 32
 static ALWAYS_INLINE __m256 v_widen_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static ALWAYS_INLINE __m256 v_widen_bf16(const void *p)
+{
+    return (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
+}
 static ALWAYS_INLINE __m256 v_widen_i8(const void *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));

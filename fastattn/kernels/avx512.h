@@ -28,6 +28,7 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 #define HAS_LOAD_FOURS
 #define HAS_FMA
 #define HAS_WIDEN_F16
+#define HAS_WIDEN_BF16
 #define HAS_WIDEN_I8
 #define HAS_RECIPROCAL 1 /* each step doubles the digits of an estimate of 14 bits */
 #define HAS_MAX
@@ -56,6 +57,10 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
 
 #if BITS == 32
 static ALWAYS_INLINE __m512 v_widen_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static ALWAYS_INLINE __m512 v_widen_bf16(const void *p)
+{
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+}
 static ALWAYS_INLINE __m512 v_widen_i8(const void *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));

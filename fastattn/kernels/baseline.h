@@ -31,8 +31,13 @@
 #if defined(__SSE2__)
 #define HAS_MAX
 #define HAS_MIN
+#define HAS_WIDEN_BF16
 #define HAS_WIDEN_I8
 #if BITS == 32
+static ALWAYS_INLINE __m128 v_widen_bf16(const void *p)
+{
+    return (__m128)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(p));
+}
 static ALWAYS_INLINE __m128 v_widen_i8(const void *p)
 {
     int four;

@@ -38,17 +38,18 @@ static NEVER_INLINE void pass_keys(const fa_problem *problem, const fa_head *hea
     const int pass = fitting < LANES ? LANES : fitting < PASS_KEYS ? (int)fitting : PASS_KEYS;
     const struct scales scales = scales_of_copies(problem, head, FA_KEY, block);
     const int in_place = readable(key);
-    const ptrdiff_t ahead = rows_ahead(channels) * key->row;
+    const ptrdiff_t ahead = rows_ahead(key, channels) * key->row;
     /* behind the four keys that row_scores copies at a time if the others are readable */
     const fa_view gathered = {(char *)(tile->k + 4 * channels), bytes, sizeof(real), 0, REAL_DTYPE};
     for (int c = lo / LANES * LANES; c < hi; c += pass) {
         const char *keys = key->data + (block + c) * key->row;
         const int last = hi - c < pass ? hi - c : pass;
-        for (int j = lo > c ? lo - c : 0; j < last && !in_place; j++) {
-            prefetch_bytes(keys + j * key->row + ahead, bytes_of(key, channels));
-            gather((real *)(gathered.data + j * bytes), keys + j * key->row, key->col, channels, key->dtype);
-            if (scales.data)
-                scale_numbers((real *)(gathered.data + j * bytes), 0, channels, &scales, c + j);
+        if (!in_place) {
+            const int first = lo > c ? lo - c : 0;
+            for (int j = first; j < last; j++)
+                prefetch_bytes(keys + j * key->row + ahead, bytes_of(key, channels));
+            copy_scaled(keys + first * key->row, key, channels, &scales, c + first, last - first,
+                        (real *)gathered.data + first * channels, channels);
         }
         for (int g = 0; g < groups_of(tile, rows, 1); g++) {
             const int group = rows_of_group(tile, rows, g, 1);
@@ -73,7 +74,7 @@ static ALWAYS_INLINE void scores_of_run(const fa_problem *problem, const fa_head
 {
     const int groups = groups_of(tile, rows, many_groups);
     const ptrdiff_t ahead = needs_prefetch(problem, rows, problem->head_dim, &head->view[FA_KEY])
-                                ? rows_ahead(problem->head_dim) * head->view[FA_KEY].row
+                                ? rows_ahead(&head->view[FA_KEY], problem->head_dim) * head->view[FA_KEY].row
                                 : 0;
     const int at_once = rows == 1 && !head->view[FA_MASK].data &&
                         !head->view[FA_BLOCK_MASK].data; /* scores of one row are contiguous, and no block is skipped */
@@ -176,12 +177,14 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
     }
     if (lo >= hi)
         return;
+    const ptrdiff_t far = copied ? VALUES_AHEAD * rows_ahead(copied->view, copied->problem->value_dim) : 0;
     struct prefetch prefetch = prefetch_of_rows(next + lo * next_row, next_row, bytes, hi - lo,
                                                 groups * prefetches_of_product(value_row / LANES, hi - lo));
     for (int t = lo, stop; t < hi; t = stop) {
         stop = (t | (CHUNK - 1)) + 1 < hi ? (t | (CHUNK - 1)) + 1 : hi;
         if (copied) {
             const struct value_rows copy = rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
+            prefetch_copied(copied, t, stop, far);
             copy_chunk(copied, t, stop, tile);
             value = rows_at(copy.data - t * copy.row, copy.row);
         }
@@ -191,7 +194,7 @@ static NEVER_INLINE void pass_values(const struct tile *tile, int rows, const re
                 const int from = begin[g] > t ? begin[g] : t, to = end[g] < stop ? end[g] : stop;
                 if (from < to) {
                     weighted_columns(p + first * SCORE_ROW, rows_from(tile, first, rows), value, from, to, c, columns,
-                                     value_row, sum[g], from > begin[g], &prefetch, 1, 0);
+                                     value_row, sum[g], from > begin[g], copied ? NULL : &prefetch, 1, 0);
                 }
             }
         }
@@ -206,7 +209,7 @@ static ALWAYS_INLINE void sums_of_run(const fa_problem *problem, const fa_head *
     const int groups = groups_of(tile, rows, many_groups);
     const int64_t value_row = tile->value_row;
     const fa_view *view = &head->view[FA_VALUE];
-    const ptrdiff_t rows_of_prefetch = rows_ahead(problem->value_dim);
+    const ptrdiff_t rows_of_prefetch = rows_ahead(view, problem->value_dim);
     for (int b = 0; b < run->blocks; b++) {
         const int64_t block = run->from + b * FA_BLOCK;
         const char *values = view->data + block * view->row;

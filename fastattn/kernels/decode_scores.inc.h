@@ -1,6 +1,8 @@
 /* Dot-product scores against keys in place, up to PLACE_ROWS rows at a time: with few rows the time goes into reading
  * the keys, and packing them would double it. Keys of smaller dtypes are widened in registers. */
 
+enum { MOST_PLACE_ROWS = PLACE_ROWS > 4 ? PLACE_ROWS : 4 };
+
 /* Address of channel c of the first row's query; those of the next rows follow STRIP numbers apart. */
 static ALWAYS_INLINE const real *query_at(const real *q, int64_t c)
 {
@@ -74,7 +76,7 @@ static ALWAYS_INLINE void key_products(const real *q, const char *keys, ptrdiff_
     const int64_t chain = CHAIN * LANES;
     chain_of_products(q, keys, key_row, 0, channels < chain ? channels : chain, ahead, sum, whole, dtype, rows, count);
     for (int64_t c = chain; c < channels; c += chain) {
-        vec part[PLACE_ROWS][4];
+        vec part[MOST_PLACE_ROWS][4];
         const int64_t end = channels - c < chain ? channels : c + chain;
         chain_of_products(q, keys, key_row, c, end, ahead, part, whole, dtype, rows, count);
         UNROLL(8)
@@ -94,7 +96,7 @@ static ALWAYS_INLINE void run_of_scores(const real *q, const char *keys, ptrdiff
                                         const int count)
 {
     for (int j = 0; j < n; j += 4) {
-        vec sum[PLACE_ROWS][4], some[PLACE_ROWS][4];
+        vec sum[MOST_PLACE_ROWS][4], some[MOST_PLACE_ROWS][4];
         NOT_UNROLLED
         for (int i = 0; i < 4; i += count, keys += count * key_row) {
             key_products(q, keys, key_row, channels, ahead, some, whole, dtype, rows, count);
@@ -121,7 +123,7 @@ static ALWAYS_INLINE void products_in_registers(vec (*q_c)[MOST_VECS], const cha
     for (int c = 0; c < vecs; c++) {
         const char *k = key + c * step;
         if (ahead && c * step % 64 == 0)
-            __builtin_prefetch(k + ahead, 0, 3);
+            prefetch_line(k + ahead, dtype == REAL_DTYPE);
         const vec k_c = v_load_as(k, dtype);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
@@ -171,7 +173,7 @@ static ALWAYS_INLINE void run_of_pairs(const real *q, const char *keys, ptrdiff_
 {
     const int size = size_of(dtype), step = LANES * size;
     for (int j = 0; j < n; j += 4) {
-        vec sum[PLACE_ROWS][4];
+        vec sum[MOST_PLACE_ROWS][4];
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
@@ -234,6 +236,8 @@ static ALWAYS_INLINE void scores_of_rows(const real *q, const char *keys, ptrdif
         run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 2);
     else if (rows <= 2)
         run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 1);
+    else if (PLACE_ROWS <= 2)
+        run_of_scores(q, keys, key_row, channels, n, ahead, s, 0, dtype, rows, 2);
     else if (in_pairs && ahead) /* the compiler knows whether to prefetch: one test less */
         run_of_pairs(q, keys, key_row, n, ahead, s, dtype, rows);
     else if (in_pairs)
@@ -260,18 +264,28 @@ typedef void (*scores_function)(const real *q, const char *keys, ptrdiff_t key_r
     SCORES_OF(name, dtype, 3) SCORES_OF(name, dtype, 4) SCORES_OF(name, dtype, 5)                      \
         SCORES_OF(name, dtype, 6) static const scores_function name[] = {name##_1, name##_2, name##_3, \
                                                                          name##_4, name##_5, name##_6};
+#define WIDENED_SCORES SCORES
 #else
 #define SCORES(name, dtype) \
     SCORES_OF(name, dtype, 1) SCORES_OF(name, dtype, 2) static const scores_function name[] = {name##_1, name##_2};
+#define WIDENED_SCORES(name, dtype) \
+    SCORES_OF(name, dtype, 1)       \
+    SCORES_OF(name, dtype, 2)       \
+    SCORES_OF(name, dtype, 3)       \
+        SCORES_OF(name, dtype, 4) static const scores_function name[] = {name##_1, name##_2, name##_3, name##_4};
 #endif
 SCORES(scores_of_real, REAL_DTYPE)
 #if BITS == 32
-SCORES(scores_of_f16, FA_F16)
-SCORES(scores_of_bf16, FA_BF16)
-SCORES(scores_of_i8, FA_I8)
+WIDENED_SCORES(scores_of_f16, FA_F16)
+WIDENED_SCORES(scores_of_bf16, FA_BF16)
+WIDENED_SCORES(scores_of_i8, FA_I8)
 #endif
 #undef SCORES
+#undef WIDENED_SCORES
 #undef SCORES_OF
+
+/* Rows that share a load; of keys that are widened more, so that fewer rows widen them again. */
+static ALWAYS_INLINE int rows_at_once(fa_dtype dtype) { return dtype == REAL_DTYPE ? PLACE_ROWS : MOST_PLACE_ROWS; }
 
 /* By the number of rows, less one. */
 static ALWAYS_INLINE const scores_function *scores_functions(fa_dtype dtype)
@@ -296,39 +310,34 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
 {
     const int64_t channels = problem->head_dim;
     const int in_place = readable(key) || (widenable(key, channels) && !scales->data);
+    const int most = rows_at_once(in_place ? key->dtype : REAL_DTYPE);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, distance = ahead;
         const scores_function *score = scores_functions(key->dtype);
         n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
-        if (rows > PLACE_ROWS && n > 16) /* they stay in L1 for all rows */
+        if (rows > most && n > 16) /* they stay in L1 for all rows */
             n = 16;
         if (n <= 0) {
             const int left = (end - j) / 4 * 4;
             n = in_place || j < begin || left <= 0 ? 4 : left < KEYS_AT_ONCE ? left : KEYS_AT_ONCE;
-            const int whole = n > 4 && key->row == key->col * channels; /* contiguous */
-            if (whole) {
-                if (ahead)
-                    prefetch_bytes(k + ahead, n * key->row);
-                gather(scratch, k, key->col, n * channels, key->dtype);
-            }
-            for (int i = 0; i < n && whole && scales->data; i++)
-                scale_numbers(scratch + i * channels, 0, channels, scales, j + i);
-            for (int i = 0; i < n && !whole; i++) {
-                const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
-                if (ahead)
-                    prefetch_bytes(k + i * key->row + ahead, bytes_of(key, channels));
-                gather(scratch + i * channels, keys + seen * key->row, key->col, channels, key->dtype);
-                if (scales->data)
-                    scale_numbers(scratch + i * channels, 0, channels, scales, seen);
-            }
+            for (int i = 0; i < n && ahead; i++)
+                prefetch_bytes(k + i * key->row + ahead, bytes_of(key, channels));
+            if (j >= begin && j + n <= end)
+                copy_scaled(k, key, channels, scales, j, n, scratch, channels);
+            else
+                for (int i = 0; i < n; i++) {
+                    const int seen = j + i < begin ? begin : j + i < end ? j + i : end - 1;
+                    copy_scaled(keys + seen * key->row, key, channels, scales, seen, 1, scratch + i * channels,
+                                channels);
+                }
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
             distance = 0;
             score = scores_of_real;
         }
         for (int r = 0, together; r < rows; r += together, distance = 0) {
-            together = rows - r < PLACE_ROWS ? rows - r : PLACE_ROWS;
+            together = rows - r < most ? rows - r : most;
             score[together - 1](q + r * STRIP, k, k_row, channels, n, distance, s + r * SCORE_ROW + j);
         }
     }

@@ -10,7 +10,7 @@ static ALWAYS_INLINE void add_value(const real *p, const char *v, ptrdiff_t ahea
     UNROLL(16)
     for (int c = 0; c < vecs; c++) {
         if (ahead && c * step % 64 == 0)
-            __builtin_prefetch(v + c * step + ahead, 0, 3);
+            prefetch_line(v + c * step + ahead, dtype == REAL_DTYPE);
         const vec v_c = v_load_as(v + c * step, dtype);
         UNROLL(2)
         for (int r = 0; r < rows; r++) {
@@ -275,6 +275,16 @@ static void copy_chunk(const struct copied *copied, int from, int to, const stru
                 tile->v, tile->v_row, tile->value_row);
 }
 
+/* Prefetches the values `ahead` behind those of a chunk. */
+static ALWAYS_INLINE void prefetch_copied(const struct copied *copied, int from, int to, ptrdiff_t ahead)
+{
+    const fa_view *value = copied->view;
+    const int64_t bytes = bytes_of(value, copied->problem->value_dim);
+    for (int j = from; j < to; j++)
+        for (int64_t at = 0; at < bytes; at += 64)
+            prefetch_line(copied->values + (j + ahead) * value->row + at, value->dtype == REAL_DTYPE);
+}
+
 /* The same for the values [from, to) of a block, whole terms, that cannot be read in place: each chunk is copied, stays
  * in L1, and is summed there. */
 static NEVER_INLINE void copied_sum(const struct copied *copied, const real *p, int rows, int from, int to,
@@ -284,11 +294,11 @@ static NEVER_INLINE void copied_sum(const struct copied *copied, const real *p, 
     const fa_view *value = copied->view;
     const struct value_rows copy = rows_at(tile->v, tile->v_row * (ptrdiff_t)sizeof(real));
     const ptrdiff_t ahead =
-        needs_prefetch(problem, rows, problem->value_dim, value) ? rows_ahead(problem->value_dim) * value->row : 0;
+        needs_prefetch(problem, rows, problem->value_dim, value) ? rows_ahead(value, problem->value_dim) : 0;
     for (int t = from, stop; t < to; t = stop) {
         stop = (t | (CHUNK - 1)) + 1 < to ? (t | (CHUNK - 1)) + 1 : to;
-        for (int j = t; ahead && j < stop; j++)
-            prefetch_bytes(copied->values + j * value->row + ahead, bytes_of(value, problem->value_dim));
+        if (ahead)
+            prefetch_copied(copied, t, stop, ahead);
         copy_chunk(copied, t, stop, tile);
         streamed_sum(p + t, rows, copy, REAL_DTYPE, 0, stop - t, t == from, 0, tile->value_row, part, tile->chunk);
     }

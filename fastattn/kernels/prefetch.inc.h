@@ -13,17 +13,28 @@ static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
 }
 
 /* Whether decode has to prefetch keys or values of n numbers. Some CPUs prefetch a single contiguous stream in hardware
- * well enough. */
+ * well enough; where numbers are widened, more instructions wait for each line, and they do not (docs/notebook, page
+ * 30). */
 static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, const fa_view *matrix)
 {
-    return problem->prefetch || rows > 2 || matrix->row != bytes_of(matrix, n);
+    return problem->prefetch || rows > 2 || matrix->row != bytes_of(matrix, n) || matrix->dtype != REAL_DTYPE;
 }
 
-/* How many rows of n numbers of type real make PREFETCH_BYTES, rounded up: half as far ahead for 16-bit dtypes. */
-static ALWAYS_INLINE ptrdiff_t rows_ahead(int64_t n)
+/* How many rows of n numbers make PREFETCH_BYTES, rounded up. */
+static ALWAYS_INLINE ptrdiff_t rows_ahead(const fa_view *matrix, int64_t n)
 {
-    const ptrdiff_t bytes = n > 0 ? n * (ptrdiff_t)sizeof(real) : 1;
+    const ptrdiff_t bytes = n > 0 ? n * size_of(matrix->dtype) : 1;
     return (PREFETCH_BYTES + bytes - 1) / bytes;
+}
+
+/* Prefetches a line of numbers of type real into L1. Those of smaller dtypes stay in L2: they keep more instructions
+ * busy, and a CPU waits for more lines there than in L1. */
+static ALWAYS_INLINE void prefetch_line(const char *at, const int is_real)
+{
+    if (is_real)
+        __builtin_prefetch(at, 0, 3);
+    else
+        __builtin_prefetch(at, 0, 2);
 }
 
 /* Prefetches `bytes` bytes of a row into L1. */
@@ -41,7 +52,7 @@ static ALWAYS_INLINE void prefetch_vectors(const char *at, ptrdiff_t apart, cons
     UNROLL(8)
     for (int i = 0; i < count; i++, at += apart)
         if (bytes == 64 || (uintptr_t)at % 64 < (unsigned)bytes)
-            __builtin_prefetch(at, 0, 3);
+            prefetch_line(at, bytes == VECTOR_BYTES);
 }
 
 /* Cache lines of a matrix to prefetch in order, a few at a time, while other rows are processed: a CPU stalls on many

@@ -53,6 +53,51 @@ static void scale_numbers(real *x, int64_t from, int64_t n, const struct scales 
     }
 }
 
+/* Copies `rows` rows of n numbers, times the scales of row j and those after it, if there are any. to_row: numbers from
+ * one copy to the next. */
+static void copy_scaled(const char *from, const fa_view *matrix, int64_t n, const struct scales *scales, int64_t j,
+                        int rows, real *to, int64_t to_row)
+{
+    enum { FACTORS = 256 };
+    real factors[FACTORS];
+    const int64_t blocks = n / scales->each;
+    const int whole = widenable(matrix, n) && matrix->dtype == FA_I8 && n % scales->each == 0 &&
+                      scales->each % LANES == 0 && blocks <= FACTORS;
+    if (!scales->data && matrix->row == matrix->col * n && to_row == n) { /* no gaps between rows */
+        gather(to, from, matrix->col, rows * n, matrix->dtype);
+        return;
+    }
+    if (!scales->data) {
+        for (int i = 0; i < rows; i++)
+            gather(to + i * to_row, from + i * matrix->row, matrix->col, n, matrix->dtype);
+        return;
+    }
+    const int at_once = whole && blocks > 0 ? (int)(FACTORS / blocks) : rows;
+    for (int first = 0, some; first < rows; first += some) {
+        some = rows - first < at_once ? rows - first : at_once;
+        const char *scale = scales->data + (j + first) * scales->row;
+        if (whole && scales->row == scales->col * blocks) /* one after the other */
+            gather(factors, scale, scales->col, some * blocks, scales->dtype);
+        else if (whole)
+            for (int i = 0; i < some; i++)
+                gather(factors + i * blocks, scale + i * scales->row, scales->col, blocks, scales->dtype);
+        for (int i = 0; i < some; i++) {
+            const char *x = from + (first + i) * matrix->row;
+            real *row = to + (first + i) * to_row;
+            if (!whole) {
+                gather(row, x, matrix->col, n, matrix->dtype);
+                scale_numbers(row, 0, n, scales, j + first + i);
+                continue;
+            }
+            for (int64_t b = 0; b < blocks; b++) {
+                const vec factor = v_fill(factors[i * blocks + b]);
+                for (int64_t c = b * scales->each; c < (b + 1) * scales->each; c += LANES)
+                    v_store(row + c, v_load_as(x + c, FA_I8) * factor);
+            }
+        }
+    }
+}
+
 /* Multiplies the channels [from, from + n) of a row by the scales of channels. */
 static void scale_channels(const fa_view *scale, int64_t from, int64_t n, real *x)
 {

@@ -113,9 +113,8 @@ static NEVER_INLINE void copy_weighed(const fa_problem *problem, const fa_head *
         for (uint64_t left = keys->word[w] & ~values->copied.word[w]; left; left &= left - 1) {
             const int j = w * 64 + __builtin_ctzll(left);
             real *to = tile->v + j * tile->v_row;
-            gather(to, value->data + (block + j) * value->row, value->col, problem->value_dim, value->dtype);
-            if (scales.data)
-                scale_numbers(to, 0, problem->value_dim, &scales, j);
+            copy_scaled(value->data + (block + j) * value->row, value, problem->value_dim, &scales, j, 1, to,
+                        problem->value_dim);
             for (int64_t c = 0; problem->value_shift && c < problem->value_dim; c++)
                 to[c] *= factor;
             for (int64_t c = problem->value_dim; c < tile->value_row; c++)

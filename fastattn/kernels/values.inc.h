@@ -34,16 +34,11 @@ static void copy_values(const fa_problem *problem, const char *values, const fa_
 {
     const int shrunk = problem->value_shift != 0;
     const real factor = shrunk ? value_factor(problem) : 1;
-    const int whole = value->row == value->col * problem->value_dim && to_row == problem->value_dim;
-    if (whole) /* no gaps between rows */
-        gather(to + begin * to_row, values + begin * value->row, value->col, (end - begin) * to_row, value->dtype);
+    copy_scaled(values + begin * value->row, value, problem->value_dim, scales, begin, end - begin, to + begin * to_row,
+                to_row);
     for (int j = begin / STEPS * STEPS; j < (end + STEPS - 1) / STEPS * STEPS; j++) {
         int64_t c = 0;
         if (j >= begin && j < end) {
-            if (!whole)
-                gather(to + j * to_row, values + j * value->row, value->col, problem->value_dim, value->dtype);
-            if (scales->data)
-                scale_numbers(to + j * to_row, 0, problem->value_dim, scales, j);
             for (; shrunk && c < problem->value_dim; c++)
                 to[j * to_row + c] *= factor;
             c = problem->value_dim;
