@@ -10,6 +10,7 @@ The layers, from the top; each imports only what is below it:
     _weights, _configuration,
         _state                      the weights of other libraries, by the names in their dicts and files
     cache                           keys and values for decoding
+    quantized, _quantize            and in 8 bits; the walk over their rows
     layers                          products with what follows them, and norms
     gradients                       of the attention functions
     attention, linear, graph, neighborhood, softmax,
@@ -85,6 +86,7 @@ if _typing.TYPE_CHECKING:
     from fastattn.multihead import MultiHeadAttention, self_attention, self_attention_vjp
     from fastattn.neighborhood import neighborhood_attention, neighborhood_attention_vjp
     from fastattn.packing import pack, unpack
+    from fastattn.quantized import QuantizedKV, from_llama_cpp, quantize_kv
     from fastattn.streaming import StreamingAttention, StreamingMultiHeadAttention
 
 __version__ = "0.2.0"
@@ -93,6 +95,7 @@ __all__ = [
     "KVCache",
     "Linear",
     "MultiHeadAttention",
+    "QuantizedKV",
     "StreamingAttention",
     "StreamingMultiHeadAttention",
     "additive_attention",
@@ -106,6 +109,7 @@ __all__ = [
     "dot_product_attention_vjp",
     "entmax15",
     "entmax15_vjp",
+    "from_llama_cpp",
     "get_include",
     "get_num_threads",
     "graph_attention",
@@ -123,6 +127,7 @@ __all__ = [
     "neighborhood_attention_vjp",
     "pack",
     "prepare_additive_keys",
+    "quantize_kv",
     "relative_position_buckets",
     "rms_norm",
     "rotary_frequencies",
@@ -147,11 +152,13 @@ _LATER = {
     "KVCache": "cache",
     "Linear": "layers",
     "MultiHeadAttention": "multihead",
+    "QuantizedKV": "quantized",
     "StreamingAttention": "streaming",
     "StreamingMultiHeadAttention": "streaming",
     "additive_attention_vjp": "gradients",
     "bilinear_attention_vjp": "gradients",
     "dot_product_attention_vjp": "gradients",
+    "from_llama_cpp": "quantized",
     "graph_attention": "graph",
     "graph_attention_vjp": "graph",
     "layer_norm": "layers",
@@ -161,6 +168,7 @@ _LATER = {
     "neighborhood_attention": "neighborhood",
     "neighborhood_attention_vjp": "neighborhood",
     "pack": "packing",
+    "quantize_kv": "quantized",
     "rms_norm": "layers",
     "self_attention": "multihead",
     "self_attention_vjp": "multihead",

@@ -86,16 +86,16 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
     raise bad_dtype(name, a.dtype)
 
 
-def storage_dtype(x):
-    """The dtype that a caller passes, which must be one that the kernels store."""
+def storage_dtype(x, str allowed="float32, float64, float16 or ml_dtypes.bfloat16"):
+    """The dtype that a caller passes, which must be one of those that results have. allowed: for the message."""
     try:
         dtype = np.dtype(x)
     except MemoryError:
         raise
     except Exception as error:
-        raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16: {error}") from error
+        raise TypeError(f"dtype must be {allowed}: {error}") from error
     if dtype.name not in ("float32", "float64", "float16", "bfloat16") or not dtype.isnative:
-        raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, not {dtype}")
+        raise TypeError(f"dtype must be {allowed}, not {dtype}")
     return dtype
 
 

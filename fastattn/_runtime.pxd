@@ -284,6 +284,12 @@ cdef extern from "kernels/contract.h" nogil:
         const void *bias
         fa_view x, out, residual, sum
 
+    ctypedef struct fa_quantize:
+        int64_t n, group
+        fa_view x
+        const float *center
+        fa_view to, scales
+
     ctypedef struct fa_tuning:
         int group_rows, decode_queries, many_queries, least_rows, most_rows, window_rows, keys_a_row, lanes, panel
 
@@ -352,6 +358,8 @@ cdef extern from "kernels/contract.h" nogil:
                                               const int64_t *) noexcept nogil
         void (*neighborhood_back)(const fa_neighborhood *, const fa_image_back *, const int64_t *, const int64_t *,
                                   void *) noexcept nogil
+        size_t (*quantize_workspace)(int64_t n) noexcept nogil
+        int64_t (*quantize)(const fa_quantize *, int64_t begin, int64_t end, void *workspace) noexcept nogil
 
     ctypedef struct fa_instruction_set:
         const char *name

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn._checks import Turn, as_array, converted, empty, integer, integer_array, is_one_number, storage_dtype
+from fastattn._quantize import mean_of_tokens, place
+from fastattn.quantized import check_block, read_center, read_tokens, scales_shape
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,6 +24,15 @@ def _size(x: Any, name: str, least: int) -> int:
 def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     x.flags.writeable = False
     return x
+
+
+def _storage_dtype(x: Any) -> np.dtype[Any]:
+    try:
+        if np.dtype(x) == np.int8:
+            return np.dtype(np.int8)
+    except Exception:
+        pass  # the next line says what is wrong
+    return storage_dtype(x, "float32, float64, float16, ml_dtypes.bfloat16 or int8")
 
 
 def _place(
@@ -44,14 +55,31 @@ def _place(
         to[b, :, at[b] + i - first[b]] = x[b, :, i]
 
 
+class _Tokens(NamedTuple):
+    """New tokens, as they are stored."""
+
+    parts: list[NDArray[Any]]  # for each array of a cache, in its order
+    center: NDArray[np.float32] | None  # of the keys, with these tokens
+
+
+class _Scales(NamedTuple):
+    """What makes numbers of int8: arguments of attention, by their names."""
+
+    key_scale: NDArray[np.float32]
+    value_scale: NDArray[np.float32]
+    key_center: NDArray[np.float32] | None
+
+
 class _Step(NamedTuple):
     """What a layer's queries attend to in a step: the tokens already there, followed by the new ones."""
 
     key: NDArray[Any]
     value: NDArray[Any]
+    scales: _Scales | None
     lengths: NDArray[np.int64]  # of key and value
     dropped: NDArray[np.int64]  # tokens before them
     in_place: bool  # key and value are views of the cache, whose length does not include the new tokens yet
+    new: _Tokens
 
 
 class KVCache:
@@ -71,14 +99,21 @@ class KVCache:
     value_dim : int, optional
         Channels of a value; default `head_dim`.
     dtype : dtype_like, default float32
-        float32, float64, float16 or ml_dtypes.bfloat16.
+        float32, float64, float16, ml_dtypes.bfloat16 or int8. In an int8 cache each token of each head has a scale,
+        float32; what is appended is quantized, as by `quantize_kv`.
     window : int, optional
         If given, the cache never fills up: it keeps at least the last `window` tokens of each sequence and drops others
         when it needs room. At most `capacity`.
+    block : int, optional
+        Of an int8 cache: so many channels share a scale; it divides `head_dim` and `value_dim`. Default: all of a token.
+    center : "mean" or array_like, shape (*batch_shape, num_kv_heads, 1, head_dim), optional
+        Of an int8 cache: taken off the keys before they are rounded; an array that broadcasts to that shape, or "mean":
+        the mean over the tokens with which a sequence begins, those of its first `append` or of the first call of a
+        layer. It stays the same then, until `reset`. Default: nothing.
 
     Attributes
     ----------
-    key, value, lengths, dropped : ndarray
+    key, value, key_scale, value_scale, key_center, lengths, dropped : ndarray
         What is in the cache; read-only.
     capacity : int
     window : int or None
@@ -157,6 +192,8 @@ class KVCache:
         *,
         dtype: DTypeLike = np.float32,
         window: int | None = None,
+        block: int | None = None,
+        center: ArrayLike | str | None = None,
     ) -> None:
         sizes = batch_shape if isinstance(batch_shape, (tuple, list)) else (batch_shape,)
         allowed = "an integer or a tuple of integers, of at least 0"
@@ -168,33 +205,65 @@ class KVCache:
         self._window = None if window is None else _size(window, "window", 1)
         if self._window is not None and self._window > self._capacity:
             raise ValueError(f"window={self._window} tokens cannot be kept with capacity={self._capacity}")
-        self._dtype = storage_dtype(dtype)
+        self._dtype = _storage_dtype(dtype)
+        self._quantized = self._dtype == np.int8
         self._shapes = [(*self._batch, heads, self._capacity, dim) for dim in dims]
+        self._center: NDArray[np.float32] | None = None
+        self._is_mean = False
+        if self._quantized:
+            self._block = check_block(block, ((dims[0], "head_dim"), (dims[1], "value_dim")))
+            self._shapes += [scales_shape(shape, self._block) for shape in self._shapes]
+            self._take_center(center)
+        else:
+            for name, x in (("block", block), ("center", center)):
+                if x is not None:
+                    raise ValueError(f"{name} is for dtype=numpy.int8; a cache of {self._dtype} rounds nothing else")
         self._make_room()
         self.reset()
+
+    def _take_center(self, center: Any) -> None:
+        shape = (*self._shapes[0][:-2], 1, self._shapes[0][-1])
+        if isinstance(center, str):
+            if center != "mean":
+                raise ValueError(f"center must be 'mean', an array that broadcasts to {shape}, or None, not {center!r}")
+            self._is_mean = True
+            self._center = _read_only(np.zeros(shape, np.float32))
+        elif center is not None:
+            self._center = _read_only(np.broadcast_to(read_center(center, shape), shape).copy())
 
     def _make_room(self) -> None:
         self._turn = Turn("cache")
         # Zeros, because the views include what is past the length of a sequence.
-        self._key, self._value = (empty(shape, self._dtype, "a cache", True) for shape in self._shapes)
+        self._key, self._value = (empty(shape, self._dtype, "a cache", True) for shape in self._shapes[:2])
+        if self._quantized:
+            scales = (empty(shape, np.dtype(np.float32), "a cache", True) for shape in self._shapes[2:])
+            self._key_scale, self._value_scale = scales
 
-    def _flat(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys and values with one batch axis. Not stored: in a copy of the cache such a view would become a separate
+    def _arrays(self) -> list[NDArray[Any]]:
+        """All that hold something for each token."""
+        return [self._key, self._value, *([self._key_scale, self._value_scale] if self._quantized else ())]
+
+    def _flat(self) -> list[NDArray[Any]]:
+        """The same with one batch axis. Not stored: in a copy of the cache such a view would become a separate
         array."""
         count = math.prod(self._batch)
-        return self._key.reshape(count, *self._key.shape[-3:]), self._value.reshape(count, *self._value.shape[-3:])
+        return [a.reshape(count, *a.shape[-3:]) for a in self._arrays()]
 
     def __getstate__(self) -> dict[str, Any]:
         seen = self._turn.begin_reading()
-        state = {**self.__dict__, "_key": self.key.copy(), "_value": self.value.copy()}
+        names = ("_key", "_value", "_key_scale", "_value_scale") if self._quantized else ("_key", "_value")
+        state = {**self.__dict__, **{name: getattr(self, name)[..., : self._longest, :].copy() for name in names}}
         self._turn.end_reading(seen)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        parts = self._arrays()
         self._make_room()
-        n = self._longest
-        self._key[..., :n, :], self._value[..., :n, :] = state["_key"], state["_value"]
+        for to, x in zip(self._arrays(), parts, strict=True):
+            to[..., : self._longest, :] = x
+        if self._center is not None:
+            _read_only(self._center)
         self._settle(self._lengths, self._dropped)
 
     @property
@@ -211,6 +280,32 @@ class KVCache:
     def value(self) -> NDArray[Any]:
         """The values, (*batch_shape, num_kv_heads, max(lengths), value_dim): a read-only view, like `key`."""
         return _read_only(self._value[..., : self._longest, :])
+
+    @property
+    def key_scale(self) -> NDArray[np.float32] | None:
+        """
+        Of an int8 cache: the keys are ``key * key_scale + key_center``; else None.
+
+        (*batch_shape, num_kv_heads, max(lengths), 1), or with as many numbers in the end as a key has blocks: a
+        read-only view, like `key`. As arguments of `dot_product_attention`, this one and the next two are right for a
+        cache of any dtype.
+        """
+        return _read_only(self._key_scale[..., : self._longest, :]) if self._quantized else None
+
+    @property
+    def value_scale(self) -> NDArray[np.float32] | None:
+        """Of an int8 cache: the values are ``value * value_scale``; else None. A read-only view, like `key_scale`."""
+        return _read_only(self._value_scale[..., : self._longest, :]) if self._quantized else None
+
+    @property
+    def key_center(self) -> NDArray[np.float32] | None:
+        """
+        Of an int8 cache with a `center`: what is added to its keys, (*batch_shape, num_kv_heads, 1, head_dim), read-only;
+        else None.
+
+        A mean is zeros as long as a sequence has no tokens; the next ones make a new array.
+        """
+        return self._center
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -245,11 +340,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Memory that the cache holds, in bytes."""
-        return self._key.nbytes + self._value.nbytes
+        return sum(a.nbytes for a in self._arrays()) + (0 if self._center is None else self._center.nbytes)
 
     def reset(self) -> None:
         """
-        Forget all tokens; the memory stays.
+        Forget all tokens, and the mean of keys; the memory stays.
 
         Examples
         --------
@@ -262,6 +357,8 @@ class KVCache:
         """
         zeros = np.zeros((*self._batch, 1), np.int64)
         with self._turn:
+            if self._is_mean and self._center is not None:
+                self._center = _read_only(np.zeros_like(self._center))
             self._settle(zeros, zeros.copy())
 
     def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
@@ -306,22 +403,31 @@ class KVCache:
             self._append(key, value, lengths)
 
     def _append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None) -> None:
-        key, value = self._converted(key, "key", 0), self._converted(value, "value", 1)
-        n = key.shape[-2]
-        if value.shape[-2] != n:
-            raise ValueError(f"value has {value.shape[-2]} tokens (axis -2) and key {n}: each token brings both")
+        arrays = [self._checked(x, name, which) for which, (x, name) in enumerate(((key, "key"), (value, "value")))]
+        n = arrays[0].shape[-2]
+        if arrays[1].shape[-2] != n:
+            raise ValueError(f"value has {arrays[1].shape[-2]} tokens (axis -2) and key {n}: each token brings both")
         came = self._counts(lengths, n)
         # If more tokens come than there is room for, the last ones; then as many of the old ones as fit.
         new = np.minimum(came, self._capacity)
         kept = np.minimum(self._beside(came), self._capacity - new)
+        tokens = self._stored(arrays, came - new, came)
         if (kept < self._lengths.ravel()).any():
             # The new tokens may be views of memory that is about to move.
-            own = self._key, self._value
-            key, value = (x.copy() if any(np.may_share_memory(x, y) for y in own) else x for x in (key, value))
+            own = self._arrays()
+            parts = [x.copy() if any(np.may_share_memory(x, y) for y in own) else x for x in tokens.parts]
+            tokens = tokens._replace(parts=parts)
+        self._add(tokens, came, new, kept)
+
+    def _add(
+        self, tokens: _Tokens, came: NDArray[np.int64], new: NDArray[np.int64], kept: NDArray[np.int64]
+    ) -> None:
+        """Put the last `new` of `came` tokens behind the last `kept` of those that are there."""
         self._let_go(kept)
-        for flat, x in zip(self._flat(), (key, value), strict=True):
+        for flat, x in zip(self._flat(), tokens.parts, strict=True):
             _place(flat, kept, x, came - new, new)
         shape = self._lengths.shape
+        self._center = tokens.center
         self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape))
 
     def copy(self) -> Self:
@@ -459,6 +565,11 @@ class KVCache:
         for to, of in zip(new._flat(), self._flat(), strict=True):
             for s, (source, n) in enumerate(zip(sources, lengths.ravel(), strict=True)):
                 to[s, :, :n] = of[source, :, :n]
+        if self._center is not None:
+            flat = self._center.reshape(math.prod(self._batch), *self._center.shape[-3:])[list(sources)]
+            if self._is_mean:
+                flat[(lengths + dropped).ravel() == 0] = 0
+            new._center = _read_only(flat.reshape(*batch, *flat.shape[1:]))
         new._settle(lengths, dropped)
         self._turn.end_reading(seen)
         return new
@@ -496,46 +607,54 @@ class KVCache:
         followed by the new ones. They are written to the cache if it has room, but are part of it only after
         `_end_step`.
         """
-        key, value = self._converted(key, "key", 0), self._converted(value, "value", 1)
         there, shape, nothing = self._lengths.ravel(), self._lengths.shape, np.zeros_like(came)
+        arrays = [self._checked(x, name, which) for which, (x, name) in enumerate(((key, "key"), (value, "value")))]
+        new = self._stored(arrays, nothing, came)
         lengths = old + came
         dropped = self._dropped + (there - old).reshape(shape)
         in_place = bool((lengths <= self._capacity).all())
         parts: list[NDArray[Any]]
         if in_place:
             self._let_go(old)
-            for flat, x in zip(self._flat(), (key, value), strict=True):
+            for flat, x in zip(self._flat(), new.parts, strict=True):
                 _place(flat, old, x, nothing, came)
-            parts = [self._key, self._value]
+            parts = self._arrays()
         elif old.any():
             parts = []
-            for flat, x in zip(self._flat(), (key, value), strict=True):
-                both = np.zeros((*flat.shape[:2], lengths.max(), flat.shape[3]), self._dtype)
+            for flat, x in zip(self._flat(), new.parts, strict=True):
+                both = np.zeros((*flat.shape[:2], lengths.max(), flat.shape[3]), flat.dtype)
                 _place(both, nothing, flat, there - old, old)
                 _place(both, old, x, nothing, came)
                 parts.append(both.reshape(*self._batch, *both.shape[1:]))
         else:
-            parts = [key, value]
+            parts = new.parts
         longest = int(lengths.max(initial=0))
-        key, value = (x[..., :longest, :] for x in parts)
-        return _Step(key, value, lengths.reshape(shape), dropped, in_place)
+        key, value, *scales = (x[..., :longest, :] for x in parts)
+        with_center = _Scales(*scales, new.center) if self._quantized else None
+        return _Step(key, value, with_center, lengths.reshape(shape), dropped, in_place, new)
 
-    def _end_step(self, step: _Step, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64]) -> None:
+    def _end_step(self, step: _Step, came: NDArray[np.int64]) -> None:
         """Make the tokens of `_begin_step` part of the cache."""
         if step.in_place:
+            self._center = step.new.center
             self._settle(step.lengths, step.dropped)
         else:
-            self._append(key, value, came.reshape(self._lengths.shape))
+            new = np.minimum(came, self._capacity)
+            self._add(step.new, came, new, np.minimum(self._beside(came), self._capacity - new))
 
     def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
         longest = int(lengths.max(initial=0))  # first: it may find no memory
+        # Whether the next tokens of a sequence have yet to say what the mean is.
+        awaits_mean = self._is_mean and not (lengths + dropped).all()
         self._lengths, self._dropped, self._longest = _read_only(lengths), _read_only(dropped), longest
+        self._awaits_mean = awaits_mean
 
-    def _converted(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
-        """A checked key or value array, in the cache's dtype."""
-        a = as_array(x, name, "pass its data, and lengths=")
+    def _checked(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
+        """A key or value array."""
+        instead = "pass its data, and lengths="
+        a = read_tokens(x, name, instead) if self._quantized else as_array(x, name, instead)
         # For NumPy, complex to bfloat16 is a conversion of the same kind.
-        if a.dtype.kind == "c" or not np.can_cast(a.dtype, self._dtype, "same_kind"):
+        if not self._quantized and (a.dtype.kind == "c" or not np.can_cast(a.dtype, self._dtype, "same_kind")):
             raise TypeError(
                 f"{name} has dtype {a.dtype}, which does not go into a cache of {self._dtype} safely: convert it"
             )
@@ -543,7 +662,27 @@ class KVCache:
         if a.ndim != len(want) or a.shape[:-2] != want[:-2] or a.shape[-1] != want[-1]:
             allowed = ", ".join(map(str, (*want[:-2], "n", want[-1])))
             raise ValueError(f"{name} has shape {a.shape}; it must have ({allowed}), n the number of tokens")
-        return converted(a, self._dtype)
+        return a
+
+    def _stored(self, arrays: list[NDArray[Any]], first: NDArray[np.int64], end: NDArray[np.int64]) -> _Tokens:
+        """The tokens of checked arrays as the cache stores them: in each sequence those from `first` to before `end` of
+        them, where there is something to round; others may be anything then."""
+        if not self._quantized:
+            return _Tokens([converted(x, self._dtype) for x in arrays], None)
+        center = self._center
+        if self._awaits_mean and center is not None:
+            begins = ((self._lengths + self._dropped).ravel() == 0) & (end > 0)
+            if begins.any():
+                center = center.copy()
+                mean_of_tokens(arrays[0], center, end, begins)
+                _read_only(center)
+        shapes = [x.shape for x in arrays]
+        shapes += [scales_shape(shape, self._block) for shape in shapes]
+        key, value = (empty(shape, self._dtype, "new tokens", True) for shape in shapes[:2])
+        key_scale, value_scale = (empty(shape, np.dtype(np.float32), "new tokens", True) for shape in shapes[2:])
+        place("key", arrays[0], center, key, key_scale, first, end - first, first)
+        place("value", arrays[1], None, value, value_scale, first, end - first, first)
+        return _Tokens([key, value, key_scale, value_scale], center)
 
     def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """

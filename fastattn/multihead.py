@@ -1877,7 +1877,7 @@ class MultiHeadAttention:
             heads, rest = self._attended(call, products, query, key, value, step)
             result = self._joined(call, products, heads)
             if cache is not None:
-                cache._end_step(step, new_key, new_value, came)
+                cache._end_step(step, came)
         return (result, *rest) if rest else result
 
     def project_context(self, context: ArrayLike, context_lengths: int | ArrayLike | None = None) -> ProjectedContext:

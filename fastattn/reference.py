@@ -51,6 +51,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_vjp",
     "pack",
+    "quantize_kv",
     "relative_position_buckets",
     "rms_norm",
     "rotary_frequencies",
@@ -189,6 +190,15 @@ def dot_scores(query, key, scale=None):
     if scale is None:
         scale = 1 / np.sqrt(max(query.shape[-1], 1))
     return query @ key.swapaxes(-1, -2) * float(scale)
+
+
+def dequantized(numbers, scale, center=0.0):
+    """What int8 numbers mean: ``numbers * scale + center``. The scale broadcasts along tokens and channels, ``(..., S,
+    D)``, or has a column for each of n blocks of channels."""
+    numbers, scale = np.asarray(numbers, dtype=np.float64), np.asarray(scale, dtype=np.float64)
+    if scale.ndim > 1 and scale.shape[-1] > 1:
+        scale = np.repeat(scale, numbers.shape[-1] // scale.shape[-1], axis=-1)
+    return numbers * scale + np.asarray(0.0 if center is None else center, dtype=np.float64)
 
 
 def project(x, weights, bias=None):
@@ -900,6 +910,7 @@ class Held:
 
 
 HELD = Held()
+SCALES = ("key_scale", "value_scale", "key_center")
 HELD_RULES = ("is_causal", "window_size", "relative_bias", "alibi_slopes", "scale", "softcap", "sinks")
 
 
@@ -926,6 +937,9 @@ def dot_product_attention(
     value,
     *,
     scale=None,
+    key_scale=None,
+    value_scale=None,
+    key_center=None,
     **rules,
 ):
     """Scaled dot-product attention, ``softmax(query @ key.T * scale) @ value`` (Vaswani et al. 2017).
@@ -970,6 +984,9 @@ def dot_product_attention(
         count, be it NaN.
     enable_gqa : bool, default: False
         Query head h reads key head ``h // g``, with g query heads per key head (Ainslie et al. 2023).
+    key_scale, value_scale, key_center : array_like or float, optional
+        Keys and values are int8 then: ``key * key_scale + key_center`` and ``value * value_scale`` are meant, with a
+        scale for each token, channel, block of channels of a token, or one for all.
     return_weights : bool or "band", default: False
         Return the weights ``(..., L, S)`` too; "band": ``(..., L, left + right + 1)``, placed as in `relative_bias`.
     return_lse : bool, default: False
@@ -984,6 +1001,8 @@ def dot_product_attention(
     ndarray (..., L, E), or a tuple (out[, weights][, lse])
         A row that sees nothing has output 0, weights 0 and log-sum-exp ``-inf`` (with a sink: the sink).
     """
+    if key_scale is not None:
+        key, value = dequantized(key, key_scale, key_center), dequantized(value, value_scale)
     return attend_by(
         lambda query, key: dot_scores(query, key, scale),
         query,
@@ -991,6 +1010,56 @@ def dot_product_attention(
         value,
         **rules,
     )
+
+
+def quantize_kv(key, value, *, center=None, block=None, dtype=np.int8, scale_dtype=np.float32):
+    """Keys and values in 8 bits, with a scale for each token, or for each block of its channels.
+
+    Parameters
+    ----------
+    key : array_like, shape (..., S, D)
+    value : array_like, shape (..., S, E)
+    center : "mean" or array_like, shape (..., 1, D), optional
+        Taken off the keys first; the mean is that over the tokens.
+    block : int, optional
+        Channels that share a scale; default all.
+    dtype, scale_dtype : dtype_like
+        Of the numbers, int8, and of the scales.
+
+    Returns
+    -------
+    key, value, key_scale, value_scale, key_center
+        As `dot_product_attention` takes them.
+    """
+    key, value = (np.asarray(x, dtype=np.float64) for x in (key, value))
+    if isinstance(center, str):
+        center = np.mean(key, axis=-2, keepdims=True) if key.shape[-2] else np.zeros((*key.shape[:-2], 1, key.shape[-1]))
+    if center is not None:
+        center = np.asarray(center, dtype=np.float32)
+        key = key - center
+    (key, key_scale), (value, value_scale) = (quantized(x, block, scale_dtype) for x in (key, value))
+    return key.astype(dtype), value.astype(dtype), key_scale, value_scale, center
+
+
+def quantized(x, block, scale_dtype):
+    """Integers from -127 to 127, half to even, and their scales: the largest magnitude of a block is 127 of them.
+
+    The scale is rounded to its dtype before it divides, and up where half a scale would not reach that magnitude any
+    more, as where float16 has few digits. It is no smaller than the smallest of its dtype, in float32 and bfloat16 than
+    the smallest normal one. A block of zeros has the scale 0.
+    """
+    count = x.shape[-1] // block if block else 1
+    blocks = x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
+    top = np.max(np.abs(blocks), axis=-1, initial=0.0)
+    scale_dtype = np.dtype(scale_dtype).type
+    smallest = 2.0**-24 if scale_dtype == np.float16 else 2.0**-126
+    with np.errstate(all="ignore"):
+        scale = np.maximum(top / 127, smallest).astype(scale_dtype)
+        up = np.nextafter(scale, scale_dtype(np.inf)) if scale_dtype == np.float16 else scale
+        scale = np.where(127.5 * scale.astype(np.float64) < top, up, scale)
+        scale = np.where(top == 0, scale_dtype(0), scale)
+        share = blocks / np.where(top == 0, 1.0, scale.astype(np.float64))[..., None]
+    return np.clip(np.rint(share), -127, 127).reshape(x.shape), scale
 
 
 @shows_gradients
@@ -1229,7 +1298,7 @@ def bilinear_attention_vjp(
     )
 
 
-@functools.partial(shows_rules, without=("window_size", "chunk_size", "left_chunks"))
+@functools.partial(shows_rules, without=("window_size", "chunk_size", "left_chunks"), of=dot_product_attention)
 def truncated_attention(
     query,
     key,
@@ -2891,7 +2960,9 @@ class MultiHeadAttention:
         """Those of a call, and what the layer holds where the call has none."""
         return {**self.held, **{name: x for name, x in rules.items() if x is not HELD}}
 
-    @functools.partial(shows_rules, without=("enable_gqa",), of=dot_product_attention, held=HELD_RULES)
+    @functools.partial(
+        shows_rules, without=("enable_gqa", *SCALES), of=dot_product_attention, held=HELD_RULES
+    )
     def __call__(self, x, context=None, *, cache=None, cu_seqlens=None, cu_seqlens_context=None, **rules):
         """Attend from x to itself, to `context`, or to what is in the cache followed by x.
 
@@ -2967,8 +3038,17 @@ class MultiHeadAttention:
         if cache is not None:
             counts = np.broadcast_to(x.shape[-2] if query_lengths is None else query_lengths, cache.lengths.shape)
             there, before = cache.lengths, cache.dropped
-            keys, values = (behind(old, new, there, counts) for old, new in ((cache.key, key), (cache.value, value)))
-            cache.append(key, value, counts)
+            if cache.dtype == np.int8:
+                old_key = dequantized(cache.key, cache.key_scale, cache.key_center)
+                old_value = dequantized(cache.value, cache.value_scale)
+                cache.append(key, value, counts)
+                block = key.shape[-1] // cache.key_scale.shape[-1]
+                *stored, center = quantize_kv(key, value, center=cache.key_center, block=block)
+                key, value = dequantized(stored[0], stored[2], center), dequantized(stored[1], stored[3])
+            else:
+                old_key, old_value = np.array(cache.key), np.array(cache.value)
+                cache.append(key, value, counts)
+            keys, values = (behind(old, new, there, counts) for old, new in ((old_key, key), (old_value, value)))
             key, value, key_lengths = keys, values, there + counts
             if window_size is None and chunk_size is None and cache.window is not None:
                 window_size = (cache.window - 1, None)
@@ -3040,7 +3120,7 @@ class MultiHeadAttention:
 
     @functools.partial(
         shows_rules,
-        without=("enable_gqa", "return_weights", "return_lse", "out"),
+        without=("enable_gqa", "return_weights", "return_lse", "out", *SCALES),
         of=dot_product_attention,
         held=HELD_RULES,
     )

@@ -380,6 +380,14 @@ typedef struct {
     fa_view residual, sum;     /* optional: what is added first, and where the sum is written */
 } fa_norm;
 
+/* Rows of numbers that become int8. */
+typedef struct {
+    int64_t n, group;    /* numbers of a row, and of a group that has a scale: n is a multiple of it */
+    fa_view x;           /* (rows, n) */
+    const float *center; /* optional: n numbers, which are subtracted first */
+    fa_view to, scales;  /* (rows, n), contiguous rows of int8; (rows, n / group), or (rows, 1) if n is 0 */
+} fa_quantize;
+
 /* Parameters of an instruction set that the driver needs to choose its loops; the rest are in the set's own header. */
 typedef struct {
     int group_rows;     /* rows that share the loads of a product: tiles are whole groups if possible */
@@ -515,6 +523,10 @@ typedef struct {
     void (*dense_few)(const fa_dense *dense, const void *x, int64_t panel_begin, int64_t panel_end);
     size_t (*norm_workspace)(int64_t n);
     void (*norm_rows)(const fa_norm *norm, int64_t begin, int64_t end, void *workspace);
+    /* The rows [begin, end) as int8 (quantize.inc.h). Returns `end`, or the first row that holds a number which is not
+     * finite, or too large for its scale's dtype. In the table of float only. */
+    size_t (*quantize_workspace)(int64_t n);
+    int64_t (*quantize)(const fa_quantize *rows, int64_t begin, int64_t end, void *workspace);
 } fa_kernels;
 
 typedef struct {

@@ -136,6 +136,8 @@ LESS_END
 
 #include "norm.inc.h"
 
+#include "quantize.inc.h"
+
 #define FA_TABLE CONCAT(CONCAT(CONCAT(fa_, ISA), _), REAL_NAME)
 extern const fa_kernels FA_TABLE;
 const fa_kernels FA_TABLE = {
@@ -206,4 +208,8 @@ const fa_kernels FA_TABLE = {
     .dense_few = dense_few,
     .norm_workspace = norm_workspace,
     .norm_rows = norm_rows,
+#if BITS == 32
+    .quantize_workspace = quantize_workspace,
+    .quantize = quantize,
+#endif
 };
