@@ -419,9 +419,7 @@ class KVCache:
             tokens = tokens._replace(parts=parts)
         self._add(tokens, came, new, kept)
 
-    def _add(
-        self, tokens: _Tokens, came: NDArray[np.int64], new: NDArray[np.int64], kept: NDArray[np.int64]
-    ) -> None:
+    def _add(self, tokens: _Tokens, came: NDArray[np.int64], new: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
         """Put the last `new` of `came` tokens behind the last `kept` of those that are there."""
         self._let_go(kept)
         for flat, x in zip(self._flat(), tokens.parts, strict=True):

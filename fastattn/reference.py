@@ -1033,7 +1033,9 @@ def quantize_kv(key, value, *, center=None, block=None, dtype=np.int8, scale_dty
     """
     key, value = (np.asarray(x, dtype=np.float64) for x in (key, value))
     if isinstance(center, str):
-        center = np.mean(key, axis=-2, keepdims=True) if key.shape[-2] else np.zeros((*key.shape[:-2], 1, key.shape[-1]))
+        center = (
+            np.mean(key, axis=-2, keepdims=True) if key.shape[-2] else np.zeros((*key.shape[:-2], 1, key.shape[-1]))
+        )
     if center is not None:
         center = np.asarray(center, dtype=np.float32)
         key = key - center
@@ -2960,9 +2962,7 @@ class MultiHeadAttention:
         """Those of a call, and what the layer holds where the call has none."""
         return {**self.held, **{name: x for name, x in rules.items() if x is not HELD}}
 
-    @functools.partial(
-        shows_rules, without=("enable_gqa", *SCALES), of=dot_product_attention, held=HELD_RULES
-    )
+    @functools.partial(shows_rules, without=("enable_gqa", *SCALES), of=dot_product_attention, held=HELD_RULES)
     def __call__(self, x, context=None, *, cache=None, cu_seqlens=None, cu_seqlens_context=None, **rules):
         """Attend from x to itself, to `context`, or to what is in the cache followed by x.
 

@@ -499,3 +499,241 @@ def test_errors_of_crop_and_select(error, message, method, argument):
 def test_select_needs_a_batch_axis():
     with pytest.raises(ValueError, match=r"first batch axis, and this cache has none: batch_shape=\(\)"):
         KVCache((), 1, 8, 3).select([0])
+
+
+# ---------------------------------------------------------------------------------------------- 8 bits
+
+
+class QuantizedTokens:
+    """Brute force: for every sequence all its tokens as `quantize_kv` stores each of them, and its center."""
+
+    def __init__(self, batch, cache, center, block):
+        self.batch, self.center, self.block = batch, center, block
+        self.arrays = {b: None for b in np.ndindex(batch)}
+        self.middles = {b: None if center is None else np.zeros_like(cache.key_center[b]) for b in np.ndindex(batch)}
+        if center is not None and not isinstance(center, str):
+            self.middles = {b: np.broadcast_to(center, cache.key_center.shape)[b] for b in np.ndindex(batch)}
+
+    def append(self, key, value, lengths):
+        for b, n in zip(np.ndindex(self.batch), np.broadcast_to(lengths, self.batch).ravel(), strict=True):
+            if n == 0:
+                continue
+            middle = self.middles[b]
+            if isinstance(self.center, str) and self.arrays[b] is None:
+                middle = self.center
+            new = fastattn.quantize_kv(key[b][:, :n], value[b][:, :n], center=middle, block=self.block)
+            self.middles[b], old = new.key_center, self.arrays[b]
+            self.arrays[b] = new[:4] if old is None else [np.concatenate(x, 1) for x in zip(old, new[:4], strict=True)]
+
+    def crop(self, lengths):
+        for b, n in zip(np.ndindex(self.batch), lengths.ravel(), strict=True):
+            if self.arrays[b] is not None:
+                self.arrays[b] = None if n == 0 else [x[:, :n] for x in self.arrays[b]]
+            if n == 0 and isinstance(self.center, str):
+                self.middles[b] = np.zeros_like(self.middles[b])
+
+    def select(self, indices):
+        chosen = copy.copy(self)
+        chosen.batch = (len(indices), *self.batch[1:])
+        of = {(i, *rest): (indices[i], *rest) for i, *rest in np.ndindex(chosen.batch)}
+        chosen.arrays = {b: self.arrays[of[b]] for b in of}
+        chosen.middles = {b: self.middles[of[b]] for b in of}
+        return chosen
+
+    def check(self, cache):
+        for b, arrays in self.arrays.items():
+            n, came = cache.lengths[b][0], 0 if arrays is None else arrays[0].shape[1]
+            assert cache.dropped[b][0] + n == came
+            if self.center is not None:
+                np.testing.assert_array_equal(cache.key_center[b], self.middles[b])
+            if came:
+                kept = cache.key, cache.value, cache.key_scale, cache.value_scale
+                for x, every in zip(kept, arrays, strict=True):
+                    assert bits(x[b][:, :n]) == bits(every[:, came - n :]) and x.dtype == every.dtype
+        assert (cache.key_center is None) == (self.center is None)
+
+
+@given(data=st.data())
+@settings(max_examples=120)
+def test_brute_force_in_8_bits(data):
+    """Appends, ragged or not, of any floating dtype, in windows or not, with all that makes a cache of another."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    batch = draw(st.sampled_from([(), (1,), (3,), (2, 2), (0,)]))
+    capacity = draw(st.integers(1, 12))
+    window = draw(st.one_of(st.none(), st.integers(1, capacity)))
+    center = draw(st.sampled_from([None, "mean", "array"]))
+    center = normal(rng, 2, 1, 8) if center == "array" else center
+    block = draw(st.sampled_from([None, 4, 1]))
+    cache = KVCache(batch, 2, capacity, 8, 4, window=window, dtype=np.int8, center=center, block=block)
+    tokens = QuantizedTokens(batch, cache, center, block)
+    for _ in range(draw(st.integers(1, 12))):
+        n = draw(st.integers(0, 5 if draw(st.booleans()) else 20))
+        dtype = draw(st.sampled_from([*DTYPES]))
+        key, value = (normal(rng, *batch, 2, n, dim).astype(dtype) + dtype(1) for dim in (8, 4))
+        counts = rng.integers(0, n + 1, batch)
+        for b in np.ndindex(batch):
+            key[b][:, counts[b] :], value[b][:, counts[b] :] = np.nan, np.inf  # padding
+        if window is None and (cache.lengths[..., 0] + counts > capacity).any():
+            with pytest.raises(ValueError, match=f"capacity={capacity}"):
+                cache.append(key, value, counts)
+        else:
+            cache.append(key, value, counts)
+            tokens.append(key, value, counts)
+        tokens.check(cache)
+        what, old = draw(st.sampled_from(["nothing", "nothing", "crop", "select", "reset", *COPIES])), cache
+        if what == "crop":
+            least = np.where(
+                cache.dropped > 0, cache.lengths if window is None else np.minimum(window, cache.lengths), 0
+            )
+            lengths = rng.integers(least, cache.lengths + 1)
+            cache = cache.crop(lengths)
+            tokens.crop(old.dropped + lengths)
+        elif what == "select" and batch and batch[0]:
+            indices = rng.integers(0, batch[0], draw(st.integers(1, 4)))
+            cache, tokens = cache.select(indices), tokens.select(indices)
+            batch = tokens.batch
+        elif what in COPIES:
+            cache = COPIES[what](cache)
+        elif what == "reset":
+            cache.reset()
+            tokens = QuantizedTokens(batch, cache, center, block)
+        tokens.check(cache)
+        if cache is not old:
+            assert (cache.window, cache.capacity, cache.dtype) == (old.window, old.capacity, np.int8)
+            if window is not None:
+                old.append(*(np.full((*old.key.shape[:-2], 1, dim), 99.0) for dim in (8, 4)))
+                tokens.check(cache)
+
+
+@pytest.mark.parametrize("block, center", [(None, None), (None, "mean"), (8, "mean"), (8, np.ones(16))])
+def test_memory_and_views_in_8_bits(rng, block, center):
+    key, value = normal(rng, 2, 3, 5, 16), normal(rng, 2, 3, 5, 24)
+    cache = KVCache((2,), 3, 10, 16, 24, dtype=np.int8, block=block, center=center)
+    assert cache.key_scale.shape == (2, 3, 0, 2 if block else 1) and cache.dtype == np.int8
+    groups = (2 + 3) if block else 2
+    assert cache.nbytes == 2 * 3 * (10 * (16 + 24 + 4 * groups) + (0 if center is None else 4 * 16))
+    cache.append(key, value)
+    views = [
+        cache.key,
+        cache.value,
+        cache.key_scale,
+        cache.value_scale,
+        *([] if center is None else [cache.key_center]),
+    ]
+    before = [bits(x) for x in views]
+    assert views[3].shape == (2, 3, 5, 3 if block else 1) and views[2].dtype == np.float32
+    for x in views:
+        with pytest.raises(ValueError, match="read-only"):
+            x[...] = 0
+    cache.append(key + 5, value)
+    assert [bits(x) for x in views] == before and np.shares_memory(views[2], cache.key_scale)
+    back = fastattn.QuantizedKV(
+        cache.key, cache.value, cache.key_scale, cache.value_scale, cache.key_center
+    ).dequantize()
+    np.testing.assert_allclose(back[0], np.concatenate([key, key + 5], -2), atol=0.06)
+    np.testing.assert_allclose(back[1], np.concatenate([value, value], -2), atol=0.03)
+
+
+def test_a_cache_of_8_bits_is_a_quarter():
+    sizes = {dtype: KVCache(2, 8, 1000, 128, dtype=dtype).nbytes for dtype in (np.float32, np.int8)}
+    assert sizes[np.int8] / sizes[np.float32] == (128 + 4) / 512
+
+
+def test_other_caches_have_no_scales(rng):
+    cache = KVCache((), 1, 4, 2)
+    assert cache.key_scale is cache.value_scale is cache.key_center is None
+
+
+def test_the_mean_is_that_of_the_first_tokens(rng):
+    """Of each sequence's own; a sequence without tokens takes its next ones."""
+    key = normal(rng, 3, 2, 9, 8) + 4
+    cache = KVCache(3, 2, 30, 8, dtype=np.int8, center="mean")
+    assert not cache.key_center.any()
+    cache.append(key, key, [9, 0, 4])
+    first = cache.key_center
+    for b, n in ((0, 9), (2, 4)):
+        np.testing.assert_allclose(first[b], key[b, :, :n].mean(1, keepdims=True), rtol=1e-6)
+    assert not first[1].any()
+    cache.append(2 * key, key, [3, 5, 0])
+    assert bits(cache.key_center[::2]) == bits(first[::2]) and not first[1].any()
+    np.testing.assert_allclose(cache.key_center[1], 2 * key[1, :, :5].mean(1, keepdims=True), rtol=1e-6)
+    last = cache.key_center
+    cache.append(3 * key, key)
+    assert cache.key_center is last
+    cache.reset()
+    assert not cache.key_center.any() and last.all()
+    cache.append(3 * key, key)
+    np.testing.assert_allclose(cache.key_center, 3 * key.mean(2, keepdims=True), rtol=1e-6)
+
+
+def test_the_mean_counts_tokens_that_find_no_room(rng):
+    key = normal(rng, 2, 50, 4) + 1
+    cache = KVCache((), 2, 8, 4, dtype=np.int8, window=4, center="mean")
+    cache.append(key, key)
+    whole = fastattn.quantize_kv(key, key, center="mean")
+    assert bits(cache.key_center) == bits(whole.key_center) and bits(cache.key) == bits(whole.key[:, -8:])
+
+
+BAD_8_BITS = {
+    "nan": (ValueError, r"^key\[1, 0, 2, 1, 3\] is nan: only finite", np.nan, np.float32, {}),
+    "inf, float16": (ValueError, r"^key\[1, 0, 2, 1, 3\] is inf", np.inf, np.float16, {}),
+    "float64": (ValueError, r"^key\[1, 0, 2, 1, 3\] is 1e\+300: .* float32", 1e300, np.float64, {}),
+    "int8": (TypeError, "^key has dtype int8", 3, np.int8, {}),
+    "uint8": (TypeError, "^key has dtype uint8", 3, np.uint8, {}),
+    "complex": (TypeError, "^key has dtype complex64", 1, np.complex64, {}),
+    "object": (TypeError, "^key has dtype object", 1, object, {}),
+}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("center", [None, "mean"])
+@pytest.mark.parametrize("error, message, number, dtype, options", BAD_8_BITS.values(), ids=BAD_8_BITS)
+def test_errors_change_nothing_in_8_bits(error, message, number, dtype, options, center, window):
+    cache = KVCache((2, 2), 3, 4, 4, 5, dtype=np.int8, center=center, window=window)
+    cache.append(KEY, VALUE, [[2, 1], [0, 2]])
+    names = "key", "value", "key_scale", "value_scale", "key_center", "lengths", "dropped"
+    before = [bits(getattr(cache, name)) for name in names]
+    bad = np.ones((2, 2, 3, 2, 4)).astype(dtype)
+    bad[1, 0, 2, 1, 3] = number
+    for arguments in ((bad, VALUE), (bad, VALUE, [[0, 0], [2, 0]])):
+        with pytest.raises(error, match=message):
+            cache.append(*arguments)
+        assert [bits(getattr(cache, name)) for name in names] == before
+    with pytest.raises(error, match=message.replace("key", "value")):
+        cache.append(KEY, np.concatenate([bad, bad[..., :1]], -1))
+    assert [bits(getattr(cache, name)) for name in names] == before
+    cache.append(KEY, VALUE)
+    assert cache.lengths.ravel().tolist() == [4, 3, 2, 4]
+
+
+def test_appending_a_cache_of_8_bits_to_itself(rng):
+    """Its numbers, not its int8."""
+    key = normal(rng, 1, 6, 8)
+    cache = KVCache((), 1, 8, 8, window=4, dtype=np.int8)
+    cache.append(key, key)
+    with pytest.raises(TypeError, match="key has dtype int8"):
+        cache.append(cache.key, cache.value)
+
+
+def test_bad_arguments_in_8_bits():
+    refuse(ValueError, "block is for dtype=numpy.int8; a cache of float32", 2, 1, 8, 32, block=32)
+    refuse(ValueError, "center is for dtype=numpy.int8; a cache of float16", 2, 1, 8, 32, dtype="f2", center="mean")
+    refuse(ValueError, "block=32 does not divide head_dim=48", 2, 1, 8, 48, dtype=np.int8, block=32)
+    refuse(ValueError, "block=32 does not divide value_dim=16", 2, 1, 8, 32, 16, dtype=np.int8, block=32)
+    refuse(TypeError, "block must be", 2, 1, 8, 32, dtype=np.int8, block=True)
+    refuse(ValueError, "center must be 'mean'", 2, 1, 8, 32, dtype=np.int8, center="median")
+    refuse(
+        ValueError, r"center has shape \(31,\); it must be \(2, 1, 1, 32\)", 2, 1, 8, 32, dtype="i1", center=np.ones(31)
+    )
+    refuse(ValueError, r"center\[1\] is nan", 2, 1, 8, 2, dtype="i1", center=[1, np.nan])
+    refuse(
+        TypeError,
+        "dtype must be float32, float64, float16, ml_dtypes.bfloat16 or int8, not uint8",
+        2,
+        1,
+        8,
+        1,
+        dtype="u1",
+    )
+    refuse(MemoryError, "no memory for a cache", 2**40, 2**10, 2**20, 2**10, dtype=np.int8)

@@ -100,7 +100,9 @@ def test_bounds_hold_for_numbers_of_any_size(rng, exponent, scale_dtype, center)
     key = np.float32(np.clip(rng.uniform(-1, 1, (200, 64)) * sizes, -3e38, 3e38))
     middle = {"array": np.float32(0.3 * 2.0**exponent) * np.ones(64, np.float32)}.get(center, center)
     if exponent > 20 and scale_dtype == np.float16:
-        with pytest.raises(ValueError, match=r"key\[\d+, \d+\] is .*: its scale is larger than scale_dtype=float16 allows"):
+        with pytest.raises(
+            ValueError, match=r"key\[\d+, \d+\] is .*: its scale is larger than scale_dtype=float16 allows"
+        ):
             quantize_kv(key, key, scale_dtype=scale_dtype, center=middle)
         return
     for block in (None, 16):
@@ -239,7 +241,12 @@ ERRORS = {
         (BAD, with_one(1e7)),
         {"scale_dtype": np.float16},
     ),
-    "less its center": (ValueError, r"^key\[1, 3, 6\] is 3.*less its center", (with_one(3e38), BAD), {"center": -BAD[0, 0] * 3e38}),
+    "less its center": (
+        ValueError,
+        r"^key\[1, 3, 6\] is 3.*less its center",
+        (with_one(3e38), BAD),
+        {"center": -BAD[0, 0] * 3e38},
+    ),
     "center, inf": (ValueError, r"^center\[2\] is inf", (BAD, BAD), {"center": [0, 0, np.inf, 0, 0, 0, 0, 0]}),
     "center, shape": (ValueError, r"^center has shape \(5, 8\)", (BAD, BAD), {"center": np.ones((5, 8))}),
     "center, batch": (ValueError, r"^center has shape \(3, 1, 8\)", (BAD, BAD), {"center": np.ones((3, 1, 8))}),
@@ -258,7 +265,12 @@ ERRORS = {
     "masked": (TypeError, "^key is a masked array", (np.ma.masked_array(BAD), BAD), {}),
     "dtype": (TypeError, "^dtype must be numpy.int8, not int16", (BAD, BAD), {"dtype": np.int16}),
     "dtype, word": (TypeError, "^dtype must be numpy.int8: ", (BAD, BAD), {"dtype": "four bits"}),
-    "scale_dtype": (TypeError, "^scale_dtype must be float32, float16 .* not float64", (BAD, BAD), {"scale_dtype": float}),
+    "scale_dtype": (
+        TypeError,
+        "^scale_dtype must be float32, float16 .* not float64",
+        (BAD, BAD),
+        {"scale_dtype": float},
+    ),
     "scale_dtype, word": (TypeError, "^scale_dtype must be .*: ", (BAD, BAD), {"scale_dtype": "half a byte"}),
 }
 
@@ -301,7 +313,9 @@ def q4_0(scales, numbers):
     rows = []
     for scale, part in zip(scales.reshape(-1), numbers.reshape(-1, 32), strict=True):
         pairs = zip(part[:16], part[16:], strict=True)
-        rows.append(np.float16(scale).astype("<f2").tobytes() + bytes((int(a) + 8) | (int(b) + 8) << 4 for a, b in pairs))
+        rows.append(
+            np.float16(scale).astype("<f2").tobytes() + bytes((int(a) + 8) | (int(b) + 8) << 4 for a, b in pairs)
+        )
     return np.frombuffer(b"".join(rows), np.uint8)
 
 
@@ -341,10 +355,22 @@ def test_rows_of_llama_cpp_against_gguf(rng, format):
 
 
 BAD_ROWS = {
-    "no blocks": (ValueError, r"a row of blocks has 35 bytes, no whole blocks of 34 bytes \(q8_0\) or 18", (np.zeros(35, np.uint8),)),
-    "both": (ValueError, "a row of blocks has 306 bytes, whole blocks of both formats: say format=", (np.zeros(306, np.uint8),)),
+    "no blocks": (
+        ValueError,
+        r"a row of blocks has 35 bytes, no whole blocks of 34 bytes \(q8_0\) or 18",
+        (np.zeros(35, np.uint8),),
+    ),
+    "both": (
+        ValueError,
+        "a row of blocks has 306 bytes, whole blocks of both formats: say format=",
+        (np.zeros(306, np.uint8),),
+    ),
     "none": (ValueError, "a row of blocks has 0 bytes", (np.zeros((3, 0), np.uint8),)),
-    "other": (ValueError, r"a row of blocks has 36 bytes, no whole blocks of 34 \(q8_0\)", (np.zeros(36, np.uint8), "q8_0")),
+    "other": (
+        ValueError,
+        r"a row of blocks has 36 bytes, no whole blocks of 34 \(q8_0\)",
+        (np.zeros(36, np.uint8), "q8_0"),
+    ),
     "format": (ValueError, "format must be 'q8_0' or 'q4_0', not 'q5_0'", (np.zeros(34, np.uint8), "q5_0")),
     "format, number": (ValueError, "format must be 'q8_0' or 'q4_0', not 8", (np.zeros(34, np.uint8), 8)),
     "dtype": (TypeError, "blocks has dtype int8; it must be uint8", (np.zeros(34, np.int8),)),
