@@ -105,7 +105,7 @@ class KVCache:
         If given, the cache never fills up: it keeps at least the last `window` tokens of each sequence and drops others
         when it needs room. At most `capacity`.
     block : int, optional
-        Of an int8 cache: so many channels share a scale; it divides `head_dim` and `value_dim`. Default: all of a token.
+        Of an int8 cache: so many channels share a scale; divides `head_dim` and `value_dim`. Default: all of a token.
     center : "mean" or array_like, shape (*batch_shape, num_kv_heads, 1, head_dim), optional
         Of an int8 cache: taken off the keys before they are rounded; an array that broadcasts to that shape, or "mean":
         the mean over the tokens with which a sequence begins, those of its first `append` or of the first call of a
@@ -207,6 +207,7 @@ class KVCache:
             raise ValueError(f"window={self._window} tokens cannot be kept with capacity={self._capacity}")
         self._dtype = _storage_dtype(dtype)
         self._quantized = self._dtype == np.int8
+        self._computed = np.dtype(np.float32) if self._quantized else self._dtype  # in which a layer attends
         self._shapes = [(*self._batch, heads, self._capacity, dim) for dim in dims]
         self._center: NDArray[np.float32] | None = None
         self._is_mean = False
@@ -300,10 +301,10 @@ class KVCache:
     @property
     def key_center(self) -> NDArray[np.float32] | None:
         """
-        Of an int8 cache with a `center`: what is added to its keys, (*batch_shape, num_kv_heads, 1, head_dim), read-only;
-        else None.
+        Of an int8 cache with a `center`: what is added to its keys; else None.
 
-        A mean is zeros as long as a sequence has no tokens; the next ones make a new array.
+        (*batch_shape, num_kv_heads, 1, head_dim), read-only. A mean is zeros as long as a sequence has no
+        tokens; the next ones make a new array.
         """
         return self._center
 
@@ -606,8 +607,7 @@ class KVCache:
         `_end_step`.
         """
         there, shape, nothing = self._lengths.ravel(), self._lengths.shape, np.zeros_like(came)
-        arrays = [self._checked(x, name, which) for which, (x, name) in enumerate(((key, "key"), (value, "value")))]
-        new = self._stored(arrays, nothing, came)
+        new = self._stored([key, value], nothing, came, "the projected ")
         lengths = old + came
         dropped = self._dropped + (there - old).reshape(shape)
         in_place = bool((lengths <= self._capacity).all())
@@ -627,9 +627,9 @@ class KVCache:
         else:
             parts = new.parts
         longest = int(lengths.max(initial=0))
-        key, value, *scales = (x[..., :longest, :] for x in parts)
-        with_center = _Scales(*scales, new.center) if self._quantized else None
-        return _Step(key, value, with_center, lengths.reshape(shape), dropped, in_place, new)
+        key, value, *others = (x[..., :longest, :] for x in parts)
+        scales = _Scales(others[0], others[1], new.center) if others else None
+        return _Step(key, value, scales, lengths.reshape(shape), dropped, in_place, new)
 
     def _end_step(self, step: _Step, came: NDArray[np.int64]) -> None:
         """Make the tokens of `_begin_step` part of the cache."""
@@ -662,9 +662,11 @@ class KVCache:
             raise ValueError(f"{name} has shape {a.shape}; it must have ({allowed}), n the number of tokens")
         return a
 
-    def _stored(self, arrays: list[NDArray[Any]], first: NDArray[np.int64], end: NDArray[np.int64]) -> _Tokens:
-        """The tokens of checked arrays as the cache stores them: in each sequence those from `first` to before `end` of
-        them, where there is something to round; others may be anything then."""
+    def _stored(
+        self, arrays: list[NDArray[Any]], first: NDArray[np.int64], end: NDArray[np.int64], what: str = ""
+    ) -> _Tokens:
+        """The tokens of checked arrays, keys and values, as the cache stores them; those in 8 bits only from `first` to
+        before `end` in each sequence, others may be anything. what: before their names in errors."""
         if not self._quantized:
             return _Tokens([converted(x, self._dtype) for x in arrays], None)
         center = self._center
@@ -678,8 +680,8 @@ class KVCache:
         shapes += [scales_shape(shape, self._block) for shape in shapes]
         key, value = (empty(shape, self._dtype, "new tokens", True) for shape in shapes[:2])
         key_scale, value_scale = (empty(shape, np.dtype(np.float32), "new tokens", True) for shape in shapes[2:])
-        place("key", arrays[0], center, key, key_scale, first, end - first, first)
-        place("value", arrays[1], None, value, value_scale, first, end - first, first)
+        place(f"{what}key", arrays[0], center, key, key_scale, first, end - first, first)
+        place(f"{what}value", arrays[1], None, value, value_scale, first, end - first, first)
         return _Tokens([key, value, key_scale, value_scale], center)
 
     def _counts(self, lengths: Any, most: int | NDArray[np.int64]) -> NDArray[np.int64]:

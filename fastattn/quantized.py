@@ -78,8 +78,8 @@ class QuantizedKV(NamedTuple):
 
         Raises
         ------
-        ValueError
-            If a scale or the center does not fit its numbers.
+        ValueError, TypeError
+            If a scale or the center does not fit its numbers, or these are not int8.
         MemoryError
             If there is no memory for them.
 
@@ -87,35 +87,38 @@ class QuantizedKV(NamedTuple):
         --------
         >>> import numpy as np
         >>> import fastattn
-        >>> quantized = fastattn.QuantizedKV(np.int8([[2, 4]]), np.int8([[1, 1]]), 1.0, np.float32([[3, 7]]), [[10, 20]])
+        >>> key, value = np.int8([[2, 4]]), np.int8([[1, 1]])
+        >>> quantized = fastattn.QuantizedKV(key, value, 1.0, np.float32([[3, 7]]), [[10, 20]])
         >>> quantized.dequantize()[0]
         array([[12., 24.]], dtype=float32)
         """
-        key = _times(self.key, self.key_scale, "key")
-        if self.key_center is not None:
-            center = np.asarray(self.key_center)
-            _check_center(center, "key_center", key.shape)
-            key += center.astype(np.float32, copy=False)
-        return key, _times(self.value, self.value_scale, "value")
+        with np.errstate(all="ignore"):
+            key = _times(self.key, self.key_scale, "key")
+            if self.key_center is not None:
+                center = floating(self.key_center, "key_center")
+                _check_center(center, "key_center", key.shape)
+                key += center.astype(np.float32, copy=False)
+            return key, _times(self.value, self.value_scale, "value")
 
 
-def _times(numbers: NDArray[Any], scale: Any, name: str) -> NDArray[np.float32]:
+def _times(x: Any, scale: Any, name: str) -> NDArray[np.float32]:
     """int8 numbers times their scales."""
-    a, s = np.asarray(numbers), np.asarray(scale)
-    result: NDArray[np.float32] = empty(a.shape, np.dtype(np.float32), f"the {name}s")
-    channels = a.shape[-1] if a.ndim else 0
+    numbers, s = as_array(x, name, "pass its data"), floating(scale, f"{name}_scale")
+    if numbers.dtype != np.int8:
+        raise TypeError(f"{name} has dtype {numbers.dtype}; it must be int8, as quantize_kv makes it")
+    channels = numbers.shape[-1] if numbers.ndim else 0
     groups = s.shape[-1] if s.ndim > 1 else 1
-    grouped, to = a, result
+    result: NDArray[np.float32] = empty(numbers.shape, np.dtype(np.float32), f"the {name}s")
+    grouped, to, s = numbers, result, s.astype(np.float32, copy=False)
     if groups not in (1, channels) and groups and channels % groups == 0:
-        grouped = a.reshape(*a.shape[:-1], groups, channels // groups)
-        to = result.reshape(grouped.shape)
-        s = s[..., None]
+        grouped = numbers.reshape(*numbers.shape[:-1], groups, channels // groups)
+        to, s = result.reshape(grouped.shape), s[..., None]
     try:
-        np.multiply(grouped, s.astype(np.float32, copy=False), out=to, dtype=np.float32)
+        np.multiply(grouped, s, out=to, dtype=np.float32)
     except ValueError:
         raise ValueError(
-            f"{name}_scale has shape {np.shape(scale)}, and {name} {a.shape}; it must be (..., S, 1), (..., 1, D), "
-            f"(D,), a number, or (..., S, n) with n dividing D: S tokens, D channels"
+            f"{name}_scale has shape {np.shape(scale)}, and {name} {numbers.shape}; it must be (..., S, 1), (..., 1, "
+            f"D), (D,), a number, or (..., S, n) with n dividing D: S tokens, D channels"
         ) from None
     return result
 
@@ -150,8 +153,8 @@ def read_tokens(x: Any, name: str, instead: str) -> NDArray[Any]:
     a = as_array(x, name, instead)
     if a.dtype.kind in "iu" and a.dtype.itemsize == 1:
         raise TypeError(
-            f"{name} has dtype {a.dtype}, as what is quantized already: numbers are wanted, float32, float64, float16 or "
-            f"ml_dtypes.bfloat16"
+            f"{name} has dtype {a.dtype}, as what is quantized already: give the numbers themselves, float32, float64, "
+            f"float16 or ml_dtypes.bfloat16"
         )
     return floating(a, name)
 
@@ -226,15 +229,13 @@ def quantize_kv(
 
     Notes
     -----
-    Each number is off by at most half its scale, ``abs(key - (key * key_scale + key_center)) <= key_scale / 2``, but for
-    the rounding of float32; the scale itself is rounded to `scale_dtype` before it divides. So a score is off by at most
-    ``scale * sum(abs(query)) * key_scale / 2``, and an output, whatever the weights, by at most the largest
-    ``value_scale / 2`` of the values that it sees, apart from what the scores do to the weights. A group of zeros is
-    exact, with a scale of 0.
+    Each number is off by at most half its scale, ``abs(key - (key * key_scale + key_center)) <= key_scale / 2``, apart
+    from the rounding of float32; the scale itself is rounded to `scale_dtype` before it divides. So a score is off by
+    at most ``scale * sum(abs(query)) * key_scale / 2``, and an output by at most the largest ``value_scale / 2`` of the
+    values that it sees, besides what its weights owe to the scores. A group of zeros is exact, with a scale of 0.
 
-    Of 8.25 bits a number at 128 channels, with a scale for each token (float32), or 9 with ``block=32``, 8.5 with
-    float16 scales. On made-up keys and on those of models, a scale for each token with ``center="mean"`` is as good as
-    a scale for each block ([the notebook](docs/notebook/27-eight-bits.md) has the numbers).
+    At 128 channels these are 8.25 bits a number, with ``block=32`` 9, or 8.5 with float16 scales. On made-up keys and
+    on those of models, a scale for each token with ``center="mean"`` is as good as blocks of 32.
 
     References
     ----------
@@ -312,9 +313,9 @@ def from_llama_cpp(blocks: ArrayLike, format: str | None = None) -> tuple[NDArra
     """
     Numbers and scales of rows in llama.cpp's formats q8_0 and q4_0, as its caches and GGUF files hold them.
 
-    Both cut a row into blocks of 32 numbers, each with a float16 scale in front: q8_0 has 34 bytes a block, int8 numbers
-    behind the scale; q4_0 has 18, two numbers a byte: the first 16 numbers in the low halves, the others in the high
-    ones, each with 8 added. Numbers of q4_0 become int8 too.
+    Both cut a row into blocks of 32 numbers, each with a float16 scale in front. q8_0 has 34 bytes a block: int8
+    numbers follow the scale. q4_0 has 18, with two numbers in a byte: the first 16 of a block in the low halves, the
+    others in the high ones, each with 8 added. Numbers of q4_0 become int8 too.
 
     Parameters
     ----------
@@ -346,13 +347,14 @@ def from_llama_cpp(blocks: ArrayLike, format: str | None = None) -> tuple[NDArra
 
     Notes
     -----
-    The keys of llama.cpp's caches are rotated already where the model rotates them, each by its position. Whatever else
-    was done to them before they were stored (some versions turn keys and values by a Hadamard matrix) must be done to
-    the query too.
+    The keys of llama.cpp's caches are rotated by their positions already, where the model does that. Since April 2026
+    it also multiplies queries, keys and values by an orthonormal Hadamard matrix before it stores them in 8 or 4 bits
+    [2]_, by default for heads of a multiple of 64 channels: then multiply the query too, and the output once more.
 
     References
     ----------
     .. [1] ggml, https://github.com/ggml-org/ggml: ``block_q8_0`` and ``block_q4_0`` in src/ggml-common.h.
+    .. [2] https://github.com/ggml-org/llama.cpp/pull/21038.
 
     Examples
     --------

@@ -35,8 +35,9 @@ def bits(x):
         most = x.window or x.capacity
         ends = [(max(n - most, 0), n) for n in x.lengths.ravel()]
         seen = [y.reshape(len(ends), *y.shape[-3:])[b, :, i:j].tobytes()
-                for y in (x.key, x.value) for b, (i, j) in enumerate(ends)]  # fmt: skip
-        return seen, (x.lengths + x.dropped).tolist()
+                for y in (x.key, x.value, x.key_scale, x.value_scale) if y is not None
+                for b, (i, j) in enumerate(ends)]  # fmt: skip
+        return seen, (x.lengths + x.dropped).tolist(), bits(x.key_center)
     if isinstance(x, (StreamingAttention, StreamingMultiHeadAttention)):
         return x.pushed, x.returned, x.waiting
     if isinstance(x, PreparedKeys):
@@ -148,6 +149,9 @@ def row_cases():
     yield "rotary, scattered", "apply_rotary", [x.shape], {"x": x, "positions": np.arange(9)[::-1] * 7}
     yield "pack", "pack", [], {"x": x, "lengths": np.arange(len(x)) % 3}
     yield "unpack", "unpack", [], {"packed": x, "cu_seqlens": [0, 1, len(x)]}
+    rows = np.arange(4 * 68, dtype=np.uint8).reshape(4, 68)
+    yield "quantize", "quantize_kv", [], {"key": x, "value": grad, "center": "mean", "scale_dtype": np.float16}
+    yield "rows of llama.cpp", "from_llama_cpp", [], {"blocks": rows, "format": "q8_0"}
     for name, more in (("layer_norm", {"bias": normal(4, 20)}), ("rms_norm", {"offset": 1.0})):
         rows = {"x": x, "weight": normal(3, 20).astype(np.float64), "residual": grad, **more}
         yield name, name, [x.shape], rows
@@ -225,6 +229,9 @@ def object_cases():
     roomy = lambda: filled(KVCache((3,), 2, 20, 4), 5)  # noqa: E731
     tight = lambda: filled(KVCache((3,), 2, 7, 4, window=4), 6)  # noqa: E731
     exact = lambda: filled(KVCache((3,), 2, 4, 4, window=4), 4)  # noqa: E731
+    eight = {"dtype": np.int8, "center": "mean"}
+    small = lambda: filled(KVCache((3,), 2, 20, 4, **eight), 5)  # noqa: E731
+    small_tight = lambda: filled(KVCache((3,), 2, 7, 4, window=4, **eight), 6)  # noqa: E731
     new = normal(40, 3, 2, 3, 4)
     weight, bias, many = normal(54, 8, 40), normal(55, 40), normal(56, 300, 8)
 
@@ -247,6 +254,10 @@ def object_cases():
     yield "layer, vjp", lambda: Case(lambda: made.vjp(x)[1](x))
     yield "layer, cache", layer_call(roomy)
     yield "layer, step", step_call(roomy)
+    yield "layer, cache of 8 bits", layer_call(small)
+    yield "layer, step over 8 bits", step_call(small)
+    yield "layer, first tokens in 8 bits", layer_call(lambda: KVCache((3,), 2, 20, 4, **eight))
+    yield "layer, cache of 8 bits with a window", layer_call(small_tight)
     yield "layer, packed", lambda: Case(lambda: made(x[0], cu_seqlens=[0, 1, 2]))
     yield "layer, some weights", lambda: Case(lambda: made(x, return_weights=[1]))
     yield "layer, project_context", lambda: Case(lambda: unturned(x, unturned.project_context(x, [1, 2, 0])))
@@ -258,6 +269,12 @@ def object_cases():
     yield "cache, append past the window", method(tight, "append", new, new, [1, 2, 3])
     yield "cache, append what the window holds", method(exact, "append", new, new)
     yield "cache, append itself", lambda: takes_its_own_tokens(tight())
+    yield "cache of 8 bits, append", method(small, "append", new, new, [1, 2, 3])
+    yield "cache of 8 bits, append past the window", method(small_tight, "append", new, new)
+    yield "cache of 8 bits, first append", lambda: Case(lambda: filled(KVCache((3,), 2, 7, 4, **eight), 2))
+    yield "cache of 8 bits, select", method(small, "select", [2, 0])
+    yield "cache of 8 bits, reset", method(small, "reset")
+    yield "numbers of 8 bits", lambda: Case(fastattn.quantize_kv(new, new, center="mean").dequantize)
     yield "cache, copy", method(roomy, "copy")
     yield "cache, crop", method(roomy, "crop", [2, 3, 4])
     yield "cache, select", method(roomy, "select", [2, 0])

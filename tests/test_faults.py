@@ -15,7 +15,8 @@ debug = pytest.mark.skipif(not hasattr(_runtime, "fail_allocation"), reason="onl
 
 def test_every_function_that_takes_arrays_is_a_case():
     """Classes have cases of their own; what is left computes nothing."""
-    classes = {"KVCache", "Linear", "MultiHeadAttention", "StreamingAttention", "StreamingMultiHeadAttention"}
+    classes = {"KVCache", "Linear", "MultiHeadAttention", "QuantizedKV"}
+    classes |= {"StreamingAttention", "StreamingMultiHeadAttention"}
     settings = {"cpu_info", "get_include", "get_num_threads", "set_num_threads", "show_config"}
     assert set(fastattn.__all__) - classes - settings == faults.FUNCTIONS
 

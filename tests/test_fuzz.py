@@ -40,6 +40,8 @@ ROWS = {
     "apply_rotary": {"x": normal(2, 3, 4, 6)},
     "pack": {"x": normal(3, 2, 5, 4), "lengths": [3, 5]},
     "unpack": {"packed": normal(3, 8, 4), "cu_seqlens": [0, 3, 8]},
+    "quantize_kv": {"key": X, "value": GRAD, "center": normal(5, 3, 1, 5), "block": 5, "scale_dtype": np.float16},
+    "from_llama_cpp": {"blocks": np.arange(68, dtype=np.uint8), "format": "q8_0"},
     "prepare_additive_keys": {"key": normal(3, 2, 5, 4), "w_key": normal(4, 4, 6)},
     "layer_norm": {"x": X, "weight": normal(3, 5), "bias": normal(4, 5), "residual": GRAD, "eps": 1e-3},
     "rms_norm": {"x": X, "weight": normal(3, 5), "residual": GRAD, "eps": 1e-3, "offset": 1.0},
@@ -60,8 +62,8 @@ PROJECTED = UNTURNED.project_context(TOKENS)
 PREPARED = fastattn.prepare_additive_keys(normal(6, 2, 5, 4))
 
 
-def cache(window=None):
-    made = fastattn.KVCache((2,), 2, 9, 4, window=window)
+def cache(window=None, **options):
+    made = fastattn.KVCache((2,), 2, 9, 4, window=window, **options)
     made.append(normal(10, 2, 2, 4, 4), normal(11, 2, 2, 4, 4))
     return made
 
@@ -76,6 +78,10 @@ def layer_stream():
     made = fastattn.StreamingMultiHeadAttention(LAYER, 3, 1)
     made.push(TOKENS, normal(30, 2, 3, 5))
     return made
+
+
+def dequantize(key, value, key_scale, value_scale, key_center=None):
+    return fastattn.QuantizedKV(key, value, key_scale, value_scale, key_center).dequantize()
 
 
 PAIR = {"key": normal(12, 2, 2, 3, 4), "value": normal(13, 2, 2, 3, 4)}
@@ -108,6 +114,16 @@ FROM = fastattn.MultiHeadAttention
 TARGETS = {name: (lambda name=name: (getattr(fastattn, name), ()), call) for name, call in {**CALLS, **ROWS}.items()}
 TARGETS |= {
     "KVCache": (lambda: (fastattn.KVCache, ()), {"batch_shape": (2,), "num_kv_heads": 2, "capacity": 5, "head_dim": 4}),
+    "KVCache, int8": (
+        lambda: (fastattn.KVCache, ()),
+        {
+            **{"batch_shape": (2,), "num_kv_heads": 2, "capacity": 5, "head_dim": 4, "dtype": "int8"},
+            **{"block": 2, "center": normal(5, 2, 2, 1, 4)},
+        },
+    ),
+    "KVCache.append, int8": (lambda: (lambda c: (c.append, (c,)))(cache(dtype="int8", center="mean")), PAIR),
+    "KVCache.append, int8, window": (lambda: (lambda c: (c.append, (c,)))(cache(4, dtype="int8")), PAIR),
+    "QuantizedKV": (lambda: (dequantize, ()), fastattn.quantize_kv(X, GRAD, center="mean")._asdict()),
     "KVCache.append": (lambda: (lambda c: (c.append, (c,)))(cache()), PAIR),
     "KVCache.append, window": (lambda: (lambda c: (c.append, (c,)))(cache(4)), PAIR),
     "KVCache.crop": (lambda: (lambda c: (c.crop, (c,)))(cache()), {"lengths": [1, 2]}),

@@ -451,6 +451,21 @@ def call_layer(dtype, context=False, cache=None, **arguments):
     return layer(x, x[:, :3] if context else None, return_weights=True, alibi_slopes=extreme(2), sinks=extreme(2))
 
 
+def within(x, most, dtype):
+    """Finite numbers of that dtype, up to a size."""
+    most = min(most, float(finfo_of(dtype).max))
+    with np.errstate(all="ignore"):
+        return np.clip(x, -most, most).astype(dtype)
+
+
+def call_layer_over_8_bits(dtype):
+    w = np.eye(16).astype(dtype)
+    cache = fastattn.KVCache(2, 2, 9, 8, dtype=np.int8, center="mean")
+    layer = fastattn.MultiHeadAttention(w, w, w, w, num_heads=2, b_out=extreme(16), rotary_base=1e4)
+    x = within(extreme(2, 5, 16), 1e18, dtype)
+    return layer(x, cache=cache, is_causal=True), layer(x[:, :1], cache=cache)
+
+
 def call_normed_vjp(dtype):
     layer = fastattn.MultiHeadAttention(*3 * [extreme(16, 16, dtype=dtype)], num_heads=2, q_norm=extreme(8))
     x = extreme(2, 5, 16, dtype=dtype)
@@ -464,6 +479,18 @@ def call_cache(dtype, cache_dtype, window=None):
     for _ in range(1 if window is None else 3):
         cache.append(extreme(2, 2, 4, 8, dtype=dtype), extreme(2, 2, 4, 8, dtype=dtype), [3, 4])
     return cache.key
+
+
+def call_quantized(dtype, cached=False):
+    """Numbers of any size that float32 has."""
+    x = within(extreme(2, 2, 4, 8), 1e38, dtype)
+    if cached:
+        cache = fastattn.KVCache(2, 2, 6, 8, dtype=np.int8, window=3, center="mean")
+        for _ in range(3):
+            cache.append(x, x, [3, 4])
+        return cache.key, cache.value_scale, cache.key_center
+    quantized = fastattn.quantize_kv(x, x, center="mean", block=4)
+    return *quantized, *quantized.dequantize()
 
 
 def call_stream(dtype):
@@ -692,8 +719,12 @@ CALLS = {
     "MultiHeadAttention.vjp, norms of heads": call_normed_vjp,
     "MultiHeadAttention, float16 cache": lambda t: call_layer(t, cache=np.float16, rotary_base=1e4),
     "MultiHeadAttention, float32 cache": lambda t: call_layer(t, cache=np.float32),
+    "MultiHeadAttention, int8 cache": call_layer_over_8_bits,
     **{f"KVCache of {to}": functools.partial(call_cache, cache_dtype=to) for to in ("float32", "float16", "float64")},
     "KVCache, window": lambda t: call_cache(t, "float16", 4),
+    "KVCache of int8": lambda t: call_quantized(t, cached=True),
+    "quantize_kv, QuantizedKV": call_quantized,
+    "from_llama_cpp": lambda t: fastattn.from_llama_cpp(np.full((2, 34), 0x7B, np.uint8)),
     "StreamingAttention": call_stream,
     "StreamingMultiHeadAttention": call_layer_stream,
     "sinusoidal_encoding": lambda t: fastattn.sinusoidal_encoding(9, 300, base=1e300, offset=2**53 - 9, dtype=t),
@@ -755,6 +786,8 @@ OUTS = {
     "self_attention": "fastattn.self_attention(x, x[0], x[0], x[0], out=np.empty_like(x))",
     "MultiHeadAttention": "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1)(x, key_lengths=[2], out=1 * x)",
     "KVCache": "fastattn.KVCache(1, 1, 9, 4).append(x[None], x[None], [2])",
+    "KVCache of int8": "fastattn.KVCache(1, 1, 9, 4, dtype='i1', center='mean').append(x[None], x[None], [2])",
+    "quantize_kv": "fastattn.quantize_kv(x, x, center='mean').dequantize()",
     "StreamingAttention": "fastattn.StreamingAttention(2, sinks=[0.5]).push(x, x, x)",
     "StreamingMultiHeadAttention": "fastattn.StreamingMultiHeadAttention("
     "fastattn.MultiHeadAttention(x[0], x[0], x[0], num_heads=1), 2).push(x)",

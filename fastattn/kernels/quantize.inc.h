@@ -27,10 +27,7 @@ static float scale_for(float top, fa_dtype dtype)
 }
 
 /* The nearest integers to numbers of at most 127, half to even: adding 1.5 * 2**23 puts them into the lowest bits. */
-static ALWAYS_INLINE int8_vec v_to_int8(vec x)
-{
-    return __builtin_convertvector((ivec)(x + 12582912.0f), int8_vec);
-}
+static ALWAYS_INLINE int8_vec v_to_int8(vec x) { return __builtin_convertvector((ivec)(x + 12582912.0f), int8_vec); }
 
 static size_t quantize_workspace(int64_t n) { return (size_t)(n + LANES) * sizeof(real); }
 
