@@ -12,6 +12,7 @@ def dot_product_attention(
     decode: bool = ...,
     keys_before: Any = ...,
     own: NDArray[Any] | None = ...,
+    quantized: tuple[Any, ...] | None = ...,
 ) -> Any: ...
 def varlen_attention(
     query: NDArray[Any],

@@ -20,6 +20,7 @@ from fastattn._attention cimport attend
 from fastattn._call cimport read_dot_product
 from fastattn._checks cimport empty, shape_of
 from fastattn._layers cimport dense
+from fastattn._quantize cimport place_int8
 from fastattn._rules cimport rules_of
 from fastattn._runtime cimport FA_F32, FA_F64, FA_ROW_AXES, fa_kernels, kernels_for
 
@@ -368,10 +369,11 @@ cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
     cdef Py_ssize_t came = cnp.PyArray_DIM(tokens, cnp.PyArray_NDIM(tokens) - 2), longest = cache._longest + came
     cdef Arrays arrays
     cdef Scratch scratch = layer._scratch
-    real, stored, window = layer._accumulation, cache._dtype, window_of(cache, rules)
+    cdef tuple scales = None
+    real, stored, window = layer._accumulation, cache._computed, window_of(cache, rules)
     query_matrix, context_matrix, out_matrix = layer._stored.products()
     num_threads = rules.get("num_threads")
-    if window is False or longest > cache._capacity:
+    if window is False or longest > cache._capacity or cache._awaits_mean:
         return None
     arrays = scratch.take()
     if arrays is None or arrays.looks or arrays.shape != shape_of(tokens) or arrays.stored is not stored:
@@ -391,15 +393,22 @@ cdef cnp.ndarray answer(layer, cnp.ndarray tokens, cache, dict rules):
     query, key, value = arrays.query, arrays.key, arrays.value
     if stored is not real:
         with np.errstate(all="ignore"):
-            query, key, value = query.astype(stored), key.astype(stored), value.astype(stored)
-    place(cache._key, key, numbers(lengths))
-    place(cache._value, value, numbers(lengths))
+            query = query.astype(stored)
+            if not cache._quantized:
+                key, value = key.astype(stored), value.astype(stored)
+    if cache._quantized:
+        place_int8("the projected key", key, cache._center, cache._key, cache._key_scale, NULL, NULL, numbers(lengths))
+        place_int8("the projected value", value, None, cache._value, cache._value_scale, NULL, NULL, numbers(lengths))
+        scales = (first_tokens(cache._key_scale, longest), first_tokens(cache._value_scale, longest), cache._center)
+    else:
+        place(cache._key, key, numbers(lengths))
+        place(cache._value, value, numbers(lengths))
     heads, into = arrays.heads, arrays.by_head
     if out_matrix is None:  # the heads are the caller's
         heads = empty((len(rows), layer.d_out), stored)
         into = by_head(heads, shape_of(tokens)[:-1], layer.num_heads, layer.value_dim)
     attend(read_dot_product(query, first_tokens(cache._key, longest), first_tokens(cache._value, longest),
-                            rules_of(rules), None, into))
+                            rules_of(rules), None, into, scales))
     if out_matrix is None:
         result = heads.reshape((*shape_of(tokens)[:-1], layer.d_out))
         if stored is not layer.dtype:

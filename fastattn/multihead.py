@@ -1773,7 +1773,8 @@ class MultiHeadAttention:
 
         16-bit arrays are projected, and attended to, in float32; only the output is rounded. With a cache, attention is
         in the cache's dtype: query, key and value are rounded to it, and so is the output of the heads. Everything else
-        is in the accumulation dtype, float64 for float64 and otherwise float32.
+        is in the accumulation dtype, float64 for float64 and otherwise float32. With an int8 cache, keys and values are
+        quantized before anything attends to them, those of x too, and attention is in float32.
 
         The projections are those of `Linear`: from the tokens on, the bits of a row do not depend on the batch, threads
         and padding, but calls of at most 8 rows of x or of `context`, counted over all axes but the last, use other
@@ -1872,7 +1873,7 @@ class MultiHeadAttention:
             key, value = new_key, new_value
             if cache is not None:
                 step = cache._begin_step(new_key, new_value, came, old)
-                query = query.astype(cache.dtype, copy=False)
+                query = query.astype(cache._computed, copy=False)
                 key, value, call.rules["key_lengths"] = step.key, step.value, step.lengths
             heads, rest = self._attended(call, products, query, key, value, step)
             result = self._joined(call, products, heads)
@@ -2292,7 +2293,7 @@ class MultiHeadAttention:
             (*call.batch, self.num_heads, call.length, self.head_dim),
             (*call.batch, self.num_kv_heads, num_keys, self.head_dim),
             (*call.batch, self.num_kv_heads, num_keys, self.value_dim),
-            cache.dtype,
+            cache._computed,
             rules,
         )
         if cache.window is not None:
@@ -2431,17 +2432,20 @@ class MultiHeadAttention:
             heads = empty(shape, query.dtype)
         by_head = _by_head(heads, shape[:-1], self.num_heads, self.value_dim)
         before = None if step is None or call.rules.get("chunk_size") is None else step.dropped
+        scales = None if step is None else step.scales
         rules = {**call.rules, "out": None}
         if call.starts is not None:
             answer = attend_packed(query, key, value, *call.starts, rules, by_head)
         else:
-            answer = attend(query, key, value, rules, keys_before=before, own=by_head)
+            answer = attend(query, key, value, rules, keys_before=before, own=by_head, quantized=scales)
         rest = answer[1:] if isinstance(answer, tuple) else ()
         if call.weights_of is not None:
-            rest = (self._weights_of(call, query, key, before), *rest)
+            rest = (self._weights_of(call, query, key, before, scales), *rest)
         return heads, rest
 
-    def _weights_of(self, call: _Call, query: NDArray[Any], key: NDArray[Any], before: Any) -> NDArray[Any]:
+    def _weights_of(
+        self, call: _Call, query: NDArray[Any], key: NDArray[Any], before: Any, scales: Any
+    ) -> NDArray[Any]:
         """The weights of some heads, which are attended to once more, to values without channels."""
         heads: Any = call.weights_of
         rules: dict[str, Any] = {
@@ -2455,9 +2459,13 @@ class MultiHeadAttention:
             a = rules.get(name)
             if a is not None and np.ndim(a) >= -axis and np.shape(a)[axis] != 1:
                 rules[name] = np.take(a, heads, axis)
-        key = key[..., heads // (self.num_heads // self.num_kv_heads), :, :]
+        of_keys = heads // (self.num_heads // self.num_kv_heads)
+        key = key[..., of_keys, :, :]
         nothing = empty((*key.shape[:-1], 0), key.dtype)
-        return attend(query[..., heads, :, :], key, nothing, rules, keys_before=before)[1]
+        if scales is not None:
+            key_scale, _, center = scales
+            scales = key_scale[..., of_keys, :, :], 1.0, None if center is None else center[..., of_keys, :, :]
+        return attend(query[..., heads, :, :], key, nothing, rules, keys_before=before, quantized=scales)[1]
 
     def _joined(self, call: _Call, products: Products, heads: NDArray[Any]) -> NDArray[Any]:
         """From heads to tokens."""
