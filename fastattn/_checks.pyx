@@ -86,15 +86,18 @@ cdef fa_dtype storage_of(cnp.ndarray a, str name) except *:
     raise bad_dtype(name, a.dtype)
 
 
-def storage_dtype(x, str allowed="float32, float64, float16 or ml_dtypes.bfloat16"):
-    """The dtype that a caller passes, which must be one of those that results have. allowed: for the message."""
+def storage_dtype(x, others=()):
+    """The dtype that a caller passes: one that the kernels store or, by its name, one of others."""
+    cdef tuple names = ("float32", "float64", "float16", "bfloat16", *others)
+    allowed = ", ".join(["ml_dtypes.bfloat16" if name == "bfloat16" else name for name in names])
+    allowed = " or ".join(allowed.rsplit(", ", 1))
     try:
         dtype = np.dtype(x)
     except MemoryError:
         raise
     except Exception as error:
         raise TypeError(f"dtype must be {allowed}: {error}") from error
-    if dtype.name not in ("float32", "float64", "float16", "bfloat16") or not dtype.isnative:
+    if dtype.name not in names or not dtype.isnative:
         raise TypeError(f"dtype must be {allowed}, not {dtype}")
     return dtype
 

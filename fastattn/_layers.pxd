@@ -7,7 +7,7 @@ from fastattn._runtime cimport fa_dense, fa_dtype
 cdef class Matrix:
     cdef fa_dense dense
     cdef fa_dtype computed
-    cdef cnp.ndarray panels, padded
+    cdef cnp.ndarray panels, padded, scales
     cdef readonly object dtype
     cdef readonly int64_t d_in, d_out
 

@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 from fastattn._checks cimport (accumulation, checked_out, checked_threads, common_dtype, converted, empty, flag,
                                floating, real, same_place, shape_of, storage_of)
 from fastattn._runtime cimport (FA_DENSE_FEW, FA_DENSE_GELU, FA_DENSE_GELU_TANH, FA_DENSE_NOTHING, FA_DENSE_RELU,
-                                FA_DENSE_SILU, FA_F32, FA_F64, fa_dense, fa_dense_activation, fa_dtype, fa_norm,
+                                FA_DENSE_SILU, FA_F32, FA_F64, FA_I8, fa_dense, fa_dense_activation, fa_dtype, fa_norm,
                                 fa_view, kernels_for, run_dense, run_norm)
 
 cnp.import_array()
@@ -154,11 +154,19 @@ cdef int pack(cnp.ndarray w, cnp.ndarray panels, int width) except -1:
     return 0
 
 
-cdef class Matrix:
-    """A matrix in the panels of the kernels for `wanted`, and its bias. Nobody writes to them: calls in several threads
-    may use them."""
+cdef cnp.ndarray of_columns(object x, int64_t d_out, int64_t columns, object dtype):
+    """A number for each column, then zeros."""
+    cdef cnp.ndarray padded = aligned((columns,), dtype)
+    with np.errstate(all="ignore"):
+        (<object> padded)[:d_out] = x
+    return padded
 
-    def __init__(self, cnp.ndarray w, bias, wanted):
+
+cdef class Matrix:
+    """A matrix in the panels of the kernels for `wanted`, its bias and, of int8 numbers, the scale of each column.
+    Nobody writes to them: calls in several threads may use them."""
+
+    def __init__(self, cnp.ndarray w, bias, wanted, scale=None):
         cdef int width
         self.dtype = wanted
         self.computed = FA_F64 if wanted == np.float64 else FA_F32
@@ -167,19 +175,26 @@ cdef class Matrix:
         count = (d_out + width - 1) // width
         self.panels = aligned((count, d_in, width), wanted)
         pack(w, self.panels, width)
+        dtype = np.dtype(accumulation(self.computed))
         if bias is not None:
-            self.padded = aligned((count * width,), accumulation(self.computed))
-            with np.errstate(all="ignore"):
-                (<object> self.padded)[:d_out] = bias
+            self.padded = of_columns(bias, d_out, count * width, dtype)
+            self.dense.bias = cnp.PyArray_DATA(self.padded)
+        if scale is not None:
+            self.scales = of_columns(scale, d_out, count * width, dtype)
+            self.dense.scale = cnp.PyArray_DATA(self.scales)
         self.dense.d_in, self.dense.d_out = self.d_in, self.d_out = d_in, d_out
         self.dense.panels = cnp.PyArray_DATA(self.panels)
-        self.dense.dtype = storage_of(self.panels, "weight")
-        self.dense.bias = NULL if bias is None else cnp.PyArray_DATA(self.padded)
+        self.dense.dtype = FA_I8 if wanted == np.int8 else storage_of(self.panels, "weight")
 
     @property
     def bias(self):
         """In the dtype of the sums; None: there is none."""
         return None if self.padded is None else (<object> self.padded)[:self.d_out].copy()
+
+    @property
+    def nbytes(self):
+        """Bytes of all that it keeps."""
+        return sum([a.nbytes for a in (self.panels, self.padded, self.scales) if a is not None])
 
     def unpacked(self):
         """The matrix as it was given, in an array of its own."""

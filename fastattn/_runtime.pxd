@@ -272,6 +272,7 @@ cdef extern from "kernels/contract.h" nogil:
         int64_t d_in, d_out, rows
         const void *panels
         fa_dtype dtype
+        const void *scale
         const void *bias
         fa_dense_activation activation
         fa_view x, out, multiply, residual

@@ -26,15 +26,6 @@ def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     return x
 
 
-def _storage_dtype(x: Any) -> np.dtype[Any]:
-    try:
-        if np.dtype(x) == np.int8:
-            return np.dtype(np.int8)
-    except Exception:
-        pass  # the next line says what is wrong
-    return storage_dtype(x, "float32, float64, float16, ml_dtypes.bfloat16 or int8")
-
-
 def _place(
     to: NDArray[Any], at: NDArray[np.int64], x: NDArray[Any], first: NDArray[np.int64], count: NDArray[np.int64]
 ) -> None:
@@ -205,7 +196,7 @@ class KVCache:
         self._window = None if window is None else _size(window, "window", 1)
         if self._window is not None and self._window > self._capacity:
             raise ValueError(f"window={self._window} tokens cannot be kept with capacity={self._capacity}")
-        self._dtype = _storage_dtype(dtype)
+        self._dtype = storage_dtype(dtype, ("int8",))
         self._quantized = self._dtype == np.int8
         self._computed = np.dtype(np.float32) if self._quantized else self._dtype  # in which a layer attends
         self._shapes = [(*self._batch, heads, self._capacity, dim) for dim in dims]

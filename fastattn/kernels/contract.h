@@ -362,8 +362,9 @@ typedef enum { FA_DENSE_NOTHING, FA_DENSE_RELU, FA_DENSE_GELU, FA_DENSE_GELU_TAN
 typedef struct {
     int64_t d_in, d_out, rows;
     const void *panels; /* [panel][d_in][fa_tuning.panel], aligned, zeros in columns past d_out */
-    fa_dtype dtype;     /* of the panels: the accumulation dtype or, where that is float, any of 16 bits */
-    const void *bias;   /* optional; a number for each column of the panels, in the accumulation dtype */
+    fa_dtype dtype;     /* of the panels: the accumulation dtype or, where that is float, any of 16 or 8 bits */
+    /* Optional; a number for each column of the panels, in the accumulation dtype. The scale multiplies sums first. */
+    const void *scale, *bias;
     fa_dense_activation activation;
     fa_view x, out;             /* (rows, d_in), (rows, d_out) */
     fa_view multiply, residual; /* optional, (rows, d_out); may be `out` */

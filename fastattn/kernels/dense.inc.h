@@ -12,10 +12,11 @@ enum {
     DENSE_DEPTH = 1024 / (int)sizeof(real), /* channels of a block */
     DENSE_LINK = 128,                       /* channels in one chain of additions */
     FEW_LINK = 64,                          /* the same for few rows, in two chains */
-    FEW_AT_ONCE = 2,                        /* of few rows, how many share a load */
+    FEW_AT_ONCE = 4,                        /* of few rows, how many share a load */
+    FEW_CHAINED = 2,                        /* and how many of them have both chains at once */
     FEW_AHEAD = 16384                       /* bytes that the matrix is asked for ahead */
 };
-_Static_assert(DENSE_DEPTH % DENSE_LINK == 0 && FEW_LINK % 2 == 0, "whole links");
+_Static_assert(DENSE_DEPTH % DENSE_LINK == 0 && FEW_LINK % 4 == 0, "whole links");
 
 static int64_t dense_blocks(int64_t d_in) { return (d_in + DENSE_DEPTH - 1) / DENSE_DEPTH; }
 
@@ -55,6 +56,7 @@ static ALWAYS_INLINE void finish_rows(const fa_dense *d, const real *sums, int64
                                       const fa_dense_activation activation)
 {
     const int64_t column = panel * PANEL, n = d->d_out - column < PANEL ? d->d_out - column : PANEL;
+    const real *scale = d->scale ? (const real *)d->scale + column : NULL;
     const real *bias = d->bias ? (const real *)d->bias + column : NULL;
     const int in_place = n == PANEL && readable(&d->out);
     real factor[PANEL] = {0}, addend[PANEL] = {0}, line[PANEL];
@@ -66,6 +68,8 @@ static ALWAYS_INLINE void finish_rows(const fa_dense *d, const real *sums, int64
         UNROLL(4)
         for (int v = 0; v < VECS; v++) {
             vec y = v_load(sums + v * LANES);
+            if (scale)
+                y *= v_load(scale + v * LANES);
             if (bias)
                 y += v_load(bias + v * LANES);
             switch (activation) {
@@ -189,12 +193,6 @@ FOR_ROWS(DENSE_TILE, hasty_tile, 1)
 static const dense_function dense_tiles[2][ROWS] = {{FOR_ROWS(DENSE_NAME, dense_tile)},
                                                     {FOR_ROWS(DENSE_NAME, hasty_tile)}};
 
-/* Bytes of a number in the panels. */
-static ALWAYS_INLINE int64_t panel_bytes(const fa_dense *d)
-{
-    return d->dtype == FA_F64 ? 8 : d->dtype == FA_F32 ? 4 : 2;
-}
-
 /* Contract: contract.h. Sums, [panel][row][PANEL], and a part of a panel whose numbers have to be widened. */
 static size_t dense_workspace(int64_t rows, int64_t panels)
 {
@@ -205,7 +203,7 @@ static size_t dense_workspace(int64_t rows, int64_t panels)
 static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void *packed, int64_t panel_begin,
                         int64_t panel_end, void *workspace)
 {
-    const int64_t d_in = d->d_in, groups = (rows + ROWS - 1) / ROWS, size = panel_bytes(d);
+    const int64_t d_in = d->d_in, groups = (rows + ROWS - 1) / ROWS, size = size_of(d->dtype);
     real *const widened = workspace, *const sums = widened + DENSE_DEPTH * PANEL;
     int64_t c = 0;
     do {
@@ -239,84 +237,117 @@ static void dense_block(const fa_dense *d, int64_t row, int64_t rows, const void
     } while (c < d_in);
 }
 
-/* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart; meanwhile `lines`
- * lines are fetched for each channel, from `ahead` on. */
+/* out (+)= x times FEW_LINK channels (or `depth`) of a panel, for a few rows d_in numbers apart. Even channels are one
+ * chain of additions, odd ones another: up to FEW_CHAINED rows in one pass, more in two, for their sums alone fill the
+ * registers. Meanwhile `lines` lines are fetched for each four channels of the first `asking` passes, from `ahead` on.
+ */
 static ALWAYS_INLINE void few_tile(const real *restrict x, int64_t d_in, const char *restrict b, int64_t depth,
-                                   real *restrict out, int add, const char *ahead, int lines, const int rows,
-                                   const fa_dtype dtype)
+                                   real *restrict out, int add, const char *ahead, int lines, int asking,
+                                   const int rows, const fa_dtype dtype)
 {
-    const int size = size_of(dtype);
-    vec sum[2][FEW_AT_ONCE][VECS];
+    const int size = size_of(dtype), row = PANEL * size;
+    const int passes = rows > FEW_CHAINED ? 2 : 1, steps = 4 / passes; /* steps: of each four channels */
+    real even[FEW_AT_ONCE][PANEL];
     UNROLL(2)
-    for (int k = 0; k < 2; k++) {
+    for (int pass = 0; pass < passes; pass++) {
+        /* Evenly, where there is one for each step: memory is slower if it is asked for many at once. */
+        const int wanted = pass < asking ? lines : 0;
+        const int each = row >= 64 ? wanted / steps : 0, rest = wanted - each * steps;
+        vec sum[2][FEW_AT_ONCE][VECS];
+        UNROLL(2)
+        for (int k = 0; k < 2; k++) {
+            UNROLL(4)
+            for (int r = 0; r < rows; r++) {
+                UNROLL(4)
+                for (int v = 0; v < VECS; v++)
+                    sum[k][r][v] = (vec){0};
+            }
+        }
+#define FEW_ASK(count)                                          \
+    do {                                                        \
+        NOT_UNROLLED                                            \
+        for (int line = 0; line < (count); line++, ahead += 64) \
+            __builtin_prefetch(ahead, 0, 2);                    \
+    } while (0)
+#define FEW_STEP(k)                                                          \
+    do {                                                                     \
+        vec b_v[VECS];                                                       \
+        UNROLL(4)                                                            \
+        for (int v = 0; v < VECS; v++)                                       \
+            b_v[v] = v_load_as(b_t + (k) * row + v * LANES * size, dtype);   \
+        UNROLL(4)                                                            \
+        for (int r = 0; r < rows; r++) {                                     \
+            const vec x_r = v_fill(x[r * d_in + t + (k)]);                   \
+            UNROLL(4)                                                        \
+            for (int v = 0; v < VECS; v++)                                   \
+                sum[(k) % 2][r][v] = v_fma(x_r, b_v[v], sum[(k) % 2][r][v]); \
+        }                                                                    \
+        FEW_ASK(each);                                                       \
+    } while (0)
+        const char *b_t = b + pass * row;
+        int64_t t = pass;
+        for (; t + 4 - pass <= depth; t += 4, b_t += 4 * row) {
+            FEW_STEP(0);
+            if (passes == 1)
+                FEW_STEP(1);
+            FEW_STEP(2);
+            if (passes == 1)
+                FEW_STEP(3);
+            FEW_ASK(rest);
+        }
+        for (; t < depth; t += 2, b_t += 2 * row) {
+            FEW_STEP(0);
+            if (passes == 1 && t + 1 < depth)
+                FEW_STEP(1);
+        }
+#undef FEW_STEP
+#undef FEW_ASK
         UNROLL(4)
         for (int r = 0; r < rows; r++) {
             UNROLL(4)
-            for (int v = 0; v < VECS; v++)
-                sum[k][r][v] = (vec){0};
-        }
-    }
-#define FEW_STEP(k)                                              \
-    do {                                                         \
-        vec b_v[VECS];                                           \
-        UNROLL(4)                                                \
-        for (int v = 0; v < VECS; v++)                           \
-            b_v[v] = v_load_as(b + v * LANES * size, dtype);     \
-        UNROLL(4)                                                \
-        for (int r = 0; r < rows; r++) {                         \
-            const vec x_r = v_fill(x[r * d_in + t + (k)]);       \
-            UNROLL(4)                                            \
-            for (int v = 0; v < VECS; v++)                       \
-                sum[k][r][v] = v_fma(x_r, b_v[v], sum[k][r][v]); \
-        }                                                        \
-        NOT_UNROLLED                                             \
-        for (int line = 0; line < lines; line++, ahead += 64)    \
-            __builtin_prefetch(ahead, 0, 2);                     \
-        b += PANEL * size;                                       \
-    } while (0)
-    int64_t t = 0;
-    for (; t + 2 <= depth; t += 2) {
-        FEW_STEP(0);
-        FEW_STEP(1);
-    }
-    if (t < depth)
-        FEW_STEP(0);
-#undef FEW_STEP
-    UNROLL(4)
-    for (int r = 0; r < rows; r++) {
-        UNROLL(4)
-        for (int v = 0; v < VECS; v++) {
-            real *o = out + r * PANEL + v * LANES;
-            const vec s = sum[0][r][v] + sum[1][r][v];
-            v_store(o, add ? v_load(o) + s : s);
+            for (int v = 0; v < VECS; v++) {
+                real *const o = out + r * PANEL + v * LANES, *const e = even[r] + v * LANES;
+                if (passes == 2 && pass == 0) {
+                    v_store(e, sum[0][r][v]);
+                    continue;
+                }
+                const vec s = passes == 1 ? sum[0][r][v] + sum[1][r][v] : v_load(e) + sum[0][r][v];
+                v_store(o, add ? v_load(o) + s : s);
+            }
         }
     }
 }
 typedef void (*few_function)(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, int add,
-                             const char *ahead, int lines);
+                             const char *ahead, int lines, int asking);
 #define FEW_TILE(rows, name, dtype)                                                                              \
     static NEVER_INLINE void name##_##rows(const real *x, int64_t d_in, const char *b, int64_t depth, real *out, \
-                                           int add, const char *ahead, int lines)                                \
+                                           int add, const char *ahead, int lines, int asking)                    \
     {                                                                                                            \
-        few_tile(x, d_in, b, depth, out, add, ahead, lines, rows, dtype);                                        \
+        few_tile(x, d_in, b, depth, out, add, ahead, lines, asking, rows, dtype);                                \
     }
-#define FEW_TILES(name, dtype) FEW_TILE(1, name, dtype) FEW_TILE(2, name, dtype)
+#define FEW_TILES(name, dtype) \
+    FEW_TILE(1, name, dtype) FEW_TILE(2, name, dtype) FEW_TILE(3, name, dtype) FEW_TILE(4, name, dtype)
+#define FEW_NAMES(name) {name##_1, name##_2, name##_3, name##_4}
 FEW_TILES(few_real, REAL_DTYPE)
 #if BITS == 32
 FEW_TILES(few_f16, FA_F16)
 FEW_TILES(few_bf16, FA_BF16)
+FEW_TILES(few_i8, FA_I8)
 #endif
-_Static_assert(FEW_AT_ONCE == 2, "the rows for which there are functions");
+_Static_assert(FEW_AT_ONCE == 4, "the rows for which there are functions");
 
 static const few_function *few_functions(fa_dtype dtype)
 {
-    static const few_function of_real[] = {few_real_1, few_real_2};
+    static const few_function of_real[] = FEW_NAMES(few_real);
 #if BITS == 32
-    static const few_function of_f16[] = {few_f16_1, few_f16_2}, of_bf16[] = {few_bf16_1, few_bf16_2};
+    static const few_function of_f16[] = FEW_NAMES(few_f16), of_bf16[] = FEW_NAMES(few_bf16),
+                              of_i8[] = FEW_NAMES(few_i8);
     if (dtype == FA_F16)
         return of_f16;
     if (dtype == FA_BF16)
         return of_bf16;
+    if (dtype == FA_I8)
+        return of_i8;
 #endif
     (void)dtype;
     return of_real;
@@ -326,22 +357,21 @@ static const few_function *few_functions(fa_dtype dtype)
 static void dense_few(const fa_dense *d, const void *x, int64_t panel_begin, int64_t panel_end)
 {
     const few_function *const tiles = few_functions(d->dtype);
-    const int64_t size = panel_bytes(d), d_in = d->d_in, row = PANEL * size;
-    const int64_t passes = (d->rows + FEW_AT_ONCE - 1) / FEW_AT_ONCE;
-    /* Each pass of rows over a part of a panel fetches its share of the lines FEW_AHEAD bytes further on. */
-    const int64_t of_channel = row / 64 > 1 ? row / 64 : 1, sharing = passes < of_channel ? passes : of_channel;
-    const int lines = d->prefetch ? (int)((of_channel + sharing - 1) / sharing) : 0;
+    const int64_t d_in = d->d_in, row = (int64_t)PANEL * size_of(d->dtype);
+    /* Each pass over a part of a panel fetches its share of the lines FEW_AHEAD bytes further on. */
+    const int passes = (int)((d->rows + FEW_CHAINED - 1) / FEW_CHAINED);
+    const int of_four = row > 16 ? (int)(4 * row / 64) : 1, sharing = passes < of_four ? passes : of_four;
+    const int lines = d->prefetch ? (of_four + sharing - 1) / sharing : 0;
     for (int64_t p = panel_begin; p < panel_end; p++) {
         const char *const panel = (const char *)d->panels + p * d_in * row;
         real sums[FA_DENSE_FEW][PANEL];
         int64_t c = 0;
         do {
-            const int64_t depth = d_in - c < FEW_LINK ? d_in - c : FEW_LINK;
-            const char *ahead = panel + c * row + FEW_AHEAD;
-            for (int64_t r = 0; r < d->rows; r += FEW_AT_ONCE, ahead += depth * lines * 64) {
-                const int64_t rows = d->rows - r < FEW_AT_ONCE ? d->rows - r : FEW_AT_ONCE;
-                tiles[rows - 1]((const real *)x + r * d_in + c, d_in, panel + c * row, depth, sums[r], c > 0, ahead,
-                                r / FEW_AT_ONCE < sharing ? lines : 0);
+            const int64_t depth = d_in - c < FEW_LINK ? d_in - c : FEW_LINK, lines_of_pass = depth / 4 * lines;
+            for (int64_t r = 0; r < d->rows; r += FEW_AT_ONCE) {
+                const int64_t rows = d->rows - r < FEW_AT_ONCE ? d->rows - r : FEW_AT_ONCE, pass = r / FEW_CHAINED;
+                tiles[rows - 1]((const real *)x + r * d_in + c, d_in, panel + c * row, depth, sums[r], c > 0,
+                                panel + c * row + FEW_AHEAD + pass * lines_of_pass * 64, lines, sharing - (int)pass);
             }
             c += depth;
         } while (c < d_in);

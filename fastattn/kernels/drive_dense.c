@@ -5,10 +5,10 @@
 #include <omp.h>
 #endif
 
-/* What a thread must have to do, in numbers multiplied or, divided by READ, read from memory: about 0.1 ms. A region
- * costs a few microseconds if one has just ended, but 0.1 ms if threads sleep, as they do between the layers of a
- * model. */
-enum { LEAST_WORK = 1 << 23, SMALL_WORK = 1 << 17, READ = 16, NORM_TASK = 1 << 14 };
+/* What a thread must have to do, in numbers multiplied or, divided by READ, bytes read from memory: about 0.1 ms. A
+ * region costs a few microseconds if one has just ended, but 0.1 ms if threads sleep, as they do between the layers of
+ * a model. */
+enum { LEAST_WORK = 1 << 23, SMALL_WORK = 1 << 17, READ = 4, NORM_TASK = 1 << 14 };
 
 /* Numbers of x that one thread packs sooner than several, which would have to wait for each other then. */
 enum { PACKED_ALONE = 1 << 15 };
@@ -16,7 +16,12 @@ enum { PACKED_ALONE = 1 << 15 };
 static size_t aligned(size_t n) { return (n + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN; }
 static int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static double work(const fa_dense *d) { return (double)d->d_in * (double)d->d_out * ((double)d->rows + READ); }
+static int bytes_of(fa_dtype dtype) { return dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : dtype == FA_I8 ? 1 : 2; }
+
+static double work(const fa_dense *d)
+{
+    return (double)d->d_in * (double)d->d_out * ((double)d->rows + READ * bytes_of(d->dtype));
+}
 
 int fa_dense_is_small(const fa_dense *d) { return work(d) < SMALL_WORK; }
 
@@ -31,7 +36,7 @@ void fa_plan_dense(const fa_dense *d, const fa_kernels *kernels, int threads, fa
         threads = share < 1 ? 1 : (int)share;
     if (d->rows <= FA_DENSE_FEW) {
         /* Some parts for each thread, so that none waits long for another, of at least 64 KiB. */
-        const int64_t least = ceiling(1 << 14, fa_most(d->d_in, 1) * tuning->panel);
+        const int64_t least = ceiling(1 << 16, fa_most(d->d_in, 1) * tuning->panel * bytes_of(d->dtype));
         plan->columns = fa_most(least, ceiling(plan->panels, 8 * (int64_t)threads));
         plan->ranges = ceiling(plan->panels, plan->columns);
         plan->threads = (int)fa_least(threads, plan->ranges);
