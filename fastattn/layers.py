@@ -280,7 +280,7 @@ def _scale_of(scale: ArrayLike, w: NDArray[Any], wanted: np.dtype[Any] | None) -
         )
     d_out = w.shape[1]
     if is_one_number(scale):
-        given = np.full(d_out, real(scale, "weight_scale", "finite numbers"))
+        given = np.full(d_out, real(scale, "weight_scale", "a finite number, or one for each column"))
     else:
         given = floating(scale, "weight_scale")
     if given.shape != (d_out,):

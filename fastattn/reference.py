@@ -2757,13 +2757,28 @@ class Linear:
     ----------
     weight : array_like, shape (d_in, d_out)
     bias : array_like, shape (d_out,), optional
+    weight_scale : array_like, shape (d_out,), or float, optional
+        The matrix is ``weight * weight_scale``.
+    dtype : dtype, optional
+        In which the matrix is kept. With int8 it becomes integers times scales, as `columns_of_int8` has it.
     """
 
-    def __init__(self, weight, bias=None):
-        self.weight = np.array(weight, dtype=np.float64)
+    def __init__(self, weight, bias=None, *, weight_scale=None, dtype=None):
+        self.dtype = np.dtype(np.float64 if dtype is None else dtype)
+        self.weight_scale = None
+        if weight_scale is not None:
+            self.dtype = np.dtype(np.int8)
+            self.weight = np.array(weight, dtype=np.float64)
+            self.weight_scale = np.float64(np.float32(weight_scale)) * np.ones(self.weight.shape[1])
+        elif self.dtype == np.int8:
+            self.weight, self.weight_scale = columns_of_int8(weight)
+        else:
+            with np.errstate(all="ignore"):
+                self.weight = np.array(weight).astype(self.dtype).astype(np.float64)
+        self.matrix = self.weight if self.weight_scale is None else self.weight * self.weight_scale
         self.bias = None if bias is None else np.array(bias, dtype=np.float64)
         self.d_in, self.d_out = self.weight.shape
-        self.dtype = self.weight.dtype
+        self.nbytes = sum(a.nbytes for a in (self.weight, self.bias, self.weight_scale) if a is not None)
 
     def __call__(self, x, *, activation=None, multiply=None, residual=None, out=None, num_threads=None):
         """The product of rows.
@@ -2783,12 +2798,33 @@ class Linear:
         ndarray, shape (..., d_out)
         """
         with np.errstate(all="ignore"):
-            y = ACTIVATIONS[activation](project(np.asarray(x, dtype=np.float64), self.weight, self.bias))
+            y = ACTIVATIONS[activation](project(np.asarray(x, dtype=np.float64), self.matrix, self.bias))
             if multiply is not None:
                 y = y * np.asarray(multiply, dtype=np.float64)
             if residual is not None:
                 y = y + np.asarray(residual, dtype=np.float64)
         return _into(out, y)
+
+
+def columns_of_int8(weight):
+    """A matrix as integers from -127 to 127 and a scale for each column, such that ``integers * scales`` is near it.
+
+    The scale is a 127th of the largest number of the column, rounded to float32: no less than its smallest normal
+    number, and 0 for a column of zeros. Integers are the nearest, half to even.
+
+    Parameters
+    ----------
+    weight : array_like, shape (d_in, d_out)
+
+    Returns
+    -------
+    ndarray, shape (d_in, d_out), and ndarray, shape (d_out,)
+    """
+    weight = np.asarray(weight, dtype=np.float64)
+    top = np.max(np.abs(weight), axis=0, initial=0.0)
+    scale = np.where(top > 0, np.maximum(top / 127, float(np.finfo(np.float32).tiny)), 0.0)
+    scale = np.float64(np.float32(scale))
+    return np.rint(weight / np.where(scale > 0, scale, 1.0)), scale
 
 
 def fading(share):

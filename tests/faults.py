@@ -244,6 +244,8 @@ def object_cases():
         return make
 
     yield "product, new", lambda: Case(lambda: Linear(weight, bias).weight)
+    yield "product, new of int8", lambda: Case(lambda: Linear(weight, bias, dtype=np.int8).weight_scale)
+    yield "product, int8 with scales", lambda: Case(lambda: Linear(np.ones((8, 40), np.int8), weight_scale=0.5)(many))
     yield "product, few rows", product_call(many[:3], activation="silu", residual=many[:3] @ weight)
     yield "product, many rows", product_call(many, multiply=np.asfortranarray(many @ weight), num_threads=3)
     yield "product in float64", product_call(many[:20], np.float64)

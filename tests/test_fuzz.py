@@ -58,6 +58,7 @@ LAYER = fastattn.MultiHeadAttention(**W, num_heads=2, rotary_base=1e4)
 UNTURNED = fastattn.MultiHeadAttention(**W, num_heads=2)
 TOKENS = normal(9, 2, 3, 8)
 PRODUCT = fastattn.Linear(normal(32, 8, 5), normal(33, 5))
+INT8 = np.clip(normal(36, 8, 5) * 40, -127, 127).astype(np.int8)
 PROJECTED = UNTURNED.project_context(TOKENS)
 PREPARED = fastattn.prepare_additive_keys(normal(6, 2, 5, 4))
 
@@ -148,6 +149,14 @@ TARGETS |= {
     ),
     "MultiHeadAttention": (lambda: (FROM, ()), {**W, "num_heads": 2}),
     "Linear": (lambda: (fastattn.Linear, ()), {"weight": normal(32, 8, 5), "bias": normal(33, 5)}),
+    "Linear, int8": (
+        lambda: (fastattn.Linear, ()),
+        {"weight": INT8, "bias": normal(33, 5), "weight_scale": normal(37, 5), "dtype": np.int8},
+    ),
+    "Linear(), int8": (
+        lambda: (fastattn.Linear(INT8, weight_scale=0.1), ()),
+        {"x": TOKENS, "multiply": normal(34, 2, 3, 5), "residual": normal(35, 2, 3, 5)},
+    ),
     "Linear()": (
         lambda: (PRODUCT, ()),
         {"x": TOKENS, "activation": "silu", "multiply": normal(34, 2, 3, 5), "residual": normal(35, 2, 3, 5)},

@@ -369,6 +369,12 @@ def walk_layers(dtype, at_end):
                         result = linear(place(x), activation=activation, **arrays)
                         assert result is arrays["out"] and np.isfinite(result).all()
                     linear(place(x), out=arrays["residual"], residual=arrays["residual"])
+            if dtype == "float32":
+                numbers = guarded(rng.integers(-128, 128, (d_in, d_out), dtype=np.int8), at_end)
+                small = fastattn.Linear(numbers, normal(d_out), weight_scale=normal(d_out))
+                for rows in (1, 2, 3, 8, 9, 30):
+                    out = small(place(normal(rows, d_in)), out=guarded(np.zeros((rows, d_out), dtype), at_end))
+                    assert np.isfinite(out).all()
             wide = rng.standard_normal((9, d_in))
             linear(guarded(wide, at_end), out=guarded(np.zeros((9, d_out)), at_end))
     for channels in (1, 3, 8, 15, 16, 17, 31, 33, 64, 65, 129, 1000):

@@ -618,6 +618,25 @@ def call_linear(activation, dtype, rows=3):
     return linear(extreme(rows, 8, dtype=dtype), activation=activation, multiply=more, residual=more)
 
 
+def finite(*shape, dtype):
+    """Extreme numbers that float32 can hold too."""
+    with np.errstate(all="ignore"):
+        x = extreme(*shape, dtype=dtype)
+        return np.where(np.isfinite(x.astype(np.float32)), x, x.dtype.type(1))
+
+
+def call_int8(dtype, rows):
+    numbers = np.resize(np.int8([-128, -1, 0, 1, 127]), (8, 5))
+    linear = fastattn.Linear(numbers, extreme(5), weight_scale=finite(5, dtype=dtype))
+    x = extreme(rows, 8, dtype=np.float32 if dtype == np.float64 else dtype)
+    return linear(x, activation="gelu", multiply=extreme(rows, 5), residual=extreme(rows, 5))
+
+
+def call_quantizing(dtype):
+    linear = fastattn.Linear(finite(8, 5, dtype=dtype), dtype="int8")
+    return linear.weight, linear.weight_scale
+
+
 def call_norm(norm, dtype, **more):
     x = extreme(3, 16, dtype=dtype)
     return norm(x, extreme(16), residual=extreme(3, 16), eps=1e-300, return_sum=True, **more)
@@ -689,6 +708,9 @@ CALLS = {
     "prepare_additive_keys": call_prepared,
     **{f"Linear, {name}": functools.partial(call_linear, name) for name in ("relu", "gelu", "gelu_tanh", "silu")},
     "Linear, many rows": lambda t: call_linear(None, t, rows=20),
+    "Linear, int8": lambda t: call_int8(t, 3),
+    "Linear, int8, many rows": lambda t: call_int8(t, 20),
+    "Linear, quantized": call_quantizing,
     "Linear, widened": lambda t: fastattn.Linear(extreme(8, 5, dtype=t), extreme(5))(extreme(3, 8)),
     "layer_norm": lambda t: call_norm(fastattn.layer_norm, t, bias=extreme(16)),
     "rms_norm": lambda t: call_norm(fastattn.rms_norm, t, offset=1e300),

@@ -1,7 +1,8 @@
 """Linear, layer_norm and rms_norm: right within derived bounds, and the same bits whatever stands around a row.
 
 The error of a product is at most ``eps * (d_in / 8 + 8)`` times the sum of the absolute values of its terms, and that
-of a norm a few eps of the largest number over the deviation, eps being that of the accumulation dtype.
+of a norm a few eps of the largest number over the deviation, eps being that of the accumulation dtype. Of an int8
+matrix the terms are those of ``weight * weight_scale``: its numbers are exact, and the scale adds one rounding.
 """
 
 import copy
@@ -56,6 +57,21 @@ def check_product(y, x, weight, bias, activation=None, multiply=None, residual=N
     assert not wrong.any(), np.argwhere(wrong)[0]
 
 
+def columns_of_int8(rng, d_in, d_out):
+    """Numbers from all of int8, -128 too, and scales of either sign and of several sizes."""
+    scale = normal(rng, d_out) * np.float32(10) ** rng.integers(-6, 0, d_out).astype(np.float32)
+    return rng.integers(-128, 128, (d_in, d_out), dtype=np.int8), scale
+
+
+def layer_of(rng, d_in, d_out, dtype, bias=None):
+    """A Linear that keeps its matrix in `dtype`, the matrix that it stands for, and the dtype of its rows."""
+    if dtype != np.int8:
+        weight = normal(rng, d_in, d_out, dtype=dtype)
+        return Linear(weight, bias), weight, dtype
+    weight, scale = columns_of_int8(rng, d_in, d_out)
+    return Linear(weight, bias, weight_scale=scale), weight * np.float64(scale), np.float32
+
+
 def few_or_many(rows):
     return "few" if rows <= 8 else "many"
 
@@ -106,6 +122,103 @@ def test_16_bits_are_those_of_the_widened_matrix(rng):
         for rows in (1, 5, 8, 9, 50):
             x = normal(rng, rows, 300)
             assert bits(Linear(weight)(x)) == bits(Linear(weight.astype(np.float32))(x)), (dtype, rows)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *sixteen_bits()])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_of_int8(rng, shape, dtype):
+    """All settings, against the numbers that the matrix stands for."""
+    rows, d_in, d_out = shape
+    x, bias = normal(rng, rows, d_in, dtype=dtype), normal(rng, d_out, dtype=np.float64)
+    weight, scale = columns_of_int8(rng, d_in, d_out)
+    multiply, residual = normal(rng, rows, d_out, dtype=np.float64), normal(rng, rows, d_out)
+    linear, matrix = Linear(weight, bias, weight_scale=scale), weight * np.float64(scale)
+    assert (linear.d_in, linear.d_out, linear.dtype) == (d_in, d_out, np.int8)
+    assert bits(linear.weight) == bits(weight) and bits(linear.weight_scale) == bits(scale)
+    for activation in ACTIVATIONS:
+        y = linear(x, activation=activation)
+        assert y.dtype == dtype
+        check_product(y, x, matrix, bias, activation)
+        y = linear(x, activation=activation, multiply=multiply, residual=residual, num_threads=2)
+        assert y.dtype == dtype
+        check_product(y, x, matrix, bias, activation, multiply, residual)
+    check_product(Linear(weight, weight_scale=scale)(x, residual=residual), x, matrix, None, None, None, residual)
+    check_product(Linear(weight, weight_scale=0.37)(x), x, weight * float(np.float32(0.37)), None)
+
+
+def test_int8_is_that_of_the_widened_matrix(rng):
+    """With a scale of 1 all bits are those of the same numbers in float32; a power of two multiplies the sums only."""
+    weight = rng.integers(-128, 128, (300, 70), dtype=np.int8)
+    power = np.ldexp(np.float32(1), rng.integers(-20, 20, 70)).astype(np.float32)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 50):
+        x = normal(rng, rows, 300)
+        wide = Linear(weight.astype(np.float32))(x)
+        assert bits(Linear(weight, weight_scale=1)(x)) == bits(wide), rows
+        assert bits(Linear(weight, weight_scale=power)(x)) == bits(wide * power), rows
+
+
+def test_each_int8_number_is_exact():
+    """All 256, in every place of a vector, few rows and many: one row of ones picks them out."""
+    numbers = np.arange(-128, 128, dtype=np.int8)
+    weight = np.stack([np.roll(numbers, shift) for shift in range(40)])
+    scale = np.float32(0.1) * np.arange(1, 257, dtype=np.float32)
+    for x in (np.eye(40, dtype=np.float32), *np.eye(40, dtype=np.float32)[:, None]):
+        y = Linear(weight, weight_scale=scale)(x)
+        np.testing.assert_array_equal(y, x @ weight.astype(np.float32) * scale)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 30), (700, 300), (0, 3), (3, 0), (200_000, 2)])
+def test_quantized_columns(rng, shape, dtype):
+    """They are those of the reference, and off by half a scale at most."""
+    weight = normal(rng, *shape, dtype=np.float64) * 10.0 ** rng.integers(-3, 3, shape[1])
+    weight[rng.random(shape) < 0.1] = 0
+    weight = weight.astype(dtype)
+    linear = Linear(weight, dtype="int8")
+    numbers, scale = reference.columns_of_int8(weight)
+    assert (linear.dtype, linear.weight.dtype, linear.weight_scale.dtype) == (np.int8, np.int8, np.float32)
+    np.testing.assert_array_equal(linear.weight, numbers)
+    np.testing.assert_array_equal(linear.weight_scale, scale)
+    wrong = np.abs(linear.weight * scale - np.float64(weight))
+    assert (wrong <= scale / 2 * (1 + 1e-12)).all()
+    assert linear.weight.min(initial=0) >= -127
+    x = normal(rng, 3, shape[0])
+    if len(weight) < 1000:
+        check_product(linear(x), x, numbers * scale, None)
+
+
+def test_numbers_between_two_integers_become_even():
+    column = np.array([127, 0.5, 1.5, 2.5, -0.5, -1.5, 63.5, 64.5, -127])
+    for weight in (np.float32(column), np.float16(column), column, column * 2.0**60, column * 2.0**-120):
+        linear = Linear(weight[:, None], dtype=np.int8)
+        np.testing.assert_array_equal(linear.weight[:, 0], [127, 0, 2, 2, 0, -2, 64, 64, -127])
+
+
+def test_columns_of_any_size():
+    """Zeros, numbers that are denormal in float32 and the largest of each dtype."""
+    least, most = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
+    tiny = np.finfo(np.float32).tiny
+    weight = np.array([[0, least, 1e-40, 1e-300, most, most * 126], [0, 0, -1e-40, 0, -most / 4, 1]])
+    linear = Linear(weight, dtype=np.int8)
+    np.testing.assert_array_equal(linear.weight, [[0, 0, 0, 0, 127, 127], [0, 0, 0, 0, -32, 0]])
+    assert linear.weight_scale[0] == 0 and (linear.weight_scale[1:4] == tiny).all()
+    assert np.isfinite(linear.weight_scale).all()
+    large = Linear(np.float32([[most], [-most]]), dtype=np.int8)
+    np.testing.assert_array_equal(large(np.eye(2, dtype=np.float32))[:, 0] > 0, [True, False])
+
+
+@pytest.mark.parametrize("of_weight", ALL_DTYPES)
+@pytest.mark.parametrize("kept", ALL_DTYPES)
+def test_dtype_of_what_is_kept(rng, kept, of_weight):
+    weight = normal(rng, 70, 40, dtype=of_weight)
+    linear, converted = Linear(weight, normal(rng, 40), dtype=kept), weight.astype(kept)
+    assert linear.dtype == kept and linear.weight_scale is None
+    assert bits(linear.weight) == bits(converted)
+    x = normal(rng, 3, 70, dtype=kept)
+    assert bits(linear(x)) == bits(Linear(converted, linear.bias)(x))
+    integers = Linear(np.int8([[1, -128]]), dtype=kept)
+    assert integers.dtype == kept
+    np.testing.assert_array_equal(integers.weight.astype(np.float64), [[1, -128]])
 
 
 def test_integers_and_lists():
@@ -192,12 +305,12 @@ def test_numbers_near_the_ends_of_the_range(rng, dtype, rows):
 
 
 @pytest.mark.parametrize("rows", [2, 8, 9, 14, 60, 300])
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("dtype", [*ALL_DTYPES, np.int8])
 def test_bits_of_a_row_are_its_own(rng, dtype, rows):
     """They depend on the row, and on whether there are more than eight."""
-    x, weight, bias = normal(rng, rows, 150, dtype=dtype), normal(rng, 150, 130, dtype=dtype), normal(rng, 130)
+    linear, _, of_x = layer_of(rng, 150, 130, dtype, normal(rng, 130))
+    x = normal(rng, rows, 150, dtype=of_x)
     multiply, residual = normal(rng, rows, 130), normal(rng, rows, 130)
-    linear = Linear(weight, bias)
 
     def call(index, **more):
         return linear(x[index], activation="gelu", multiply=multiply[index], residual=residual[index], **more)
@@ -224,24 +337,26 @@ def test_bits_of_a_row_are_its_own(rng, dtype, rows):
 
 
 @pytest.mark.parametrize("rows", [4, 30])
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("dtype", [*ALL_DTYPES, np.int8])
 def test_layouts_of_memory(rng, dtype, rows):
-    x, weight = normal(rng, 2, rows, 33, dtype=dtype), normal(rng, 33, 50, dtype=dtype)
-    multiply, residual = normal(rng, 2, rows, 50), normal(rng, 2, rows, 50, dtype=dtype)
-    expected = Linear(weight)(x, activation="silu", multiply=multiply, residual=residual)
+    linear, _, of_x = layer_of(rng, 33, 50, dtype)
+    x, weight, scale = normal(rng, 2, rows, 33, dtype=of_x), np.array(linear.weight), linear.weight_scale
+    multiply, residual = normal(rng, 2, rows, 50), normal(rng, 2, rows, 50, dtype=of_x)
+    expected = linear(x, activation="silu", multiply=multiply, residual=residual)
     for one, two, three, four in zip(*map(layouts, (x, multiply, residual, expected)), strict=True):
         name = one[0]
-        y = Linear(weight)(one[1], activation="silu", multiply=two[1], residual=three[1])
+        y = linear(one[1], activation="silu", multiply=two[1], residual=three[1])
         assert bits(y) == bits(expected), name
         if four[1].flags.writeable:
             out = four[1]
             out[...] = 7
-            assert Linear(weight)(x, activation="silu", multiply=multiply, residual=residual, out=out) is out
+            assert linear(x, activation="silu", multiply=multiply, residual=residual, out=out) is out
             assert bits(out) == bits(expected), name
     for name, other in layouts(weight):
-        assert bits(Linear(other)(x, activation="silu", multiply=multiply, residual=residual)) == bits(expected), name
+        again = Linear(other, weight_scale=scale)
+        assert bits(again(x, activation="silu", multiply=multiply, residual=residual)) == bits(expected), name
     zero = np.broadcast_to(x[:, :1], x.shape)
-    assert bits(Linear(weight)(zero)) == bits(Linear(weight)(zero.copy()))
+    assert bits(linear(zero)) == bits(linear(zero.copy()))
 
 
 def test_out_leaves_the_gaps_alone(rng):
@@ -299,9 +414,14 @@ def test_on_other_instruction_set(name):
                 test_layers.test_product(rng, shape, dtype, activation)
         for rows in (8, 14, 60):
             test_layers.test_bits_of_a_row_are_its_own(rng, dtype, rows)
+            test_layers.test_bits_of_a_row_are_its_own(rng, np.int8, rows)
         test_layers.test_limits_at_infinity(dtype, 9)
         test_layers.test_norms(rng, dtype, 333)
         test_layers.test_layouts_of_norms(rng, dtype)
+    for shape in ((2, 64, 64), (7, 130, 100), (9, 64, 64), (13, 130, 65), (40, 500, 70)):
+        test_layers.test_product_of_int8(rng, shape, np.float32)
+    test_layers.test_int8_is_that_of_the_widened_matrix(rng)
+    test_layers.test_each_int8_number_is_exact()
     for dtype in test_layers.DTYPES:
         test_layers.test_no_less_accurate_than_numpy_in_the_mean(rng, dtype, 4)
         for activation in test_layers.ACTIVATIONS[1:]:
@@ -323,20 +443,50 @@ def test_attributes_are_copies(rng):
     for array in (linear.weight, linear.bias):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
-    assert Linear(weight).bias is None
+    assert Linear(weight).bias is None and linear.weight_scale is None
     assert repr(linear) == "Linear(6, 5, bias=True, dtype=float32)"
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_attributes_of_int8_are_copies(rng):
+    weight, scale = columns_of_int8(rng, 6, 5)
+    linear, x = Linear(weight, weight_scale=scale), normal(rng, 3, 6)
+    expected = linear(x)
+    weight[...], scale[...] = 0, 0
+    assert bits(linear(x)) == bits(expected)
+    for array in (linear.weight, linear.weight_scale):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    assert repr(linear) == "Linear(6, 5, bias=False, dtype=int8)"
+
+
+def test_bytes_that_are_kept():
+    weight, bias = np.ones((300, 1280), np.float32), np.ones(1280, np.float32)
+    for dtype, size in (("float64", 8), ("float32", 4), ("float16", 2), ("int8", 1)):
+        linear = Linear(weight, bias, dtype=dtype)
+        rest = 2 * 1280 * (8 if size == 8 else 4) if size != 8 else 1280 * 12
+        rest += 2 * 1280 * 4 if size == 1 else 0
+        assert linear.nbytes == weight.size * size + rest, dtype
+    linear = Linear(weight)
+    linear(np.ones((1, 300)))
+    assert linear.nbytes == weight.size * 12, "the form in float64 counts too"
+
+
+@pytest.mark.parametrize("dtype", [*ALL_DTYPES, np.int8])
 @pytest.mark.parametrize("shape", [(6, 5), (0, 3), (3, 0), (100, 200)])
 def test_pickles_and_copies(rng, shape, dtype):
-    linear, x = Linear(normal(rng, *shape, dtype=dtype), normal(rng, shape[1])), normal(rng, 9, shape[0], dtype=dtype)
-    linear(x.astype(np.float64))  # makes the form in float64
+    linear, _, of_x = layer_of(rng, *shape, dtype, normal(rng, shape[1]))
+    x = normal(rng, 9, shape[0], dtype=of_x)
+    if dtype != np.int8:
+        linear(x.astype(np.float64))  # makes the form in float64
     for other in (pickle.loads(pickle.dumps(linear)), copy.copy(linear), copy.deepcopy(linear)):
         assert type(other) is Linear
         assert bits(other(x)) == bits(linear(x))
         assert bits(other.weight) == bits(linear.weight) and other.dtype == linear.dtype
         assert bits(other.bias) == bits(linear.bias) and other.bias.dtype == linear.bias.dtype
+        if dtype == np.int8:
+            assert bits(other.weight_scale) == bits(linear.weight_scale)
+        else:
+            assert other.weight_scale is None
 
 
 def test_memory():
@@ -351,12 +501,19 @@ def test_memory():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < given.nbytes + room, peak
+    for small in (linear, Linear(np.ones((500, 400), np.float32), dtype=np.int8)):
+        tracemalloc.start()
+        small(x, out=out)
+        small(x[:4], out=out[:4])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < room
+    weight = np.ones((1500, 2000), np.float32)
     tracemalloc.start()
-    linear(x, out=out)
-    linear(x[:4], out=out[:4])
+    Linear(weight, dtype=np.int8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < room
+    assert peak < 3 * weight.size, "no more than the numbers, unpacked and packed, and a block of them in float64"
 
 
 # --------------------------------------------------------------------------------------- products: errors
@@ -374,6 +531,48 @@ def test_bad_matrices():
     refuse(TypeError, "weight.*complex64", Linear, w.astype(np.complex64))
     refuse(ValueError, r"bias has shape \(4,\); it must be \(3,\)", Linear, w, np.ones(4))
     refuse(TypeError, "bias", Linear, w, ["a"] * 3)
+    refuse(TypeError, "dtype must be float32, float64, float16, ml_dtypes.bfloat16 or int8, not int16",
+           Linear, w, dtype=np.int16)  # fmt: skip
+    refuse(TypeError, "dtype must be", Linear, w, dtype="no dtype")
+
+
+def test_bad_int8_matrices():
+    w, i = np.ones((4, 3), np.float32), np.ones((4, 3), np.int8)
+    refuse(ValueError, "weight is int8 and weight_scale is not given", Linear, i, dtype=np.int8)
+    refuse(ValueError, "kept as int8, not as float16: pass weight [*] weight_scale", Linear, i, weight_scale=1,
+           dtype=np.float16)  # fmt: skip
+    for other in (w, np.ones((4, 3), np.uint8), np.ones((4, 3), int), np.ones((4, 3), bool), [[1, 2, 3]]):
+        refuse(TypeError, "weight_scale is for an int8 weight, and weight has dtype", Linear, other, weight_scale=1)
+    for scale in (np.ones(4), np.ones((3, 1)), np.ones((1, 3)), np.ones(1), []):
+        refuse(ValueError, r"weight_scale has shape .*; it must be \(3,\)", Linear, i, weight_scale=scale)
+    refuse(ValueError, r"weight_scale\[1\] is nan", Linear, i, weight_scale=[1, np.nan, np.inf])
+    refuse(ValueError, r"weight_scale\[2\] is 1e\+300", Linear, i, weight_scale=[1, 1, 1e300])
+    for scale in (np.nan, np.inf, "1", None.__class__, True, 1j, ["a"] * 3, np.ones(3, complex)):
+        refuse((TypeError, ValueError), "weight_scale", Linear, i, weight_scale=scale)
+    refuse(TypeError, "weight_scale is a masked array", Linear, i, weight_scale=np.ma.masked_equal([1.0, 2, 3], 2))
+    refuse(ValueError, r"weight has shape \(3,\)", Linear, i[0], weight_scale=1)
+    for bad in (np.nan, np.inf, -np.inf):
+        for dtype in ALL_DTYPES:
+            spoiled = w.astype(dtype)
+            spoiled[2, 1] = bad
+            refuse(ValueError, rf"weight\[2, 1\] is {bad}: with dtype int8 all", Linear, spoiled, dtype=np.int8)
+    refuse(ValueError, r"weight\[0, 1\] is -1e\+300", Linear, [[1.0, -1e300]], dtype=np.int8)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_bad_rows_of_int8(rows):
+    """There are no sums in float64 of them; and nothing is written to out."""
+    linear = Linear(np.ones((4, 3), np.float32), dtype=np.int8)
+    out = np.full((rows, 3), 7, np.float32)
+    for dtype in (np.float64, int, np.int8, bool, np.uint8):
+        x = np.ones((rows, 4), dtype)
+        for more in ({}, {"out": out}):
+            message = rf"x has dtype {x.dtype}: an int8 weight .* pass x.astype\(numpy.float32\)"
+            refuse(TypeError, message, linear, x, **more)
+    refuse(TypeError, "x has dtype float64", linear, [[1.0] * 4])
+    refuse(TypeError, "x has dtype complex64", linear, np.ones((rows, 4), np.complex64))
+    refuse(ValueError, r"x has shape", linear, np.ones((rows, 5), np.float32))
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("rows", [2, 20])
