@@ -113,9 +113,9 @@ def parse_arguments(arguments):
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16", "float64"),
+        choices=("float32", "float16", "int8", "float64"),
         default="float32",
-        help="in which the weights are kept in memory (default float32)",
+        help="in which the weights are kept in memory (default float32); int8: with a scale for each column",
     )
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: all cores)")
     return parser.parse_args(arguments)

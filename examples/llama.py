@@ -58,8 +58,8 @@ class Llama:
         A GGUF file of the architecture "llama", in any quantization that the package gguf knows. Default: the installed
         package's.
     dtype : dtype, optional
-        In which the weights of products are kept: float32 or, for half of the memory, float16; float64 for a slow and
-        exact run.
+        In which the weights of products are kept: float32 or, for half of the memory, float16; int8 with a scale for
+        each column (those of attention, a fifth, in float16 then); float64 for a slow and exact run.
 
     Raises
     ------
@@ -71,6 +71,7 @@ class Llama:
         path = find_model() if path is None else Path(path)
         self.dtype = np.dtype(dtype)
         self.real = np.result_type(self.dtype, np.float32)  # of everything that is no weight
+        self.of_attention = np.dtype(np.float16) if self.dtype == np.int8 else self.dtype
         try:
             reader = GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:  # the last two where it ends too early
@@ -90,10 +91,13 @@ class Llama:
         output = stored.pop("output.weight", self.embedding)  # often the same table
         # Numbers that each token is multiplied with.
         self.num_weights = sum(int(tensor.n_elements) for tensor in [*stored.values(), output])
+        self.num_projecting = sum(
+            int(tensor.n_elements) for name, tensor in stored.items() if name.split(".")[-2] in PROJECTIONS
+        )
         self.eps = self.metadata["llama.attention.layer_norm_rms_epsilon"]
         self.layers = [Layer(stored, i, self) for i in range(self.metadata["llama.block_count"])]
         self.norm = numbers(stored.pop("output_norm.weight"), self.real)
-        self.head = Linear(numbers(output, self.dtype).T)
+        self.head = Linear(numbers(output, self.real).T, dtype=self.dtype)
         if stored:
             raise ModelError(f"{path} has weights that this program does not know, such as {min(stored)}")
 
@@ -106,7 +110,8 @@ class Llama:
     @property
     def nbytes(self):
         """Bytes of weights that are read for each step."""
-        return self.num_weights * self.dtype.itemsize
+        others = self.num_weights - self.num_projecting
+        return others * self.dtype.itemsize + self.num_projecting * self.of_attention.itemsize
 
     def caches(self, batch, capacity):
         """Return an empty cache for each layer."""
@@ -178,7 +183,7 @@ class Layer:
         self.attention_norm, self.feed_forward_norm = (numbers(take(name), model.real) for name in NORMS)
         # The file has weights as (out, in), as from_linear takes them. Channels that rotate together are adjacent.
         self.attention = MultiHeadAttention.from_linear(
-            {f"{name}.weight": numbers(take(name), model.dtype) for name in PROJECTIONS},
+            {f"{name}.weight": numbers(take(name), model.of_attention) for name in PROJECTIONS},
             *PROJECTIONS,
             num_heads=num_heads,
             num_kv_heads=get.get("llama.attention.head_count_kv", num_heads),
@@ -186,7 +191,9 @@ class Layer:
             rotary_dim=get.get("llama.rope.dimension_count"),
             rotary_interleaved=True,
         )
-        self.gate, self.up, self.down = (Linear(numbers(take(name), model.dtype).T) for name in FEED_FORWARD)
+        self.gate, self.up, self.down = (
+            Linear(numbers(take(name), model.real).T, dtype=model.dtype) for name in FEED_FORWARD
+        )
         self.eps, self.real = model.eps, model.real
 
     def cache(self, batch, capacity):

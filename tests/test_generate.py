@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastattn.reference import columns_of_int8
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPT = EXAMPLES / "generate.py"
 NEEDED = ("gguf", "jinja2", "tokenizers")
@@ -225,6 +227,28 @@ def test_half_precision_is_that_of_the_weights(llama, tiny):
 
 
 @needs_extra
+def test_eight_bits_are_those_of_the_weights(llama, tiny):
+    """int8 in the feed-forward part and the last product, float16 in attention."""
+    path, weights = tiny
+    model = llama.Llama(path, np.int8)
+    logits = model(np.array([PROMPTS[2]]), model.caches(1, 9))
+    assert logits.dtype == np.float32
+    rounded = dict(weights, **{"output.weight": weights["token_embd.weight"]})
+    size = 0
+    for name, a in rounded.items():
+        part = name.split(".")[-2]
+        if part in llama.PROJECTIONS:
+            rounded[name] = a.astype(np.float16).astype(float)
+        elif part in (*llama.FEED_FORWARD, "output"):
+            columns, scale = columns_of_int8(a.T)
+            rounded[name] = (columns * scale).T
+        if name != "token_embd.weight":
+            size += a.size * (2 if part in llama.PROJECTIONS else 1)
+    assert error_of(logits, reference(rounded, PROMPTS[2])[-1:]) <= STEPS * EPS[np.dtype("float32")]
+    assert model.nbytes == size
+
+
+@needs_extra
 def test_ragged_batch_and_steps_are_as_each_alone(llama, tiny, model):
     """Prompts of unlike lengths, then steps, then sequences that leave: always the numbers of the whole sequence."""
     ids, lengths = llama.pad(PROMPTS)
@@ -419,6 +443,8 @@ def test_script_answers_one_or_several(tiny):
     assert "On 1 thread: read" in run.stdout
     assert "GB/s at which this machine reads memory" in run.stdout
     run = run_script("ab", "abc 1", "--plain", "--model", path, "--tokens", "3", "--dtype", "float16")
+    assert run.returncode == 0, run.stderr
+    assert run_script("ab", "--model", path, "--tokens", "3", "--dtype", "int8").returncode == 0
     assert run.returncode == 0, run.stderr
     assert run.stdout.index("> ab\n") < run.stdout.index("> abc 1\n")
     run = run_script("ab", "abc 1", "--model", path, "--tokens", "4", "--beams", "3")
