@@ -67,8 +67,7 @@ def test_decoding_over_a_cache(rng, dtype, block, center):
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_errors_are_within_the_documented_bounds(rng, options):
     """Scores: scale * |query|_1 * key_scale / 2 each; values: value_scale / 2; and what such scores do to weights."""
-    query, key, value = normal(rng, 4, 50, 6), normal(rng, 4, 300, 6, size=2.0) + 3, normal(rng, 4, 300, 6)
-    options = {name: x for name, x in options.items()}
+    query, key, value = normal(rng, 4, 50, 6), 2 * normal(rng, 4, 300, 6) + 3, normal(rng, 4, 300, 6)
     quantized = quantize_kv(key, value, **options)
     out, weights, lse = fastattn.dot_product_attention(
         query, **quantized._asdict(), return_weights=True, return_lse=True
