@@ -65,8 +65,9 @@ def dot_product_attention(
     value : array_like, shape (..., S, E)
         float32, float64, float16 or bfloat16 (sums in float32); integers and bools become float64. They promote
         together as `numpy.result_type` says, and each is read as it is: a float32 query over a float16 cache makes no
-        copy of it. int8 key and value with `key_scale` and `value_scale`. Leading axes are batch axes and broadcast; by convention axis -3 is the
-        head axis. Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``, without a copy.
+        copy of it. int8 key and value with `key_scale` and `value_scale`. Leading axes are batch axes and broadcast;
+        by convention axis -3 is the head axis. Any strides: pass ``(B, S, H, D)`` memory as ``x.swapaxes(1, 2)``,
+        without a copy.
     is_causal : bool, default False
         A query sees no key after its own position.
     window_size : int or (int, int), optional

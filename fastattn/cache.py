@@ -349,9 +349,10 @@ class KVCache:
         """
         zeros = np.zeros((*self._batch, 1), np.int64)
         with self._turn:
+            nothing = None
             if self._is_mean and self._center is not None:
-                self._center = _read_only(np.zeros_like(self._center))
-            self._settle(zeros, zeros.copy())
+                nothing = _read_only(np.zeros_like(self._center))
+            self._settle(zeros, zeros.copy(), nothing)
 
     def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
         """
@@ -417,8 +418,7 @@ class KVCache:
         for flat, x in zip(self._flat(), tokens.parts, strict=True):
             _place(flat, kept, x, came - new, new)
         shape = self._lengths.shape
-        self._center = tokens.center
-        self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape))
+        self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape), tokens.center)
 
     def copy(self) -> Self:
         """
@@ -583,9 +583,14 @@ class KVCache:
         moved = np.flatnonzero(kept < there)
         if moved.size == 0:
             return
-        for flat in self._flat():
-            for s in moved:
-                flat[s, :, : kept[s]] = flat[s, :, there[s] - kept[s] : there[s]]
+        # All that needs memory first: after an error nothing has moved.
+        moves = [
+            (flat[s, :, : kept[s]], flat[s, :, there[s] - kept[s] : there[s]].copy())
+            for flat in self._flat()
+            for s in moved
+        ]
+        for to, x in moves:
+            to[...] = x
         shape = self._lengths.shape
         self._settle(kept.reshape(shape), self._dropped + (there - kept).reshape(shape))
 
@@ -625,18 +630,21 @@ class KVCache:
     def _end_step(self, step: _Step, came: NDArray[np.int64]) -> None:
         """Make the tokens of `_begin_step` part of the cache."""
         if step.in_place:
-            self._center = step.new.center
-            self._settle(step.lengths, step.dropped)
+            self._settle(step.lengths, step.dropped, step.new.center)
         else:
             new = np.minimum(came, self._capacity)
             self._add(step.new, came, new, np.minimum(self._beside(came), self._capacity - new))
 
-    def _settle(self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]) -> None:
+    def _settle(
+        self, lengths: NDArray[np.int64], dropped: NDArray[np.int64], center: NDArray[np.float32] | None = None
+    ) -> None:
+        """What is there from now on. center: None leaves it."""
         longest = int(lengths.max(initial=0))  # first: it may find no memory
         # Whether the next tokens of a sequence have yet to say what the mean is.
         awaits_mean = self._is_mean and not (lengths + dropped).all()
         self._lengths, self._dropped, self._longest = _read_only(lengths), _read_only(dropped), longest
         self._awaits_mean = awaits_mean
+        self._center = self._center if center is None else center
 
     def _checked(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
         """A key or value array."""

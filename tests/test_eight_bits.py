@@ -1,5 +1,5 @@
-"""Attention and layers over keys and values of 8 bits: what they mean, how far that is from float32 under the bounds that
-docstrings state, that calls and their parts have the same bits, and errors of made-up keys."""
+"""Attention and layers over keys and values of 8 bits: what they mean, how far that is from float32 under the bounds
+that docstrings state, that calls and their parts have the same bits, and errors of made-up keys."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,9 @@ def test_errors_are_within_the_documented_bounds(rng, options):
     out, weights, lse = fastattn.dot_product_attention(
         query, **quantized._asdict(), return_weights=True, return_lse=True
     )
-    exact, its_weights, its_lse = reference.dot_product_attention(query, key, value, return_weights=True, return_lse=True)
+    exact, its_weights, its_lse = reference.dot_product_attention(
+        query, key, value, return_weights=True, return_lse=True
+    )
     key_scale = np.repeat(quantized.key_scale, 6 // quantized.key_scale.shape[-1], axis=-1)
     off = abs(query) @ key_scale.swapaxes(-1, -2) / 2 / np.sqrt(6)
     rounding = 1e-5
@@ -197,13 +199,18 @@ def test_weights_of_some_heads(rng, options):
 def test_near_the_float32_cache(rng):
     """A prompt and steps, keys with large means: the errors of 8 bits, and smaller ones with a center."""
     given = parameters(rng, rotary_base=1e6, d_out=None)
-    given["b_key"] = given["b_key"] + np.float32(12) * (np.arange(24) % 6 == 0).astype(np.float32)
+    given["b_key"] = given["b_key"] + np.float32(12) * (np.arange(24) % 6 == 2).astype(np.float32)
     layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 2, 200, 24)
     found = {}
-    for name, options in {"float32": {"dtype": np.float32}, **{k: {"dtype": np.int8, **o} for k, o in KINDS.items()}}.items():
+    for name, options in {
+        "float32": {"dtype": np.float32},
+        **{k: {"dtype": np.int8, **o} for k, o in KINDS.items()},
+    }.items():
         if name != "a center":
             cache = KVCache(2, 4, 200, 6, **options)
-            found[name] = np.concatenate([layer(x[:, a:b], cache=cache, is_causal=True) for a, b in ((0, 150), (150, 151), (151, 200))], 1)
+            found[name] = np.concatenate(
+                [layer(x[:, a:b], cache=cache, is_causal=True) for a, b in ((0, 150), (150, 151), (151, 200))], 1
+            )
     size = np.sqrt(np.mean(found["float32"] ** 2))
     errors = {name: np.sqrt(np.mean((x - found["float32"]) ** 2)) / size for name, x in found.items()}
     assert 0 < errors["both"] <= 1.2 * errors["centered"] < 0.02 and errors["centered"] < errors["tokens"] / 2 < 0.05

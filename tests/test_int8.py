@@ -1,9 +1,9 @@
-"""int8 keys and values with scales in attention: exact about what is stored, that is, within the bounds of float32 arrays
-of the float64 result for ``key * key_scale + key_center`` and ``value * value_scale``.
+"""int8 keys and values with scales in attention: exact about what is stored, that is, within the bounds of float32
+arrays of the float64 result for ``key * key_scale + key_center`` and ``value * value_scale``.
 
 A scale may belong to a token, a channel, a block of channels or all; decode and prefill treat each differently (who
-multiplies: kernels/scales.inc.h). test_quantized.py is about how numbers become int8, test_eight_bits.py about caches and
-layers.
+multiplies: kernels/scales.inc.h). test_quantized.py is about how numbers become int8, test_eight_bits.py about caches
+and layers.
 """
 
 import tracemalloc
@@ -77,8 +77,8 @@ def assert_stored(arrays, stored, **arguments):
     assert actual[0].dtype == query.dtype
     narrow = (x.astype(np.float32) for x in wide)
     bounds = attention_bounds("dot_product_attention", query, *narrow, *expected[:2], (*expected, None)[2], **arguments)
-    # Twice for the products with scales, which are rounded too; and twice for the centre: a score is the sum of its part
-    # and that of the numbers, each of which may be larger than what is meant.
+    # Twice for the products with scales, which are rounded too; and twice for the centre: a score is the sum of its
+    # part and that of the numbers, each of which may be larger than what is meant.
     for what, got, wanted, bound in zip(("out", "weights", "lse"), actual, expected, bounds, strict=False):
         assert_within(got, wanted, 4 * bound, what)
     alone = fastattn.dot_product_attention(*arrays, **stored, **arguments)
