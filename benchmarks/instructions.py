@@ -109,6 +109,7 @@ def calls():
     yield "product, 61 rows", product(numbers(61, 130))
     yield "product, silu and a gate", product(numbers(61, 130), activation="silu", multiply=gate)
     yield "product, float16 weight", one(fastattn.Linear(numbers(130, 200, dtype=np.float16)))(numbers(3, 130))
+    yield "product, int8 weight", one(fastattn.Linear(numbers(130, 200), dtype=np.int8))(numbers(3, 130))
     yield "layer norm", one(fastattn.layer_norm)(rows, rows[0], rows[1])
     yield "RMS norm, residual", one(fastattn.rms_norm)(rows, rows[0], residual=rows, return_sum=True)
 
