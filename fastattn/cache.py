@@ -12,6 +12,7 @@ from fastattn._quantize import mean_of_tokens, place
 from fastattn.quantized import check_block, read_center, read_tokens, scales_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -26,24 +27,33 @@ def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     return x
 
 
-def _place(
+def _places(
     to: NDArray[Any], at: NDArray[np.int64], x: NDArray[Any], first: NDArray[np.int64], count: NDArray[np.int64]
-) -> None:
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """
-    Write `count` tokens of x, from `first` on, into each sequence of `to`, from token `at` on.
+    Where `count` tokens of x, from `first` on, go in each sequence of `to`, from token `at` on: pairs of views.
 
     `at`, `first` and `count` have one batch axis, like `to`.
     """
     sequences, heads, _, channels = to.shape
-    n = x.shape[-2]
-    x = x.reshape(sequences, heads, n, channels)
-    if sequences and all((a == a[0]).all() for a in (at, first, count)):
-        to[:, :, at[0] : at[0] + count[0]] = x[:, :, first[0] : first[0] + count[0]]
-    else:
-        # All valid tokens of all sequences at once: sequence b, token i of x.
-        tokens = np.arange(n)
-        b, i = np.nonzero((tokens >= first[:, None]) & (tokens < (first + count)[:, None]))
-        to[b, :, at[b] + i - first[b]] = x[b, :, i]
+    x = x.reshape(sequences, heads, x.shape[-2], channels)
+    if sequences and (at == at[0]).all() and (first == first[0]).all() and (count == count[0]).all():
+        return [(to[:, :, at[0] : at[0] + count[0]], x[:, :, first[0] : first[0] + count[0]])]
+    return [
+        (to[s, :, at[s] : at[s] + count[s]], x[s, :, first[s] : first[s] + count[s]])
+        for s in range(sequences)
+        if count[s]
+    ]
+
+
+def _write(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    for to, x in pairs:
+        np.copyto(to, x)
+
+
+def _place(*args: Any) -> None:
+    """Writes what `_places` says."""
+    _write(_places(*args))
 
 
 class _Tokens(NamedTuple):
@@ -414,11 +424,14 @@ class KVCache:
 
     def _add(self, tokens: _Tokens, came: NDArray[np.int64], new: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
         """Put the last `new` of `came` tokens behind the last `kept` of those that are there."""
-        self._let_go(kept)
+        # All that needs memory first: after an error nothing has moved.
+        there, first = self._lengths.ravel(), came - new
+        pairs = self._moves(kept)
         for flat, x in zip(self._flat(), tokens.parts, strict=True):
-            _place(flat, kept, x, came - new, new)
+            pairs += _places(flat, kept, x, first, new)
         shape = self._lengths.shape
-        self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape), tokens.center)
+        dropped = self._dropped + (there - kept + first).reshape(shape)
+        self._settle((kept + new).reshape(shape), dropped, tokens.center, pairs)
 
     def copy(self) -> Self:
         """
@@ -577,22 +590,20 @@ class KVCache:
             return there
         return there if every else np.where(full, np.minimum(there, self._window), there)
 
-    def _let_go(self, kept: NDArray[np.int64]) -> None:
-        """Keep only the last `kept` tokens of each sequence."""
+    def _moves(self, kept: NDArray[np.int64]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Where the last `kept` tokens of each sequence go if only these stay: pairs of a view and a copy."""
         there = self._lengths.ravel()
-        moved = np.flatnonzero(kept < there)
-        if moved.size == 0:
-            return
-        # All that needs memory first: after an error nothing has moved.
-        moves = [
+        return [
             (flat[s, :, : kept[s]], flat[s, :, there[s] - kept[s] : there[s]].copy())
             for flat in self._flat()
-            for s in moved
+            for s in np.flatnonzero(kept < there)
         ]
-        for to, x in moves:
-            to[...] = x
-        shape = self._lengths.shape
-        self._settle(kept.reshape(shape), self._dropped + (there - kept).reshape(shape))
+
+    def _let_go(self, kept: NDArray[np.int64]) -> None:
+        """Keep only the last `kept` tokens of each sequence."""
+        pairs, there, shape = self._moves(kept), self._lengths.ravel(), self._lengths.shape
+        if pairs:
+            self._settle(kept.reshape(shape), self._dropped + (there - kept).reshape(shape), None, pairs)
 
     def _begin_step(
         self, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64], old: NDArray[np.int64]
@@ -636,13 +647,19 @@ class KVCache:
             self._add(step.new, came, new, np.minimum(self._beside(came), self._capacity - new))
 
     def _settle(
-        self, lengths: NDArray[np.int64], dropped: NDArray[np.int64], center: NDArray[np.float32] | None = None
+        self,
+        lengths: NDArray[np.int64],
+        dropped: NDArray[np.int64],
+        center: NDArray[np.float32] | None = None,
+        pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]] = (),
     ) -> None:
-        """What is there from now on. center: None leaves it."""
+        """What is there from now on. center: None leaves it; pairs: what is written before."""
         longest = int(lengths.max(initial=0))  # first: it may find no memory
         # Whether the next tokens of a sequence have yet to say what the mean is.
         awaits_mean = self._is_mean and not (lengths + dropped).all()
-        self._lengths, self._dropped, self._longest = _read_only(lengths), _read_only(dropped), longest
+        lengths, dropped = _read_only(lengths), _read_only(dropped)
+        _write(pairs)  # from here on nothing asks for memory
+        self._lengths, self._dropped, self._longest = lengths, dropped, longest
         self._awaits_mean = awaits_mean
         self._center = self._center if center is None else center
 
