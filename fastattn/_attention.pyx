@@ -15,8 +15,8 @@ def dot_product_attention(query, key, value, dict some, bint decode=True, keys_b
     one and are gone, an integer of at least 0 or an array as for lengths: chunks count from the first that ever was.
     own: the array for the output, which is right and which nobody else has. quantized: of int8 keys and values, their
     key_scale, value_scale and key_center."""
-    return attend(read_dot_product(query, key, value, rules_of(some), keys_before, own, None if quantized is None else tuple(quantized)),
-                  decode)
+    cdef tuple scales = None if quantized is None else tuple(quantized)
+    return attend(read_dot_product(query, key, value, rules_of(some), keys_before, own, scales), decode)
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, dict some, own=None):

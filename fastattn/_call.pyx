@@ -15,11 +15,13 @@ from fastattn._checks cimport (FAR, accumulation, as_array, checked_out, checked
                                floating, integer, integers, promoted, real, refuse_overlap, shape_of, storage_of,
                                too_few_axes)
 from fastattn._rules cimport Rules, given, rules_of
-from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERANDS, FA_DOT, FA_ENTMAX15, FA_F16, FA_F32,
-                                FA_F64, FA_I8, FA_KEY, FA_KEYS_BEFORE, FA_KEY_CENTER, FA_KEY_LENGTHS, FA_KEY_SCALE, FA_LSE, FA_MASK, FA_OFFSETS,
-                                FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY, FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU,
-                                FA_ROW_AXES, FA_SCALE_BLOCKS, FA_SCALE_CHANNELS, FA_SCALE_TOKENS, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX, FA_SPARSEMAX, FA_VALUE, FA_VALUE_SCALE,
-                                FA_WEIGHTS, fa_call, fa_dtype, fa_head, fa_layout, fa_problem, fa_scales, give_memory, take_memory)
+from fastattn._runtime cimport (FA_BF16, FA_BIAS, FA_BLOCK_MASK, FA_CALL_OPERANDS, FA_DOT, FA_ENTMAX15, FA_F16,
+                                FA_F32, FA_F64, FA_I8, FA_KEY, FA_KEYS_BEFORE, FA_KEY_CENTER, FA_KEY_LENGTHS,
+                                FA_KEY_SCALE, FA_LSE, FA_MASK, FA_OFFSETS, FA_OPERANDS, FA_OUT, FA_PREPARED, FA_QUERY,
+                                FA_QUERY_LENGTHS, FA_RELATIVE_BIAS, FA_RELU, FA_ROW_AXES, FA_SCALE_BLOCKS,
+                                FA_SCALE_CHANNELS, FA_SCALE_TOKENS, FA_SIGMOID, FA_SINKS, FA_SLOPES, FA_SOFTMAX,
+                                FA_SPARSEMAX, FA_VALUE, FA_VALUE_SCALE, FA_WEIGHTS, fa_call, fa_dtype, fa_head,
+                                fa_layout, fa_problem, fa_scales, give_memory, take_memory)
 
 cnp.import_array()
 

@@ -257,22 +257,29 @@ typedef void (*scores_function)(const real *q, const char *keys, ptrdiff_t key_r
     {                                                                                                            \
         scores_of_rows(q, keys, key_row, channels, n, ahead, s, dtype, rows);                                    \
     }
+#define SCORES_OF_TWO(name, dtype) \
+    SCORES_OF(name, dtype, 1)      \
+    SCORES_OF(name, dtype, 2)
+#define SCORES_OF_FOUR(name, dtype) \
+    SCORES_OF_TWO(name, dtype)      \
+    SCORES_OF(name, dtype, 3)       \
+    SCORES_OF(name, dtype, 4)
+#define SCORES_OF_SIX(name, dtype) \
+    SCORES_OF_FOUR(name, dtype)    \
+    SCORES_OF(name, dtype, 5)      \
+    SCORES_OF(name, dtype, 6)
 #if PLACE_ROWS > 2
-#define SCORES(name, dtype)                                                                            \
-    SCORES_OF(name, dtype, 1)                                                                          \
-    SCORES_OF(name, dtype, 2)                                                                          \
-    SCORES_OF(name, dtype, 3) SCORES_OF(name, dtype, 4) SCORES_OF(name, dtype, 5)                      \
-        SCORES_OF(name, dtype, 6) static const scores_function name[] = {name##_1, name##_2, name##_3, \
-                                                                         name##_4, name##_5, name##_6};
+#define SCORES(name, dtype)    \
+    SCORES_OF_SIX(name, dtype) \
+    static const scores_function name[] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 #define WIDENED_SCORES SCORES
 #else
-#define SCORES(name, dtype) \
-    SCORES_OF(name, dtype, 1) SCORES_OF(name, dtype, 2) static const scores_function name[] = {name##_1, name##_2};
+#define SCORES(name, dtype)    \
+    SCORES_OF_TWO(name, dtype) \
+    static const scores_function name[] = {name##_1, name##_2};
 #define WIDENED_SCORES(name, dtype) \
-    SCORES_OF(name, dtype, 1)       \
-    SCORES_OF(name, dtype, 2)       \
-    SCORES_OF(name, dtype, 3)       \
-        SCORES_OF(name, dtype, 4) static const scores_function name[] = {name##_1, name##_2, name##_3, name##_4};
+    SCORES_OF_FOUR(name, dtype)     \
+    static const scores_function name[] = {name##_1, name##_2, name##_3, name##_4};
 #endif
 SCORES(scores_of_real, REAL_DTYPE)
 #if BITS == 32
@@ -282,6 +289,9 @@ WIDENED_SCORES(scores_of_i8, FA_I8)
 #endif
 #undef SCORES
 #undef WIDENED_SCORES
+#undef SCORES_OF_TWO
+#undef SCORES_OF_FOUR
+#undef SCORES_OF_SIX
 #undef SCORES_OF
 
 /* Rows that share a load; of keys that are widened more, so that fewer rows widen them again. */
