@@ -63,20 +63,12 @@ class _Tokens(NamedTuple):
     center: NDArray[np.float32] | None  # of the keys, with these tokens
 
 
-class _Scales(NamedTuple):
-    """What makes numbers of int8: arguments of attention, by their names."""
-
-    key_scale: NDArray[np.float32]
-    value_scale: NDArray[np.float32]
-    key_center: NDArray[np.float32] | None
-
-
 class _Step(NamedTuple):
     """What a layer's queries attend to in a step: the tokens already there, followed by the new ones."""
 
     key: NDArray[Any]
     value: NDArray[Any]
-    scales: _Scales | None
+    scales: tuple[Any, Any, Any] | None  # key_scale, value_scale and key_center of int8
     lengths: NDArray[np.int64]  # of key and value
     dropped: NDArray[np.int64]  # tokens before them
     in_place: bool  # key and value are views of the cache, whose length does not include the new tokens yet
@@ -635,7 +627,7 @@ class KVCache:
             parts = new.parts
         longest = int(lengths.max(initial=0))
         key, value, *others = (x[..., :longest, :] for x in parts)
-        scales = _Scales(others[0], others[1], new.center) if others else None
+        scales = (others[0], others[1], new.center) if others else None
         return _Step(key, value, scales, lengths.reshape(shape), dropped, in_place, new)
 
     def _end_step(self, step: _Step, came: NDArray[np.int64]) -> None:

@@ -105,7 +105,7 @@ def test_a_step_is_a_call(rng, kind, dtype, options, window, ragged):
     sizes = ((3,), layer.num_kv_heads, 17, layer.head_dim, layer.value_dim)
     caches = [eight(*sizes, window=window, **options) for _ in range(2)]
     x = normal(rng, 3, 24, 24).astype(dtype)
-    at, short = 0, 0
+    at = 0
     for n in (5, 1, 1, 3, 1, 1, 2, 1, 1, 1) + (1,) * 7 * (window is not None):
         more = {"query_lengths": [5, 2, 0]} if ragged and at == 0 else {}
         tokens = np.ascontiguousarray(x[:, at : at + n])
@@ -115,8 +115,6 @@ def test_a_step_is_a_call(rng, kind, dtype, options, window, ragged):
         assert bits(out) == bits(expected) and out.dtype == expected.dtype == dtype
         assert held_in(caches[0]) == held_in(caches[1])
         at += n
-    short = _step.step(layer, np.ascontiguousarray(x[:, -1:]), caches[0], dict(rules)) if window is None else True
-    assert short is None or window is not None, "the cache is full"
 
 
 def test_steps_are_taken_the_short_way(rng):
@@ -197,23 +195,19 @@ def test_weights_of_some_heads(rng, options):
 
 
 def test_near_the_float32_cache(rng):
-    """A prompt and steps, keys with large means: the errors of 8 bits, and smaller ones with a center."""
+    """A prompt and steps, keys with a large mean in a channel that hardly turns: errors of 8 bits, smaller with a
+    center."""
     given = parameters(rng, rotary_base=1e6, d_out=None)
     given["b_key"] = given["b_key"] + np.float32(12) * (np.arange(24) % 6 == 2).astype(np.float32)
-    layer, x = fastattn.MultiHeadAttention(**given), normal(rng, 2, 200, 24)
-    found = {}
-    for name, options in {
-        "float32": {"dtype": np.float32},
-        **{k: {"dtype": np.int8, **o} for k, o in KINDS.items()},
-    }.items():
-        if name != "a center":
-            cache = KVCache(2, 4, 200, 6, **options)
-            found[name] = np.concatenate(
-                [layer(x[:, a:b], cache=cache, is_causal=True) for a, b in ((0, 150), (150, 151), (151, 200))], 1
-            )
-    size = np.sqrt(np.mean(found["float32"] ** 2))
-    errors = {name: np.sqrt(np.mean((x - found["float32"]) ** 2)) / size for name, x in found.items()}
-    assert 0 < errors["both"] <= 1.2 * errors["centered"] < 0.02 and errors["centered"] < errors["tokens"] / 2 < 0.05
+    layer, x, found = fastattn.MultiHeadAttention(**given), normal(rng, 2, 200, 24), {}
+    for name in ("float32", "tokens", "centered", "both"):
+        cache = KVCache(2, 4, 200, 6) if name == "float32" else eight(2, 4, 200, 6, **KINDS[name])
+        parts = [layer(x[:, a:b], cache=cache, is_causal=True) for a, b in ((0, 150), (150, 151), (151, 200))]
+        found[name] = np.concatenate(parts, axis=1)
+    exact = found.pop("float32")
+    errors = {name: np.sqrt(np.mean((out - exact) ** 2) / np.mean(exact**2)) for name, out in found.items()}
+    assert 0 < errors["both"] < 1.2 * errors["centered"] < 0.02, errors
+    assert errors["centered"] < errors["tokens"] / 1.5 < 0.05, errors
 
 
 BAD = {
