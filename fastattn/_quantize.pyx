@@ -1,6 +1,6 @@
 # cython: wraparound=True
-"""Numbers of keys and values as int8, and the means that are taken off keys: walks the rows of strided arrays for the
-kernels (kernels/quantize.inc.h), and says which number cannot be quantized.
+"""Tokens of caches: as int8, which walks the rows of strided arrays for the kernels (kernels/quantize.inc.h) and says
+which number cannot be quantized; the means that are taken off keys; and moved to the front.
 
 Shapes and dtypes are the caller's affair. One thread: this is a pass over memory, small beside the products that made
 the keys.
@@ -10,7 +10,7 @@ import numpy as np
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from fastattn._checks cimport shape_of, storage_of
 from fastattn._runtime cimport (FA_F32, FA_F64, FA_I8, fa_dtype, fa_kernels, fa_quantize, give_workspace, kernels_for,
@@ -164,3 +164,22 @@ def mean_of_tokens(cnp.ndarray x, cnp.ndarray to, cnp.ndarray count=None, cnp.nd
                 mean[c] = <float> (sums[c] / <double> end)
     finally:
         give_workspace(workspace)
+
+
+def move_tokens(list arrays, cnp.ndarray there, cnp.ndarray kept):
+    """In arrays (..., heads, places, channels), contiguous, the last `kept` of the first `there` tokens of each sequence
+    become its first ones; both int64. Needs no memory once it has begun."""
+    cdef int64_t heads, places, row, b, h
+    cdef char *data
+    cdef cnp.ndarray a
+    cdef int axes
+    for a in arrays:
+        axes = cnp.PyArray_NDIM(a)
+        heads, places = cnp.PyArray_DIM(a, axes - 3), cnp.PyArray_DIM(a, axes - 2)
+        row = cnp.PyArray_DIM(a, axes - 1) * cnp.PyArray_ITEMSIZE(a)
+        data = <char *> cnp.PyArray_DATA(a)
+        for b in range(cnp.PyArray_SIZE(there)):
+            for h in range(heads if numbers_of(kept)[b] < numbers_of(there)[b] else 0):
+                memmove(data + (b * heads + h) * places * row,
+                        data + ((b * heads + h) * places + numbers_of(there)[b] - numbers_of(kept)[b]) * row,
+                        numbers_of(kept)[b] * row)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn._checks import Turn, as_array, converted, empty, integer, integer_array, is_one_number, storage_dtype
-from fastattn._quantize import mean_of_tokens, place
+from fastattn._quantize import mean_of_tokens, move_tokens, place
 from fastattn.quantized import check_block, read_center, read_tokens, scales_shape
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class KVCache:
             to[..., : self._longest, :] = x
         if self._center is not None:
             _read_only(self._center)
-        self._settle(self._lengths, self._dropped)
+        self._settle(self._lengths, self._dropped, self._center)
 
     @property
     def key(self) -> NDArray[Any]:
@@ -351,10 +351,10 @@ class KVCache:
         """
         zeros = np.zeros((*self._batch, 1), np.int64)
         with self._turn:
-            nothing = None
-            if self._is_mean and self._center is not None:
-                nothing = _read_only(np.zeros_like(self._center))
-            self._settle(zeros, zeros.copy(), nothing)
+            center = self._center
+            if self._is_mean and center is not None:
+                center = _read_only(np.zeros_like(center))
+            self._settle(zeros, zeros.copy(), center)
 
     def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
         """
@@ -565,7 +565,7 @@ class KVCache:
             if self._is_mean:
                 flat[(lengths + dropped).ravel() == 0] = 0
             new._center = _read_only(flat.reshape(*batch, *flat.shape[1:]))
-        new._settle(lengths, dropped)
+        new._settle(lengths, dropped, new._center)
         self._turn.end_reading(seen)
         return new
 
@@ -582,20 +582,15 @@ class KVCache:
             return there
         return there if every else np.where(full, np.minimum(there, self._window), there)
 
-    def _moves(self, kept: NDArray[np.int64]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        """Where the last `kept` tokens of each sequence go if only these stay: pairs of a view and a copy."""
-        there = self._lengths.ravel()
-        return [
-            (flat[s, :, : kept[s]], flat[s, :, there[s] - kept[s] : there[s]].copy())
-            for flat in self._flat()
-            for s in np.flatnonzero(kept < there)
-        ]
-
     def _let_go(self, kept: NDArray[np.int64]) -> None:
         """Keep only the last `kept` tokens of each sequence."""
-        pairs, there, shape = self._moves(kept), self._lengths.ravel(), self._lengths.shape
-        if pairs:
-            self._settle(kept.reshape(shape), self._dropped + (there - kept).reshape(shape), None, pairs)
+        there, shape = self._lengths.ravel(), self._lengths.shape
+        if not (kept < there).any():
+            return
+        # All that needs memory comes first: tokens and their number change together.
+        counts = self._counted(kept.reshape(shape).copy(), self._dropped + (there - kept).reshape(shape))
+        move_tokens(self._arrays(), there, counts[0])
+        self._lengths, self._dropped, self._longest, self._awaits_mean = counts
 
     def _begin_step(
         self, key: NDArray[Any], value: NDArray[Any], came: NDArray[np.int64], old: NDArray[np.int64]
@@ -639,21 +634,19 @@ class KVCache:
             self._add(step.new, came, new, np.minimum(self._beside(came), self._capacity - new))
 
     def _settle(
-        self,
-        lengths: NDArray[np.int64],
-        dropped: NDArray[np.int64],
-        center: NDArray[np.float32] | None = None,
-        pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]] = (),
+        self, lengths: NDArray[np.int64], dropped: NDArray[np.int64], center: NDArray[np.float32] | None
     ) -> None:
-        """What is there from now on. center: None leaves it; pairs: what is written before."""
-        longest = int(lengths.max(initial=0))  # first: it may find no memory
-        # Whether the next tokens of a sequence have yet to say what the mean is.
+        counts = self._counted(lengths, dropped)  # first: it may find no memory
+        self._lengths, self._dropped, self._longest, self._awaits_mean = counts
+        self._center = center
+
+    def _counted(
+        self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int, bool]:
+        """Both read-only, the most tokens of a sequence, and whether the next ones of some sequence have yet to say what
+        the mean is."""
         awaits_mean = self._is_mean and not (lengths + dropped).all()
-        lengths, dropped = _read_only(lengths), _read_only(dropped)
-        _write(pairs)  # from here on nothing asks for memory
-        self._lengths, self._dropped, self._longest = lengths, dropped, longest
-        self._awaits_mean = awaits_mean
-        self._center = self._center if center is None else center
+        return _read_only(lengths), _read_only(dropped), int(lengths.max(initial=0)), awaits_mean
 
     def _checked(self, x: ArrayLike, name: str, which: int) -> NDArray[Any]:
         """A key or value array."""
