@@ -1,4 +1,4 @@
-# Rows of strided arrays as int8, and the means that are taken off keys.
+# Tokens of caches: as int8, their means, and moved to the front.
 from typing import Any
 
 import numpy as np

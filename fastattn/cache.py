@@ -175,6 +175,9 @@ class KVCache:
     (2, 4, 1, 8)
     """
 
+    _lengths: NDArray[np.int64]
+    _dropped: NDArray[np.int64]
+
     def __init__(
         self,
         batch_shape: int | tuple[int, ...],
@@ -643,8 +646,8 @@ class KVCache:
     def _counted(
         self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], int, bool]:
-        """Both read-only, the most tokens of a sequence, and whether the next ones of some sequence have yet to say what
-        the mean is."""
+        """Both read-only, the most tokens of a sequence, and whether the next ones of a sequence have yet to say what the
+        mean is."""
         awaits_mean = self._is_mean and not (lengths + dropped).all()
         return _read_only(lengths), _read_only(dropped), int(lengths.max(initial=0)), awaits_mean
 
