@@ -42,7 +42,7 @@ def main(arguments=None):
         print(explain_missing(error), file=sys.stderr)
         return 1
     try:
-        model = Llama(path, options.dtype)
+        model = Llama(path, options.dtype, options.cache)
         texts = options.texts if options.plain else [model.chat(text, options.system) for text in options.texts]
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,6 +116,12 @@ def parse_arguments(arguments):
         choices=("float32", "float16", "int8", "float64"),
         default="float32",
         help="in which the weights are kept in memory (default float32); int8: with a scale for each column",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("float32", "float16", "int8"),
+        help="in which keys and values are kept in memory (default: float32, or float64 if weights are); int8: with a "
+        "scale for each token and head",
     )
     parser.add_argument("--threads", type=count, metavar="N", help="threads (default: all cores)")
     return parser.parse_args(arguments)

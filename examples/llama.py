@@ -61,16 +61,22 @@ class Llama:
         In which the weights of products are kept: float32 or, for half of the memory, float16; int8 with a scale for
         each column (those of attention, a fifth, in float16 then); float64 for a slow and exact run.
 
+    cache : dtype, optional
+        In which keys and values are kept: float32 or, for half or a quarter of the memory, float16 or int8, in which
+        each token of a head has a scale and keys are stored without their mean over the first tokens. Default: that of
+        everything that is no weight.
+
     Raises
     ------
     ModelError
         If the file is no GGUF file, or has what this program does not know.
     """
 
-    def __init__(self, path=None, dtype=np.float32):
+    def __init__(self, path=None, dtype=np.float32, cache=None):
         path = find_model() if path is None else Path(path)
         self.dtype = np.dtype(dtype)
         self.real = np.result_type(self.dtype, np.float32)  # of everything that is no weight
+        self.cached = self.real if cache is None else np.dtype(cache)
         self.of_attention = np.dtype(np.float16) if self.dtype == np.int8 else self.dtype
         try:
             reader = GGUFReader(path)
@@ -194,11 +200,12 @@ class Layer:
         self.gate, self.up, self.down = (
             Linear(numbers(take(name), model.real).T, dtype=model.dtype) for name in FEED_FORWARD
         )
-        self.eps, self.real = model.eps, model.real
+        self.eps, self.cached = model.eps, model.cached
 
     def cache(self, batch, capacity):
         """Return an empty cache for the keys and values of B sequences."""
-        return KVCache(batch, self.attention.num_kv_heads, capacity, self.attention.head_dim, dtype=self.real)
+        attention, options = self.attention, {"center": "mean"} if self.cached == np.int8 else {}
+        return KVCache(batch, attention.num_kv_heads, capacity, attention.head_dim, dtype=self.cached, **options)
 
     def __call__(self, x, cache, lengths):
         """Take x (B, L, d_model) through the layer; of each sequence the first lengths (B,) tokens count."""

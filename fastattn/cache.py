@@ -646,8 +646,7 @@ class KVCache:
     def _counted(
         self, lengths: NDArray[np.int64], dropped: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], int, bool]:
-        """Both read-only, the most tokens of a sequence, and whether the next ones of a sequence have yet to say what the
-        mean is."""
+        """Both read-only, the most tokens of a sequence, and whether some sequence has yet to be given a mean."""
         awaits_mean = self._is_mean and not (lengths + dropped).all()
         return _read_only(lengths), _read_only(dropped), int(lengths.max(initial=0)), awaits_mean
 

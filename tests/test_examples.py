@@ -5,6 +5,7 @@ not installed are skipped, with the reason.
 """
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -115,6 +116,30 @@ def test_embeddings_match_the_float64_reference(model, exact):
 def test_plain_numpy_attention_matches_the_float64_reference(minilm, exact):
     """The script's alternatives to fastattn must compute the same thing."""
     assert distance(minilm.MiniLM(attention=minilm.numpy_attention).encode(SENTENCES), exact) <= TOLERANCE
+
+
+@needs_extra
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 2e-7), ("int8", 1e-4)])
+def test_keys_and_values_of_fewer_bits(minilm, model, dtype, most):
+    """In all layers; one minus the cosine to embeddings of float32 (docs/notebook/27-eight-bits.md)."""
+
+    def over_a_cache(layer):
+        options = {"center": "mean"} if dtype == "int8" else {}
+
+        def attend(x, cu_seqlens):
+            out = np.empty_like(x)
+            for begin, end in itertools.pairwise(cu_seqlens):
+                sizes = (), layer.num_kv_heads, int(end - begin), layer.head_dim
+                cache = fastattn.KVCache(*sizes, dtype=dtype, **options)
+                out[begin:end] = layer(np.ascontiguousarray(x[begin:end]), cache=cache)
+            return out
+
+        return attend
+
+    rounded = minilm.MiniLM(attention=over_a_cache).encode(SENTENCES).astype(float)
+    exact = model.encode(SENTENCES).astype(float)
+    cosines = np.sum(rounded * exact, axis=-1) / np.linalg.norm(rounded, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert most / 1000 < np.max(1 - cosines) < most
 
 
 @needs_extra

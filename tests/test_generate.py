@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastattn
 from fastattn.reference import columns_of_int8
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -249,6 +250,18 @@ def test_eight_bits_are_those_of_the_weights(llama, tiny):
 
 
 @needs_extra
+@pytest.mark.parametrize(("cache", "least", "most"), [("float16", 1e-5, 2e-3), ("int8", 1e-4, 3e-2)])
+def test_caches_of_fewer_bits(llama, tiny, model, cache, least, most):
+    """Logits near those of the whole model; a prompt, then steps."""
+    other = llama.Llama(tiny[0], np.float32, cache)
+    caches, exact = other.caches(1, 16), model.caches(1, 16)
+    assert {c.dtype for c in caches} == {np.dtype(cache)} and caches[0].nbytes < 0.7 * exact[0].nbytes
+    for ids in ([PROMPTS[2]], [[3]], [[5]]):
+        error = error_of(other(np.array(ids), caches), model(np.array(ids), exact))
+        assert least < error < most
+
+
+@needs_extra
 def test_ragged_batch_and_steps_are_as_each_alone(llama, tiny, model):
     """Prompts of unlike lengths, then steps, then sequences that leave: always the numbers of the whole sequence."""
     ids, lengths = llama.pad(PROMPTS)
@@ -445,6 +458,7 @@ def test_script_answers_one_or_several(tiny):
     run = run_script("ab", "abc 1", "--plain", "--model", path, "--tokens", "3", "--dtype", "float16")
     assert run.returncode == 0, run.stderr
     assert run_script("ab", "--model", path, "--tokens", "3", "--dtype", "int8").returncode == 0
+    assert run_script("ab", "--model", path, "--tokens", "3", "--cache", "int8").returncode == 0
     assert run.returncode == 0, run.stderr
     assert run.stdout.index("> ab\n") < run.stdout.index("> abc 1\n")
     run = run_script("ab", "abc 1", "--model", path, "--tokens", "4", "--beams", "3")
@@ -535,3 +549,22 @@ def test_tokens_of_texts(smollm):
     ]:
         assert smollm.encode(text) == expected
         assert smollm.decode(expected) == text
+
+
+@needs_model
+def test_caches_of_fewer_bits_keep_the_perplexity(smollm, llama):
+    """Of the beginning of the guide; docs/notebook/27-eight-bits.md has more of it."""
+    text = (EXAMPLES.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    ids, found = np.array([smollm.encode(text)[:300]]), {}
+    for dtype in ("float32", "float16", "int8"):
+        model = smollm if dtype == "float32" else llama.Llama(cache=dtype)
+        caches = model.caches(1, 300)
+        parts = [model.hidden(ids[:, begin:end], caches)[0] for begin, end in ((0, 64), (64, 200), (200, 300))]
+        logs = fastattn.log_softmax(model.logits(np.concatenate(parts)))
+        found[dtype] = logs, -logs[np.arange(299), ids[0, 1:]].mean()
+    exact, entropy = found.pop("float32")
+    for dtype, change, divergence, same in (("float16", 3e-4, 1e-5, 0.99), ("int8", 1e-2, 2e-3, 0.95)):
+        logs, its_entropy = found[dtype]
+        assert abs(its_entropy - entropy) < change
+        assert np.mean(np.sum(np.exp(exact) * (exact - logs), axis=-1)) < divergence
+        assert np.mean(logs.argmax(-1) == exact.argmax(-1)) > same
