@@ -12,7 +12,6 @@ from fastattn._quantize import mean_of_tokens, move_tokens, place
 from fastattn.quantized import check_block, read_center, read_tokens, scales_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Self
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -27,33 +26,24 @@ def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     return x
 
 
-def _places(
+def _place(
     to: NDArray[Any], at: NDArray[np.int64], x: NDArray[Any], first: NDArray[np.int64], count: NDArray[np.int64]
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+) -> None:
     """
-    Where `count` tokens of x, from `first` on, go in each sequence of `to`, from token `at` on: pairs of views.
+    Write `count` tokens of x, from `first` on, into each sequence of `to`, from token `at` on.
 
     `at`, `first` and `count` have one batch axis, like `to`.
     """
     sequences, heads, _, channels = to.shape
-    x = x.reshape(sequences, heads, x.shape[-2], channels)
-    if sequences and (at == at[0]).all() and (first == first[0]).all() and (count == count[0]).all():
-        return [(to[:, :, at[0] : at[0] + count[0]], x[:, :, first[0] : first[0] + count[0]])]
-    return [
-        (to[s, :, at[s] : at[s] + count[s]], x[s, :, first[s] : first[s] + count[s]])
-        for s in range(sequences)
-        if count[s]
-    ]
-
-
-def _write(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> None:
-    for to, x in pairs:
-        np.copyto(to, x)
-
-
-def _place(*args: Any) -> None:
-    """Writes what `_places` says."""
-    _write(_places(*args))
+    n = x.shape[-2]
+    x = x.reshape(sequences, heads, n, channels)
+    if sequences and all((a == a[0]).all() for a in (at, first, count)):
+        to[:, :, at[0] : at[0] + count[0]] = x[:, :, first[0] : first[0] + count[0]]
+    else:
+        # All valid tokens of all sequences at once: sequence b, token i of x.
+        tokens = np.arange(n)
+        b, i = np.nonzero((tokens >= first[:, None]) & (tokens < (first + count)[:, None]))
+        to[b, :, at[b] + i - first[b]] = x[b, :, i]
 
 
 class _Tokens(NamedTuple):
@@ -419,14 +409,11 @@ class KVCache:
 
     def _add(self, tokens: _Tokens, came: NDArray[np.int64], new: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
         """Put the last `new` of `came` tokens behind the last `kept` of those that are there."""
-        # All that needs memory first: after an error nothing has moved.
-        there, first = self._lengths.ravel(), came - new
-        pairs = self._moves(kept)
+        self._let_go(kept)
         for flat, x in zip(self._flat(), tokens.parts, strict=True):
-            pairs += _places(flat, kept, x, first, new)
+            _place(flat, kept, x, came - new, new)
         shape = self._lengths.shape
-        dropped = self._dropped + (there - kept + first).reshape(shape)
-        self._settle((kept + new).reshape(shape), dropped, tokens.center, pairs)
+        self._settle((kept + new).reshape(shape), self._dropped + (came - new).reshape(shape), tokens.center)
 
     def copy(self) -> Self:
         """
