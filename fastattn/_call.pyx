@@ -27,9 +27,9 @@ cnp.import_array()
 
 # By their numbers (kernels/call.h), for messages.
 cdef tuple OPERAND_NAMES = (
-    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "key_scale", "value_scale", "key_center",
-    "out", "weights", "lse",
-    "alibi_slopes", "sinks", "key_lengths", "query_lengths", "query_offset", "keys_before")
+    "query", "key", "value", "mask", "bias", "block_mask", "relative_bias", "prepared", "key_scale", "value_scale",
+    "key_center", "out", "weights", "lse", "alibi_slopes", "sinks", "key_lengths", "query_lengths", "query_offset",
+    "keys_before")
 
 
 # Rules

@@ -167,8 +167,8 @@ def mean_of_tokens(cnp.ndarray x, cnp.ndarray to, cnp.ndarray count=None, cnp.nd
 
 
 def move_tokens(list arrays, cnp.ndarray there, cnp.ndarray kept):
-    """In arrays (..., heads, places, channels), contiguous, the last `kept` of the first `there` tokens of each sequence
-    become its first ones; both int64. Needs no memory once it has begun."""
+    """In arrays (..., heads, places, channels), contiguous, the last `kept` of the first `there` tokens of each
+    sequence become its first ones; both int64. Needs no memory once it has begun."""
     cdef int64_t heads, places, row, b, h
     cdef char *data
     cdef cnp.ndarray a
