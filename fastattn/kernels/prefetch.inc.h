@@ -13,8 +13,7 @@ static ALWAYS_INLINE int64_t bytes_of(const fa_view *matrix, int64_t n)
 }
 
 /* Whether decode has to prefetch keys or values of n numbers. Some CPUs prefetch a single contiguous stream in hardware
- * well enough; where numbers are widened, more instructions wait for each line, and they do not (docs/notebook, page
- * 30). */
+ * well enough; where numbers are widened, more instructions wait for each line, and they do not. */
 static ALWAYS_INLINE int needs_prefetch(const fa_problem *problem, int rows, int64_t n, const fa_view *matrix)
 {
     return problem->prefetch || rows > 2 || matrix->row != bytes_of(matrix, n) || matrix->dtype != REAL_DTYPE;
