@@ -346,8 +346,9 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
             distance = 0;
             score = scores_of_real;
         }
+        const int at_once = score == scores_of_real ? rows_at_once(REAL_DTYPE) : most;
         for (int r = 0, together; r < rows; r += together, distance = 0) {
-            together = rows - r < most ? rows - r : most;
+            together = rows - r < at_once ? rows - r : at_once;
             score[together - 1](q + r * STRIP, k, k_row, channels, n, distance, s + r * SCORE_ROW + j);
         }
     }
