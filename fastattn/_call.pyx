@@ -570,7 +570,7 @@ cdef bint is_quantized(tuple quantized) noexcept:
     return quantized is not None and not (quantized[0] is None and quantized[1] is None and quantized[2] is None)
 
 
-cdef cnp.ndarray number_of(object x, str name, cnp.ndarray of, str whose):
+cdef cnp.ndarray scale_array(object x, str name, cnp.ndarray of, str whose):
     """A scale or a centre as an array of at least two axes whose batch axes broadcast to those of its matrix."""
     cdef cnp.ndarray a = as_array(x, name)
     cdef int axis, number = cnp.PyArray_TYPE(a)
@@ -591,7 +591,7 @@ cdef cnp.ndarray number_of(object x, str name, cnp.ndarray of, str whose):
 
 cdef int read_scale(Problem p, int operand, object x, str name, cnp.ndarray of, str whose, fa_scales *form,
                     int64_t *each) except -1:
-    cdef cnp.ndarray a = number_of(x, name, of, whose)
+    cdef cnp.ndarray a = scale_array(x, name, of, whose)
     cdef Py_ssize_t rows = from_right(dims_of(a), 2), n = from_right(dims_of(a), 1)
     cdef Py_ssize_t tokens = from_right(dims_of(of), 2), channels = from_right(dims_of(of), 1)
     place(p, operand, a, 2)
@@ -614,7 +614,7 @@ cdef int read_scale(Problem p, int operand, object x, str name, cnp.ndarray of, 
 
 
 cdef int read_center(Problem p, object x, cnp.ndarray key) except -1:
-    cdef cnp.ndarray a = number_of(x, "key_center", key, "key")
+    cdef cnp.ndarray a = scale_array(x, "key_center", key, "key")
     cdef Py_ssize_t channels = from_right(dims_of(key), 1)
     if from_right(dims_of(a), 2) != 1 or from_right(dims_of(a), 1) != channels:
         raise ValueError(f"key_center has shape {shape_of(as_array(x, 'key_center'))}; it must be (..., 1, {channels}) "

@@ -150,8 +150,24 @@ def check_attention(dtype):
         same(fastattn.dot_product_attention(one[:1, None], one[:1, None], value), value, "not finite")
 
 
-CHECKS = {check.__name__.removeprefix("check_"): check
-          for check in (check_narrowing, check_there_and_back, check_widening, check_attention)}  # fmt: skip
+def check_decode(dtype):
+    """Four equal keys and values of whole vectors, which decode widens in registers: a score is the output where values
+    are 1, times a ReLU; a value the mean of four."""
+    x = patterns(dtype)
+    rows = np.repeat(np.where(np.isfinite(widened(x)), x, dtype(0)).reshape(-1, 1, 64), 4, axis=1)
+    ones = np.ones((4, 64), dtype)
+    for sign in (1, -1):
+        chosen = sign * np.eye(64, dtype=np.float32)[:, None, None]
+        scores = fastattn.dot_product_attention(chosen, rows, ones, activation="relu", scale=1.0)
+        expected = np.maximum(sign * widened(rows[:, 0]).T, 0)[:, :, None, None]
+        same(scores, np.broadcast_to(expected, scores.shape), f"keys of {np.dtype(dtype)}, times {sign}")
+    values = np.repeat(x.reshape(-1, 1, 64), 4, axis=1)
+    out = fastattn.dot_product_attention(np.zeros((1, 64), np.float32), ones, values)
+    same(out, without_minus_zero(widened(x.reshape(-1, 1, 64))), f"values of {np.dtype(dtype)}")
+
+
+EACH = check_narrowing, check_there_and_back, check_widening, check_attention, check_decode
+CHECKS = {check.__name__.removeprefix("check_"): check for check in EACH}
 
 
 def check_all():

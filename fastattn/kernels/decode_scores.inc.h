@@ -297,18 +297,6 @@ WIDENED_SCORES(scores_of_i8, FA_I8)
 /* Rows that share a load; of keys that are widened more, so that fewer rows widen them again. */
 static ALWAYS_INLINE int rows_at_once(fa_dtype dtype) { return dtype == REAL_DTYPE ? PLACE_ROWS : MOST_PLACE_ROWS; }
 
-/* By the number of rows, less one. */
-static ALWAYS_INLINE const scores_function *scores_functions(fa_dtype dtype)
-{
-#if BITS == 32
-    if (dtype != REAL_DTYPE)
-        return dtype == FA_F16 ? scores_of_f16 : dtype == FA_BF16 ? scores_of_bf16 : scores_of_i8;
-#else
-    (void)dtype;
-#endif
-    return scores_of_real;
-}
-
 /* Scores of a group of rows against the keys [begin, end) of a block, or of a single row against several blocks. Keys
  * up to the next whole vector also get scores, which mean nothing. The order of additions depends on row and key alone.
  * ahead: prefetch distance in bytes (0: no prefetch). scratch: room for KEYS_AT_ONCE keys; keys that cannot be read in
@@ -320,13 +308,12 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
 {
     const int64_t channels = problem->head_dim;
     const int in_place = readable(key) || (widenable(key, channels) && !scales->data);
-    const int most = rows_at_once(in_place ? key->dtype : REAL_DTYPE);
     for (int j = begin / 4 * 4, n; j < (end + LANES - 1) / LANES * LANES; j += n) {
         const char *k = keys + j * key->row;
         ptrdiff_t k_row = key->row, distance = ahead;
-        const scores_function *score = scores_functions(key->dtype);
+        fa_dtype dtype = key->dtype;
         n = in_place && j >= begin ? (end - j) / 4 * 4 : 0;
-        if (rows > most && n > 16) /* they stay in L1 for all rows */
+        if (rows > rows_at_once(dtype) && n > 16) /* they stay in L1 for all rows */
             n = 16;
         if (n <= 0) {
             const int left = (end - j) / 4 * 4;
@@ -344,11 +331,12 @@ static void row_scores(const fa_problem *problem, const real *q, int rows, const
             k = (const char *)scratch;
             k_row = channels * (ptrdiff_t)sizeof(real);
             distance = 0;
-            score = scores_of_real;
+            dtype = REAL_DTYPE;
         }
-        const int at_once = score == scores_of_real ? rows_at_once(REAL_DTYPE) : most;
+        const scores_function *score = BY_DTYPE(scores_of, dtype);
+        const int most = rows_at_once(dtype);
         for (int r = 0, together; r < rows; r += together, distance = 0) {
-            together = rows - r < at_once ? rows - r : at_once;
+            together = rows - r < most ? rows - r : most;
             score[together - 1](q + r * STRIP, k, k_row, channels, n, distance, s + r * SCORE_ROW + j);
         }
     }

@@ -188,50 +188,28 @@ typedef void (*chunk_function)(const real *p, const char *v, ptrdiff_t v_row, in
         else                                                                                                      \
             sum_values_at_once(p, v, v_row, n, ahead, to, value_row, dtype, rows, 0, 1);                          \
     }
-#define SUMS(name, dtype)                                                                                              \
-    SUM_OF_FEW(name, dtype, 1)                                                                                         \
-    SUM_OF_FEW(name, dtype, 2)                                                                                         \
-    SUM_OF_CHUNK(name, dtype, 3) SUM_OF_CHUNK(name, dtype, 4) static const sum_function name[] = {name##_1, name##_2}; \
-    static const chunk_function name##_chunk[] = {name##_3, name##_4};
+#define SUMS(kind, dtype)                                                                  \
+    SUM_OF_FEW(sums_of_##kind, dtype, 1)                                                   \
+    SUM_OF_FEW(sums_of_##kind, dtype, 2)                                                   \
+    SUM_OF_CHUNK(sums_of_##kind, dtype, 3)                                                 \
+    SUM_OF_CHUNK(sums_of_##kind, dtype, 4)                                                 \
+    static const sum_function sums_of_##kind[] = {sums_of_##kind##_1, sums_of_##kind##_2}; \
+    static const chunk_function chunk_sums_of_##kind[] = {sums_of_##kind##_3, sums_of_##kind##_4};
 #else
-#define SUMS(name, dtype) \
-    SUM_OF_FEW(name, dtype, 1) SUM_OF_FEW(name, dtype, 2) static const sum_function name[] = {name##_1, name##_2};
+#define SUMS(kind, dtype)                \
+    SUM_OF_FEW(sums_of_##kind, dtype, 1) \
+    SUM_OF_FEW(sums_of_##kind, dtype, 2) \
+    static const sum_function sums_of_##kind[] = {sums_of_##kind##_1, sums_of_##kind##_2};
 #endif
-SUMS(sums_of_real, REAL_DTYPE)
+SUMS(real, REAL_DTYPE)
 #if BITS == 32
-SUMS(sums_of_f16, FA_F16)
-SUMS(sums_of_bf16, FA_BF16)
-SUMS(sums_of_i8, FA_I8)
+SUMS(f16, FA_F16)
+SUMS(bf16, FA_BF16)
+SUMS(i8, FA_I8)
 #endif
 #undef SUMS
 #undef SUM_OF_CHUNK
 #undef SUM_OF_FEW
-
-/* By the number of rows, less one. */
-static ALWAYS_INLINE const sum_function *sum_functions(fa_dtype dtype)
-{
-#if BITS == 32
-    if (dtype != REAL_DTYPE)
-        return dtype == FA_F16 ? sums_of_f16 : dtype == FA_BF16 ? sums_of_bf16 : sums_of_i8;
-#else
-    (void)dtype;
-#endif
-    return sums_of_real;
-}
-
-#if DECODE_ROWS > 2
-/* By the number of rows, less three. */
-static ALWAYS_INLINE const chunk_function *chunk_functions(fa_dtype dtype)
-{
-#if BITS == 32
-    if (dtype != REAL_DTYPE)
-        return dtype == FA_F16 ? sums_of_f16_chunk : dtype == FA_BF16 ? sums_of_bf16_chunk : sums_of_i8_chunk;
-#else
-    (void)dtype;
-#endif
-    return sums_of_real_chunk;
-}
-#endif
 
 /* The weighted sum for up to DECODE_ROWS rows, of values of type real or of a smaller dtype. first: `part` holds
  * nothing yet. chunk: scratch, [rows][value_row] numbers. */
@@ -240,12 +218,12 @@ static NEVER_INLINE void streamed_sum(const real *p, int rows, struct value_rows
 {
     (void)chunk; /* only more rows need it */
     if (rows <= 2) {
-        const sum_function sum = sum_functions(dtype)[rows == 2];
+        const sum_function sum = BY_DTYPE(sums_of, dtype)[rows == 2];
         sum(p, value.data + begin * value.row, value.row, begin, end, first, ahead, part, value_row);
         return;
     }
 #if DECODE_ROWS > 2
-    const chunk_function sum = chunk_functions(dtype)[rows == 4];
+    const chunk_function sum = BY_DTYPE(chunk_sums_of, dtype)[rows == 4];
     for (int t = begin, stop; t < end; t = stop, first = 0) {
         stop = (t | (CHUNK - 1)) + 1 < end ? (t | (CHUNK - 1)) + 1 : end;
         sum(p + t, value.data + t * value.row, value.row, stop - t, ahead, chunk, value_row);

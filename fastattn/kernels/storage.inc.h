@@ -109,6 +109,14 @@ static ALWAYS_INLINE int size_of(const fa_dtype dtype)
     return dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : dtype == FA_I8 ? 1 : 2;
 }
 
+/* Of what exists for each dtype that v_load_as reads, that of a dtype: name_real, name_f16, name_bf16 or name_i8. */
+#if BITS == 32
+#define BY_DTYPE(name, dtype) \
+    ((dtype) == FA_F16 ? name##_f16 : (dtype) == FA_BF16 ? name##_bf16 : (dtype) == FA_I8 ? name##_i8 : name##_real)
+#else
+#define BY_DTYPE(name, dtype) ((void)(dtype), name##_real)
+#endif
+
 /* LANES contiguous numbers of type real or, if that is float, of a smaller dtype. */
 static ALWAYS_INLINE vec v_load_as(const void *p, const fa_dtype dtype)
 {
