@@ -5,11 +5,21 @@
  *
  * The block is prefill's (prefill.inc.h) or, for few queries, decode's (decode.inc.h). */
 
+/* The state of a tile that has seen nothing. */
+static void begin_tile(const fa_problem *problem, int64_t rows, struct tile *tile)
+{
+    reset_state(problem, rows, tile->m, tile->l);
+    for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
+        tile->span[g] = NO_SPAN;
+        tile->many_spans[g] = 0;
+    }
+}
+
 /* Contract: contract.h. */
 static void open_tile(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
     struct tile *tile = workspace;
-    lay_out(tile, problem, rows, head->keys, workspace);
+    lay_out(tile, problem, rows, head->keys, 0, workspace);
     tile->row = row;
     const double unit = scores_in_nats(problem, head) ? 1 : 1.44269504088896340736;
     const double factor = scale_after_product(problem) ? 1 : problem->scale * unit;
@@ -23,13 +33,9 @@ static void open_tile(const fa_problem *problem, const fa_head *head, int64_t ro
         pack_queries(problem, head, row, rows, tile->group, (real)factor, tile->channels, tile->q);
     if (problem->has_center)
         find_centers(problem, head, row, rows, tile->center);
-    reset_state(problem, rows, tile->m, tile->l);
     if (is_sparse(problem))
         open_sparse(problem, head, row, rows, &tile->sparse);
-    for (int64_t g = 0; g < (rows + ROWS - 1) / ROWS; g++) {
-        tile->span[g] = NO_SPAN;
-        tile->many_spans[g] = 0;
-    }
+    begin_tile(problem, rows, tile);
 }
 
 /* Contract: contract.h. */
@@ -179,7 +185,12 @@ static void close_tile(const fa_problem *problem, const fa_head *head, int64_t r
         const real factor = row_factor(problem, head, r, tile, natural_log, &lse, &seen);
         const vec scale = v_fill(factor);
         char *to = fa_row(head, &head->view[FA_OUT], i);
-        if (direct) {
+        if (tile->exact) {
+            const real rounded = v_total(v_load(o + tile->value_row - LANES));
+            const real of_sum = rounded > 0 ? factor * (v_total(v_load(tile->l + r * LANES)) / rounded) : factor;
+            tile->exact[r] |= !finish_row(o, o, tile->value_row, v_fill(of_sum), seen);
+            scatter(to, head->view[FA_OUT].col, o, problem->value_dim, head->view[FA_OUT].dtype);
+        } else if (direct) {
             finite &= finish_row((real *)to, o, problem->value_dim, scale, seen);
         } else {
             finite &= finish_row(o, o, tile->value_row, scale, seen);

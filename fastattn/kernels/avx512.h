@@ -1,7 +1,8 @@
 /* AVX-512 (F, BW, DQ, VL): 32 registers of 64 bytes. 6 x 4 sums, 4 vectors and a broadcast fill 29 of them. */
 #include <immintrin.h>
 #include <stddef.h>
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt")
+#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,popcnt"
+TARGET_BEGIN(AVX512)
 
 #define ISA avx512
 #define VECTOR_BYTES 64

@@ -18,6 +18,13 @@
 #define TARGET_END _Pragma("GCC pop_options")
 #endif
 
+/* Whether the compiler knows AVX512-BF16. */
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define COMPILES_AVX512_BF16 1
+#else
+#define COMPILES_AVX512_BF16 0
+#endif
+
 /* What stands between these two is optimised less than the rest (setup.py: -O3), where that costs nothing: "O2", or
  * "Os" for size. clang cannot say so within a file. No result may depend on it. */
 #if !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__SANITIZE_ADDRESS__)

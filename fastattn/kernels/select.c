@@ -1,4 +1,5 @@
 /* Which kernels this CPU and operating system can run, and which suit it. Compiled for the plain target. */
+#include "compiler.h"
 #include "contract.h"
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +12,9 @@
 extern const fa_kernels fa_baseline_f32, fa_baseline_f64;
 #if defined(__x86_64__)
 extern const fa_kernels fa_avx2_f32, fa_avx2_f64, fa_avx512_f32, fa_avx512_f64;
+#if COMPILES_AVX512_BF16
+extern const fa_kernels fa_avx512_bf16_f32;
+#endif
 
 /* These check CPUID, and XGETBV for the registers that the operating system saves. */
 static int runs_avx512(void)
@@ -33,6 +37,11 @@ static int has_avx512_bf16(void)
     unsigned a, b, c, d;
     return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
+
+/* Whether an instruction that multiplies pairs of bfloat16 is worth its roundings: on Zen 4 and 5 it is issued as often
+ * as a multiply-add of floats, on Intel's cores one fourth as often (docs/notebook, page 29). */
+static int pairs_are_fast(void) { return has_avx512_bf16() && __builtin_cpu_is("amd"); }
+static int pairs_are_slow(void) { return has_avx512_bf16() && !pairs_are_fast(); }
 
 static int has_avx512_fp16(void)
 {
@@ -65,7 +74,16 @@ static const struct {
     const fa_kernels *kernels[FA_DTYPES];
 } instruction_sets[] = {
 #if defined(__x86_64__)
-    {"avx512", runs_avx512, {[FA_F32] = &fa_avx512_f32, [FA_F64] = &fa_avx512_f64}},
+#if COMPILES_AVX512_BF16
+    {"avx512_bf16", pairs_are_fast, {[FA_BF16] = &fa_avx512_bf16_f32}},
+#endif
+    {"avx512", runs_avx512, {[FA_F32] = &fa_avx512_f32, [FA_F64] = &fa_avx512_f64, [FA_BF16] = &fa_avx512_f32}},
+#if COMPILES_AVX512_BF16
+    /* Where it is slower, for those who ask for it. */
+    {"avx512_bf16",
+     pairs_are_slow,
+     {[FA_F32] = &fa_avx512_f32, [FA_F64] = &fa_avx512_f64, [FA_BF16] = &fa_avx512_bf16_f32}},
+#endif
     {"avx2", runs_avx2, {[FA_F32] = &fa_avx2_f32, [FA_F64] = &fa_avx2_f64}},
 #elif defined(__aarch64__)
     {"neon", runs_neon, {[FA_F32] = &fa_neon_f32, [FA_F64] = &fa_neon_f64}},

@@ -49,6 +49,9 @@ struct tile {
     /* The same for the spans before it, with rounding errors, for groups that have seen several. */
     char *many_spans; /* [groups] */
     real *m_all, *l_all, *l_error, *o_all, *o_error;
+    /* [rows] which rows are computed again, by products of float; NULL: those are all that there is, as everywhere but
+     * in dot_bf16.inc.h. Else the last LANES numbers of a row of o are the sum of its rounded weights. */
+    char *exact;
     struct additive additive;
     struct sparse sparse;
 };
@@ -113,11 +116,12 @@ static int64_t reach_of_tile(const fa_problem *problem, int64_t rows, int64_t ke
     return (most + FA_BLOCK < all ? most + FA_BLOCK : all) / LANES + 1;
 }
 
-/* Lays a tile out from `base` on; returns its size. */
-static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, char *base)
+/* Lays a tile out from `base` on; returns its size. behind: numbers behind the columns of a row of o. */
+static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, int64_t behind,
+                      char *base)
 {
     char *at = base + (sizeof(struct tile) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
-    int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES;
+    int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES + behind;
     const int additive = problem->score == FA_ADDITIVE;
     const int whole = problem->decode ? LANES : additive && STEPS < SHARE ? SHARE : STEPS;
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
@@ -127,6 +131,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     int64_t groups = (rows + ROWS - 1) / ROWS;
     tile->group = problem->decode && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + PANEL - 1) / PANEL;
+    tile->exact = NULL;
     tile->channels = channels;
     tile->value_row = value_row;
     /* With a stride that is a multiple of 1 KiB the rows of a block would map to a few sets of L1. */
@@ -179,5 +184,5 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
 static size_t tile_workspace(const fa_problem *problem, int64_t rows, int64_t keys)
 {
     struct tile tile; /* for its size only: the addresses are not used */
-    return lay_out(&tile, problem, rows, keys, (char *)(uintptr_t)FA_ALIGN);
+    return lay_out(&tile, problem, rows, keys, 0, (char *)(uintptr_t)FA_ALIGN);
 }
