@@ -34,7 +34,7 @@ def rng():
 def built_instruction_sets():
     """The instruction sets in this build, whether this CPU can run them or not."""
     with open(_runtime.__file__, "rb") as file:
-        return sorted({name.decode() for name in re.findall(rb"kernels_f32_(\w+)\0", file.read())})
+        return sorted({name.decode() for name in re.findall(rb"kernels_(?:f32|bf16)_(\w+)\0", file.read())})
 
 
 def describe_instruction_sets(selected, runnable, built, forced):
