@@ -26,7 +26,7 @@ DEBUG = os.environ.get("FASTATTN_DEBUG", "0") == "1"
 KERNELS = "fastattn/kernels"
 INTERFACE = "fastattn/include/fastattn.h"
 # The only headers that others than kernels include.
-SHARED = ("allocate", "call", "contract", "drive", "drive_dense", "drive_rows", "gomp", "threads")
+SHARED = ("allocate", "call", "compiler", "contract", "drive", "drive_dense", "drive_rows", "gomp", "threads")
 CONTRACT = [INTERFACE, *(f"{KERNELS}/{name}.h" for name in SHARED)]
 
 # Contraction turns a * b + c into one instruction; -std=c11 would disable it, and -ffast-math would disable denormals

@@ -168,6 +168,11 @@ def dot_product_attention(
     skipped. Memory beyond inputs and outputs does not grow with L * S [1]_. The bits of a row do not depend on threads,
     batch, padding, strides or the other rows.
 
+    With 16-bit arrays scores and softmax are float32's, and the result is rounded once. Where all three arrays are
+    bfloat16 and the CPU multiplies pairs of these as fast as floats (``cpu_info()["kernels"]["bfloat16"]`` then ends in
+    ``avx512_bf16``), weights are rounded to bfloat16 for the weighted sum: half a unit of bfloat16, times the largest
+    value, more. Log-sum-exps and returned weights keep the accuracy of float32.
+
     References
     ----------
     .. [1] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018; T. Dao et al.,
