@@ -69,7 +69,8 @@ def forced():
         code = "import test_instruction_sets; test_instruction_sets.show_forced()"
         selected, kernels, out = fresh_process.run(code, FASTATTN_ISA=name).split()
         out = np.frombuffer(bytes.fromhex(out), dtype=np.float32)
-        answers[name] = selected, dict(kernel.split(":") for kernel in kernels.split(",")), out.reshape(problem()[0].shape)
+        kernels = dict(kernel.split(":") for kernel in kernels.split(","))
+        answers[name] = selected, kernels, out.reshape(problem()[0].shape)
     return answers
 
 
