@@ -111,6 +111,8 @@ QUICK = {
     "truncated-1x1x4096x64-64x64",
     "lengths-truncated-64x64",
     "decode-1x8x8x1x8192x64",
+    "stored-1x32x8x1x4096x128-bfloat16",
+    "stored-1x32x8x1x4096x128-int8",
     "multihead-1x128x768x12",
     "rotary-1x12x512x64",
     "linear-1x8x4096x64",
@@ -132,6 +134,7 @@ TABLES = (
     *cases.ADDITIVE_BACK,
     *cases.TRUNCATED,
     *cases.DECODE,
+    *cases.STORED,
     *cases.MULTI_HEAD,
     *cases.MULTI_HEAD_STEPS,
     *cases.ROTARY,
@@ -151,6 +154,7 @@ IN_ROUNDS = ("libraries", "lengths", "isa", "scaling")
 FORCED_ISA = [
     *(case.name for case in cases.ATTENTION if case.dtype == "float32" and case.seqlen_q in (512, 2048)),
     cases.ADDITIVE[0].name,
+    *(case.name for case in cases.STORED),
 ]
 
 
@@ -290,9 +294,9 @@ def compare_libraries(plan, name, progress, only=None):
     case = case_of(name, TABLES)
     notes = {}
     found = list(peers.candidates(case, plan["threads"], only or list(peers.LIBRARIES), notes))
-    name, work, probe = limit_of(case, plan)
+    limit, work, probe = limit_of(case, plan)
     # In units of this case's work, so that ratios of times are shares of the limit.
-    limits = [measure.Candidate(name, probe.call, probe.work / work)] if probe else []
+    limits = [measure.Candidate(limit, probe.call, probe.work / work)] if probe else []
     samples = measure.interleave([*limits, *found], plan["rounds"], progress)
     record = {
         "kind": case.kind,
@@ -306,6 +310,13 @@ def compare_libraries(plan, name, progress, only=None):
         record |= {"rows": case.rows, "seqlen": case.seqlen, "window": case.window}
     if case.kind == "decode":
         record["seqlen_q"] = case.seqlen_q
+    if case.kind == "stored":
+        record |= {
+            "storage": case.storage,
+            "rows": case.as_rows.seqlen_q,
+            "limit": limit,
+            "set": plan["isa"] or hardware.best_isa(),
+        }
     if case.kind == "blocks":
         record["share"] = case.pattern().mean()
     if case.kind == "linear":
@@ -323,8 +334,12 @@ def limit_of(case, plan):
         return "copy", case.nbytes, hardware.copy(case.nbytes, threads)
     if case.kind == "decode":
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
-    if case.kind in ("attention", "attentionback", "truncated", "multihead", "multiheadstep", "linear", "blocks",
-                     "neighborhood"):  # fmt: skip
+    if case.kind == "stored" and case.is_decode:
+        return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:3], threads)
+    if case.kind == "stored" and case.storage == "bfloat16" and multiplies_pairs():
+        return "peak of pairs", case.flops, hardware.pairs(threads)
+    if case.kind in ("attention", "attentionback", "truncated", "stored", "multihead", "multiheadstep", "linear",
+                     "blocks", "neighborhood"):  # fmt: skip
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
     if case.kind == "minilm":
         return "", case.batch, None
@@ -334,6 +349,13 @@ def limit_of(case, plan):
         return "rows read", len(indices), hardware.read_edges(key, value, indices, threads)
     probe = hardware.triples(plan["isa"], threads) if case.dtype == "float32" else None
     return "five instructions", case.triples, probe
+
+
+def multiplies_pairs():
+    """Whether fastattn multiplies bfloat16 in pairs here."""
+    import fastattn
+
+    return fastattn.cpu_info()["kernels"]["bfloat16"].endswith("avx512_bf16")
 
 
 def compare_lengths(plan, name, progress):
@@ -370,7 +392,8 @@ def compare_lengths(plan, name, progress):
 
 def compare_with_own_peak(plan, name, progress):
     """fastattn alone, with FASTATTN_ISA set, beside that instruction set's limit."""
-    record = compare_libraries(plan, name.removeprefix(f"{plan['isa']}-"), progress, only=["fastattn"])
+    own = ["fastattn", "fastattn, float32"]
+    record = compare_libraries(plan, name.removeprefix(f"{plan['isa']}-"), progress, only=own)
     return {**record, "isa": plan["isa"]}
 
 

@@ -57,6 +57,23 @@ WINDOW_RATIOS = {"truncated-1x1x4096x64-64x64": {"NumPy, best band": 2.5, "PyTor
 # One query over a cache: of the speed at which the bytes of key and value can be read.
 DECODE_SHARE = 0.85
 
+# The same with fewer bits, relative to one's own float32 where that waits for memory: by instruction set and storage,
+# for one row a key head and for the four that share one; and with many queries, where arithmetic decides.
+STORED_RATIOS = {
+    "avx512": {"float16": (1.9, 1.9, 0.95), "bfloat16": (1.9, 1.9, 0.95), "int8": (3.2, 3.2, 0.95)},
+    "avx2": {"float16": (1.8, 1.4, 0.93), "bfloat16": (1.6, 1.4, 0.93), "int8": (2.5, 2.2, 0.9)},
+    "neon": {"float16": (1.9, 1.9, 0.95), "bfloat16": (1.9, 1.9, 0.95), "int8": (2.5, 2.5, 0.95)},
+    "baseline": {"float16": (1.0, 1.0, 0.85), "bfloat16": (1.6, 1.6, 0.85), "int8": (2.0, 2.0, 0.85)},
+}
+STORED_PEERS = {
+    "float16": {"PyTorch": 3.0, "ONNX Runtime": 2.0},
+    "bfloat16": {"PyTorch": 3.0},
+    "int8": {"ONNX Runtime": 2.5},
+}
+# With two threads memory is the limit for both.
+STORED_INT8_THREADS = 2.0
+PAIRS_SHARES = {"64": 0.75, "128": 0.80}
+
 # Along the edges of a graph: of the speed at which the rows of key and value that they name are read.
 GRAPH_SHARES = {"dot": 0.5, "gat": 0.4}
 GRAPH_RATIOS = {
@@ -137,6 +154,10 @@ def share(record):
         name = "fastattn out=" if "fastattn out=" in record["seconds"] else "fastattn"
         return measure.ratio(record["seconds"], "rows read", name), _graph_share(record)
     goal = None
+    if record["kind"] == "stored":
+        if record["limit"] == "peak of pairs":
+            goal = PAIRS_SHARES[record["label"].split()[-2]] if record["threads"] == 1 else None
+        return measure.ratio(record["seconds"], record["limit"], "fastattn"), goal
     if record["kind"] == "decode":
         goal = DECODE_SHARE if record["seqlen_q"] == 1 else None
         return measure.ratio(record["seconds"], "read", "fastattn"), goal
@@ -228,6 +249,8 @@ def _ratios(record):
         return SPARSE_RATIOS
     if record["kind"] == "truncated":
         return WINDOW_RATIOS.get(record["case"], {}) if record["threads"] == 1 else {}
+    if record["kind"] == "stored":
+        return _stored_ratios(record)
     if record["kind"] == "decode":
         return DECODE_RATIOS[record["work"] <= SMALL_CACHE_BYTES]
     if record["kind"] == "multihead":
@@ -254,6 +277,18 @@ def _ratios(record):
     if record["kind"] == "additiveback":
         return ADDITIVE_BACK_RATIOS if record["threads"] == 1 and record["case"] == ADDITIVE_BACK_CASE else {}
     return SMALL_CALLS.get(record["case"], RATIOS)
+
+
+def _stored_ratios(record):
+    """Pairs of bfloat16 have a peak of their own; with more threads memory's share of the time differs."""
+    storage, rows = record["storage"], record["rows"]
+    peers = STORED_PEERS[storage] if rows < 16 else {}
+    if record["threads"] > 1:
+        return {name: STORED_INT8_THREADS for name in peers} if storage == "int8" else peers
+    if record["limit"] == "peak of pairs":
+        return {}
+    by_rows = STORED_RATIOS[record["set"].removesuffix("_bf16")][storage]
+    return {**peers, "fastattn, float32": by_rows[0 if rows == 1 else 1 if rows < 16 else 2]}
 
 
 def _graph_share(record):

@@ -55,6 +55,31 @@ double multiply_add(int64_t blocks, double factor, double addend)
     return total;
 }
 
+/* The same with the instruction that multiplies two pairs of bfloat16 and adds both products to a float: every step
+ * adds 2 * 0.5 to what starts at small integers, so that the sum is exact. */
+#ifdef __AVX512BF16__
+double multiply_pairs(int64_t blocks)
+{
+    const __m512bh halves = (__m512bh)_mm512_set1_epi32(0x3f003f00), ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    double total = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        __m512 acc[CHAINS];
+#pragma GCC unroll 32
+        for (int c = 0; c < CHAINS; c++)
+            acc[c] = _mm512_set1_ps((float)(1 + c + block % 8));
+        for (int step = 0; step < STEPS; step++) {
+#pragma GCC unroll 32
+            for (int c = 0; c < CHAINS; c++)
+                acc[c] = _mm512_dpbf16_ps(acc[c], halves, ones);
+        }
+#pragma GCC unroll 32
+        for (int c = 0; c < CHAINS; c++)
+            total += _mm512_reduce_add_ps(acc[c]);
+    }
+    return total;
+}
+#endif
+
 /* Additive scores add up w * tanh(a + b) over channels, which is sum(w) - 2 * sum(w / (1 + A * B)) with exponentials A
  * and B that are taken beforehand. Five instructions do a vector of those fractions: 1 + A * B, an estimate of its
  * reciprocal, Newton's step in two, and a multiply-add with the weight. Every accumulator adds STEPS of them up.

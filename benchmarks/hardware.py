@@ -1,4 +1,4 @@
-"""The machine's limits: FMA peak, sums of tanh, read and copy bandwidth, on one or several threads.
+"""The machine's limits: FMA peak, sums of tanh, pairs of bfloat16, read and copy bandwidth, on one or several threads.
 
 A share of the peak says more than milliseconds, and carries over to other machines. But clocks drift, so a peak is only
 meaningful if measured next to what it is compared with: `fma`, `triples`, `read` and `copy` return a `Probe`, a call
@@ -51,6 +51,12 @@ else:
     }
 
 
+# Not one of those above: what multiplies pairs of bfloat16 is but one dtype's kernels.
+PAIRS = InstructionSet(
+    ("-mavx512f", "-mavx512bf16"), 64, 20, '__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")'
+)
+
+
 @dataclass(frozen=True)
 class Probe:
     """One call of `call` does `work` (floating-point operations, triples or bytes), counting all its threads."""
@@ -62,7 +68,7 @@ class Probe:
 @functools.cache
 def load(isa, dtype="float32"):
     """The compiled hardware.c, or None if the compiler or the CPU lacks the instruction set."""
-    spec = INSTRUCTION_SETS[isa]
+    spec = PAIRS if isa == "pairs" else INSTRUCTION_SETS[isa]
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "hardware.so"
@@ -138,6 +144,22 @@ def fma(dtype="float32", isa=None, threads=1):
     np.testing.assert_allclose(library.multiply_add(blocks, factor, addend), expected(blocks), rtol=1e-3)
     call = _on_threads(lambda _: library.multiply_add(blocks, factor, addend), threads)
     return Probe(call, 2.0 * blocks * steps * chains * lanes * threads)
+
+
+@functools.cache
+def pairs(threads=1):
+    """Multiply-adds of pairs of bfloat16 in registers, each pair four operations. None if the CPU has no such
+    instruction."""
+    library = load("pairs") if "avx512" in INSTRUCTION_SETS else None
+    if library is None:
+        return None
+    library.multiply_pairs.argtypes, library.multiply_pairs.restype = (ctypes.c_int64,), ctypes.c_double
+    lanes, chains, steps = library.lanes(), library.chains(), library.steps()
+    blocks = _repeats(library.multiply_pairs)
+    expected = sum(lanes * (1 + c + block % 8 + steps) for block in range(blocks) for c in range(chains))
+    np.testing.assert_allclose(library.multiply_pairs(blocks), expected, rtol=1e-6)
+    call = _on_threads(lambda _: library.multiply_pairs(blocks), threads)
+    return Probe(call, 4.0 * blocks * steps * chains * lanes * threads)
 
 
 @functools.cache
@@ -284,6 +306,9 @@ def main():
                 print(f"  {isa:10} {f32:8.1f} GFLOP/s float32 {f64:8.1f} GFLOP/s float64", end="")
                 probe = triples(isa, threads)
                 print(f" {_rate(probe):8.1f} G triples/s float32" if probe else "")
+        probe = pairs(threads)
+        if probe:
+            print(f"  {'avx512_bf16':11} {_rate(probe):7.1f} GFLOP/s bfloat16, in pairs")
         for size in (256 * 2**10, 4 * 2**20, 256 * 2**20):
             print(
                 f"  {size / 2**20:6.2f} MiB   read {_rate(read(size, threads)):7.1f} GB/s"

@@ -19,6 +19,7 @@ SHAPE = "B, H, L, S, D"
 BACK_SHAPE = "B, H, L, D"
 ADDITIVE_SHAPE = "B, H, L, S, hidden"
 WINDOW_SHAPE = "B, H, L, D (left, right)"
+STORED_SHAPE = "B, H, key heads, L, S, D"
 DECODE_SHAPE = "B, H, key heads, L, S, D"
 MULTI_HEAD_SHAPE = "B, L, d_model, H"
 ROTARY_SHAPE = "B, H, L, D"
@@ -50,6 +51,10 @@ MEANINGS = {
     "what grows is the time in which longer arrays come from slower memory.",
     "Few queries over a cache": "What a decoder does for each token: with one query the time is that of reading keys "
     "and values once, and the speed of reading those very arrays is the limit.",
+    "Keys and values of 16 and 8 bits": "With one query the time is that of reading them, so half the bytes should "
+    "take half the time; with many, arithmetic decides, and fewer bits only save memory. The column float32 is "
+    "fastattn's own. PyTorch and OpenVINO multiply bfloat16 by AMX where the CPU has it. The 8 bits of ONNX Runtime "
+    "have one scale for all tokens.",
     "Multi-head attention": "Most of a layer's time is its four matrix products. Products and attention, beside it: "
     "NumPy's products (OpenBLAS) and fastattn's attention, without biases and checks.",
     "Rotary positions": "Turning has to read and write each number once, so a copy of the array is its limit.",
@@ -105,6 +110,7 @@ def markdown(everything, with_goals=False):
         *_truncated(records_of(records, "libraries", kind="truncated")),
         *_lengths(records_of(records, "lengths")),
         *_decode(records_of(records, "libraries", kind="decode")),
+        *_stored(records_of(records, "libraries", kind="stored")),
         *_multihead(records_of(records, "libraries", kind="multihead")),
         *_multihead_steps(records_of(records, "libraries", kind="multiheadstep")),
         *_rotary(records_of(records, "libraries", kind="rotary")),
@@ -117,6 +123,7 @@ def markdown(everything, with_goals=False):
         *_minilm(records_of(records, "libraries", kind="minilm")),
         *left_out(everything["missing"]),
         _other_isa(records_of(records, "isa", kind="attention")),
+        *_stored(records_of(records, "isa", kind="stored"), "avx2"),
         _additive_other_isa(records_of(records, "isa", kind="additive")),
         _gain(records_of(records, "scaling")),
         _memory_and_import(records),
@@ -287,6 +294,22 @@ def _decode(records):
             others = [_beside(record["seconds"], name) for name in names]
             rows.append([record["label"], *numbers, *others, _outcome(goals.missed(record))])
         yield Table(f"Few queries over a cache, float32, {threads_in_words(threads)}", heads, rows)
+
+
+def _stored(records, isa=""):
+    for threads in sorted({record["threads"] for record in records}):
+        chosen = [record for record in records if record["threads"] == threads]
+        names = _columns(chosen)
+        heads = [STORED_SHAPE, "fastattn", "of its limit", "goal", "float32", *names, "outcome"]
+        rows = []
+        for record in chosen:
+            samples, (share, goal) = record["seconds"], goals.share(record)
+            numbers = [_time(measure.median(samples, "fastattn")), f"{_percent(share)} of {record['limit']}"]
+            others = [_beside(samples, name) for name in ("fastattn, float32", *names)]
+            outcome = _outcome(goals.missed(record))
+            rows.append([record["label"], *numbers, _percent(goal), *others, outcome])
+        where = f", `FASTATTN_ISA={isa}`" if isa else ""
+        yield Table(f"Keys and values of 16 and 8 bits, {threads_in_words(threads)}{where}", heads, rows)
 
 
 def _multihead(records):

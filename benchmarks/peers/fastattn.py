@@ -73,6 +73,20 @@ def decode(case, threads):
     yield Variant("", call)
 
 
+def stored(case, threads):
+    query, key, value, *scales = case.inputs()
+    named = dict(zip(("key_scale", "value_scale"), scales, strict=False))
+    attend = functools.partial(fastattn.dot_product_attention, query, key, value, enable_gqa=case.is_grouped, **named)
+    yield Variant("", attend, lambda output: output.astype(np.float64))
+
+
+def plain_stored(case, threads):
+    """The same in float32, which this should beat."""
+    expected = baselines.expected_attention(*case.as_rows.inputs())
+    call = functools.partial(fastattn.dot_product_attention, *case.plain(), enable_gqa=case.is_grouped)
+    yield Variant("", call, expected=expected, allowed=2e-5)
+
+
 def multihead(case, threads):
     x, *weights = case.inputs()
     attend = fastattn.MultiHeadAttention(*weights, num_heads=case.heads, **case.biases())
@@ -250,6 +264,7 @@ LIBRARIES = {
             "attentionback": attention_back,
             "truncated": truncated,
             "decode": decode,
+            "stored": stored,
             "multihead": multihead,
             "multiheadstep": multihead_step,
             "rotary": rotary,
@@ -273,6 +288,7 @@ LIBRARIES = {
             "graphback": graph_back_out,
         },
     ),
+    "fastattn, float32": ("fastattn", {"stored": plain_stored}),
     "fastattn, dense": ("fastattn", {"blocks": dense}),
     "fastattn, back": ("fastattn", {"attentionback": attention_back_alone}),
     "fastattn, plain": ("fastattn", {"attentionback": attention_back_plain}),

@@ -1,10 +1,12 @@
 """ONNX Runtime: a graph for each operator that it has."""
 
+import dataclasses
 import functools
 
 import numpy as np
 
 import encoder
+from suite import baselines
 
 from .variant import Variant, refuse_large, those_that_work
 
@@ -74,7 +76,6 @@ def truncated(case, threads):
 def decode(case, threads):
     from onnx import helper
 
-    batch, kv_heads = case.batch, case.kv_heads
     query, key, value = case.inputs()
     variant = functools.partial(_graph_variant, threads)
 
@@ -82,32 +83,63 @@ def decode(case, threads):
         node = helper.make_node("Attention", list("qkv"), ["o"])
         return variant("Attention, grouped", [node], {"q": query, "k": key, "v": value}, query.shape)
 
-    def group_query_attention():
-        # Its cache holds all keys except the last one, which it writes there itself, in place. Rows that share a key
-        # head are equivalent to heads: all of them see all keys.
-        heads = kv_heads * case.as_rows.seqlen_q
-        node = helper.make_node(
-            "GroupQueryAttention",
-            ["q", "k", "v", "keys", "values", "last", "total"],
-            ["o", "new_keys", "new_values"],
-            domain="com.microsoft",
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-        )
-        arrays = {
-            "q": query.reshape(batch, 1, heads * case.head_dim),
-            "k": _packed(key[:, :, -1:]),
-            "v": _packed(value[:, :, -1:]),
-            "keys": key.copy(),
-            "values": value.copy(),
-            "last": np.full(batch, case.seqlen_k - 1, np.int32),
-            "total": np.array(case.seqlen_k, np.int32),
-        }
-        updated = {"new_keys": "keys", "new_values": "values"}
-        return variant("GroupQueryAttention", [node], arrays, arrays["q"].shape, updated=updated)
-
     yield from attention(case.as_rows, threads)
-    yield from those_that_work(*[attention_operator] * case.is_grouped, group_query_attention)
+    of_heads = functools.partial(_group_query_attention, case, threads, *case.inputs())
+    yield from those_that_work(*[attention_operator] * case.is_grouped, of_heads)
+
+
+def stored(case, threads):
+    if case.storage == "bfloat16":
+        raise NotImplementedError("its operators for the CPU have no bfloat16")
+    if case.storage == "float16" and not case.is_decode:
+        yield from attention(case, threads)
+    elif case.storage == "float16":
+        yield _group_query_attention(case, threads, *case.inputs())
+    elif case.is_decode:
+        forms = "PER_TENSOR", "PER_CHANNEL"
+        yield from those_that_work(*(functools.partial(_eight_bits, case, threads, form) for form in forms))
+    else:
+        raise NotImplementedError("many queries over a cache of 8 bits are no call of it")
+
+
+def _eight_bits(case, threads, form):
+    """Over a cache with one scale for all, or one for each channel of each head."""
+    query, *plain = case.plain()
+    axes = (0, 2) if form == "PER_CHANNEL" else None
+    scales = [np.abs(x).max(axis=axes, keepdims=True) / np.float32(127) for x in plain]
+    # Only these two are kept as they are: it rounds the last token itself, in the same way.
+    key, value = (np.rint(x / scale).astype(np.int8) for x, scale in zip(plain, scales, strict=True))
+    rows = query.reshape(case.as_rows.inputs()[0].shape)
+    expected = baselines.expected_attention(rows, *(x * s for x, s in zip((key, value), scales, strict=True)))
+    settings = {"k_quant_type": form, "v_quant_type": form, "kv_cache_bit_width": 8}
+    made = _group_query_attention(case, threads, query, *plain, cache=(key, value), scales=scales, **settings)
+    return dataclasses.replace(made, name=form, expected=expected)
+
+
+def _group_query_attention(case, threads, query, key, value, cache=None, scales=(), **settings):
+    """Its cache holds all keys except the last one, which it writes there itself, in place. Rows that share a key head
+    are equivalent to heads: all of them see all keys."""
+    from onnx import helper
+
+    heads = case.kv_heads * case.as_rows.seqlen_q
+    keys, values = cache or (key, value)
+    arrays = {
+        "q": query.reshape(case.batch, 1, heads * case.head_dim),
+        "k": _packed(key[:, :, -1:]),
+        "v": _packed(value[:, :, -1:]),
+        "keys": keys.copy(),
+        "values": values.copy(),
+        "last": np.full(case.batch, case.seqlen_k - 1, np.int32),
+        "total": np.array(case.seqlen_k, np.int32),
+    }
+    names = ["q", "k", "v", "keys", "values", "last", "total"]
+    if scales:
+        names += [""] * 5 + ["k_scale", "v_scale"]
+        arrays |= {name: scale.reshape(-1) for name, scale in zip(("k_scale", "v_scale"), scales, strict=True)}
+    settings |= {"num_heads": heads, "kv_num_heads": case.kv_heads, "domain": "com.microsoft"}
+    node = helper.make_node("GroupQueryAttention", names, ["o", "new_keys", "new_values"], **settings)
+    updated = {"new_keys": "keys", "new_values": "values"}
+    return _graph_variant(threads, "GroupQueryAttention", [node], arrays, arrays["q"].shape, updated=updated)
 
 
 def multihead(case, threads):
@@ -160,7 +192,7 @@ def _graph_variant(threads, name, nodes, arrays, shape, read=np.asarray, constan
     dtype = next(iter(arrays.values())).dtype
     inputs = [described(letter, array.shape, array.dtype) for letter, array in arrays.items()]
     outputs = [described("o", shape, dtype)]
-    outputs += [described(letter, arrays[source].shape, dtype) for letter, source in updated.items()]
+    outputs += [described(letter, arrays[source].shape, arrays[source].dtype) for letter, source in updated.items()]
     graph = helper.make_graph(nodes, "attention", inputs, outputs, list(constants))
     domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
@@ -218,6 +250,7 @@ LIBRARIES = {
             "attention": attention,
             "truncated": truncated,
             "decode": decode,
+            "stored": stored,
             "multihead": multihead,
             "minilm": minilm,
         },

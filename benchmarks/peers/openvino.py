@@ -1,4 +1,7 @@
-"""OpenVINO, in float32 on the CPU."""
+"""OpenVINO on the CPU, in the dtype of its inputs."""
+
+import dataclasses
+import functools
 
 import numpy as np
 
@@ -18,6 +21,28 @@ def decode(case, threads):
     return attention(case.as_rows, threads)
 
 
+def stored(case, threads):
+    """Of its own dtypes. Its cache of 8 bits is inside of a model that grows it by a token a call."""
+    from openvino import Tensor, Type, opset13
+
+    if case.storage == "int8":
+        raise NotImplementedError("it has no attention over int8 that is given")
+    kind = {"float16": Type.f16, "bfloat16": Type.bf16}[case.storage]
+    query, *others = (np.ascontiguousarray(x) for x in case.inputs())
+    arrays = [query.reshape(case.as_rows.inputs()[0].shape), *others]
+    parameters = [opset13.parameter(array.shape, kind) for array in arrays]
+    node = opset13.convert(opset13.scaled_dot_product_attention(*parameters, causal=False), "f32")
+    tensors = [Tensor(array.view(np.uint16), array.shape, kind) for array in arrays]
+    for hint in ("f32", {"float16": "f16", "bfloat16": "bf16"}[case.storage]):
+        for variant in _variants(threads, node, parameters, tensors, hint):
+            # Such a tensor does not keep the memory that it lies over.
+            yield dataclasses.replace(variant, call=functools.partial(_while_alive, arrays, variant.call))
+
+
+def _while_alive(arrays, call):
+    return call()
+
+
 def multihead(case, threads):
     from openvino import opset13
 
@@ -34,7 +59,7 @@ def multihead(case, threads):
     return _variants(threads, node, [parameter], [x])
 
 
-def _variants(threads, node, parameters, arrays):
+def _variants(threads, node, parameters, arrays, precision="f32"):
     """A graph that ends in `node`, with these parameters and their arrays."""
     import openvino
 
@@ -43,12 +68,13 @@ def _variants(threads, node, parameters, arrays):
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         # The default would be bfloat16 if the CPU has it.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
     request = compiled.create_infer_request()
     for index, array in enumerate(arrays):
-        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+        tensor = array if isinstance(array, openvino.Tensor) else openvino.Tensor(array, shared_memory=True)
+        request.set_input_tensor(index, tensor)
 
     def call():
         request.start_async()
@@ -58,9 +84,11 @@ def _variants(threads, node, parameters, arrays):
     def read(request):
         return np.array(request.get_output_tensor(0).data)
 
-    yield Variant("infer", lambda: request.infer(share_outputs=True), lambda _: read(request))
-    yield Variant("start_async", call, read)
+    yield Variant(f"infer in {precision}", lambda: request.infer(share_outputs=True), lambda _: read(request))
+    yield Variant(f"start_async in {precision}", call, read)
 
 
 # Name -> (distribution, its implementation of each kind of case).
-LIBRARIES = {"OpenVINO": ("openvino", {"attention": attention, "decode": decode, "multihead": multihead})}
+LIBRARIES = {
+    "OpenVINO": ("openvino", {"attention": attention, "decode": decode, "stored": stored, "multihead": multihead})
+}

@@ -179,6 +179,24 @@ def decode(case, threads):
     yield Variant("matrix products", lambda: torch.softmax((rows * scale) @ key.mT, -1) @ value)
 
 
+def stored(case, threads):
+    """Of its own dtypes; a product of 8 bits with a scale a token is none of its operators."""
+    if case.storage == "int8":
+        raise NotImplementedError("it has no attention over int8")
+    torch = _torch(threads)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    bits = (torch.from_numpy(x.view(np.int16)).view(getattr(torch, case.storage)) for x in case.inputs())
+    query, key, value = bits
+
+    def read(output):
+        return output.double().numpy()
+
+    if case.is_grouped:
+        rows = query.view(case.as_rows.inputs()[0].shape)
+        yield Variant("groups as rows", lambda: attend(rows, key, value), read)
+    yield Variant("", lambda: attend(query, key, value, enable_gqa=case.is_grouped), read)
+
+
 def multihead_step(case, threads):
     torch = _torch(threads)
     functional = torch.nn.functional
@@ -527,6 +545,7 @@ LIBRARIES = {
             "additiveback": eager_additive_back,
             "attentionback": attention_back,
             "decode": decode,
+            "stored": stored,
             "multihead": multihead,
             "multiheadstep": multihead_step,
             "rotary": rotary,

@@ -13,13 +13,14 @@ LARGEST_ARRAY = 2**30
 class Variant:
     """`call` is timed; `read` turns what it returns into a (..., L, E) NumPy array.
 
-    `expected` is the right answer if it is not the case's own.
+    `expected` is the right answer if it is not the case's own, and `allowed` the error if it is not the case's.
     """
 
     name: str
     call: object
     read: object = np.asarray
     expected: object = None
+    allowed: float = 0.0
 
 
 def of_tokens(gradients):

@@ -356,6 +356,60 @@ class Decode(Case):
 
 
 @dataclass(frozen=True)
+class Stored(Decode):
+    """Keys and values of fewer bits: float16 and bfloat16 under a query of the same, int8 under float32."""
+
+    storage: str = "float16"
+    is_causal = False
+    kind = "stored"
+
+    @property
+    def words(self):
+        return (self.storage,)
+
+    @property
+    def is_decode(self):
+        """Whether reading keys and values is the limit, and not the arithmetic."""
+        return self.seqlen_q == 1
+
+    @property
+    def nbytes(self):
+        """Bytes of key and value without scales."""
+        return super().nbytes * np.dtype(_number_type(self.storage)).itemsize // 4
+
+    @property
+    def flops(self):
+        return self.as_rows.flops
+
+    def plain(self):
+        """Query, key and value in float32."""
+        return super().inputs()
+
+    def inputs(self):
+        """Query, key and value as they are stored; with int8 also their scales, one for each token and head."""
+        query, key, value = self.plain()
+        if self.storage != "int8":
+            return tuple(x.astype(_number_type(self.storage)) for x in (query, key, value))
+        scales = [np.abs(x).max(-1, keepdims=True) / np.float32(127) for x in (key, value)]
+        return query, *(np.rint(x / s).astype(np.int8) for x, s in zip((key, value), scales, strict=True)), *scales
+
+    def read_back(self):
+        """The numbers that these stand for."""
+        query, key, value, *scales = self.inputs()
+        if scales:
+            key, value = key * scales[0], value * scales[1]
+        return query, key, value
+
+
+def _number_type(name):
+    if name == "bfloat16":
+        import ml_dtypes  # NumPy itself has none
+
+        return ml_dtypes.bfloat16
+    return name
+
+
+@dataclass(frozen=True)
 class MultiHead(Case):
     """Self-attention of (batch, seqlen, d_model): matrix products before and after it, with biases."""
 
@@ -979,6 +1033,19 @@ DECODE = tuple(
         (8, 12, 12, 1024, 64),
     )
     for seqlen_q in (1, 4, 8)
+)
+
+# A token of a large model whose heads share keys, four to one, and of one whose heads do not: 34 and 134 MB in float32;
+# and a page of 2048 tokens.
+STORED = tuple(
+    Stored(1, heads, kv_heads, seqlen_q, seqlen_k, head_dim, storage=storage)
+    for heads, kv_heads, seqlen_q, seqlen_k, head_dim in (
+        (32, 8, 1, 4096, 128),
+        (32, 32, 1, 4096, 128),
+        (8, 8, 2048, 2048, 64),
+        (8, 8, 2048, 2048, 128),
+    )
+    for storage in ("float16", "bfloat16", "int8")
 )
 
 # A sentence and a page in an encoder, a batch for a small one, one token.
