@@ -47,6 +47,34 @@ class Bug:
 
 BUGS = (
     Bug(
+        "blocks of 8 bits share the first scale",
+        "scales.inc.h",
+        "read_number(row + block * scales->col, scales->dtype);",
+        "read_number(row, scales->dtype);",
+        "test_int8.py -k test_forms_of_scales",
+    ),
+    Bug(
+        "a hidden value's scale of NaN comes through",
+        "scales.inc.h",
+        "x = v_pick_bits(bits_at(&visible->bits[r], j, LANES), x, (vec){0});",
+        "v_pick_bits(bits_at(&visible->bits[r], j, LANES), x, (vec){0});",
+        "test_int8.py -k test_scales_of_hidden_keys",
+    ),
+    Bug(
+        "the log-sum-exp forgets the centre of keys",
+        "state.inc.h",
+        "!adds_center(problem) ? tile->center[r] : 0);",
+        "!adds_center(problem) ? 0 * tile->center[r] : 0);",
+        "test_int8.py -k test_forms_of_scales",
+    ),
+    Bug(
+        "a soft cap sees keys without their centre",
+        "scales.inc.h",
+        "(problem->softcap != 0 || problem->activation == FA_RELU",
+        "(problem->activation == FA_RELU",
+        "test_int8.py -k test_rules",
+    ),
+    Bug(
         "a gate is added",
         "dense.inc.h",
         "y *= v_load(m + v * LANES);",
