@@ -169,9 +169,9 @@ def dot_product_attention(
     batch, padding, strides or the other rows.
 
     With 16-bit arrays scores and softmax are float32's, and the result is rounded once. Where all three arrays are
-    bfloat16 and the CPU multiplies pairs of these as fast as floats (``cpu_info()["kernels"]["bfloat16"]`` then ends in
-    ``avx512_bf16``), weights are rounded to bfloat16 for the weighted sum: half a unit of bfloat16, times the largest
-    value, more. Log-sum-exps and returned weights keep the accuracy of float32.
+    bfloat16 and the CPU multiplies these faster than floats (``cpu_info()["kernels"]["bfloat16"]`` then ends in
+    ``avx512_amx`` or ``avx512_bf16``), weights are rounded to bfloat16 for the weighted sum: half a unit of bfloat16,
+    times the largest value, more. Log-sum-exps and returned weights keep the accuracy of float32.
 
     References
     ----------

@@ -73,7 +73,7 @@ def cpu_info() -> dict[str, Any]:
         ``'selected'``: the instruction set in use; ``'runnable'``: all that are in this build and that this CPU can
         run, best first (each can be forced with the environment variable ``FASTATTN_ISA``, read at import);
         ``'kernels'``: for each dtype the name of the kernels that serve it; ``'features'``: instructions of this CPU
-        for 16-bit numbers, which no kernels use yet; ``'machine'``: the architecture.
+        for 16-bit numbers, whether kernels use them or not; ``'machine'``: the architecture.
 
     Examples
     --------

@@ -1,6 +1,7 @@
-"""Prefill of bfloat16, whose products some CPUs take in pairs: instruction set `avx512_bf16`; `avx512` widens.
+"""Prefill of bfloat16, whose products some CPUs take in pairs: instruction sets `avx512_amx` and `avx512_bf16`; `avx512`
+widens.
 
-The tests run on the set in use, and again in children on both of these. What only the pairs do is promised to nobody,
+The tests run on the set in use, and again in children on the others of these. What only the pairs do is promised to nobody,
 but what they must not do is: change a bit because of a key that a row does not see, lose numbers that the instruction
 takes for zeros, make a mean larger than its numbers, or cost the log-sum-exp its float32 digits.
 """
@@ -18,10 +19,11 @@ from fastattn import reference
 bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
 attention = fastattn.dot_product_attention
 RUNNABLE = fastattn.cpu_info()["runnable"]
-PAIRS, WIDENING = "avx512_bf16", "avx512"
-# More than decode takes. Sizes around those of pairs, vectors, panels, blocks and spans.
+PAIRS = {"avx512_amx": "kernels_bf16_avx512_amx", "avx512_bf16": "kernels_bf16_avx512_bf16"}
+WIDENING = {"avx512": "kernels_f32_avx512"}
+# More than decode takes. Sizes around those of pairs, tiles, vectors, panels, blocks and spans.
 QUERIES = 40
-SIZES = ((9, 1, 16, 16), (13, 17, 17, 33), (40, 255, 64, 64), (41, 257, 65, 80), (200, 300, 128, 96),
+SIZES = ((9, 1, 16, 16), (16, 31, 33, 16), (31, 33, 63, 80), (33, 65, 95, 144), (13, 17, 17, 33), (40, 255, 64, 64), (41, 257, 65, 80), (200, 300, 128, 96),
          (17, 2300, 31, 48), (20, 70, 300, 16), (20, 70, 520, 24), (20, 70, 8, 64), (20, 70, 64, 8))  # fmt: skip
 
 
@@ -158,7 +160,7 @@ def test_in_use(name):
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("instruction_set", [PAIRS, WIDENING])
+@pytest.mark.parametrize("instruction_set", PAIRS | WIDENING)
 def test_forced(instruction_set, name):
     if instruction_set not in RUNNABLE:
         pytest.skip(f"this CPU or build has no {instruction_set}")
@@ -169,7 +171,7 @@ def test_forced(instruction_set, name):
     test_bfloat16.CHECKS[{name!r}]()
     print(fastattn.cpu_info()["kernels"]["bfloat16"])
     """
-    expected = {PAIRS: "kernels_bf16_avx512_bf16", WIDENING: "kernels_f32_avx512"}[instruction_set]
+    expected = (PAIRS | WIDENING)[instruction_set]
     assert fresh_process.run(code, FASTATTN_ISA=instruction_set).strip() == expected
 
 
@@ -177,12 +179,13 @@ def show():
     print(attention(*problem()).tobytes().hex(), attention(*(x.astype(np.float32) for x in problem())).tobytes().hex())
 
 
-def test_what_is_named_is_what_runs():
+@pytest.mark.parametrize("instruction_set", PAIRS)
+def test_what_is_named_is_what_runs(instruction_set):
     """The sets give different bits for bfloat16, and the same for float32."""
-    if PAIRS not in RUNNABLE:
-        pytest.skip(f"this CPU or build has no {PAIRS}")
+    if instruction_set not in RUNNABLE:
+        pytest.skip(f"this CPU or build has no {instruction_set}")
     pairs, widened = (fresh_process.run("import test_bfloat16; test_bfloat16.show()", FASTATTN_ISA=name).split()
-                      for name in (PAIRS, WIDENING))  # fmt: skip
+                      for name in (instruction_set, *WIDENING))  # fmt: skip
     assert pairs[0] != widened[0]
     assert pairs[1] == widened[1]
 

@@ -21,8 +21,8 @@ info = fastattn.cpu_info()
 
 
 def kernels_of(name, dtype):
-    """The set whose kernels serve a dtype: avx512_bf16 has some for bfloat16 only."""
-    return name if dtype == "bfloat16" else name.removesuffix("_bf16")
+    """The set whose kernels serve a dtype: avx512_bf16 and avx512_amx have some for bfloat16 only."""
+    return name if dtype == "bfloat16" else name.removesuffix("_bf16").removesuffix("_amx")
 
 
 def test_what_is_selected_can_run():
@@ -39,7 +39,7 @@ def test_kernels_carry_the_name_of_the_instruction_set():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/cpuinfo")
 def test_features_are_those_that_the_operating_system_lists():
-    listed = {"avx512_bf16": "avx512_bf16", "avx512_fp16": "avx512_fp16"}
+    listed = {name: name for name in ("amx_bf16", "avx512_bf16", "avx512_fp16")}
     if info["machine"] == "aarch64":
         listed = {"fp16": "asimdhp", "fhm": "asimdfhm", "bf16": "bf16"}
     words = set(re.findall(r"\w+", pathlib.Path("/proc/cpuinfo").read_text()))

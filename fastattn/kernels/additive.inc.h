@@ -101,7 +101,7 @@ static void prepare_keys(const fa_problem *problem, const fa_head *head, int64_t
                          void *workspace)
 {
     struct tile *tile = workspace;
-    lay_out(tile, problem, 1, head->keys, 0, workspace);
+    lay_out(tile, problem, 1, head->keys, GROUPS * ROWS, 0, workspace);
     for (int64_t block = begin; block < end; block += FA_BLOCK) {
         char *to = (char *)prepared + (size_t)(block / FA_BLOCK) * prepared_block(tile->channels, FA_BLOCK);
         tile->k = (real *)(to + PREPARED_HEAD);

@@ -19,7 +19,7 @@ static void begin_tile(const fa_problem *problem, int64_t rows, struct tile *til
 static void open_tile(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows, void *workspace)
 {
     struct tile *tile = workspace;
-    lay_out(tile, problem, rows, head->keys, 0, workspace);
+    lay_out(tile, problem, rows, head->keys, GROUPS * ROWS, 0, workspace);
     tile->row = row;
     const double unit = scores_in_nats(problem, head) ? 1 : 1.44269504088896340736;
     const double factor = scale_after_product(problem) ? 1 : problem->scale * unit;

@@ -25,6 +25,15 @@
 #define COMPILES_AVX512_BF16 0
 #endif
 
+/* And AMX, with an operating system that gives leave to use its tiles (select.c). */
+#if COMPILES_AVX512_BF16 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define COMPILES_AMX 1
+#define AMX ",amx-tile,amx-bf16"
+#else
+#define COMPILES_AMX 0
+#define AMX ""
+#endif
+
 /* What stands between these two is optimised less than the rest (setup.py: -O3), where that costs nothing: "O2", or
  * "Os" for size. clang cannot say so within a file. No result may depend on it. */
 #if !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,5 @@
 /* What all tables of an instruction set have in common, within a table: all but its name and the tiles of attention. */
+/* clang-format off */
     .tuning = {.group_rows = ROWS,
                .decode_queries = DECODE_QUERIES,
                .many_queries = MANY_QUERIES,
@@ -65,3 +66,4 @@
     .quantize_workspace = quantize_workspace,
     .quantize = quantize,
 #endif
+    /* clang-format on */

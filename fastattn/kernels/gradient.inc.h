@@ -125,7 +125,7 @@ static size_t lay_out_back(struct back *back, const fa_problem *problem, int64_t
     fa_problem plain = *problem;
     plain.activation = FA_SOFTMAX; /* scores are not kept */
     plain.decode = 0;
-    at += lay_out(&back->tile, &plain, FA_BACK_ROWS, keys < FA_BLOCK ? keys : FA_BLOCK, 0, at);
+    at += lay_out(&back->tile, &plain, FA_BACK_ROWS, keys < FA_BLOCK ? keys : FA_BLOCK, GROUPS * ROWS, 0, at);
     if (problem->score == FA_ADDITIVE) {
         struct additive_back *additive = &back->additive;
         const int64_t units = back->tile.channels;

@@ -19,12 +19,12 @@ static ALWAYS_INLINE int go_together(const struct pass *a, const struct pass *b)
            a->span_begins == b->span_begins;
 }
 
-/* Finds up to GROUPS groups, from row *first of the tile on, that see some of the block; returns how many. */
+/* Finds up to `most` groups, from row *first of the tile on, that see some of the block; returns how many. */
 static ALWAYS_INLINE int next_passes(const fa_problem *problem, const fa_head *head, int64_t row, int64_t rows,
-                                     int64_t block, int64_t *first, struct pass *passes)
+                                     int64_t block, const int most, int64_t *first, struct pass *passes)
 {
     int count = 0;
-    for (; *first < rows && count < GROUPS; *first += ROWS) {
+    for (; *first < rows && count < most; *first += ROWS) {
         struct pass *pass = passes + count;
         pass->first = *first, pass->g = *first / ROWS;
         pass->group = rows - *first < ROWS ? (int)(rows - *first) : ROWS;
@@ -65,7 +65,7 @@ static void visit_block(const fa_problem *problem, const fa_head *head, int64_t 
     int packed = 0, finite = -1;
     struct pass passes[GROUPS];
     int64_t first = 0;
-    for (int count; (count = next_passes(problem, head, row, rows, block, &first, passes));) {
+    for (int count; (count = next_passes(problem, head, row, rows, block, GROUPS, &first, passes));) {
         if (!packed) {
             if (problem->score == FA_ADDITIVE && head->view[FA_PREPARED].data)
                 additive_prepared(problem, head, rows, block, begin, end, tile);

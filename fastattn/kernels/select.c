@@ -15,6 +15,11 @@ extern const fa_kernels fa_avx2_f32, fa_avx2_f64, fa_avx512_f32, fa_avx512_f64;
 #if COMPILES_AVX512_BF16
 extern const fa_kernels fa_avx512_bf16_f32;
 #endif
+#if COMPILES_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+extern const fa_kernels fa_avx512_amx_f32;
+#endif
 
 /* These check CPUID, and XGETBV for the registers that the operating system saves. */
 static int runs_avx512(void)
@@ -37,6 +42,32 @@ static int has_avx512_bf16(void)
     unsigned a, b, c, d;
     return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
+
+static int has_amx_bf16(void)
+{
+    unsigned a, b, c, d;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+}
+
+#if COMPILES_AMX
+/* Linux gives a process the use of tiles only when asked, and refuses where a signal's stack has no room for them. */
+static int runs_amx(void)
+{
+    enum { ASK = 0x1023, TILE_DATA = 18, TILES_SAVED = 3 << 17 };
+    static int known; /* 1: no, 2: yes; every thread finds the same */
+    unsigned low, high;
+    int runs = __atomic_load_n(&known, __ATOMIC_ACQUIRE) - 1;
+    if (runs >= 0)
+        return runs;
+    runs = has_amx_bf16();
+    if (runs) {
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        runs = (low & TILES_SAVED) == TILES_SAVED && syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    }
+    __atomic_store_n(&known, runs + 1, __ATOMIC_RELEASE);
+    return runs;
+}
+#endif
 
 /* Whether an instruction that multiplies pairs of bfloat16 is worth its roundings: on Zen 4 and 5 it is issued as often
  * as a multiply-add of floats, on Intel's cores one fourth as often (docs/notebook, page 29). */
@@ -74,6 +105,9 @@ static const struct {
     const fa_kernels *kernels[FA_DTYPES];
 } instruction_sets[] = {
 #if defined(__x86_64__)
+#if COMPILES_AMX
+    {"avx512_amx", runs_amx, {[FA_BF16] = &fa_avx512_amx_f32}},
+#endif
 #if COMPILES_AVX512_BF16
     {"avx512_bf16", pairs_are_fast, {[FA_BF16] = &fa_avx512_bf16_f32}},
 #endif
@@ -172,6 +206,7 @@ static const struct {
     int (*has)(void);
 } features[] = {
 #if defined(__x86_64__)
+    {"amx_bf16", has_amx_bf16},
     {"avx512_bf16", has_avx512_bf16},
     {"avx512_fp16", has_avx512_fp16},
 #elif defined(__aarch64__) && defined(__linux__)

@@ -37,10 +37,11 @@ struct tile {
     real *v;           /* a block of values that are not read in place: packed as [panel of columns][key][PANEL], or in
                           rows of v_row numbers (decode, sparse weights) */
     int64_t v_row, v_panel;
-    real *s;     /* [ROWS][SCORE_ROW] scores, then weights, of a group and block; [block][rows][SCORE_ROW] in decode */
-    real *part;  /* [ROWS][value_row] the weighted sum; [rows][value_row] in decode */
-    real *chunk; /* [DECODE_ROWS][value_row] a partial sum, in decode */
-    real *extra; /* [2][FA_BLOCK] the bias of one row, and one of its terms */
+    real *s; /* [ROWS][SCORE_ROW] scores, then weights, of a group (or several) and block; [block][rows][SCORE_ROW] in
+                decode */
+    real *part;      /* [ROWS][value_row] the weighted sum; [rows][value_row] in decode */
+    real *chunk;     /* [DECODE_ROWS][value_row] a partial sum, in decode */
+    real *extra;     /* [2][FA_BLOCK] the bias of one row, and one of its terms */
     double *after;   /* [rows] factor of the scores after the product, if any (scale_after_product) */
     double *center;  /* [rows] what the centre of the keys adds to a score, if there is one (scales.inc.h) */
     int64_t row;     /* the first row of the tile */
@@ -116,9 +117,10 @@ static int64_t reach_of_tile(const fa_problem *problem, int64_t rows, int64_t ke
     return (most + FA_BLOCK < all ? most + FA_BLOCK : all) / LANES + 1;
 }
 
-/* Lays a tile out from `base` on; returns its size. behind: numbers behind the columns of a row of o. */
-static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, int64_t behind,
-                      char *base)
+/* Lays a tile out from `base` on; returns its size. at_once: rows of scores, but in decode; behind: numbers behind the
+ * columns of a row of o. */
+static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows, int64_t keys, int at_once,
+                      int64_t behind, char *base)
 {
     char *at = base + (sizeof(struct tile) + FA_ALIGN - 1) / FA_ALIGN * FA_ALIGN;
     int64_t value_row = (problem->value_dim + LANES - 1) / LANES * LANES + behind;
@@ -127,7 +129,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     int64_t channels = (problem->head_dim + whole - 1) / whole * whole;
     int64_t block = keys < FA_BLOCK ? (keys + STEPS - 1) / STEPS * STEPS : FA_BLOCK;
     int64_t blocks = ((keys < FA_SPAN ? keys : FA_SPAN) + FA_BLOCK - 1) / FA_BLOCK;
-    int64_t scores = !problem->decode ? GROUPS * ROWS : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
+    int64_t scores = !problem->decode ? at_once : rows * blocks < ROWS_OF_RUN ? rows * blocks : ROWS_OF_RUN;
     int64_t groups = (rows + ROWS - 1) / ROWS;
     tile->group = problem->decode && groups ? (int)((rows + groups - 1) / groups) : ROWS;
     int64_t panels = (block + PANEL - 1) / PANEL;
@@ -142,7 +144,7 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
     tile->v_panel = block * PANEL;
     tile->v = (real *)take(&at, block * (tile->v_row > v_columns ? tile->v_row : v_columns));
     tile->s = (real *)take(&at, scores * SCORE_ROW);
-    tile->part = (real *)take(&at, (problem->decode ? rows : GROUPS * ROWS) * value_row);
+    tile->part = (real *)take(&at, (problem->decode ? rows : at_once) * value_row);
     tile->chunk = (real *)take(&at, problem->decode ? DECODE_ROWS * value_row : 0);
     tile->extra = (real *)take(&at, 2 * FA_BLOCK);
     tile->after =
@@ -184,5 +186,5 @@ static size_t lay_out(struct tile *tile, const fa_problem *problem, int64_t rows
 static size_t tile_workspace(const fa_problem *problem, int64_t rows, int64_t keys)
 {
     struct tile tile; /* for its size only: the addresses are not used */
-    return lay_out(&tile, problem, rows, keys, 0, (char *)(uintptr_t)FA_ALIGN);
+    return lay_out(&tile, problem, rows, keys, GROUPS * ROWS, 0, (char *)(uintptr_t)FA_ALIGN);
 }
