@@ -336,8 +336,12 @@ def limit_of(case, plan):
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:], threads)
     if case.kind == "stored" and case.is_decode:
         return "read", case.nbytes, hardware.read_arrays(case.inputs()[1:3], threads)
-    if case.kind == "stored" and case.storage == "bfloat16" and multiplies_pairs():
-        return "peak of pairs", case.flops, hardware.pairs(threads)
+    if case.kind == "stored" and case.storage == "bfloat16":
+        kernels = kernels_of_bfloat16()
+        if kernels.endswith("amx"):
+            return "peak of tiles", case.flops, hardware.tiles(threads)
+        if kernels.endswith("bf16"):
+            return "peak of pairs", case.flops, hardware.pairs(threads)
     if case.kind in ("attention", "attentionback", "truncated", "stored", "multihead", "multiheadstep", "linear",
                      "blocks", "neighborhood"):  # fmt: skip
         return "FMA peak", case.flops, hardware.fma(case.dtype, plan["isa"], threads)
@@ -351,11 +355,10 @@ def limit_of(case, plan):
     return "five instructions", case.triples, probe
 
 
-def multiplies_pairs():
-    """Whether fastattn multiplies bfloat16 in pairs here."""
+def kernels_of_bfloat16():
     import fastattn
 
-    return fastattn.cpu_info()["kernels"]["bfloat16"].endswith("avx512_bf16")
+    return fastattn.cpu_info()["kernels"]["bfloat16"]
 
 
 def compare_lengths(plan, name, progress):

@@ -285,9 +285,9 @@ def _stored_ratios(record):
     peers = STORED_PEERS[storage] if rows < 16 else {}
     if record["threads"] > 1:
         return {name: STORED_INT8_THREADS for name in peers} if storage == "int8" else peers
-    if record["limit"] == "peak of pairs":
-        return {}
-    by_rows = STORED_RATIOS[record["set"].removesuffix("_bf16")][storage]
+    if record["limit"].startswith("peak of"):
+        return {"PyTorch": 1.15}
+    by_rows = STORED_RATIOS[record["set"].removesuffix("_bf16").removesuffix("_amx")][storage]
     return {**peers, "fastattn, float32": by_rows[0 if rows == 1 else 1 if rows < 16 else 2]}
 
 

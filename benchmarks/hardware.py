@@ -51,10 +51,13 @@ else:
     }
 
 
-# Not one of those above: what multiplies pairs of bfloat16 is but one dtype's kernels.
+# Not among those above: what multiplies bfloat16, in pairs or by tiles, is but one dtype's kernels.
 PAIRS = InstructionSet(
     ("-mavx512f", "-mavx512bf16"), 64, 20, '__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")'
 )
+
+
+TILES = InstructionSet(("-mavx512f", "-mamx-tile", "-mamx-bf16"), 64, 20, "gets_tiles()")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Probe:
 @functools.cache
 def load(isa, dtype="float32"):
     """The compiled hardware.c, or None if the compiler or the CPU lacks the instruction set."""
-    spec = PAIRS if isa == "pairs" else INSTRUCTION_SETS[isa]
+    spec = {"pairs": PAIRS, "tiles": TILES}.get(isa) or INSTRUCTION_SETS[isa]
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "hardware.so"
@@ -160,6 +163,20 @@ def pairs(threads=1):
     np.testing.assert_allclose(library.multiply_pairs(blocks), expected, rtol=1e-6)
     call = _on_threads(lambda _: library.multiply_pairs(blocks), threads)
     return Probe(call, 4.0 * blocks * steps * chains * lanes * threads)
+
+
+@functools.cache
+def tiles(threads=1):
+    """The same by AMX. None if the CPU or the system has no tiles."""
+    library = load("tiles") if "avx512" in INSTRUCTION_SETS else None
+    if library is None:
+        return None
+    library.multiply_tiles.argtypes, library.multiply_tiles.restype = (ctypes.c_int64,), ctypes.c_double
+    steps = library.steps() // 16
+    blocks = _repeats(library.multiply_tiles)
+    assert library.multiply_tiles(blocks) == 4 * 16 * steps * blocks, "the probe of tiles did not multiply"
+    call = _on_threads(lambda _: library.multiply_tiles(blocks), threads)
+    return Probe(call, 2.0 * 16 * 16 * 32 * 4 * steps * blocks * threads)
 
 
 @functools.cache
@@ -309,6 +326,9 @@ def main():
         probe = pairs(threads)
         if probe:
             print(f"  {'avx512_bf16':11} {_rate(probe):7.1f} GFLOP/s bfloat16, in pairs")
+        probe = tiles(threads)
+        if probe:
+            print(f"  {'avx512_amx':11} {_rate(probe):7.1f} GFLOP/s bfloat16, by tiles")
         for size in (256 * 2**10, 4 * 2**20, 256 * 2**20):
             print(
                 f"  {size / 2**20:6.2f} MiB   read {_rate(read(size, threads)):7.1f} GB/s"

@@ -53,7 +53,7 @@ MEANINGS = {
     "and values once, and the speed of reading those very arrays is the limit.",
     "Keys and values of 16 and 8 bits": "With one query the time is that of reading them, so half the bytes should "
     "take half the time; with many, arithmetic decides, and fewer bits only save memory. The column float32 is "
-    "fastattn's own. PyTorch and OpenVINO multiply bfloat16 by AMX where the CPU has it. The 8 bits of ONNX Runtime "
+    "fastattn's own. All three multiply bfloat16 by AMX where the CPU has it. The 8 bits of ONNX Runtime "
     "have one scale for all tokens.",
     "Multi-head attention": "Most of a layer's time is its four matrix products. Products and attention, beside it: "
     "NumPy's products (OpenBLAS) and fastattn's attention, without biases and checks.",
