@@ -1,9 +1,9 @@
-"""Prefill of bfloat16, whose products some CPUs take in pairs: instruction sets `avx512_amx` and `avx512_bf16`; `avx512`
-widens.
+"""Prefill of bfloat16, whose products some CPUs take in pairs: instruction sets `avx512_amx` and `avx512_bf16`, where
+`avx512` widens.
 
-The tests run on the set in use, and again in children on the others of these. What only the pairs do is promised to nobody,
-but what they must not do is: change a bit because of a key that a row does not see, lose numbers that the instruction
-takes for zeros, make a mean larger than its numbers, or cost the log-sum-exp its float32 digits.
+The tests run on the set in use, and again in children on the others of these. What only the pairs do is promised to
+nobody, but what they must not do is: change a bit because of a key that a row does not see, lose numbers that the
+instructions take for zeros, make a mean larger than its numbers, or cost the log-sum-exp its float32 digits.
 """
 
 import fresh_process
@@ -23,7 +23,8 @@ PAIRS = {"avx512_amx": "kernels_bf16_avx512_amx", "avx512_bf16": "kernels_bf16_a
 WIDENING = {"avx512": "kernels_f32_avx512"}
 # More than decode takes. Sizes around those of pairs, tiles, vectors, panels, blocks and spans.
 QUERIES = 40
-SIZES = ((9, 1, 16, 16), (16, 31, 33, 16), (31, 33, 63, 80), (33, 65, 95, 144), (13, 17, 17, 33), (40, 255, 64, 64), (41, 257, 65, 80), (200, 300, 128, 96),
+SIZES = ((9, 1, 16, 16), (16, 31, 33, 16), (31, 33, 63, 80), (33, 65, 95, 144),
+         (13, 17, 17, 33), (40, 255, 64, 64), (41, 257, 65, 80), (200, 300, 128, 96),
          (17, 2300, 31, 48), (20, 70, 300, 16), (20, 70, 520, 24), (20, 70, 8, 64), (20, 70, 64, 8))  # fmt: skip
 
 
