@@ -67,6 +67,17 @@ def check_same_bits():
         assert bits(attention(*(view for _, view in views))) == bits(expected[0]), views[0][0]
 
 
+def check_workspace():
+    """What a call of float32 left in the memory of packed values changes no bit."""
+    for keys in (1, 17, 33, 250):
+        arrays, found = problem(QUERIES, keys, 64, 64), set()
+        for left in (0.0, np.nan):
+            every_second = [np.full((300, 128), left, dtype=np.float32)[:, ::2] for _ in range(3)]
+            attention(*every_second, num_threads=1)
+            found.add(bits(attention(*arrays, num_threads=1)))
+        assert len(found) == 1, keys
+
+
 STRANGE = (np.nan, np.inf, -np.inf, 3e38, 1e30, 1e18, 1e-28, 1e-38, 1e-40)
 
 
@@ -151,8 +162,8 @@ def check_sharp():
 
 
 CHECKS = {check.__name__.removeprefix("check_"): check
-          for check in (check_sizes, check_rules, check_same_bits, check_unseen, check_seen, check_mean,
-                        check_sharp)}  # fmt: skip
+          for check in (check_sizes, check_rules, check_same_bits, check_workspace, check_unseen, check_seen,
+                        check_mean, check_sharp)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKS)
