@@ -37,6 +37,15 @@ cdef bint is_masked(object x) except -1:
     return ma is not None and isinstance(x, getattr(ma, "MaskedArray", ()))
 
 
+cdef object as_plain(object x):
+    """numpy.asarray, but not of a Dask array, or of what holds one, which would be computed whole, here and now."""
+    graph = getattr(x, "__dask_graph__", None)
+    if graph is not None and graph() is not None:  # xarray: None where it holds no Dask array
+        raise TypeError(f"{type(x).__name__} is lazy, of Dask, and would be computed as a whole, in this process. "
+                        f"fastattn.integrations.dask has attention for Dask arrays; .compute() makes a NumPy array")
+    return np.asarray(x)
+
+
 cpdef cnp.ndarray as_array(object x, str name, str instead="pass its data, and its mask inverted as mask= where the "
                            "function takes one (True means attend)"):
     """x as an ndarray; not copied if it is one already. instead: what the error for a masked array advises."""
@@ -45,7 +54,7 @@ cpdef cnp.ndarray as_array(object x, str name, str instead="pass its data, and i
     if is_masked(x):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: {instead}")
     try:
-        return np.asarray(x)
+        return as_plain(x)
     except MemoryError:
         raise
     except Exception as error:
