@@ -13,6 +13,7 @@ def dot_product_attention(
     keys_before: Any = ...,
     own: NDArray[Any] | None = ...,
     quantized: tuple[Any, ...] | None = ...,
+    queries: int | None = ...,
 ) -> Any: ...
 def varlen_attention(
     query: NDArray[Any],
