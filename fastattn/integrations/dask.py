@@ -349,10 +349,12 @@ class _Finish:
         # A single part is merged too: that makes -0.0 zero, whatever else the block sees.
         out, lse = _merge(parts) if parts else empty
         if self.sinks is not None:
-            sinks = np.broadcast_to(self.sinks[..., None], self.shape[:-1])
-            out, lse = _merge([(out, lse), (empty[0], sinks)])
-            taken = np.isposinf(sinks)  # for the merge a part without keys, which they are not
-            out, lse = np.where(taken[..., None], np.zeros((), out.dtype), out), np.where(taken, sinks, lse)
+            sinks = np.broadcast_to(self.sinks[..., None].astype(self.real), self.shape[:-1])
+            all_of_it = np.isposinf(sinks)  # for the merge that would be a part without keys
+            merged, total = _merge([(out, lse), (empty[0], sinks)])
+            none = (all_of_it | np.isneginf(lse))[..., None]  # of the output; what is NaN without the sink remains so
+            with np.errstate(all="ignore"):
+                out, lse = np.where(none, out * 0 + 0, merged), np.where(all_of_it, sinks, total)
         with np.errstate(all="ignore"):
             out = out.astype(self.dtype, copy=False)
         return (out, lse) if self.with_lse else out
