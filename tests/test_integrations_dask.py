@@ -6,6 +6,11 @@ Skipped where Dask, or for the cluster `distributed`, is not installed; `.ci/run
 import inspect
 import itertools
 import operator
+import os
+import pathlib
+import signal
+import sys
+import time
 
 import fresh_process
 import numpy as np
@@ -538,3 +543,121 @@ def test_a_missing_dask_is_explained():
             print(error)
     """)
     assert out == 'fastattn.integrations.dask needs Dask: pip install "fastattn[dask]"\n'
+
+
+# A cluster: processes on this machine, each with one thread
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A client of three workers that are processes of their own."""
+    distributed = pytest.importorskip("distributed", reason="the tests of a cluster need distributed")
+    options = {"n_workers": 3, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": "1GB"}
+    with distributed.LocalCluster(**options) as local, distributed.Client(local) as client:
+        yield client
+
+
+def numbers(shape, chunks, seed, seconds=0.0):
+    """An array of random float32, each block of which its task makes, in `seconds` or more."""
+
+    def block(block_info=None):
+        time.sleep(seconds)
+        here = block_info[None]
+        return np.random.default_rng((seed, *here["chunk-location"])).standard_normal(here["chunk-shape"], np.float32)
+
+    chunks = da.core.normalize_chunks(chunks, shape, dtype=np.float32)
+    return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=np.empty((0,) * len(shape), np.float32))
+
+
+def test_a_cluster_has_the_bits_of_one_process(cluster, rng):
+    query = normal(rng, 8, 20, 32)
+    key, value = (numbers((8, 2000, 32), (4, 300, 32), seed) for seed in range(2))
+
+    def calls_of(query):
+        out, lse = dot_product_attention(query, key, value, is_causal=True, return_lse=True, split_every=3)
+        return out, lse, dot_product_attention(query, KeyValue(key, value), is_causal=True, split_every=3)
+
+    expected = dask.compute(*calls_of(lazy(query, 2, 20, 32)), scheduler="synchronous")
+    for ours, theirs in zip(cluster.compute(calls_of(lazy(query, 8, 7, 32)), sync=True), expected, strict=True):
+        same(ours, theirs)
+
+
+def test_a_lost_worker_changes_no_bit(cluster, rng):
+    """It is killed while it holds parts of the result, and computes others."""
+    query = normal(rng, 4, 3, 16)
+    key, value = (numbers((4, 3000, 16), (4, 50, 16), seed, 0.05) for seed in range(2))
+    out = dot_product_attention(query, key, value, split_every=4)
+    expected = dot_product_attention(
+        query, *(numbers((4, 3000, 16), (4, 50, 16), seed) for seed in range(2)), split_every=4
+    )
+    expected = expected.compute(scheduler="synchronous")
+
+    def holders(dask_scheduler):
+        """By worker, the number of parts that it holds."""
+        return {
+            address: sum("attention" in str(task.key) for task in worker.has_what)
+            for address, worker in dask_scheduler.workers.items()
+        }
+
+    pids = cluster.run(os.getpid)
+    future = cluster.compute(out)
+    for _ in range(500):
+        held = cluster.run_on_scheduler(holders)
+        victim = max(held, key=held.get)
+        if sum(held.values()) >= 12:
+            break
+        time.sleep(0.02)
+    assert held[victim] > 0 and not future.done(), "it must have something to lose"
+    os.kill(pids[victim], signal.SIGKILL)
+    same(future.result(timeout=fresh_process.HANGS), expected)
+    cluster.wait_for_workers(3)
+    assert pids[victim] not in cluster.run(os.getpid).values()
+
+
+def moved(cluster):
+    """Bytes that workers have sent to each other so far."""
+    return sum(cluster.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
+
+
+def test_queries_move_to_pairs_that_were_persisted(cluster, rng):
+    key, value = (numbers((4, 96_000, 32), (4, 4_000, 32), seed) for seed in range(2))
+    keys = KeyValue(key, value).persist(scheduler=cluster)
+    sys.modules["distributed"].wait(keys)
+    places = [len(blocks) for blocks in cluster.has_what().values()]
+    assert sum(places) == 24 and max(places) < 24, "blocks are on several workers"
+    sent = []
+    for _ in range(3):
+        query = normal(rng, 4, 2, 32)
+        before = moved(cluster)
+        out = dot_product_attention(query, keys).compute(scheduler=cluster)
+        sent.append(moved(cluster) - before)
+        same(dot_product_attention(query, key, value).compute(scheduler="synchronous"), out)
+    assert min(sent) < keys.nbytes / 100, f"{sent} bytes of {keys.nbytes} moved"
+    assert max(sent) < keys.nbytes / 5, f"{sent} bytes of {keys.nbytes} moved"
+
+
+PEAK = "VmHWM:"
+
+
+def reset_peak():
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak():
+    """The largest resident memory of this process since then, in bytes."""
+    (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(PEAK))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks of memory are read from Linux' /proc")
+def test_no_worker_holds_all_keys(cluster, rng):
+    """A call over more keys and values than a worker has memory for; here a limit on what it may need."""
+    query = normal(rng, 8, 16, 64)
+    key, value = (numbers((8, 160_000, 64), (8, 2_500, 64), seed) for seed in range(2))
+    cluster.run(reset_peak)
+    start = cluster.run(peak)
+    out = dot_product_attention(query, key, value).compute(scheduler=cluster)
+    most = {worker: size - start[worker] for worker, size in cluster.run(peak).items()}
+    assert key.nbytes + value.nbytes > 650e6
+    assert max(most.values()) < 150e6, most  # blocks of 5 MB each: a few of them, and their random numbers
+    assert np.isfinite(out).all()
