@@ -8,7 +8,9 @@ import itertools
 import operator
 import os
 import pathlib
+import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -661,3 +663,44 @@ def test_no_worker_holds_all_keys(cluster, rng):
     assert key.nbytes + value.nbytes > 650e6
     assert max(most.values()) < 150e6, most  # blocks of 5 MB each: a few of them, and their random numbers
     assert np.isfinite(out).all()
+
+
+# The example
+
+SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "examples" / "cluster_attention.py"
+
+
+def run_script(*arguments, without=None):
+    """Run the example in a process of its own; `without` hides a package from it."""
+    command = [sys.executable, str(SCRIPT), *arguments]
+    if without:
+        hide = f"import runpy, sys; sys.modules[{without!r}] = None; sys.argv = sys.argv[1:]; "
+        command = [sys.executable, "-c", hide + "runpy.run_path(sys.argv[0], run_name='__main__')", *command[1:]]
+    environment = fresh_process.environment()
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env=environment, timeout=fresh_process.HANGS
+    )
+
+
+def test_the_example_attends_to_more_than_all_workers_hold():
+    pytest.importorskip("distributed", reason="the example needs distributed")
+    run = run_script("--size", "520MB", "--causal", "--queries", "9")
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = re.search(r"files of (\d+) MB, 2 workers that may take (\d+) MB together", run.stdout)
+    assert int(found[2]) < int(found[1])
+    assert "100% Completed" in run.stdout
+    assert re.search(r"Queries 0, 4, 8 against all the keys in one call: largest difference \d\.\de-\d\d", run.stdout)
+
+
+def test_the_example_explains_itself():
+    for without in ("dask", "distributed", "fastattn"):
+        run = run_script(without=without)
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert f"package {without} is not installed" in run.stderr and 'pip install ".[dask]"' in run.stderr
+    for arguments, status, words in (
+        (["--size", "much"], 2, "must be a size"),
+        (["--workers", "0"], 2, "at least 1"),
+        (["--size", "100MB"], 1, "pass --size 500MB or more"),
+    ):
+        run = run_script(*arguments)
+        assert run.returncode == status and words in run.stderr and "Traceback" not in run.stderr
