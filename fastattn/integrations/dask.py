@@ -19,6 +19,7 @@ the arguments, the chunks of the key axis and `split_every`.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -108,6 +109,15 @@ def _bounds(chunks: Sequence[int]) -> list[int]:
 def _chunks(bounds: Iterable[int]) -> tuple[int, ...]:
     """The chunks between these numbers, in any order and perhaps repeated."""
     return tuple(stop - start for start, stop in itertools.pairwise(sorted(set(bounds)))) or (0,)
+
+
+def _inside(chunks: Sequence[int], finer: Sequence[int]) -> list[tuple[int, slice]]:
+    """For each of the finer chunks, in which chunk it is, and where in it."""
+    found, starts = [], _bounds(chunks)
+    for start, stop in itertools.pairwise(_bounds(finer)):
+        at = bisect.bisect_right(starts, start, hi=len(chunks)) - 1
+        found.append((at, slice(start - starts[at], stop - starts[at])))
+    return found
 
 
 def _recut(x: da.Array, chunks: Chunks) -> da.Array:
@@ -233,7 +243,7 @@ class KeyValue(DaskMethodsMixin):
 
     def _rebuilt(self, graph: Any, rebuild: Any, arguments: tuple[Any, ...], **options: Any) -> KeyValue:
         new = object.__new__(KeyValue)
-        vars(new).update(vars(self), _pairs=rebuild(graph, *arguments, **options))
+        new.__dict__.update(self.__dict__, _pairs=rebuild(graph, *arguments, **options))
         return new
 
 
@@ -638,18 +648,18 @@ class _Call:
         """Raises what the call on NumPy arrays would, from shapes and dtypes, and what only Dask arrays cannot have."""
         arrays = self.query, self.key, self.value
         given = {name: _stand_in(x) for name, x in self.rules.items()}
-        out_shape = check(*(x.shape for x in arrays), np.float32, given)
+        out_shape = check(self.query.shape, self.key.shape, self.value.shape, np.float32, given)
         self.batch, self.queries, self.keys = out_shape[:-2], out_shape[-2], self.key.shape[-2]
-        # A call without queries, which checks dtypes and scales. Integers become float64; to copy so many takes memory.
+        # A call without queries checks dtypes and scales. Integers become float64: a copy of all of them takes memory.
         scaled = any(x is not None for x in self.scales.values())
-        stand_ins = [
+        query, key, value = (
             _stand_in(x, np.float64 if x.dtype.kind in "biu" and x.dtype.isnative and not scaled else None)
             for x in arrays
-        ]
-        stand_ins[0] = stand_ins[0][..., :0, :]
-        grouped = {"enable_gqa": self.rules["enable_gqa"]}
-        scale_stand_ins = {name: _stand_in(x) for name, x in self.scales.items()}
-        self.dtype = fastattn.dot_product_attention(*stand_ins, **grouped, **scale_stand_ins).dtype
+        )
+        more: dict[str, Any] = {name: _stand_in(x) for name, x in self.scales.items()}
+        more["enable_gqa"] = self.rules["enable_gqa"]
+        out: Any = fastattn.dot_product_attention(query[..., :0, :], key, value, **more)
+        self.dtype = out.dtype
         self.real = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
         key_chunks = self.key.chunks[-2]
@@ -689,10 +699,16 @@ class _Call:
         if group > 1:
             self.kv_chunks = (*self.batch_chunks[:-1], tuple(size // group for size in self.batch_chunks[-1]))
         self.rows, self.cols = self.query.chunks[-2], self.key.chunks[-2]
-        self.kv_bounds = [_bounds(sizes) for sizes in self.kv_chunks]
 
         def channels(x: da.Array) -> tuple[None, tuple[int, ...]]:
             return None, (x.shape[-1],)
+
+        # Of a KeyValue, by axis: in which block the keys of a task are, and where; None for an axis that broadcasts.
+        self.where: list[list[tuple[int, slice]] | None] = []
+        if self.pairs is not None:
+            lead = len(self.pairs.shape) - 2
+            for size, own, finer in zip(self.pairs.shape, self.pairs.chunks, self.kv_chunks[n - lead :], strict=False):
+                self.where.append(None if size == 1 else _inside(own, finer))
 
         rows, cols = (n, self.rows), (n + 1, self.cols)
         self.operands = {"query": _operand(self.query, self.batch_chunks, [rows, channels(self.query)])}
@@ -727,7 +743,8 @@ class _Call:
         mask = _widened(mask, 2)
         if self.plain_block_mask:
             self.true_blocks = mask.compute(scheduler="sync")
-        trailing, sizes = [], []
+        trailing: list[tuple[int | None, tuple[int, ...]]] = []
+        sizes = []
         for axis, (side, chunks) in enumerate(zip(sides, (self.rows, self.cols), strict=True), mask.ndim - 2):
             entries, counts, each = _spread(side, chunks)
             sizes.append(each)
@@ -813,7 +830,7 @@ class _Call:
         lse = _picked(graph, inner, 1, f"attention-lse-{token}", chunks[:-1], self.real)
         return self._as_query(out), self._as_query(lse)
 
-    def _merged(self, dsk: dict[Any, Any], nodes: dict[int, Any], name: Block) -> dict[int, Any]:
+    def _merged(self, dsk: dict[Any, Any], nodes: dict[int, Any], name: tuple[Any, ...]) -> dict[int, Any]:
         """One level of the tree; parts stand at their places in it, whichever others there are."""
         above: dict[int, Any] = {}
         for to, group in itertools.groupby(nodes.items(), lambda node: node[0] // self.split_every):
@@ -828,21 +845,11 @@ class _Call:
         """Where the keys and values of a task are, and which part of a block counts."""
         if self.pairs is None:
             return self.operands["pairs"].at(task), None
-        pairs, n = self.pairs, len(self.batch)
-        lead = len(pairs.shape) - 2
-        at, within = [], []
-        for axis, sizes in enumerate(pairs.chunks[:-2]):
-            of_task = n - lead + axis
-            if pairs.shape[axis] == 1:
-                at.append(0)
-                within.append(slice(None))
-                continue
-            bounds = _bounds(sizes)
-            start, stop = self.kv_bounds[of_task][task[of_task] : task[of_task] + 2]
-            block = max(b for b in range(len(sizes)) if bounds[b] <= start and (bounds[b] < bounds[b + 1] or not stop))
-            at.append(block)
-            within.append(slice(start - bounds[block], stop - bounds[block]))
-        return (pairs._pairs.name, *at, task[n + 1], 0, 0), tuple(within)
+        n = len(self.batch)
+        lead = len(self.pairs.shape) - 2
+        found = [where[task[n - lead + axis]] if where else (0, slice(None)) for axis, where in enumerate(self.where)]
+        blocks, within = zip(*found, strict=True) if found else ((), ())
+        return (self.pairs._pairs.name, *blocks, task[n + 1], 0, 0), within
 
     def _as_query(self, x: da.Array) -> da.Array:
         """In the chunks of query, which may have been cut finer or joined to groups of heads."""
