@@ -3,7 +3,7 @@
 The layers, from the top; each imports only what is below it:
 
     plot                            pictures of weights (needs matplotlib; not imported here)
-    integrations                    tensors and gradients of PyTorch, JAX and autograd (not imported here)
+    integrations                    arrays of PyTorch, JAX, autograd and Dask (not imported here)
     streaming                       attention over a stream, alone or with the projections of a layer
     multihead, projections          layers, and their matrix products
     _step, _context                 of layers: a step over a cache, a context that is projected once

@@ -3,6 +3,7 @@
 Skipped where Dask, or for the cluster `distributed`, is not installed; `.ci/run` has both.
 """
 
+import doctest
 import inspect
 import itertools
 import operator
@@ -531,6 +532,13 @@ def test_the_core_refuses_dask_arrays():
             return plain
 
     same(fastattn.dot_product_attention(plain, Holds(), plain), plain)
+
+
+def test_the_examples_of_docstrings_run():
+    from fastattn.integrations import dask as module
+
+    results = doctest.testmod(module, extraglobs={"np": np, "fastattn": fastattn})
+    assert results.failed == 0 and results.attempted > 10
 
 
 def test_a_missing_dask_is_explained():

@@ -30,10 +30,9 @@ def blocks(page):
     return [(block[1], text.count("\n", 0, block.start(2)) + 1, block[2]) for block in found]
 
 
-def framework(text):
+def frameworks(text):
     """What an example needs that is not always installed."""
-    found = re.search(r"^(?:import|from) (torch|jax|autograd|numba)\b", text, re.MULTILINE)
-    return found and found[1]
+    return re.findall(r"^(?:import|from) (torch|jax|autograd|numba|dask\.distributed|dask|zarr)\b", text, re.MULTILINE)
 
 
 def examples(page):
@@ -49,7 +48,7 @@ def examples(page):
     return found
 
 
-ALONE = [(page, *example) for page in EXAMPLES for example in examples(page) if framework(example[1])]
+ALONE = [(page, *example) for page in EXAMPLES for example in examples(page) if frameworks(example[1])]
 
 
 def run(page, line, text, names):
@@ -68,15 +67,16 @@ def anchor(heading):
 def test_examples_print_what_the_page_says(page):
     names = {"__name__": "__main__"}
     for line, text, output in examples(page):
-        if not framework(text):
+        if not frameworks(text):
             assert run(page, line, text, names) == output, f"line {line}"
 
 
 @pytest.mark.parametrize(
-    ("page", "line", "text", "output"), ALONE, ids=[f"{name(page)}-{framework(text)}" for page, _, text, _ in ALONE]
+    ("page", "line", "text", "output"), ALONE, ids=[f"{name(page)}-{frameworks(text)[0]}" for page, _, text, _ in ALONE]
 )
 def test_examples_of_frameworks(page, line, text, output):
-    pytest.importorskip(framework(text), reason=f"the example needs {framework(text)}")
+    for needed in frameworks(text):
+        pytest.importorskip(needed, reason=f"the example needs {needed}")
     assert run(page, line, text, {"__name__": "__main__"}) == output, f"line {line}"
 
 

@@ -3,6 +3,8 @@
     fastattn.integrations.torch       PyTorch tensors on the CPU, with torch.autograd
     fastattn.integrations.jax         JAX arrays, under jit, grad and vmap
     fastattn.integrations.autograd    HIPS autograd: arrays of autograd.numpy
+    fastattn.integrations.dask        Dask arrays: more keys than one machine holds
 
-Each has the functions of fastattn that have gradients, by the same names and with the same arguments (but `out`).
+The first three have the functions of fastattn that have gradients, by the same names and with the same arguments (but
+`out`); Dask's has `dot_product_attention` and `merge_attention`, without gradients.
 """
