@@ -87,13 +87,13 @@ def _array(x: Any, name: str) -> da.Array:
         raise TypeError(f"{name} is {type(x).__name__}; pass the Dask array that it holds")
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored: pass its data")
-    if not isinstance(x, np.ndarray) and all(hasattr(x, a) for a in ("shape", "dtype", "ndim", "__getitem__")):
-        return da.from_array(x)
+    of_numpy = isinstance(x, (np.ndarray, np.generic))
     try:
-        plain = np.asarray(x)
+        if not of_numpy and all(hasattr(x, attribute) for attribute in ("shape", "dtype", "ndim", "__getitem__")):
+            return da.from_array(x)
+        return da.from_array(np.asarray(x), chunks=-1)
     except Exception as error:
         raise TypeError(f"{name} cannot be made into an array: {error}") from error
-    return da.from_array(plain, chunks=-1)
 
 
 def _stand_in(x: Any, dtype: Any = None) -> Any:
@@ -768,67 +768,80 @@ class _Call:
 
     def results(self) -> da.Array | tuple[da.Array, da.Array]:
         rules = self.rules
-        sight = _Sight(self.batch, self.queries, self.keys, rules)
-        whole = len(self.cols) == 1
-        with_lse = rules["return_lse"]
-        alike = {name: rules[name] for name in _ALIKE}
-        alike.update({name: x for name, x in self.scales.items() if x is not None and not isinstance(x, da.Array)})
-        alike["return_lse"] = with_lse or not whole
-        names = tuple(name for name in self.operands if name not in ("query", "pairs"))
-        per_head = {name: np.asarray(rules[name]) for name in ("alibi_slopes", "sinks") if rules[name] is not None}
-        lengths = tuple(name for name in ("query_lengths", "key_lengths") if rules[name] is not None)
+        self.sight = _Sight(self.batch, self.queries, self.keys, rules)
+        self.whole, with_lse = len(self.cols) == 1, bool(rules["return_lse"])
+        self.alike = {name: rules[name] for name in _ALIKE}
+        self.alike |= {name: x for name, x in self.scales.items() if x is not None and not isinstance(x, da.Array)}
+        self.alike["return_lse"] = with_lse or not self.whole
+        self.names = tuple(name for name in self.operands if name not in ("query", "pairs"))
+        per_head = {name: np.array(rules[name]) for name in ("alibi_slopes", "sinks") if rules[name] is not None}
+        sight = self.sight.offset, self.sight.key_lengths, self.sight.query_lengths
+        arrays = [(name, x.array.name) for name, x in self.operands.items()]
+        self.token = tokenize(
+            arrays, self.pairs, sight, self.alike, per_head, self.block_sizes, self.split_every, self.batch_chunks
+        )
+        name = f"dot-product-attention-{self.token}"
+        inner = f"attention-{self.token}" if with_lse else name
 
-        token = tokenize(
-            [(name, x.array.name) for name, x in self.operands.items()], self.pairs, sight.offset, sight.key_lengths,
-            sight.query_lengths, alike, per_head, self.block_sizes, self.split_every, self.dtype, self.batch_chunks,
-        )  # fmt: skip
-        root = f"dot-product-attention-{token}"
-        part, merged = f"attention-part-{token}", f"attention-merge-{token}"
-        row_bounds, col_bounds = _bounds(self.rows), np.array(_bounds(self.cols))
-        batch_bounds = [_bounds(sizes) for sizes in self.batch_chunks]
-        inner = root if not with_lse else f"attention-{token}"
         dsk: dict[Any, Any] = {}
+        bounds = [_bounds(sizes) for sizes in self.batch_chunks]
         for at in _blocks(self.batch_chunks):
-            place = tuple(slice(b[t], b[t + 1]) for b, t in zip(batch_bounds, at, strict=True))
+            place = tuple(slice(b[t], b[t + 1]) for b, t in zip(bounds, at, strict=True))
             mine = {name: _part(x, place) for name, x in per_head.items()}
-            sinks = mine.pop("sinks", None)
-            for i, rows in enumerate(itertools.pairwise(row_bounds)):
-                nodes = {}
-                for j in np.flatnonzero(sight.seen(place, rows, col_bounds)).tolist():
-                    cols = int(col_bounds[j]), int(col_bounds[j + 1])
-                    if self._is_false(place, rows, cols):
-                        continue
-                    own = sight.own(place, rows, cols)
-                    own = {name: own[name] for name in ("query_offset", *lengths)} | mine
-                    if whole and sinks is not None:
-                        own["sinks"] = sinks
-                    if self.block_sizes is not None:
-                        own["block_size"] = self.block_sizes[0][i], self.block_sizes[1][j]
-                    task = (*at, i, j)
-                    source, within = self._key_value(task)
-                    run = _Attend(alike, own, names, self.queries, None if whole else self.real, within)
-                    others = (self.operands[name].at(task) for name in names)
-                    nodes[j] = (part, *task)
-                    dsk[nodes[j]] = (run, self.operands["query"].at(task), source, *others)
+            sinks = None if self.whole else mine.pop("sinks", None)
+            for i, rows in enumerate(itertools.pairwise(_bounds(self.rows))):
                 end = (inner, *at, i) if with_lse else (inner, *at, i, 0)
-                if whole and nodes:
+                nodes = self._parts(dsk, at, place, i, rows, mine)
+                if self.whole and nodes:
                     dsk[end] = dsk.pop(nodes[0])
                     continue
                 level = 0
-                while len(nodes) > self.split_every or any(j >= self.split_every for j in nodes):
+                while any(j >= self.split_every for j in nodes):
                     level += 1
-                    nodes = self._merged(dsk, nodes, (merged, level, *at, i))
+                    nodes = self._merged(dsk, nodes, (f"attention-merge-{self.token}", level, *at, i))
                 shape = (*(s.stop - s.start for s in place), rows[1] - rows[0], self.value.shape[-1])
-                finish = _Finish(shape, self.dtype, self.real, sinks, with_lse)
-                dsk[end] = (finish, list(nodes.values()))
+                if self.whole:  # and there is nothing to see
+                    sinks = mine.get("sinks")
+                dsk[end] = (_Finish(shape, self.dtype, self.real, sinks, with_lse), list(nodes.values()))
+
         sources = [x.array for x in self.operands.values()] + ([] if self.pairs is None else [self.pairs])
         graph = HighLevelGraph.from_collections(inner, dsk, dependencies=sources)
         chunks = (*self.batch_chunks, self.rows, (self.value.shape[-1],))
         if not with_lse:
-            return self._as_query(da.Array(graph, root, chunks, dtype=self.dtype))
-        out = _picked(graph, inner, 0, root, chunks, self.dtype)
-        lse = _picked(graph, inner, 1, f"attention-lse-{token}", chunks[:-1], self.real)
+            return self._as_query(da.Array(graph, name, chunks, dtype=self.dtype))
+        out = _picked(graph, inner, 0, name, chunks, self.dtype)
+        lse = _picked(graph, inner, 1, f"attention-lse-{self.token}", chunks[:-1], self.real)
         return self._as_query(out), self._as_query(lse)
+
+    def _parts(
+        self,
+        dsk: dict[Any, Any],
+        at: Block,
+        place: tuple[slice, ...],
+        i: int,
+        rows: tuple[int, int],
+        mine: dict[str, Any],
+    ) -> dict[int, Any]:
+        """Adds the tasks for a block of queries: their keys, by the number of the block of keys."""
+        nodes: dict[int, Any] = {}
+        bounds = np.array(_bounds(self.cols))
+        lengths = [name for name in ("query_lengths", "key_lengths") if self.rules[name] is not None]
+        real = None if self.whole else self.real
+        for j in np.flatnonzero(self.sight.seen(place, rows, bounds)).tolist():
+            cols = int(bounds[j]), int(bounds[j + 1])
+            if self._is_false(place, rows, cols):
+                continue
+            moved = self.sight.own(place, rows, cols)
+            own = {name: moved[name] for name in ("query_offset", *lengths)} | mine
+            if self.block_sizes is not None:
+                own["block_size"] = self.block_sizes[0][i], self.block_sizes[1][j]
+            task = (*at, i, j)
+            pair, within = self._key_value(task)
+            run = _Attend(self.alike, own, self.names, self.queries, real, within)
+            others = (self.operands[name].at(task) for name in self.names)
+            nodes[j] = (f"attention-part-{self.token}", *task)
+            dsk[nodes[j]] = (run, self.operands["query"].at(task), pair, *others)
+        return nodes
 
     def _merged(self, dsk: dict[Any, Any], nodes: dict[int, Any], name: tuple[Any, ...]) -> dict[int, Any]:
         """One level of the tree; parts stand at their places in it, whichever others there are."""
