@@ -590,52 +590,6 @@ def test_features_far_from_zero(rng):
         assert_within(state[..., 0], expected, bound, "features")
 
 
-# ------------------------------------------------------------------------------------ ONNX
-
-
-def onnx_cases():
-    """The node cases of ONNX LinearAttention, by name: attributes, inputs, outputs."""
-    module = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed")
-    pytest.importorskip("onnx.backend.test.case.node.linear_attention", reason="this onnx has no LinearAttention")
-    return [c for c in module.collect_testcases("LinearAttention") if not c.name.endswith("expanded")]
-
-
-def as_heads(x, num_heads):
-    """ONNX has heads side by side in the last axis."""
-    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
-
-
-def test_onnx_node_cases():
-    cases = onnx_cases()
-    from onnx import helper
-
-    assert len(cases) >= 14
-    for case in cases:
-        (node,) = case.model.graph.node
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        heads, kv_heads = attributes["q_num_heads"], attributes["kv_num_heads"]
-        inputs, expected = case.data_sets[0]
-        given = iter(inputs)
-        names = ("query", "key", "value", "state", "log_decay", "beta")
-        call = {name: next(given) for name, slot in zip(names, node.input, strict=False) if slot}
-        for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads), ("log_decay", kv_heads)):
-            if name in call:
-                call[name] = as_heads(call[name], count)
-        if "beta" in call:
-            call["beta"] = call["beta"].swapaxes(1, 2)
-        if "state" in call:
-            call["state"] = call["state"].astype(np.float32)
-        scale = attributes.get("scale") or None
-        out, state = linear_attention(
-            **call, feature_map=None, is_causal=True, scale=scale, enable_gqa=True, return_state=True
-        )
-        out = out.swapaxes(1, 2).reshape(expected[0].shape)
-        tolerance = 1e-5 if out.dtype == np.float32 else 2e-3
-        assert out.dtype == expected[0].dtype, case.name
-        np.testing.assert_allclose(out, expected[0], tolerance, tolerance, err_msg=case.name)
-        np.testing.assert_allclose(state, expected[1], tolerance, tolerance, err_msg=case.name)
-
-
 # ------------------------------------------------------------------------------------ memory, Ctrl-C
 
 

@@ -97,6 +97,18 @@ class Row:
         asked["lse"] = asked["lse"] or self.has_lse(given)
         return "out", *(name for name in RETURNED if asked[name])
 
+    def result_shapes(
+        self, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Of the output and of lse, from the shapes of these arguments."""
+        if min(map(len, (query, key, value))) < 2:
+            raise ValueError(f"query, key and value must have two axes or more, not the shapes {query}, {key}, {value}")
+        ndim = max(map(len, (query, key, value)))
+        sizes = zip(*((1,) * (ndim - len(shape)) + shape for shape in (query, key, value)), strict=True)
+        # Sizes are equal or 1; where heads are grouped query has more than the others. The call refuses any others.
+        batch = [0 if 0 in axis else max(axis) for axis in sizes][:-2]
+        return {"out": (*batch, query[-2], value[-1]), "lse": (*batch, query[-2])}
+
     def forward(self, given: Mapping[str, Any]) -> tuple[NDArray[Any], ...]:
         """The results of the function, in this order."""
         results = self.function(**{**given, **({"return_lse": True} if self.has_lse(given) else {})})

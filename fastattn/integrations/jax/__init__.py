@@ -11,10 +11,13 @@ The functions are those of fastattn, with its conventions, but without `return_w
 them back from its programs (`jax.pure_callback`), which has a price at each call, so that short sequences are slower
 than JAX itself. Arguments are read where JAX puts them for a callback; JAX copies results.
 
+`fastattn.integrations.jax.nn` has `dot_product_attention` with the arguments of `jax.nn`, to take its place.
+
 Arrays are traced, and lists where the function takes an array; all else is static. Under `vmap` there is one call of
 fastattn with more batch axes if what is mapped has batch axes there, else (matrices of a projection, packed lengths)
 one call for each element. Without `jax_enable_x64` what fastattn returns in float64 becomes float32. An argument that
-fastattn refuses shows when the program runs: JAX's error quotes fastattn's. Second derivatives are an error.
+fastattn refuses shows when the program runs: JAX's error quotes fastattn's. Second derivatives are an error, and so are
+programs and arrays of other platforms than the CPU.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ except ImportError as error:
     raise ImportError('fastattn.integrations.jax needs JAX: pip install "fastattn[jax]"') from error
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from fastattn.integrations._table import NO_SECOND, PROMOTING, RETURNED, TABLE, Row
 
@@ -42,21 +47,46 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Callable[..., Any]: ...
 
 
+def _refuse_platform(platform: str) -> None:
+    raise NotImplementedError(
+        f"fastattn computes on the CPU, not on the platform {platform}: place its arrays with "
+        'jax.device_put(x, jax.devices("cpu")[0]), or compile under jax.default_device(jax.devices("cpu")[0])'
+    )
+
+
+def _on_cpu() -> Primitive:
+    """The identity, which programs for other platforms do not have."""
+
+    def impl(x: Any) -> Any:
+        for device in x.devices():
+            if device.platform != "cpu":
+                _refuse_platform(device.platform)
+        return x
+
+    def refuse(context: Any, x: Any) -> Any:
+        _refuse_platform(", ".join(context.module_context.platforms))
+
+    primitive = Primitive("fastattn_on_cpu")
+    primitive.def_impl(impl)
+    primitive.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[primitive] = lambda args, axes: (primitive.bind(*args), axes[0])
+    mlir.register_lowering(primitive, refuse)
+    mlir.register_lowering(primitive, lambda context, x: [x], platform="cpu")
+    return primitive
+
+
+_ON_CPU = _on_cpu()
+
+
 def _result_shapes(row: Row, constants: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[jax.ShapeDtypeStruct]:
     """Of what `Row.forward` returns."""
-    query, key, value = (arrays[name].shape for name in ("query", "key", "value"))
-    if min(map(len, (query, key, value))) < 2:
-        raise ValueError(f"query, key and value must have two axes or more, not the shapes {query}, {key}, {value}")
-    ndim = max(map(len, (query, key, value)))
-    sizes = zip(*((1,) * (ndim - len(shape)) + shape for shape in (query, key, value)), strict=True)
-    # Sizes are equal or 1; where heads are grouped query has more than the others. The call refuses any others.
-    batch = [0 if 0 in axis else max(axis) for axis in sizes][:-2]
+    found = row.result_shapes(*(arrays[name].shape for name in ("query", "key", "value")))
     dtypes = [np.dtype(arrays[name].dtype) for name in PROMOTING if name in arrays]
     dtype = np.result_type(*(np.float64 if dtype.kind in "biu" else dtype for dtype in dtypes))
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    results = {"out": ((*batch, query[-2], value[-1]), dtype), "lse": ((*batch, query[-2]), real)}
     held = jax.dtypes.canonicalize_dtype  # float32 for float64, unless that is enabled
-    return [jax.ShapeDtypeStruct(results[name][0], held(results[name][1])) for name in row.results(constants)]
+    kinds = {"out": held(dtype), "lse": held(real)}
+    return [jax.ShapeDtypeStruct(found[name], kinds[name]) for name in row.results(constants)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +130,7 @@ class _Host:
         return into
 
     def call(self, arrays: dict[str, Any]) -> tuple[jax.Array, ...]:
+        arrays = arrays | {"query": _ON_CPU.bind(arrays["query"])}
         return tuple(jax.pure_callback(self, list(self.shapes), arrays, vmap_method="expand_dims"))
 
 
@@ -162,25 +193,29 @@ def _remembered(row: Row, constants: tuple[tuple[str, type, Any], ...]) -> Calla
 WITHOUT = tuple(f"return_{name}" for name in RETURNED if name != "lse")
 
 
-def _bridge(row: Row) -> Callable[..., Any]:
+def _call(row: Row, given: Mapping[str, Any]) -> Any:
     traced = {*row.differentiable, *row.batched}
+    arrays = {
+        name: jnp.asarray(x)
+        for name, x in given.items()
+        if isinstance(x, (jax.Array, np.ndarray)) or (name in traced and not isinstance(x, (int, type(None))))
+    }
+    constants = {name: x for name, x in given.items() if name not in arrays}
+    try:
+        attend = _remembered(row, tuple((name, type(x), x) for name, x in constants.items()))
+    except TypeError:  # a constant that cannot be a key, such as a list
+        attend = _differentiable(row, constants)
+    return row.asked_for(constants, attend(arrays))
 
+
+def _bridge(row: Row) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        given = row.given(args, kwargs, without=WITHOUT)
-        arrays = {
-            name: jnp.asarray(x)
-            for name, x in given.items()
-            if isinstance(x, (jax.Array, np.ndarray)) or (name in traced and not isinstance(x, (int, type(None))))
-        }
-        constants = {name: x for name, x in given.items() if name not in arrays}
-        try:
-            attend = _remembered(row, tuple((name, type(x), x) for name, x in constants.items()))
-        except TypeError:  # a constant that cannot be a key, such as a list
-            attend = _differentiable(row, constants)
-        return row.asked_for(constants, attend(arrays))
+        return _call(row, row.given(args, kwargs, without=WITHOUT))
 
     return row.dressed(function, __name__, "JAX arrays", without=WITHOUT)
 
 
 __all__ = [row.name for row in TABLE]
 globals().update({row.name: _bridge(row) for row in TABLE})
+
+from fastattn.integrations.jax import nn  # noqa: E402, F401
