@@ -32,7 +32,8 @@ def blocks(page):
 
 def frameworks(text):
     """What an example needs that is not always installed."""
-    return re.findall(r"^(?:import|from) (torch|jax|autograd|numba|dask\.distributed|dask|zarr)\b", text, re.MULTILINE)
+    hosts = r"torch|jax|autograd|onnx|sklearn|xarray|dask\.distributed|dask|zarr|pandas|numba"
+    return sorted(set(re.findall(rf"^ *(?:import|from) ({hosts})\b", text, re.MULTILINE)))
 
 
 def examples(page):
@@ -72,11 +73,13 @@ def test_examples_print_what_the_page_says(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "line", "text", "output"), ALONE, ids=[f"{name(page)}-{frameworks(text)[0]}" for page, _, text, _ in ALONE]
+    ("page", "line", "text", "output"),
+    ALONE,
+    ids=[f"{name(page)}-{'-'.join(frameworks(text))}" for page, _, text, _ in ALONE],
 )
 def test_examples_of_frameworks(page, line, text, output):
-    for needed in frameworks(text):
-        pytest.importorskip(needed, reason=f"the example needs {needed}")
+    for host in frameworks(text):
+        pytest.importorskip(host, reason=f"the example needs {host}")
     assert run(page, line, text, {"__name__": "__main__"}) == output, f"line {line}"
 
 

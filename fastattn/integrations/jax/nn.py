@@ -7,6 +7,10 @@
     out = jax.jit(nn.dot_product_attention, static_argnames="is_causal")(query, key, value, is_causal=True)
 
 Arguments are read where JAX puts them for a callback: nothing is transposed or repeated. JAX copies results.
+
+A callback costs some 0.3 ms: with 8 heads of 64 channels a call pays from 128 to 256 tokens on. Of 16 tokens it takes 3
+to 4 times as long as `jax.nn`, of 256 tokens 0.5 to 0.7 of the time, of 1024 a quarter, causal less than a fifth; with
+gradients alike (two cores with AVX-512; docs/notebook/31-in-other-programs.md).
 """
 
 from __future__ import annotations
@@ -138,6 +142,8 @@ def dot_product_attention(
 
     Notes
     -----
+    It pays from 128 to 256 tokens on, with 8 heads of 64 channels; below, `jax.nn` is faster.
+
     One difference in numbers: a query that sees no key gives 0 (and the residual -inf), where `jax.nn` gives the mean
     of all values. There is no argument `implementation`.
 
