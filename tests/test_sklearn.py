@@ -1,8 +1,11 @@
 """fastattn.integrations.sklearn: scikit-learn's own checks, kernels in float64, and numbers out of the ordinary."""
 
 import doctest
+import importlib.util
 import pickle
+import re
 import tracemalloc
+from pathlib import Path
 
 import fresh_process
 import numpy as np
@@ -21,6 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 import fastattn.integrations.sklearn as module  # noqa: E402
 from fastattn.integrations.sklearn import NadarayaWatsonClassifier, NadarayaWatsonRegressor  # noqa: E402
 
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "kernel_regression.py"
 METRICS = "sqeuclidean", "cosine"
 # On a sphere a bandwidth of 1 averages nearly all samples, and a check wants a score.
 ESTIMATORS = [
@@ -265,6 +269,17 @@ def test_the_examples_run():
     assert doctest.testmod(module).failed == 0
     lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
     exec("\n".join(lines), {})
+
+
+def test_the_script_runs(capsys):
+    spec = importlib.util.spec_from_file_location("kernel_regression", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["--folds", "2", "--only", "watson"])
+    found = re.findall(r"^  NadarayaWatson, (\w+) +(0\.\d+) \+- ", capsys.readouterr().out, re.MULTILINE)
+    assert [metric for metric, _ in found] == list(METRICS) * 3
+    diabetes, lower, names = (float(found[i][1]) for i in (0, 2, 4))
+    assert diabetes > 0.35 and lower > 0.4 and names > 0.95
 
 
 def test_a_missing_scikit_learn_is_named():
