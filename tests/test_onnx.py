@@ -239,6 +239,9 @@ def test_softmax_precision():
         for ours, theirs in zip(run(model, inputs), run(model, inputs, ours=False), strict=True):
             assert ours.dtype == theirs.dtype == np.float32
             np.testing.assert_allclose(ours, theirs, 1e-5, 1e-6)
+    model, wide = node("Attention", inputs, softmax_precision=TensorProto.DOUBLE), arrays(np.float32)
+    exact = run(node("Attention", wide), {name: x.astype(np.float64) for name, x in wide.items()})[0]
+    np.testing.assert_array_equal(run(model, inputs)[0], exact.astype(np.float32))
     half = arrays(np.float16)
     run(node("Attention", half, softmax_precision=TensorProto.FLOAT16), half)
     for given, precision, named in (

@@ -102,6 +102,13 @@ def test_classes(metric):
     np.testing.assert_array_equal(model.predict(queries), model.classes_[votes.argmax(axis=1)])
 
 
+def test_probabilities_are_none_below_0_or_above_1():
+    """Rounding errors of what is centred included."""
+    X, _, queries = problem(np.float32)
+    proba = NadarayaWatsonClassifier(0.2).fit(X, np.arange(60) % 7).predict_proba(queries)
+    assert (proba >= 0).all() and (proba <= 1).all()
+
+
 def test_several_outputs_of_classes():
     X, y, queries = problem(outputs=2)
     labels = np.digitize(y, [-0.5, 0.5]) * [1, 10]
@@ -137,6 +144,17 @@ def test_float32_where_its_scores_would_not_do():
     np.testing.assert_allclose(model.predict(queries), expected @ y, rtol=0, atol=1e-6)
     assert model.attention_weights(queries).dtype == np.float64
     assert NadarayaWatsonRegressor(1.0).fit(X, y).attention_weights(queries).dtype == np.float32
+
+
+def test_float32_of_directions_that_are_alike():
+    X, y, queries = problem(np.float32)
+    X, queries = X + 100, queries + 100
+    for bandwidth, kind in (2e-3, np.float64), (0.1, np.float32):
+        model = NadarayaWatsonRegressor(bandwidth, "cosine").fit(X, y)
+        weights = model.attention_weights(queries)
+        assert weights.dtype == kind
+        expected = expected_weights(X, queries, bandwidth, "cosine")
+        np.testing.assert_allclose(weights, expected, rtol=1e-5 if kind == np.float32 else 1e-8)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Scores are as large as the square of the farthest sample's distance from the centre, in bandwidths, and have its
 # rounding errors; beyond this, those of float32 change a weight by more than some 1e-4 of it, and float64 is used.
-_LARGEST_SQUARE = 1000.0
+_LARGEST_SCORE = 1000.0
 # The largest norms in bandwidths, so that no score overflows: of samples in float64, and of queries in either dtype.
 _FARTHEST = 1e140
 _FARTHEST_QUERY = {np.dtype(np.float32): 1e30, np.dtype(np.float64): 1e150}
@@ -91,9 +91,9 @@ class _NadarayaWatson(BaseEstimator):
         points /= self._unit
         squares = np.einsum("ij,ij->i", points, points)
         largest = squares.max(initial=0.0)
-        if self.metric == "cosine":
-            largest = max(largest, 1 / self._unit**2)
-        single = X.dtype == np.float32 and largest <= _LARGEST_SQUARE
+        if self.metric == "cosine":  # samples may lie together far from the origin, where queries are
+            largest = np.sqrt(largest) / self._unit
+        single = X.dtype == np.float32 and largest <= _LARGEST_SCORE
         dtype = np.dtype(np.float32 if single else np.float64)
         self._samples = points.astype(dtype)
         self._bias = (-0.5 * squares).astype(dtype) if self.metric == "sqeuclidean" else None
