@@ -15,6 +15,9 @@ import jax.numpy as jnp  # noqa: E402
 from fastattn.integrations.jax import _ON_CPU, nn  # noqa: E402
 from fastattn.integrations.jax import dot_product_attention as own_function  # noqa: E402
 
+if "return_residual" not in inspect.signature(jax.nn.dot_product_attention).parameters:
+    pytest.skip("this JAX has no return_residual to compare with", allow_module_level=True)
+
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}  # numbers about 1, sums of up to 40 terms, in float32 on both sides
 
 

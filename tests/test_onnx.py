@@ -18,7 +18,11 @@ from fastattn.integrations.onnx import operators  # noqa: E402
 
 MODULES = {"Attention": "attention", "LinearAttention": "linear_attention", "Softmax": "softmax",
            "LogSoftmax": "logsoftmax"}  # fmt: skip
-COUNTS = {"Attention": 93, "LinearAttention": 14, "Softmax": 7, "LogSoftmax": 7}
+COUNTS = {"Attention": 64, "LinearAttention": 14, "Softmax": 7, "LogSoftmax": 7}  # of 1.22; 1.23 has 93 of Attention
+newer = pytest.mark.skipif(
+    onnx.defs.onnx_opset_version() < 28,
+    reason="before 1.23 the evaluator of ONNX has no windows and fails with lengths",
+)
 
 
 @functools.cache
@@ -115,6 +119,7 @@ def random_node(rng):
     return x, attributes, ["Y", "present_key", "present_value", "qk"]
 
 
+@newer
 def test_random_nodes():
     """All outputs are the evaluator's own, in float64."""
     rng = np.random.default_rng(1)
@@ -172,6 +177,7 @@ def encoder():
     return model
 
 
+@newer
 def test_a_graph_with_its_intermediate_values():
     model = encoder()
     inputs = {"x": np.random.default_rng(4).standard_normal((2, 6, 16), dtype=np.float32), "lengths": np.array([6, 4])}
