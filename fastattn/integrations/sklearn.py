@@ -95,11 +95,11 @@ class _NadarayaWatson(BaseEstimator):
             largest = np.sqrt(largest) / self._unit
         single = X.dtype == np.float32 and largest <= _LARGEST_SCORE
         dtype = np.dtype(np.float32 if single else np.float64)
-        self._samples = points.astype(dtype)
-        self._bias = (-0.5 * squares).astype(dtype) if self.metric == "sqeuclidean" else None
+        self._samples = points.astype(dtype, copy=False)
+        self._bias = (-0.5 * squares).astype(dtype, copy=False) if self.metric == "sqeuclidean" else None
         targets = targets.astype(np.float64)
         self._offset = targets.mean(axis=0)
-        self._targets = (targets - self._offset).astype(dtype)
+        self._targets = (targets - self._offset).astype(dtype, copy=False)
 
     def _queries(self, X: ArrayLike) -> NDArray[Any]:
         check_is_fitted(self)
@@ -113,7 +113,7 @@ class _NadarayaWatson(BaseEstimator):
         if sizes.max(initial=0.0) > limit:  # far from all samples only the direction counts
             points *= limit / np.maximum(sizes, limit)
         points /= self._unit
-        return points.astype(dtype)
+        return points.astype(dtype, copy=False)
 
     def _attend(self, X: ArrayLike, **options: Any) -> Any:
         return fastattn.dot_product_attention(

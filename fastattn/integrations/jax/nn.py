@@ -9,8 +9,8 @@
 Arguments are read where JAX puts them for a callback: nothing is transposed or repeated. JAX copies results.
 
 A callback costs some 0.3 ms: with 8 heads of 64 channels a call pays from 128 to 256 tokens on. Of 16 tokens it takes 3
-to 4 times as long as `jax.nn`, of 256 tokens 0.5 to 0.7 of the time, of 1024 a quarter, causal less than a fifth; with
-gradients alike (two cores with AVX-512; docs/notebook/31-in-other-programs.md).
+to 5 times as long as `jax.nn`, of 256 tokens 0.5 to 0.7 of the time, of 1024 a quarter, causal less than a fifth, with
+gradients or without (two cores with AVX-512; docs/notebook/31-in-other-programs.md).
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _lengths(name: str, x: jax.Array, query: tuple[int, ...]) -> jax.Array:
 
 
 def _window(window: int | tuple[int, int]) -> tuple[int, int]:
-    left, right = (window, window) if isinstance(window, int) else window
+    left, right = window if isinstance(window, (tuple, list)) else (window, window)
     if left < 0 or right < 0:
         raise ValueError(f"local_window_size must be 0 or more on both sides, not {window}")
     return int(left), int(right)
