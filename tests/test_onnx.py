@@ -102,8 +102,13 @@ def random_node(rng):
         attributes.update(q_num_heads=int(heads), kv_num_heads=int(kv_heads))
     seen = int(rng.integers(1, total + 1)) if rng.random() < 0.3 else total
     shape = [(1, seen), (rows, seen), (heads, rows, seen), (batch, 1, rows, seen)][rng.integers(4)]
-    kind = rng.choice(["none", "bool", "float"])
-    x["attn_mask"] = {"none": None, "bool": rng.random(shape) < 0.7, "float": rng.standard_normal(shape)}[kind]
+    kind = rng.choice(["none", "bool", "float", "int"])
+    x["attn_mask"] = {
+        "none": None,
+        "bool": rng.random(shape) < 0.7,
+        "float": rng.standard_normal(shape),
+        "int": rng.integers(-3, 3, shape),
+    }[kind]
     inside = cache == "inside"
     x["past_key"] = rng.standard_normal((batch, kv_heads, past, channels)) if inside else None
     x["past_value"] = rng.standard_normal((batch, kv_heads, past, width)) if inside else None
@@ -126,9 +131,11 @@ def test_random_nodes():
     for number in range(300):
         inputs, attributes, outputs = random_node(rng)
         model = node("Attention", inputs, outputs, **attributes)
-        # Beside a mask of one row ONNX's evaluator (1.23) knows what is causal for the first query only.
+        # Beside a mask of one row ONNX's evaluator (1.23) knows what is causal for the first query only, and beside one
+        # of integers not at all.
         mask, rows = inputs["attn_mask"], inputs["Q"].shape[1 if "q_num_heads" in attributes else 2]
         rowwise = mask if mask is None else np.broadcast_to(mask, (*mask.shape[:-2], rows, mask.shape[-1]))
+        rowwise = rowwise.astype(np.float64) if mask is not None and mask.dtype.kind == "i" else rowwise
         spread = inputs | {"attn_mask": rowwise}
         for name, ours, theirs in zip(outputs, run(model, inputs), run(model, spread, ours=False), strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)

@@ -81,8 +81,8 @@ class Attention(_Operator):
     ONNX Attention, by `fastattn.dot_product_attention`.
 
     Inputs, outputs and attributes are the operator's: heads in an axis of their own or in the last one, grouped heads,
-    a boolean or float `attn_mask`, also one that is shorter than the keys, a cache inside the operator (`past_key`) or
-    outside (`nonpad_kv_seqlen`), `is_causal`, windows, `softcap`, `scale`, and all four values of
+    an `attn_mask` of booleans or numbers, also one that is shorter than the keys, a cache inside the operator
+    (`past_key`) or outside (`nonpad_kv_seqlen`), `is_causal`, windows, `softcap`, `scale`, and all four values of
     `qk_matmul_output_mode`. A query that sees no key gives zeros.
 
     Notes
@@ -142,6 +142,8 @@ class Attention(_Operator):
         seen = columns  # keys that the mask has a column for
         if attn_mask is not None:
             seen = min(columns, attn_mask.shape[-1])
+            if attn_mask.dtype.kind in "iu":  # added like a float
+                attn_mask = attn_mask.astype(_wide(Q.dtype))
             rules["mask" if attn_mask.dtype == bool else "bias"] = attn_mask
         if nonpad_kv_seqlen is not None:
             lengths = np.asarray(nonpad_kv_seqlen).reshape(-1, 1)
