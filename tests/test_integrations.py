@@ -190,8 +190,9 @@ def bridge(request):
 
 
 def test_a_bridge_has_the_functions_of_the_table(bridge):
-    assert bridge.__all__ == list(ROWS)
-    for name in bridge.__all__:
+    more = ["attention", "scaled_dot_product_attention"] if bridge.__name__.endswith("torch") else []
+    assert bridge.__all__ == [*more, *ROWS]
+    for name in ROWS:
         function, own = getattr(bridge, name), inspect.signature(getattr(fastattn, name)).parameters
         assert (function.__name__, function.__module__) == (name, bridge.__name__)
         assert f"fastattn.{name}" in function.__doc__
