@@ -139,7 +139,8 @@ def test_every_function_with_gradients_is_in_the_table():
     assert {f"{name}_attention" for name in named} <= set(ROWS)
     for name, row in ROWS.items():
         own = inspect.signature(getattr(fastattn, f"{name}_vjp")).parameters
-        assert row.names - {f"return_{result}" for result in _table.RETURNED} <= set(own)
+        without = {f"return_{result}" for result in _table.RETURNED} | set(_table.EIGHT_BITS)
+        assert row.names - without <= set(own)
 
 
 def test_there_is_a_case_for_every_gradient():
@@ -385,6 +386,15 @@ def test_torch_constants(torch):
         attention(x, x, x, scale=torch.tensor(0.5, requires_grad=True))
     with pytest.raises(ValueError, match=r"key has head_dim 2"):
         attention(x, x[:, :2], x)
+
+
+def test_torch_has_no_gradients_of_eight_bits(torch):
+    kv = fastattn.quantize_kv(*np.ones((2, 4, 3), np.float32))
+    given = {name: getattr(kv, name) for name in ("key", "value", "key_scale", "value_scale")}
+    x = torch.ones(4, 3)
+    assert torch_function("dot_product_attention")(x, **given).shape == (4, 3)
+    with pytest.raises(ValueError, match="8 bits has no gradients, and query wants one"):
+        torch_function("dot_product_attention")(x.requires_grad_(), **given)
 
 
 def test_torch_notices_what_was_written_in_between(torch):

@@ -45,6 +45,9 @@ PROMOTING = ("query", "key", "value", "w_score", "w_query", "w_key", "edge_key",
 # Results besides the output, in order, for which a call has an argument `return_...`.
 RETURNED = ("weights", "lse", "state")
 
+# Of keys and values of 8 bits, through which no gradient comes.
+EIGHT_BITS = ("key_scale", "value_scale", "key_center")
+
 NO_SECOND = "attention of fastattn has first derivatives only: its gradients cannot be differentiated again"
 
 
@@ -80,9 +83,11 @@ class Row:
                 raise TypeError(f"{self.name}(): {error}") from None
         return given | kwargs
 
-    def refuse_others(self, names: Iterable[str]) -> None:
-        """For arguments of which gradients are wanted."""
+    def refuse_others(self, names: Iterable[str], given: Mapping[str, Any]) -> None:
+        """For arguments of which gradients are wanted, and all of a call."""
         for name in names:
+            if any(given.get(other) is not None for other in EIGHT_BITS):
+                raise ValueError(f"{self.name} over keys and values of 8 bits has no gradients, and {name} wants one")
             if name not in self.differentiable:
                 choice = ", ".join(self.differentiable)
                 raise ValueError(f"{name} of {self.name} is a constant; those that can have a gradient are {choice}")

@@ -68,7 +68,7 @@ defvjp_argnums(_backward, _refuse)
 def _bridge(row: Row) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         given = row.given(args, kwargs)
-        row.refuse_others(name for name, x in given.items() if isbox(x))
+        row.refuse_others((name for name, x in given.items() if isbox(x)), given)
         arrays = {name: x for name, x in given.items() if isbox(x)}
         if not arrays:
             return row.function(**given)

@@ -15,10 +15,9 @@ loss. Second derivatives are an error. `torch.compile` breaks its graph at a cal
 the package ml_dtypes.
 
 Two functions stay in one graph: they are an operator of PyTorch, `fastattn::attention`, wherever PyTorch compiles,
-exports, traces, transforms or differentiates, and a plain call of fastattn otherwise.
-
-    scaled_dot_product_attention    the conventions of torch.nn.functional's, so that it can stand in its place
-    attention                       those of fastattn.dot_product_attention, with all its rules
+exports, traces or transforms, and a plain call of fastattn otherwise. `scaled_dot_product_attention` has the
+conventions of PyTorch's, so that it can stand in its place; `attention` has those of `fastattn.dot_product_attention`,
+and all its rules.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ import fastattn
 from fastattn.integrations._table import NO_SECOND, TABLE, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -145,7 +144,7 @@ def _bridge(row: Row) -> Callable[..., Any]:
         if not wanted:
             results = row.function(**{name: _array(name, x) for name, x in given.items()})
             return tuple(map(_tensor, results)) if isinstance(results, tuple) else _tensor(results)
-        row.refuse_others(wanted)
+        row.refuse_others(wanted, given)
         constants = {name: x for name, x in given.items() if name not in tensors}
         return row.asked_for(given, _Attention.apply(row, constants, tuple(tensors), *tensors.values()))
 
@@ -196,7 +195,7 @@ def _out_shape(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Any,
     """Of the output, from shapes; of shapes that fastattn refuses, anything or a ValueError."""
     batch = [query[:-2], key[:-2], value[:-2]]
     if enable_gqa and len(query) > 2:
-        batch[1:] = [x[:-1] + (1,) if x else x for x in batch[1:]]  # query heads are a multiple of theirs
+        batch[1:] = [(*x[:-1], 1) if x else x for x in batch[1:]]  # query heads are a multiple of theirs
     if batch[0] != batch[1] or batch[0] != batch[2]:
         try:
             batch[0] = torch.broadcast_shapes(*batch)
@@ -222,7 +221,7 @@ def _heads_behind(query: Any, key: Any, value: Any, **rules: Any) -> Any:
     """fastattn's function with an output whose memory is (..., L, H, E)."""
     shape = query.shape
     # With one row, or one head, that is the memory of any layout.
-    if len(shape) < 3 or shape[-2] == 1 or shape[-3] == 1 and key.ndim < 3:
+    if len(shape) < 3 or shape[-2] == 1:
         return _ROW.function(query, key, value, **rules)
     if query.size <= _FEW and value.shape[-1] <= shape[-1] and key.ndim <= len(shape):
         results = _ROW.function(query, key, value, **rules)
@@ -277,18 +276,11 @@ def _attend_carefully(query: Any, key: Any, value: Any, layout: str, rules: dict
     row = _ROWS[layout]
     wanted = [name for name, x in tensors.items() if x.requires_grad] if torch.is_grad_enabled() else []
     if wanted:
-        _refuse_gradients(wanted, rules)
+        _ROW.refuse_others(wanted, rules)
         constants = {name: x for name, x in rules.items() if name not in tensors}
         return row.asked_for(rules, _Attention.apply(row, constants, tuple(tensors), *tensors.values()))
     results = row.function(**rules | {name: _array(name, x) for name, x in tensors.items()})
     return tuple(map(_tensor, results)) if isinstance(results, tuple) else _tensor(results)
-
-
-def _refuse_gradients(wanted: Sequence[str], given: Mapping[str, Any]) -> None:
-    """For arguments of which gradients are wanted."""
-    _ROW.refuse_others(wanted)
-    if given.get("key_scale") is not None:
-        raise ValueError("key_scale: no gradients come through keys and values of 8 bits")
 
 
 def _through_operator(query: Any, key: Any, value: Any, layout: str, rules: dict[str, Any]) -> Any:
@@ -304,12 +296,12 @@ def _through_operator(query: Any, key: Any, value: Any, layout: str, rules: dict
             _refuse(name, flat[name])
     wanted = [name for name in tensors if flat[name].requires_grad] if torch.is_grad_enabled() else []
     if wanted:
-        _refuse_gradients(wanted, flat)
+        _ROW.refuse_others(wanted, flat)
     weights, lse = flat.get("return_weights", False), flat.get("return_lse", False)
     flat["return_weights"] = "all" if weights is True else weights or ""
     flat.setdefault("activation", "softmax")
     # The way back can use it, and it costs nothing.
-    flat["return_lse"] = lse or bool(wanted) and flat["activation"] == "softmax"
+    flat["return_lse"] = lse or (bool(wanted) and flat["activation"] == "softmax")
     for name, at_least in ("window_size", -1), ("block_size", 1):
         pair = flat.get(name)
         if pair is not None:

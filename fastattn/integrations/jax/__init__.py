@@ -157,7 +157,7 @@ def _differentiable(row: Row, constants: dict[str, Any]) -> Callable[[dict[str, 
 
     def forward(given: dict[str, Any]) -> Any:
         wrt = [name for name, x in given.items() if x.perturbed]
-        row.refuse_others(wrt)
+        row.refuse_others(wrt, constants | given)
         values = {name: x.value for name, x in given.items()}
         results = attend(values)
         return results, (values, results, dict.fromkeys(wrt))  # the keys of a dict are static
