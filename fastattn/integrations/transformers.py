@@ -10,9 +10,9 @@ or `model.set_attn_implementation("fastattn")` for one that is loaded. Queries, 
 and the output is written as the next layer wants it: nothing is copied.
 
 Masks stay bounds. Transformers asks for a mask once for each kind of layer, and says what it means: causal, a window on
-one side or both, chunks, padding. Such a mask is a tensor without memory here, which gives its layers these rules, so that
-keys out of sight are not read, and no array of queries times keys is built. Whoever else computes with it gets the
-numbers. Masks of any other meaning, and all masks under `torch.compile` and `torch.export`, are made as for `sdpa`.
+one side or both, chunks, padding. Such a mask is a tensor without memory here, which gives its layers these rules: keys
+out of sight are not read, and no array of queries times keys is built. Whoever else computes with it gets the numbers.
+Masks of any other meaning, and all that are made under `torch.compile` and `torch.export`, are those of `sdpa`.
 
 Soft caps (Gemma 2), sinks (gpt-oss) and biases of positions (T5) are part of the same call, and so are the weights of
 `output_attentions=True`, a keyword of a model's call. Dropout is refused. Gradients are those of
@@ -35,7 +35,7 @@ except ImportError as error:
 from fastattn.integrations.torch import _is_eager, attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 __all__ = ["register"]
 
@@ -273,8 +273,8 @@ def _attend(
     which the mask has; where a model has none of it in its mask or arguments, sdpa ignores it too."""
     if dropout > 0:
         raise ValueError(
-            f"dropout must be 0: fastattn drops no weights, but dropout={dropout!r} was asked for; call model.eval(), or "
-            "set the dropout of attention to 0 in the model's configuration"
+            f"dropout must be 0: fastattn drops no weights, and was asked for dropout={dropout!r}; call model.eval() "
+            "or set the dropout of attention to 0 in the model's configuration"
         )
     if others.get("sinks") is not None:
         raise ValueError("sinks: one for each query is not possible; those of each head are s_aux")
@@ -293,12 +293,24 @@ def _attend(
         rules["bias"] = position_bias if rules.get("bias") is None else rules["bias"] + position_bias
     if query.shape[1] != key.shape[1]:
         rules["enable_gqa"] = True
-    if output_attentions:
+    if output_attentions or (_is_eager() and _are_collected()):
         rules["return_weights"] = True
     rules = {name: x for name, x in rules.items() if x is not None}
     results = attention(query, key, value, out_layout="bshd", **rules)
     out, weights = results if isinstance(results, tuple) else (results, None)
     return out.transpose(1, 2), None if weights is None else weights.to(query.dtype)
+
+
+def _are_collected() -> bool:
+    """Whether a model was asked for its weights that does not hand the question on to its layers (GPT-2, BART)."""
+    collected = _COLLECTOR.get() if _COLLECTOR is not None else None
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _COLLECTOR
+except ImportError:
+    _COLLECTOR = None
 
 
 def _fits(mask: _Bounds, query: torch.Tensor, key: torch.Tensor) -> None:
