@@ -271,7 +271,7 @@ def _attend_carefully(query: Any, key: Any, value: Any, layout: str, rules: dict
     tensors = {"query": query, "key": key, "value": value}
     tensors |= {name: x for name, x in rules.items() if isinstance(x, torch.Tensor)}
     for x in tensors.values():
-        if type(x) not in _PLAIN or x.is_meta:
+        if type(x) not in _PLAIN or query.is_meta:
             return _through_operator(query, key, value, layout, rules)
     row = _ROWS[layout]
     wanted = [name for name, x in tensors.items() if x.requires_grad] if torch.is_grad_enabled() else []
@@ -288,11 +288,11 @@ def _through_operator(query: Any, key: Any, value: Any, layout: str, rules: dict
     tensors = ("query", "key", "value", *(name for name in _TENSORS if given.get(name) is not None))
     flat = {name: given[name] for name in given if given[name] is not None}
     for name in tensors:
-        if isinstance(flat[name], int):
-            flat[name] = torch.full((), flat[name], dtype=torch.int64)
+        if isinstance(flat[name], (int, torch.SymInt)):
+            flat[name] = torch.full((), flat[name], dtype=torch.int64, device=query.device)
         elif not isinstance(flat[name], torch.Tensor):
-            flat[name] = torch.as_tensor(flat[name])
-        if flat[name].device.type != "meta":
+            flat[name] = torch.as_tensor(flat[name], device=query.device)
+        if not (flat[name].is_meta and query.is_meta):
             _refuse(name, flat[name])
     wanted = [name for name in tensors if flat[name].requires_grad] if torch.is_grad_enabled() else []
     if wanted:
