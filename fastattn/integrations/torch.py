@@ -312,8 +312,9 @@ def _through_operator(query: Any, key: Any, value: Any, layout: str, rules: dict
             flat[name] = float(flat[name])
     for name in "is_causal", "enable_gqa":
         flat.setdefault(name, False)
-    out, shares, sums = torch.ops.fastattn.attention(*(flat.get(name) for name in _NAMES[:-2]), layout,
-                                                     flat.get("num_threads"))  # fmt: skip
+    arguments = (*(flat.get(name) for name in _NAMES[:-2]), layout, flat.get("num_threads"))
+    operator = _Operator.apply if wanted and _is_transformed() else torch.ops.fastattn.attention
+    out, shares, sums = operator(*arguments)
     results = [out]
     if weights:
         results.append(shares)
@@ -418,8 +419,8 @@ def _way_back(ctx: Any, grad_out: Any, _: Any, grad_lse: Any) -> Any:
     gradients: list[Any] = [None] * len(flat)
     if grad_out is not None or grad_lse is not None:
         wrt = [_NAMES[i] for i in places]
-        for i, x in zip(places, torch.ops.fastattn.attention_backward(grad_out, grad_lse, out, lse, wrt, *flat),
-                        strict=True):  # fmt: skip
+        operator = _OperatorBackward.apply if _is_transformed() else torch.ops.fastattn.attention_backward
+        for i, x in zip(places, operator(grad_out, grad_lse, out, lse, wrt, *flat), strict=True):
             gradients[i] = x
     return tuple(gradients)
 
@@ -428,8 +429,57 @@ def _refuse_second(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError(NO_SECOND)
 
 
+def _is_transformed() -> bool:
+    """Whether this is inside of torch.func's transforms, which differentiate classes of their kind, no operators."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _Operator(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_way_back)
+
+    @staticmethod
+    def forward(*flat: Any) -> Any:
+        return torch.ops.fastattn.attention(*flat)
+
+
+class _OperatorBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+    backward = staticmethod(_refuse_second)
+
+    @staticmethod
+    def forward(*flat: Any) -> Any:
+        return tuple(torch.ops.fastattn.attention_backward(*flat))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
 torch.library.register_autograd("fastattn::attention", _way_back, setup_context=_keep, lib=_LIBRARY)
 torch.library.register_autograd("fastattn::attention_backward", _refuse_second, lib=_LIBRARY)
+
+
+def _one_by_one(operator: Any) -> Callable[..., Any]:
+    """The rule of `vmap`: a call for each element, since batch axes mean something where heads are grouped."""
+
+    def rule(info: Any, in_dims: Any, *flat: Any) -> Any:
+        calls = []
+        for i in range(info.batch_size):
+            element = [
+                x.select(axis, i) if isinstance(x, torch.Tensor) and axis is not None else x
+                for x, axis in zip(flat, in_dims, strict=True)
+            ]
+            calls.append(operator(*element))
+        results = [torch.stack(each) for each in zip(*calls, strict=True)]
+        return results, [0] * len(results)
+
+    return rule
+
+
+for _name in "attention", "attention_backward":
+    torch.library.register_vmap(f"fastattn::{_name}", _one_by_one(getattr(torch.ops.fastattn, _name)), lib=_LIBRARY)
 
 
 def attention(
@@ -524,7 +574,7 @@ def scaled_dot_product_attention(
     Returns
     -------
     out : Tensor, shape (..., L, E)
-        A new tensor. Of four axes it lies in memory as PyTorch's own on a CPU: with the heads behind the tokens.
+        A new tensor. It lies in memory as PyTorch's own: with the heads behind the tokens, if `query` does.
 
     Raises
     ------
@@ -570,7 +620,7 @@ def scaled_dot_product_attention(
         rules["scale"] = scale
     if enable_gqa:
         rules["enable_gqa"] = True
-    layout = "bshd" if query.ndim == 4 else "bhsd"
+    layout = "bhsd" if query.ndim != 4 or query.is_contiguous() or query.stride(1) >= query.stride(2) else "bshd"
     if attn_mask is None:
         return cast(torch.Tensor, _attend(query, key, value, layout, rules))
     try:
