@@ -320,8 +320,9 @@ OTHERS = {
     "union": masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv < 2),
     "intersection": masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv != 1),
     "chunks behind padding": masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 3])),
-    "packed": masking_utils.remap_positions_for_packed_sequence(
-        masking_utils.causal_mask_function, torch.arange(40).expand(2, -1) % 5
+    "packed": masking_utils.and_masks(
+        masking_utils.causal_mask_function,
+        masking_utils.packed_sequence_mask_function(torch.arange(40).expand(2, -1) // 5),
     ),
     "any function": lambda b, h, q, kv: (q + kv) % 3 > 0,
 }
