@@ -32,7 +32,7 @@ def blocks(page):
 
 def frameworks(text):
     """What an example needs that is not always installed."""
-    hosts = r"torch|jax|autograd|onnx|sklearn|xarray|dask\.distributed|dask|zarr|pandas|numba"
+    hosts = r"torch|transformers|jax|autograd|onnx|sklearn|xarray|dask\.distributed|dask|zarr|pandas|numba"
     return sorted(set(re.findall(rf"^ *(?:import|from) ({hosts})\b", text, re.MULTILINE)))
 
 

@@ -558,7 +558,7 @@ def test_imports_leave_the_gil_off():
                 except ImportError as error:
                     assert "matplotlib" in str(error), error
         assert not sys._is_gil_enabled()
-        for name in ("torch", "jax", "autograd"):
+        for name in ("torch", "transformers", "jax", "autograd"):
             try:
                 importlib.import_module(name)
             except Exception:
