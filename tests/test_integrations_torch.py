@@ -534,6 +534,15 @@ def test_watchers_see_the_operator():
     assert "fastattn.attention.default" in names.seen
 
 
+def test_docstrings():
+    import doctest
+
+    for function in attention, scaled_dot_product_attention:
+        (example,) = doctest.DocTestFinder().find(function, function.__name__)
+        assert doctest.DocTestRunner().run(example).attempted, "there is an example"
+        assert not doctest.DocTestRunner().run(example).failed
+
+
 def test_the_operators_arguments_are_those_of_fastattn():
     """A rule that is added to dot_product_attention is to be added here."""
     assert bridge._RULES == _table.Row("dot_product_attention").names - {"query", "key", "value"}

@@ -5,8 +5,10 @@ no rounding, but for models that have only "eager" of their own, which computes 
 in float64 is NaN. Skipped where torch or transformers is missing; `.ci/run` installs both.
 """
 
+import copy
 import importlib.util
 import json
+import pickle
 
 import fresh_process
 import numpy as np
@@ -425,6 +427,25 @@ def test_bounds_look_like_a_tensor():
         assert type(result) is torch.Tensor and torch.equal(result, call(dense))
 
 
+def test_bounds_that_are_written_to():
+    """By themselves, or through a view: the layers see it."""
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    for write in (lambda m: m.__setitem__((0, 0, 2, 1), False), lambda m: m[1].copy_(torch.ones(1, 4, 4) > 0),
+                  lambda m: m.select(3, 0).fill_(False)):  # fmt: skip
+        given = arguments(RULES["causal"][0], (4, 4, 0, 0), torch.ones(2, 4, dtype=torch.bool))
+        bounds, dense = plugin._make_mask(**given), masking_utils.sdpa_mask(**given)
+        write(bounds), write(dense)
+        ours, _ = plugin._attend(torch.nn.Module(), x, x, x, bounds)
+        own = torch.nn.functional.scaled_dot_product_attention(x, x, x, dense)
+        near(ours.transpose(1, 2), own)
+
+
+def test_bounds_that_are_copied():
+    bounds = plugin._make_mask(**arguments(RULES["sliding"][0], (4, 6, 2, 0)))
+    for copied in copy.deepcopy(bounds), pickle.loads(pickle.dumps(bounds)), copy.copy(bounds), bounds.share_memory_():
+        assert torch.equal(copied + 0, bounds.dense() + 0)
+
+
 def test_bounds_of_other_sizes_are_an_error():
     bounds = plugin._make_mask(**arguments(RULES["causal"][0], (4, 6, 2, 0)))
     x = torch.randn(2, 3, 4, 8)
@@ -484,6 +505,21 @@ def test_refused():
         plugin._attend(module, x, x.to("meta"), x, None)
 
 
+def test_errors_have_the_names_of_transformers():
+    module, x = torch.nn.Module(), torch.randn(1, 2, 4, 8)
+    for wrong, name in (
+        ({"attention_mask": torch.ones(1, 1, 4, 5) > 0}, "attention_mask has shape"),
+        ({"attention_mask": torch.ones(1, 1, 4, 5)}, "attention_mask has shape"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.int64)}, "attention_mask must be"),
+        ({"position_bias": torch.ones(1, 3, 4, 4)}, "position_bias has shape"),
+        ({"s_aux": torch.ones(3)}, "s_aux has shape"),
+        ({"scaling": float("nan")}, "scaling must be"),
+        ({"softcap": -1.0}, "softcap must be"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}"):
+            plugin._attend(module, x, x, x, wrong.pop("attention_mask", None), **wrong)
+
+
 def test_register():
     plugin.register()
     plugin.register("fastattn")
@@ -495,6 +531,13 @@ def test_register():
     transformers.AttentionInterface.register("of_somebody_else", lambda: None)
     with pytest.raises(ValueError, match="name='of_somebody_else' is another attention implementation"):
         plugin.register("of_somebody_else")
+
+
+def test_docstring():
+    import doctest
+
+    (example,) = doctest.DocTestFinder().find(plugin.register, "register")
+    assert not doctest.DocTestRunner().run(example).failed
 
 
 @pytest.mark.parametrize("host", ["torch", "transformers"])

@@ -21,6 +21,7 @@ Soft caps (Gemma 2), sinks (gpt-oss) and biases of positions (T5) are part of th
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 try:
@@ -115,8 +116,23 @@ class _Bounds(torch.Tensor):
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given, _ = torch.utils._pytree.tree_flatten((args, kwargs or {}))
+        # What writes, or returns what may be written to, shares the bools with us from now on.
+        if function._schema.is_mutable or any(x.alias_info is not None for x in function._schema.returns):
+            for x in given:
+                if isinstance(x, _Bounds):
+                    x.rules = {"mask": x.dense()}
         args, kwargs = torch.utils._pytree.tree_map_only(_Bounds, _Bounds.dense, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def share_memory_(self) -> torch.Tensor:  # which would look for memory
+        return self.dense().share_memory_()
 
     def __repr__(self, **_: Any) -> str:
         rules = ", ".join(f"{name}={x!r}" for name, x in self.rules.items())
@@ -250,6 +266,11 @@ def _make_mask(
     return _Bounds((batch_size, 1, q_length, kv_length), rules, make)
 
 
+# What fastattn calls its arguments, where a message begins with them, and what Transformers does; masks and biases are
+# both attention_mask.
+_NAMES = re.compile(r"^(mask|bias|scale|sinks)\b")
+_THEIRS = {"scale": "scaling", "sinks": "s_aux"}
+
 # -- attention ------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +317,11 @@ def _attend(
     if output_attentions or (_is_eager() and _are_collected()):
         rules["return_weights"] = True
     rules = {name: x for name, x in rules.items() if x is not None}
-    results = attention(query, key, value, out_layout="bshd", **rules)
+    try:
+        results = attention(query, key, value, out_layout="bshd", **rules)
+    except (ValueError, TypeError) as error:  # which calls them by fastattn's names
+        theirs = "position_bias" if attention_mask is None else "attention_mask"
+        raise type(error)(_NAMES.sub(lambda found: _THEIRS.get(found[0], theirs), str(error))) from None
     out, weights = results if isinstance(results, tuple) else (results, None)
     return out.transpose(1, 2), None if weights is None else weights.to(query.dtype)
 
