@@ -321,6 +321,7 @@ RULES = {  # the function of a mask, and what of it is known without the sizes
 OTHERS = {
     "union": masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv < 2),
     "intersection": masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv != 1),
+    "two windows": masking_utils.and_masks(RULES["sliding"][0], masking_utils.sliding_window_overlay(2)),
     "chunks behind padding": masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 3])),
     "packed": masking_utils.and_masks(
         masking_utils.causal_mask_function,
@@ -328,7 +329,16 @@ OTHERS = {
     ),
     "any function": lambda b, h, q, kv: (q + kv) % 3 > 0,
 }
-SHAPES = [(9, 9, 0, 0), (1, 12, 11, 0), (5, 12, 7, 0), (5, 12, 2, 0), (6, 8, 10, 8), (3, 8, 6, 4), (1, 1, 0, 0)]
+SHAPES = [
+    (9, 9, 0, 0),
+    (5, 5, 0, 0),
+    (1, 12, 11, 0),
+    (5, 12, 7, 0),
+    (5, 12, 2, 0),
+    (6, 8, 10, 8),
+    (3, 8, 6, 4),
+    (1, 1, 0, 0),
+]
 
 
 def arguments(function, shape, mask=None, **more):
