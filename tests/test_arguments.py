@@ -5,6 +5,7 @@ these tests; errors of only one function are tested in that function's own file.
 """
 
 import inspect
+import itertools
 import re
 
 import numpy as np
@@ -509,6 +510,29 @@ def test_out_overlaps_an_input(name):
     with pytest.raises(ValueError, match="out"):
         fastattn.dot_product_attention(**inputs, out=buffer[:-8].reshape(2, 3, 8, 8))
     assert (buffer == 1).all()
+
+
+def test_out_lies_beside_an_input():
+    """Behind or before it, or between its numbers, in any direction; one number less apart is too little."""
+    value = np.ones((8, 8), dtype=np.float32)
+    expected = fastattn.dot_product_attention(value, value, value)
+    turned = (np.s_[:, :], np.s_[::-1], np.s_[:, ::-1], np.s_[::-1, ::-1])
+    for query_at, out_at in (0, 64), (64, 0), (0, 63), (63, 0):
+        for how, whole in itertools.product(turned, turned):
+            buffer = np.ones(128, dtype=np.float32)
+            query, placed = (buffer[at : at + 64].reshape(8, 8)[i] for at, i in ((query_at, how), (out_at, whole)))
+            for out in placed, placed.T:
+                if 64 in (query_at, out_at):
+                    fastattn.dot_product_attention(query, value, value, out=out)
+                    np.testing.assert_array_equal(out, expected)
+                else:
+                    with pytest.raises(ValueError, match="out overlaps query"):
+                        fastattn.dot_product_attention(query, value, value, out=out)
+                    assert (buffer == 1).all()
+    buffer = np.ones((8, 16), dtype=np.float32)
+    fastattn.dot_product_attention(buffer[:, 1::2], value, value, out=buffer[:, ::2])
+    np.testing.assert_array_equal(buffer[:, ::2], expected)
+    fastattn.dot_product_attention(buffer[3:3, :8], value, value, out=buffer[3:3, :8])
 
 
 def test_out_overlaps_a_mask():
