@@ -543,6 +543,17 @@ def test_register():
         plugin.register("of_somebody_else")
 
 
+@pytest.mark.parametrize("family", ["Bloom", "MPNet"])
+def test_models_that_compute_attention_themselves(family):
+    """set_attn_implementation leaves them alone; loaded with the name they would take bools for numbers."""
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, hidden_size=32, num_attention_heads=4, n_head=4)
+    config.update({"num_hidden_layers": 1, "n_layer": 1, "intermediate_size": 48})
+    config._attn_implementation = "fastattn"
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    with pytest.raises(ValueError, match=f"^attn_implementation: the model of {family}Config takes no attention"):
+        model(IDS, attention_mask=padding("right"))
+
+
 def test_docstring():
     import doctest
 

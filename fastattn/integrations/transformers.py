@@ -21,7 +21,10 @@ Soft caps (Gemma 2), sinks (gpt-oss) and biases of positions (T5) are part of th
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 try:
@@ -36,7 +39,7 @@ except ImportError as error:
 from fastattn.integrations.torch import _is_eager, attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
 __all__ = ["register"]
 
@@ -224,6 +227,19 @@ def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> di
     return {"mask": seen[:, None, None]}
 
 
+@functools.cache
+def _computes_itself(config: Hashable) -> bool:
+    """Whether the code of a model asks for a mask, but for no attention function, by what Transformers itself looks
+    for. Such a model (Bloom, MPNet) adds its mask to scores: bools there would be wrong without a word."""
+    module = sys.modules.get(cast(type, config).__module__.replace(".configuration_", ".modeling_"))
+    try:
+        source = inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        return False
+    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return has_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
 def _make_mask(
     batch_size: int,
     q_length: int,
@@ -238,6 +254,12 @@ def _make_mask(
     """The mask function of Transformers."""
     tensors = [x for x in (attention_mask, q_offset) if isinstance(x, torch.Tensor)]
     is_plain = _is_eager() and all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
+    config = kwargs.get("config")
+    if is_plain and config is not None and _computes_itself(type(config)):
+        raise ValueError(
+            f"attn_implementation: the model of {type(config).__name__} takes no attention by name but computes its own, "
+            'with masks of its own; load it with attn_implementation="eager"'
+        )
     if is_plain:
         q_offset = int(q_offset)  # of a cache that counts on in its tensor
     given = {
