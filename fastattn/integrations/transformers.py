@@ -39,7 +39,7 @@ except ImportError as error:
 from fastattn.integrations.torch import _is_eager, attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
 
 __all__ = ["register"]
 
@@ -228,10 +228,10 @@ def _padding(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> di
 
 
 @functools.cache
-def _computes_itself(config: Hashable) -> bool:
+def _computes_itself(config_module: str) -> bool:
     """Whether the code of a model asks for a mask, but for no attention function, by what Transformers itself looks
     for. Such a model (Bloom, MPNet) adds its mask to scores: bools there would be wrong without a word."""
-    module = sys.modules.get(cast(type, config).__module__.replace(".configuration_", ".modeling_"))
+    module = sys.modules.get(config_module.replace(".configuration_", ".modeling_"))
     try:
         source = inspect.getsource(module) if module is not None else ""
     except (OSError, TypeError):
@@ -255,10 +255,10 @@ def _make_mask(
     tensors = [x for x in (attention_mask, q_offset) if isinstance(x, torch.Tensor)]
     is_plain = _is_eager() and all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
     config = kwargs.get("config")
-    if is_plain and config is not None and _computes_itself(type(config)):
+    if is_plain and config is not None and _computes_itself(type(config).__module__):
         raise ValueError(
-            f"attn_implementation: the model of {type(config).__name__} takes no attention by name but computes its own, "
-            'with masks of its own; load it with attn_implementation="eager"'
+            f"attn_implementation: the model of {type(config).__name__} takes no attention by name but computes its "
+            'own, with masks of its own; load it with attn_implementation="eager"'
         )
     if is_plain:
         q_offset = int(q_offset)  # of a cache that counts on in its tensor
