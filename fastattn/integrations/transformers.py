@@ -142,22 +142,6 @@ class _Bounds(torch.Tensor):
         return f"<mask of shape {tuple(self.shape)} by fastattn: {rules or 'all keys'}>"
 
 
-def _codes() -> dict[Any, Callable[[dict[str, Any]], dict[str, Any] | None]]:
-    """What the functions of masks that Transformers makes are compiled from: from what they hold to rules."""
-    none = torch.zeros(1, dtype=torch.int64)
-    return {
-        masking_utils.causal_mask_function.__code__: lambda held: {"is_causal": True},
-        masking_utils.bidirectional_mask_function.__code__: lambda held: {},
-        masking_utils.sliding_window_overlay(1).__code__: lambda held: {"left": held["sliding_window"] - 1},
-        masking_utils.sliding_window_bidirectional_overlay(1).__code__: lambda held: {
-            "left": held["sliding_window"],
-            "right": held["sliding_window"],
-        },
-        masking_utils.chunked_overlay(1, none).__code__: _chunk_rules,
-        masking_utils.and_masks().__code__: _rules_of_all,
-    }
-
-
 def _chunk_rules(held: dict[str, Any]) -> dict[str, Any] | None:
     # Chunks that begin behind the padding of each sequence are no bound.
     return None if held["left_padding"].any() else {"chunk_size": held["chunk_size"], "left_chunks": 0}
@@ -171,6 +155,32 @@ def _rules_of_all(held: dict[str, Any]) -> dict[str, Any] | None:
             return None
         found |= rules
     return found
+
+
+# The functions of indices of which Transformers makes its masks, by their names there: what a factory is called with to
+# get one of them (None: it is one itself), and from what it holds to rules. A name that is gone is a mask of bools.
+_MEANINGS: dict[str, tuple[tuple[Any, ...] | None, Callable[[dict[str, Any]], dict[str, Any] | None]]] = {
+    "causal_mask_function": (None, lambda held: {"is_causal": True}),
+    "bidirectional_mask_function": (None, lambda held: {}),
+    "sliding_window_overlay": ((1,), lambda held: {"left": held["sliding_window"] - 1}),
+    "sliding_window_bidirectional_overlay": (
+        (1,),
+        lambda held: {"left": held["sliding_window"], "right": held["sliding_window"]},
+    ),
+    "chunked_overlay": ((1, None), _chunk_rules),
+    "and_masks": ((), _rules_of_all),
+}
+
+
+def _codes() -> dict[Any, Callable[[dict[str, Any]], dict[str, Any] | None]]:
+    """All functions of one factory have the same code."""
+    codes = {}
+    for name, (arguments, read) in _MEANINGS.items():
+        function = getattr(masking_utils, name, None)
+        if function is not None:
+            function = function if arguments is None else function(*arguments)
+            codes[function.__code__] = read
+    return codes
 
 
 _CODES = _codes()
