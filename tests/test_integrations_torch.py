@@ -153,6 +153,17 @@ def test_dtypes(dtype):
     same(scaled_dot_product_attention(*qkv), attention(*qkv))
 
 
+def test_autocast():
+    """Mixed dtypes are usual there: a projection gives bfloat16, rotary positions float32."""
+    pytest.importorskip("ml_dtypes")
+    query, key, value = problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for qkv in (query, key, value), (query, key.bfloat16(), value), problem():
+            ours, expected = scaled_dot_product_attention(*qkv), own(*qkv)
+            assert ours.dtype is expected.dtype
+            np.testing.assert_allclose(numpy(ours), numpy(expected), atol=0.04)
+
+
 def test_in_place_of_pytorchs(monkeypatch):
     """In a model that knows nothing of it."""
     layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, dtype=torch.float64)

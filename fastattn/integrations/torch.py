@@ -540,6 +540,12 @@ def attention(
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """As PyTorch's own does under torch.autocast."""
+    lower = x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(torch.get_autocast_dtype("cpu")) if lower else x
+
+
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -558,7 +564,8 @@ def scaled_dot_product_attention(
     query : Tensor, shape (..., L, D)
     key : Tensor, shape (..., S, D)
     value : Tensor, shape (..., S, E)
-        Of one dtype: float32, float64, float16 or bfloat16; on the CPU, of any strides. They are read where they lie.
+        Of one dtype: float32, float64, float16 or bfloat16; on the CPU, of any strides. They are read where they lie,
+        but for those that `torch.autocast` converts.
     attn_mask : Tensor, broadcasts to (..., L, S), optional
         Of bools: **True means attend**. Of floats: added to the scores.
     dropout_p : float, default 0
@@ -604,6 +611,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p:
         raise ValueError(f"dropout_p must be 0: fastattn drops no weights, but it was given {dropout_p!r}")
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
     dtype = query.dtype
     if key.dtype is not dtype or value.dtype is not dtype or dtype not in _FLOATS:
         names = ", ".join(f"{name} {x.dtype}" for name, x in (("query", query), ("key", key), ("value", value)))
