@@ -192,6 +192,10 @@ def test_refused():
         call(query, key.float(), value)
     with pytest.raises(TypeError, match=r"must be of one dtype.*int64"):
         call(query.long(), key.long(), value.long())
+    with pytest.raises(TypeError, match=r"^attn_mask must be a torch.Tensor, not list"):
+        call(query, key, value, attn_mask=HIDDEN.tolist())
+    with pytest.raises(TypeError, match=r"^key must be a torch.Tensor, not ndarray"):
+        attention(query, key.numpy(), value)
     with pytest.raises(ValueError, match=r"^attn_mask has shape \(5, 6\)"):
         call(query, key, value, attn_mask=HIDDEN[:, :6])
     with pytest.raises(TypeError, match=r"^attn_mask must be"):
@@ -279,6 +283,16 @@ def test_heads_behind_of_mixed_dtypes():
                 out = call(*mixed, out_layout=layout)
                 assert numpy(out).dtype == expected.dtype
                 same(out, expected)
+
+
+def test_dtypes_that_do_not_go_together():
+    pytest.importorskip("ml_dtypes")
+    query, key, value = problem((2, 300))
+    for layout in bridge._LAYOUTS:
+        with pytest.raises(TypeError, match=r"float16 and .*bfloat16|bfloat16 and .*float16"):
+            attention(query.half(), key.bfloat16(), value.half(), out_layout=layout)
+        same(attention(query, key.float(), value, out_layout=layout, key_scale=None),
+             fastattn.dot_product_attention(numpy(query), numpy(key.float()), numpy(value)))  # fmt: skip
 
 
 def test_eight_bits():

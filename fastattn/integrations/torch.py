@@ -230,8 +230,11 @@ def _heads_behind(query: Any, key: Any, value: Any, **rules: Any) -> Any:
         return (out, *results[1:]) if isinstance(results, tuple) else out
     *batch, heads, rows, channels = _out_shape(shape, key.shape, value.shape, rules.get("enable_gqa", False))
     dtype = query.dtype
-    if "key_scale" not in rules and not (key.dtype == dtype == value.dtype and dtype.kind in "fV"):
-        dtype = np.result_type(*(np.float64 if x.dtype.kind in "biu" else x.dtype for x in (query, key, value)))
+    if rules.get("key_scale") is None and not (key.dtype == dtype == value.dtype and dtype.kind in "fV"):
+        try:
+            dtype = np.result_type(*(np.float64 if x.dtype.kind in "biu" else x.dtype for x in (query, key, value)))
+        except TypeError:
+            return _ROW.function(query, key, value, **rules)  # which says what is wrong
     out = np.empty((*batch, rows, heads, channels), dtype).swapaxes(-2, -3)
     return _ROW.function(query, key, value, **rules, out=out)
 
@@ -285,6 +288,9 @@ def _attend_carefully(query: Any, key: Any, value: Any, layout: str, rules: dict
 
 def _through_operator(query: Any, key: Any, value: Any, layout: str, rules: dict[str, Any]) -> Any:
     given = {"query": query, "key": key, "value": value, **rules}
+    for name in "query", "key", "value":
+        if not isinstance(given[name], torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(given[name]).__name__}")
     tensors = ("query", "key", "value", *(name for name in _TENSORS if given.get(name) is not None))
     flat = {name: given[name] for name in given if given[name] is not None}
     for name in tensors:
@@ -613,6 +619,8 @@ def scaled_dot_product_attention(
         raise ValueError(f"dropout_p must be 0: fastattn drops no weights, but it was given {dropout_p!r}")
     if torch.is_autocast_enabled("cpu"):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, not {type(attn_mask).__name__}")
     dtype = query.dtype
     if key.dtype is not dtype or value.dtype is not dtype or dtype not in _FLOATS:
         names = ", ".join(f"{name} {x.dtype}" for name, x in (("query", query), ("key", key), ("value", value)))
