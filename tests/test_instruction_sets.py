@@ -8,6 +8,7 @@ so for every set that its machine can run; the last lines of each run say which 
 import pathlib
 import re
 import sys
+import textwrap
 
 import fresh_process
 import numpy as np
@@ -103,6 +104,45 @@ def test_what_cannot_run_is_refused_at_import(name):
     assert "FASTATTN_ISA" in message
     for runnable in info["runnable"]:
         assert runnable in message
+
+
+# Tiles need more room than this on a signal's stack: Linux gives them only where there is none of this size, and then
+# refuses such stacks.
+SMALL_STACK = """
+    import ctypes
+
+    class Stack(ctypes.Structure):
+        _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    def set_small_stack():
+        global memory
+        memory = ctypes.create_string_buffer(8192)
+        stack = Stack(ctypes.addressof(memory), 0, 8192)
+        return ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+    """
+
+
+@pytest.mark.skipif("avx512_amx" not in info["runnable"], reason="no AMX here")
+def test_without_leave_to_use_tiles_others_run():
+    code = textwrap.dedent(SMALL_STACK) + textwrap.dedent("""
+    assert set_small_stack()
+    import fastattn
+    info = fastattn.cpu_info()
+    print(info["selected"], *info["runnable"])
+    print(info["kernels"]["bfloat16"])
+    """)
+    sets, kernel = fresh_process.run(code, FASTATTN_ISA=None).splitlines()
+    others = [name for name in info["runnable"] if name != "avx512_amx"]
+    assert sets.split() == [others[0], *others]
+    assert kernel.endswith(others[0])
+
+
+@pytest.mark.skipif("avx512_amx" not in info["runnable"], reason="no AMX here")
+def test_who_asks_for_others_keeps_small_stacks():
+    """Importing fastattn restricts nothing in a process that has named another set."""
+    code = textwrap.dedent(SMALL_STACK) + "import fastattn; print(fastattn.cpu_info()['selected'], set_small_stack())"
+    for name, allowed in (("avx512_amx", False), ("avx512", True), ("baseline", True)):
+        assert fresh_process.run(code, FASTATTN_ISA=name).split() == [name, str(allowed)]
 
 
 def test_the_summary_names_what_was_not_tested():

@@ -50,7 +50,10 @@ static int has_amx_bf16(void)
 }
 
 #if COMPILES_AMX
-/* Linux gives a process the use of tiles only when asked, and refuses where a signal's stack has no room for them. */
+static int asks_for_other_than(const char *name);
+
+/* Linux gives a process the use of tiles only when asked, and refuses where a signal's stack has no room for them. Once
+ * it has, it refuses such stacks, so nobody asks who is not to use tiles. */
 static int runs_amx(void)
 {
     enum { ASK = 0x1023, TILE_DATA = 18, TILES_SAVED = 3 << 17 };
@@ -59,7 +62,7 @@ static int runs_amx(void)
     int runs = __atomic_load_n(&known, __ATOMIC_ACQUIRE) - 1;
     if (runs >= 0)
         return runs;
-    runs = has_amx_bf16();
+    runs = has_amx_bf16() && !asks_for_other_than("avx512_amx");
     if (runs) {
         __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
         runs = (low & TILES_SAVED) == TILES_SAVED && syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
@@ -125,6 +128,18 @@ static const struct {
     {"baseline", runs_always, {[FA_F32] = &fa_baseline_f32, [FA_F64] = &fa_baseline_f64}},
 };
 enum { ROWS_OF_TABLE = sizeof instruction_sets / sizeof instruction_sets[0] };
+
+#if COMPILES_AMX
+/* Whether FASTATTN_ISA names another row of the table. */
+static int asks_for_other_than(const char *name)
+{
+    const char *asked = getenv("FASTATTN_ISA");
+    int found = 0;
+    for (int i = 0; asked && i < ROWS_OF_TABLE; i++)
+        found |= strcmp(asked, instruction_sets[i].name) == 0;
+    return found && strcmp(asked, name) != 0;
+}
+#endif
 
 static const fa_kernels *find_kernels(int row, fa_dtype dtype)
 {
