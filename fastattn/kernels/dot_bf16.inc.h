@@ -1,12 +1,14 @@
-/* Prefill of dot products where query, key and value are bfloat16, by an instruction that multiplies them in pairs:
- * vdpbf16ps of AVX512-BF16. Expects kernels.inc.h with BITS 32, in a target that has the instruction.
+/* Prefill of dot products where query, key and value are bfloat16, by instructions that multiply them in pairs: a group
+ * of rows at a time by vdpbf16ps of AVX512-BF16, or, `by_tiles`, a band of groups by tdpbf16ps of AMX; two tables.
+ * Expects kernels.inc.h with BITS 32, in a target that has both (AMX where COMPILES_AMX), and for the second table a
+ * process that may use tiles (select.c).
  *
  * Two sums of products in one: of pairs of channels for scores, of pairs of keys for weighted sums. A pair is 32 bits,
  * the number of the lower index below. Queries, keys and values enter as they are, and the scale is applied to the
  * finished score. Scores, softmax and log-sum-exp are float's; only the weights of the sum are rounded to bfloat16, and
  * for its mean to be no larger than its numbers it is divided by the sum of these, which lies behind each row of o.
  *
- * The instruction takes and makes zeros for denormals, and products of large numbers may overflow before the scale is
+ * The instructions take and make zeros for denormals, and products of large numbers may overflow before the scale is
  * applied. So that neither shows, some rows are computed again by the kernels that widen, `exact` in struct tile: those
  * that see a key with a number that is not `plain`, or have one themselves, and those whose output is not finite. That
  * is a property of a row and what it sees, so its bits depend on nothing else. Hidden keys that are not plain have
